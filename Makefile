@@ -1,0 +1,52 @@
+# Chasqui's commands. Everything runs in .venv, which `make env` creates.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# PyTorch from another index, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the CPU-only build.
+TORCH_INDEX ?=
+PROTOS := $(wildcard protos/llama/v1/*.proto)
+
+.DEFAULT_GOAL := help
+.PHONY: help env chat test lint format proto up down
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chasqui needs Python 3.11 or newer; name one with PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		--constraint constraints.txt --editable '.[all,dev]'
+	touch $@
+
+env: $(VENV)/.installed ## make the environment in .venv
+
+chat: env ## start all services on the demonstration checkpoint and talk; ASK="…" asks once
+	@$(BIN)/chasqui chat --serve $(if $(ASK),--ask "$(ASK)")
+
+test: env ## run all tests
+	$(BIN)/pytest
+
+lint: env ## formatting, types, import rules, proto style, stale generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	$(BIN)/python deploy/generate_protos.py --check
+
+format: env ## rewrite the sources in house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+proto: env ## regenerate llama/v1 from protos
+	$(BIN)/python deploy/generate_protos.py
+
+up: ## docker compose: build, start, wait until healthy
+	docker compose up --build --detach --wait
+
+down: ## docker compose: stop
+	docker compose down
