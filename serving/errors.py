@@ -1,0 +1,109 @@
+"""How a request is refused: raise `RequestError` where the fault is found, with all a client needs.
+
+`to_status` is the one place where it becomes a google.rpc.Status. That travels in HTTP/2 trailers,
+message and details both, and peers may refuse more than 8 KiB of those: hence the limits on size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import grpc
+from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
+from google.rpc.status_pb2 import Status
+
+MAX_VIOLATIONS = 8
+MAX_MESSAGE_BYTES = 768
+MAX_FIELD_BYTES = 96
+MAX_DESCRIPTION_BYTES = 224
+
+
+class StartError(Exception):
+    """The service cannot run. Ends the process with this one line, so say what to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One field of a request that breaks a rule, by its path: `dialogs[1].messages[0].role`."""
+
+    field: str
+    description: str
+
+
+class RequestError(Exception):
+    """The answer to one request is this status.
+
+    `retry_after` is in seconds; `quota` names what ran out.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        violations: tuple[Violation, ...] = (),
+        retry_after: float | None = None,
+        quota: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.violations = violations
+        self.retry_after = retry_after
+        self.quota = quota
+
+
+def invalid_argument(violations: Sequence[Violation]) -> RequestError:
+    """The request breaks these rules; the message names each field with its rule."""
+    named = [f"{each.field}: {each.description}" for each in violations[:MAX_VIOLATIONS]]
+    if len(violations) > MAX_VIOLATIONS:
+        named.append(f"and {len(violations) - MAX_VIOLATIONS} more")
+    return RequestError(grpc.StatusCode.INVALID_ARGUMENT, "; ".join(named), tuple(violations))
+
+
+def unavailable(message: str, retry_after: float = 1.0) -> RequestError:
+    """Nothing is wrong with the request, and the same one may succeed later."""
+    return RequestError(grpc.StatusCode.UNAVAILABLE, message, retry_after=retry_after)
+
+
+def resource_exhausted(message: str, quota_subject: str, retry_after: float = 1.0) -> RequestError:
+    """A bound was reached; `quota_subject` names it."""
+    return RequestError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        message,
+        retry_after=retry_after,
+        quota=quota_subject,
+    )
+
+
+def to_status(error: RequestError) -> Status:
+    """The status as it goes over the wire: code, message, and google.rpc details."""
+    message = _shorten(error.message, MAX_MESSAGE_BYTES)
+    status = Status(code=error.code.value[0], message=message)
+    if error.violations:
+        status.details.add().Pack(
+            BadRequest(
+                field_violations=[
+                    BadRequest.FieldViolation(
+                        field=_shorten(violation.field, MAX_FIELD_BYTES),
+                        description=_shorten(violation.description, MAX_DESCRIPTION_BYTES),
+                    )
+                    for violation in error.violations[:MAX_VIOLATIONS]
+                ]
+            )
+        )
+    if error.retry_after is not None:
+        delay = timedelta(seconds=error.retry_after)
+        status.details.add().Pack(RetryInfo(retry_delay=delay))
+    if error.quota is not None:
+        subject = _shorten(error.quota, MAX_FIELD_BYTES)
+        description = _shorten(error.message, MAX_DESCRIPTION_BYTES)
+        violation = QuotaFailure.Violation(subject=subject, description=description)
+        status.details.add().Pack(QuotaFailure(violations=[violation]))
+    return status
+
+
+def _shorten(text: str, max_bytes: int) -> str:
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= max_bytes:
+        return encoded.decode()
+    return encoded[: max_bytes - len("…".encode())].decode("utf-8", "ignore") + "…"

@@ -1,0 +1,132 @@
+"""What every call of every service passes through: request id, errors to statuses, one log line.
+
+gRPC calls `intercept_service` before it reads the request; the work is in the handler that it
+puts in the place of the service's own. That one is always a coroutine, also where the service's is
+an async generator, so that a cancelled stream closes its generator at once, and not only when it is
+garbage-collected.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias, cast
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from serving import request_id
+from serving.errors import RequestError, to_status
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_log = structlog.stdlib.get_logger(__name__)
+
+# Where gRPC's libraries look for a google.rpc.Status.
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+# Asked for every few seconds by orchestrators; logged at debug level only.
+_INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
+
+_HANDLER_FACTORIES: dict[tuple[bool, bool], Callable[..., Handler]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        handler = await continuation(handler_call_details)
+        if handler is None:  # gRPC answers UNIMPLEMENTED
+            return None
+        method = handler_call_details.method
+        call_id = request_id.from_metadata(handler_call_details.invocation_metadata)
+        parse = _checked(cast("Callable[[bytes], object]", handler.request_deserializer))
+
+        async def respond(request: object, context: Context) -> object:
+            with structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}):
+                async with _answering(method, call_id, context):
+                    if not handler.request_streaming:
+                        request = parse(cast("bytes", request))
+                    return await _call(handler, request, context)
+
+        # A request that does not parse must fail inside of `respond`. A single one arrives there as
+        # bytes; of a stream, each is parsed while the service reads.
+        return _HANDLER_FACTORIES[handler.request_streaming, handler.response_streaming](
+            respond,
+            request_deserializer=parse if handler.request_streaming else None,
+            response_serializer=handler.response_serializer,
+        )
+
+
+async def _call(handler: Handler, request: object, context: Context) -> object:
+    behavior = (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
+    # The types of grpcio know only the handlers of its synchronous servers.
+    result = cast("Callable[[object, Context], Any]", behavior)(request, context)
+    if not inspect.isasyncgen(result):
+        return await result
+    async with contextlib.aclosing(result) as responses:
+        async for response in responses:
+            await context.write(response)
+    return None
+
+
+@contextlib.asynccontextmanager
+async def _answering(method: str, call_id: str, context: Context) -> AsyncIterator[None]:
+    """Around the service's own work: ids out first, then errors to statuses, and the log line."""
+    started = time.monotonic()
+    identity = ((request_id.METADATA_KEY, call_id),)
+    code = grpc.StatusCode.OK
+    try:
+        context.set_trailing_metadata(identity)
+        await context.send_initial_metadata(identity)
+        yield
+        code = _code_set_on(context) or code
+    except asyncio.CancelledError:
+        expired = context.time_remaining() == 0
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+        raise
+    except grpc.aio.BaseError:  # from gRPC itself: the service called abort, or the peer is gone
+        code = _code_set_on(context) or grpc.StatusCode.CANCELLED
+        raise
+    except RequestError as error:
+        code = error.code
+        status = to_status(error)
+        details = (STATUS_DETAILS_KEY, status.SerializeToString())
+        await context.abort(code, status.message, (*identity, details))
+    except Exception:
+        code = grpc.StatusCode.INTERNAL
+        _log.exception("call failed", method=method)
+        await context.abort(code, f"internal error, request id {call_id}", identity)
+    finally:
+        log = _log.debug if method.startswith(_INFRASTRUCTURE) else _log.info
+        seconds = round(time.monotonic() - started, 6)
+        log("call finished", method=method, code=code.name, seconds=seconds)
+
+
+def _code_set_on(context: Context) -> grpc.StatusCode | None:
+    return cast("grpc.StatusCode | None", context.code())  # None where nobody set one
+
+
+def _checked(deserialize: Callable[[bytes], object]) -> Callable[[bytes], object]:
+    """The deserializer, with a fault of the request's bytes reported as the caller's fault."""
+
+    def parse(serialized: bytes) -> object:
+        try:
+            return deserialize(serialized)
+        except DecodeError as error:
+            message = f"malformed request: {error}; strings must be valid UTF-8"
+            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, message) from error
+
+    return parse

@@ -1,0 +1,29 @@
+"""The id that ties a call's log lines, on every server it passes, to what its client was told.
+
+It lives in structlog's context variables, so that it is in every log line without being passed on.
+"""
+
+import re
+import uuid
+from collections.abc import Iterable
+
+from structlog.contextvars import get_contextvars
+
+METADATA_KEY = "x-request-id"
+CONTEXT_KEY = "request_id"
+
+_ACCEPTED = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def current() -> str | None:
+    """The id of the call that this task serves; None outside of a call."""
+    request_id: str | None = get_contextvars().get(CONTEXT_KEY)
+    return request_id
+
+
+def from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    """The caller's id if it sent one that is safe to log and to send back, else a new one."""
+    for key, value in metadata:
+        if key == METADATA_KEY and isinstance(value, str) and _ACCEPTED.fullmatch(value):
+            return value
+    return uuid.uuid4().hex

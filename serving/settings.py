@@ -1,0 +1,87 @@
+"""Settings that every server has, and how they are read: flags over environment over defaults.
+
+A service subclasses `ServerSettings` and adds annotated fields; each becomes a flag of the same
+name and a `CHASQUI_*` variable, and `--help` lists both. Nothing else reads the environment.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+ENV_PREFIX = "CHASQUI_"
+
+Port = Annotated[
+    int, Field(ge=0, le=65535, description="TCP port to listen on; 0 lets the system choose")
+]
+
+
+class ServerSettings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        # Compose and Kubernetes pass variables that are not set as empty ones.
+        env_ignore_empty=True,
+        frozen=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+        cli_show_env_vars=True,
+    )
+
+    host: Annotated[str, Field(min_length=1, description="address to listen on")] = "127.0.0.1"
+    port: Port = 0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="least level to log")
+    ] = "info"
+    log_format: Annotated[
+        Literal["auto", "text", "json"],
+        Field(description="auto is text on a terminal and else JSON"),
+    ] = "auto"
+    grace_period: Annotated[
+        float, Field(ge=0, description="seconds that running requests get after SIGTERM")
+    ] = 30.0
+    max_request_bytes: Annotated[
+        int, Field(ge=1, le=2**31 - 1, description="bytes of the largest request message")
+    ] = 4 * 1024 * 1024
+
+
+S = TypeVar("S", bound=ServerSettings)
+
+
+def parse(settings_class: type[S], prog: str, argv: Sequence[str] | None = None) -> S:
+    """Reads the settings from `argv` (by default the process's own) and the environment.
+
+    Wrong values end the process with status 2 and one line for each on stderr.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        flags = CliSettingsSource[S](settings_class, cli_prog_name=prog)
+        return CliApp.run(settings_class, cli_args=arguments, cli_settings_source=flags)
+    except ValidationError as error:
+        problems = [_describe(details) for details in error.errors()]
+    except SettingsError as error:
+        problems = [str(error)]
+    for problem in problems:
+        print(f"{prog}: error: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _describe(details: ErrorDetails) -> str:
+    cause = details.get("ctx", {}).get("error")
+    rule = str(cause) if isinstance(cause, ValueError) else details["msg"]
+    if not details["loc"]:
+        return rule
+    name = str(details["loc"][0])
+    either = f"--{name} (or {ENV_PREFIX}{name.upper()})"
+    if details["type"] == "missing":
+        return f"{either} is required"
+    return f"{either}: {rule}, got {details['input']!r}"
