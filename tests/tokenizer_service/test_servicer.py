@@ -1,0 +1,119 @@
+"""TokenizerService over gRPC."""
+
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import BadRequest
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from grpc_status import rpc_status
+from hypothesis import given
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+
+from llama.v1.sampling_pb2 import TokenIds
+from llama.v1.tokenizer_pb2 import (
+    DecodeRequest,
+    EncodeRequest,
+    GetVocabularyRequest,
+    Segment,
+)
+from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
+from tokenizer_service.tokenizer import Tokenizer
+
+SERVICE = "llama.v1.TokenizerService"
+
+
+def violations(error: grpc.RpcError) -> dict[str, str]:
+    """The fields that a refused call names, with the rule that each breaks."""
+    status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]  # client errors are calls
+    bad_request = BadRequest()
+    assert status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert status.details[0].Unpack(bad_request)
+    return {each.field: each.description for each in bad_request.field_violations}
+
+
+@given(st.lists(st.tuples(st.text(), st.booleans(), st.booleans()), max_size=20))
+def test_encode_gives_sentencepieces_ids_in_order(
+    stub: TokenizerServiceStub,
+    reference: SentencePieceProcessor,
+    wanted: list[tuple[str, bool, bool]],
+) -> None:
+    segments = [Segment(text=text, bos=bos, eos=eos) for text, bos, eos in wanted]
+    response = stub.Encode(EncodeRequest(segments=segments))
+    assert [list(segment.ids) for segment in response.segments] == [
+        reference.Encode(text, add_bos=bos, add_eos=eos) for text, bos, eos in wanted
+    ]
+
+
+@given(st.lists(st.lists(st.integers(0, 559)), max_size=20))
+def test_decode_gives_sentencepieces_text_in_order(
+    stub: TokenizerServiceStub, reference: SentencePieceProcessor, sequences: list[list[int]]
+) -> None:
+    request = DecodeRequest(sequences=[TokenIds(ids=ids) for ids in sequences])
+    assert list(stub.Decode(request).texts) == [reference.Decode(ids) for ids in sequences]
+
+
+def test_vocabulary_comes_with_all_that_decoding_needs(
+    stub: TokenizerServiceStub, tokenizer: Tokenizer
+) -> None:
+    vocabulary = stub.GetVocabulary(GetVocabularyRequest())
+    assert list(vocabulary.pieces) == tokenizer.vocabulary()
+    assert (vocabulary.bos_id, vocabulary.eos_id) == (1, 2)
+    assert not vocabulary.HasField("pad_id")
+    assert vocabulary.dummy_prefix
+    assert vocabulary.fingerprint == tokenizer.fingerprint
+
+
+def test_every_sequence_with_an_unknown_id_is_named(stub: TokenizerServiceStub) -> None:
+    sequences = [TokenIds(ids=ids) for ids in ([1, 2], [5, 6, 7, 560], [], [2**32 - 1])]
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Decode(DecodeRequest(sequences=sequences))
+    assert violations(error.value) == {
+        "sequences[1].ids[3]": "must be from 0 to 559, got 560",
+        "sequences[3].ids[0]": "must be from 0 to 559, got 4294967295",
+    }
+
+
+def test_4096_segments_are_the_most(stub: TokenizerServiceStub) -> None:
+    request = EncodeRequest(segments=[Segment(text="a")] * 4096)
+    assert len(stub.Encode(request).segments) == 4096
+    request.segments.add(text="a")
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Encode(request)
+    assert violations(error.value) == {"segments": "at most 4096 a call, got 4097"}
+
+
+def test_4096_sequences_are_the_most(stub: TokenizerServiceStub) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Decode(DecodeRequest(sequences=[TokenIds()] * 4097))
+    assert violations(error.value) == {"sequences": "at most 4096 a call, got 4097"}
+
+
+def test_lone_surrogate_on_the_wire_is_the_callers_fault(channel: grpc.Channel) -> None:
+    encode: Any = channel.unary_unary(f"/{SERVICE}/Encode")
+    with pytest.raises(grpc.RpcError) as error:
+        encode(b"\x0a\x05\x0a\x03\xed\xa0\x80")  # segments { text: U+D800 as UTF-8 forbids it }
+    failed: Any = error.value
+    assert failed.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "strings must be valid UTF-8" in failed.details()
+
+
+def test_health_answers_while_a_long_text_is_encoded(channel: grpc.Channel, begin: Any) -> None:
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    encoding = begin(channel, EncodeRequest(segments=[Segment(text="llama " * 600_000)]))
+    answer = health.Check(HealthCheckRequest(service=SERVICE))
+    assert not encoding.done()
+    assert answer.status == HealthCheckResponse.SERVING
+    assert len(next(encoding).segments[0].ids) > 600_000
+
+
+def test_reflection_describes_the_service(channel: grpc.Channel) -> None:
+    database = ProtoReflectionDescriptorDatabase(channel)
+    assert set(database.get_services()) >= {SERVICE, "grpc.health.v1.Health"}
+    described = database.FindFileContainingSymbol(SERVICE).service[0]
+    assert [method.name for method in described.method] == ["Encode", "Decode", "GetVocabulary"]

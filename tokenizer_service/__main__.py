@@ -1,0 +1,37 @@
+"""`python -m tokenizer_service --tokenizer_path FILE`."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+from pydantic import Field
+
+from serving import logs
+from serving.server import serve
+from serving.settings import Port, ServerSettings, parse
+from tokenizer_service.servicer import tokenizer_service
+from tokenizer_service.tokenizer import Tokenizer, TokenizerFileError
+
+
+class TokenizerSettings(ServerSettings):
+    """Serves llama.v1.TokenizerService: text to token ids and back, by SentencePiece."""
+
+    port: Port = 50052
+    tokenizer_path: Annotated[Path, Field(description="SentencePiece model file, tokenizer.model")]
+
+
+def main() -> None:
+    settings = parse(TokenizerSettings, prog="python -m tokenizer_service")
+    logs.configure(settings)
+    try:
+        tokenizer = Tokenizer(settings.tokenizer_path)
+    except TokenizerFileError as error:
+        logs.exit_with_error(str(error))
+    log = structlog.stdlib.get_logger("tokenizer_service")
+    log.info("tokenizer loaded", pieces=tokenizer.n_words, fingerprint=tokenizer.fingerprint)
+    asyncio.run(serve(settings, tokenizer_service(tokenizer)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""TokenizerService over gRPC: limits and field-level errors around a `Tokenizer`.
+
+SentencePiece runs in worker threads (it releases the interpreter lock), because a request of the
+largest size takes most of a second and health checks must not wait for it.
+"""
+
+import asyncio
+
+import grpc
+
+from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from llama.v1.sampling_pb2 import TokenIds
+from llama.v1.tokenizer_pb2 import (
+    DecodeRequest,
+    DecodeResponse,
+    EncodeRequest,
+    EncodeResponse,
+    GetVocabularyRequest,
+    GetVocabularyResponse,
+)
+from serving.errors import Violation, invalid_argument
+from serving.server import Service
+from tokenizer_service.tokenizer import TokenIdError, Tokenizer
+
+MAX_SEGMENTS = 4096
+SERVICE_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+
+
+def tokenizer_service(tokenizer: Tokenizer) -> Service:
+    """The service as `serving` runs it: healthy as soon as it listens, it waits for nobody."""
+
+    def register(server: grpc.aio.Server) -> None:
+        servicer = TokenizerServicer(tokenizer)
+        tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(servicer, server)
+
+    return Service(names=[SERVICE_NAME], register=register)
+
+
+class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = GetVocabularyResponse(
+            pieces=tokenizer.vocabulary(),
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
+            dummy_prefix=tokenizer.dummy_prefix,
+            fingerprint=tokenizer.fingerprint,
+        )
+
+    async def Encode(self, request: EncodeRequest, _context: object) -> EncodeResponse:
+        _check_count("segments", len(request.segments))
+        return await asyncio.to_thread(self._encode, request)
+
+    async def Decode(self, request: DecodeRequest, _context: object) -> DecodeResponse:
+        _check_count("sequences", len(request.sequences))
+        return await asyncio.to_thread(self._decode, request)
+
+    async def GetVocabulary(
+        self, _request: GetVocabularyRequest, _context: object
+    ) -> GetVocabularyResponse:
+        return self._vocabulary
+
+    def _encode(self, request: EncodeRequest) -> EncodeResponse:
+        encode = self._tokenizer.encode
+        return EncodeResponse(
+            segments=[TokenIds(ids=encode(s.text, s.bos, s.eos)) for s in request.segments]
+        )
+
+    def _decode(self, request: DecodeRequest) -> DecodeResponse:
+        texts, violations = [], []
+        for index, sequence in enumerate(request.sequences):
+            try:
+                texts.append(self._tokenizer.decode(sequence.ids))
+            except TokenIdError as error:
+                field = f"sequences[{index}].ids[{error.index}]"
+                violations.append(Violation(field, error.rule))
+        if violations:
+            raise invalid_argument(violations)
+        return DecodeResponse(texts=texts)
+
+
+def _check_count(field: str, count: int) -> None:
+    if count > MAX_SEGMENTS:
+        raise invalid_argument([Violation(field, f"at most {MAX_SEGMENTS} a call, got {count}")])
