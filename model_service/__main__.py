@@ -1,0 +1,63 @@
+"""`python -m model_service`, or under torchrun one process per shard.
+
+Rank 0 leads: it alone serves gRPC. The others run its steps until it lets them go.
+"""
+
+import asyncio
+import hashlib
+import signal
+from pathlib import Path
+
+from model_service import distributed
+from model_service.replica import Replica, load_replica
+from model_service.server import ModelServer
+from model_service.settings import ModelSettings
+from serving.errors import StartError
+from serving.logs import configure, exit_with_error
+from serving.server import serve
+from serving.settings import parse
+
+
+def main() -> None:
+    settings = parse(ModelSettings, "python -m model_service")
+    configure(settings)
+    try:
+        replica = load_replica(settings.replica_options())
+        if not replica.is_leader:
+            follow(replica)
+            return
+        asyncio.run(lead(settings, replica))
+    except StartError as error:
+        # All ranks find the same fault; once on each machine is enough.
+        if not distributed.first_on_machine():
+            raise SystemExit(1) from None
+        exit_with_error(str(error))
+    replica.runner.release_followers()
+
+
+async def lead(settings: ModelSettings, replica: Replica) -> None:
+    path = settings.tokenizer_path
+    server = ModelServer(replica, "" if path is None else tokenizer_fingerprint(path))
+    await serve(settings, server.service())
+    server.stop()
+
+
+def follow(replica: Replica) -> None:
+    # torchrun passes SIGTERM to every rank, but the leader still has sequences to finish.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, signal.SIG_IGN)
+    try:
+        replica.runner.follow()
+    except RuntimeError as error:  # what torch.distributed raises when a peer is gone
+        raise StartError(f"lost the leader: {error}") from error
+
+
+def tokenizer_fingerprint(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise StartError(f"--tokenizer_path {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The process group of a replica: one process per shard, as torchrun starts them, or a single one.
+
+Without torchrun's environment the process makes a group of its own, so `python -m model_service`
+needs nothing but the command.
+"""
+
+import atexit
+import contextlib
+import io
+import os
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+from torch._C._distributed_c10d import HashStore
+
+from serving.errors import StartError
+
+
+def initialize(device_type: str) -> torch.device:
+    """Joins the group, and makes fairscale's tensor-parallel groups over all of it.
+
+    Args:
+        device_type: "cpu" or "cuda".
+
+    Returns:
+        The device of this rank.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device_type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise StartError(
+                f"{local_world_size()} shards on this machine, but it has "
+                f"{torch.cuda.device_count()} CUDA devices: start one shard per device"
+            )
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        # Plans travel on the CPU (gloo) whatever the device of the weights.
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        # Else gloo's threads outlive the interpreter, and may abort the process at its end.
+        atexit.register(dist.destroy_process_group)
+    if not fairscale_groups.model_parallel_is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+            fairscale_groups.initialize_model_parallel(dist.get_world_size())
+    return torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+
+
+def first_on_machine() -> bool:
+    """Whether this is the lowest rank on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def local_world_size() -> int:
+    """Shards on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def use_threads(threads: int | None) -> None:
+    """Sets the threads of this rank: as given, or its share of the cores that it may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or max(1, (cores or 1) // local_world_size()))

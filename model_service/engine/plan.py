@@ -1,0 +1,57 @@
+"""What every rank must know of a step, and its form on the wire: one vector of 32-bit integers.
+
+The leader makes it, the followers rebuild it; no pickles, and nothing that a rank can work out for
+itself (positions and cache slots follow from lengths and block tables).
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_service.model.attention import SequenceSpan
+
+Vector = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step over a flat batch."""
+
+    spans: tuple[SequenceSpan, ...]
+    tokens: Vector  # [num_tokens], the spans' tokens one after the other
+    logit_rows: Vector  # [num_logits], indices into tokens
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Position of each token in its own sequence [num_tokens]."""
+        return np.concatenate(
+            [
+                np.arange(span.context_length - span.query_length, span.context_length)
+                for span in self.spans
+            ]
+        )
+
+    def encode(self) -> Vector:
+        """Three counts, three numbers per span, then tokens, logit rows and block tables."""
+        header = [len(self.spans), len(self.tokens), len(self.logit_rows)]
+        for span in self.spans:
+            header += (span.query_length, span.context_length, len(span.block_table))
+        tables = [np.asarray(span.block_table, dtype=np.int32) for span in self.spans]
+        return np.concatenate(
+            [np.asarray(header, dtype=np.int32), self.tokens, self.logit_rows, *tables]
+        )
+
+    @classmethod
+    def decode(cls, vector: Vector) -> Self:
+        """The plan that `encode` gave `vector` for."""
+        num_spans, num_tokens, num_logits = (int(count) for count in vector[:3])
+        lengths = vector[3 : 3 + 3 * num_spans].reshape(-1, 3).tolist()
+        rest = vector[3 + 3 * num_spans :]
+        tokens, logit_rows, tables = np.split(rest, [num_tokens, num_tokens + num_logits])
+        spans = []
+        for query_length, context_length, blocks in lengths:
+            spans.append(SequenceSpan(query_length, context_length, tables[:blocks].tolist()))
+            tables = tables[blocks:]
+        return cls(tuple(spans), tokens, logit_rows)

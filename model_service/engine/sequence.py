@@ -1,0 +1,149 @@
+"""A sequence: one prompt and the answer that grows behind it, with all that the engine knows of it.
+
+Only the engine's thread touches a Sequence; what leaves the engine is a SequenceOutput.
+"""
+
+import enum
+import time
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen; the meaning of each field is in protos/llama/v1/sampling.proto."""
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int | None = None
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature <= 0
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the logits are changed before the temperature divides them."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What the engine is asked for."""
+
+    request_id: Hashable
+    prompt_ids: tuple[int, ...]  # prompt, then `offset` tokens of the answer made elsewhere
+    max_gen_len: int  # tokens of the answer, those made elsewhere included
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+    offset: int = 0
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+    top_logprobs: int = 0
+    priority: int = 0
+
+
+class FinishReason(enum.Enum):
+    """Why the engine let go of a sequence."""
+
+    STOP = enum.auto()
+    LENGTH = enum.auto()
+    CANCELLED = enum.auto()
+    REFUSED = enum.auto()  # the request breaks a limit of the engine
+    FAILED = enum.auto()  # the network gave no usable logits
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's own logprob, and the most probable alternatives as (id, logprob), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+# What the first token of a prompt gets: nothing comes before it that could predict it.
+UNPREDICTED = TokenLogprobs(0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds."""
+
+    queued: float  # from arrival to the first step
+    prefill: float  # from the first step to the first generated token
+    decode: float  # from the first generated token to the last
+    compute: float  # share of step time, by tokens computed
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What a step made for one sequence."""
+
+    request_id: Hashable
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per id, if asked for
+    finish_reason: FinishReason | None = None
+    timings: Timings | None = None  # with finish_reason
+    error: str = ""  # with REFUSED and FAILED
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one request inside the engine."""
+
+    request: GenerationRequest
+    limit: int  # most tokens that prompt and answer may have together
+    tokens: list[int]  # prompt, then answer
+    arrival: int  # order of arrival: the youngest is preempted first
+    block_table: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    prompt_scores: list[TokenLogprobs] = field(default_factory=list)
+    arrived_at: float = field(default_factory=time.monotonic)
+    first_step_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    compute: float = 0.0
+
+    @classmethod
+    def from_request(cls, request: GenerationRequest, context: int, arrival: int) -> "Sequence":
+        prompt = len(request.prompt_ids) - request.offset
+        limit = min(context, prompt + request.max_gen_len)
+        return cls(request, limit, list(request.prompt_ids), arrival)
+
+    @property
+    def unscored(self) -> int:
+        """The first prompt token whose logprob is to be computed; past the prompt when done."""
+        if not self.request.prompt_logprobs:
+            return len(self.request.prompt_ids)
+        return max(1, len(self.prompt_scores))
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def generates(self) -> bool:
+        """Whether there is room for another token."""
+        return len(self.tokens) < self.limit
+
+    @property
+    def needs_no_step(self) -> bool:
+        """Whether it is complete as it stands."""
+        return not self.generates and self.unscored >= len(self.request.prompt_ids)
+
+    def timings(self) -> Timings:
+        now = time.monotonic()
+        first_step = self.first_step_at or now
+        first_token = self.first_token_at or now
+        return Timings(
+            queued=first_step - self.arrived_at,
+            prefill=first_token - first_step,
+            decode=(self.last_token_at or first_token) - first_token,
+            compute=self.compute,
+        )

@@ -1,0 +1,157 @@
+"""Between the wire's messages and the engine's values: what a request may hold is checked here.
+
+The gateway has checked its clients' requests; this second, shorter check keeps a faulty or foreign
+caller from harming the sequences of others.
+"""
+
+import dataclasses
+import math
+from datetime import timedelta
+
+from google.protobuf.duration_pb2 import Duration
+
+from llama.v1 import model_pb2, sampling_pb2
+from model_service.engine.engine import EngineLimits
+from model_service.engine.sequence import (
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    SequenceOutput,
+    Timings,
+    TokenLogprobs,
+)
+from serving.errors import Violation, invalid_argument
+
+MAX_TOP_LOGPROBS = 20
+
+_FINISH_REASONS = {
+    FinishReason.STOP: sampling_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: sampling_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: sampling_pb2.FINISH_REASON_CANCELLED,
+}
+INVALID_ARGUMENT, INTERNAL = 3, 13  # google.rpc.Code
+
+
+def generation_request(
+    start: model_pb2.StartSequence, stream: int, limits: EngineLimits
+) -> GenerationRequest:
+    """The engine's request for a `StartSequence`, known to it as (stream, request_id).
+
+    Raises:
+        RequestError: INVALID_ARGUMENT with every field that breaks its rule.
+    """
+    sampling = _sampling(start.sampling)
+    violations = _violations(start, sampling, limits)
+    if violations:
+        raise invalid_argument(violations)
+    wire = start.sampling
+    return GenerationRequest(
+        request_id=(stream, start.request_id),
+        prompt_ids=tuple(start.prompt_ids),
+        max_gen_len=wire.max_gen_len if wire.HasField("max_gen_len") else limits.context_length - 1,
+        sampling=sampling,
+        stop_ids=frozenset() if wire.ignore_eos else frozenset(start.stop_ids),
+        offset=start.offset,
+        logprobs=start.logprobs,
+        prompt_logprobs=start.prompt_logprobs,
+        top_logprobs=start.top_logprobs,
+        priority=start.priority,
+    )
+
+
+def token_event(request_id: str, output: SequenceOutput) -> model_pb2.TokenEvent:
+    """The wire's event for what a step made."""
+    event = model_pb2.TokenEvent(
+        request_id=request_id,
+        ids=output.ids,
+        logprobs=[entry.logprob for entry in output.logprobs],
+        top=[_top(entry) for entry in output.logprobs]
+        if any(e.top for e in output.logprobs)
+        else (),
+    )
+    if output.timings is not None:
+        event.timings.CopyFrom(_timings(output.timings))
+    match output.finish_reason:
+        case None:
+            pass
+        case FinishReason.REFUSED:
+            event.error.CopyFrom(
+                model_pb2.SequenceError(code=INVALID_ARGUMENT, message=output.error)
+            )
+        case FinishReason.FAILED:
+            event.error.CopyFrom(model_pb2.SequenceError(code=INTERNAL, message=output.error))
+        case reason:
+            event.finish_reason = _FINISH_REASONS[reason]
+    return event
+
+
+def _sampling(wire: sampling_pb2.SamplingParams) -> SamplingParams:
+    """Fields that are present; the engine's defaults are the contract's."""
+    names = [entry.name for entry in dataclasses.fields(SamplingParams)]
+    present = {
+        name: getattr(wire, name)
+        for name in names
+        if name != "logit_bias" and wire.HasField(name)  # type: ignore[arg-type]  # checked by tests
+    }
+    return SamplingParams(**present, logit_bias=dict(wire.logit_bias))
+
+
+def _violations(
+    start: model_pb2.StartSequence, sampling: SamplingParams, limits: EngineLimits
+) -> list[Violation]:
+    def broken(name: str, rule: str, holds: bool) -> list[Violation]:
+        return [] if holds else [Violation(f"start.{name}", rule)]
+
+    numbers = (sampling.presence_penalty, sampling.frequency_penalty, *sampling.logit_bias.values())
+    return [
+        *broken("request_id", "must not be empty", bool(start.request_id)),
+        *broken("sampling.temperature", "must be finite", math.isfinite(sampling.temperature)),
+        *broken("sampling.top_p", "must be from 0 to 1", 0 <= sampling.top_p <= 1),
+        *broken(
+            "sampling.top_k", "must be at least 1", sampling.top_k is None or sampling.top_k >= 1
+        ),
+        *broken(
+            "sampling.repetition_penalty",
+            "must be a number above 0",
+            0 < sampling.repetition_penalty < math.inf,
+        ),
+        *broken(
+            "sampling", "penalties and biases must be finite", all(map(math.isfinite, numbers))
+        ),
+        *broken(
+            "sampling.logit_bias",
+            f"ids must be less than {limits.vocab_size}",
+            all(token < limits.vocab_size for token in sampling.logit_bias),
+        ),
+        *broken(
+            "sampling.seed",
+            "must be present when temperature is above 0",
+            sampling.greedy or start.sampling.HasField("seed"),
+        ),
+        *broken(
+            "top_logprobs",
+            f"must be from 0 to {MAX_TOP_LOGPROBS}",
+            start.top_logprobs <= MAX_TOP_LOGPROBS,
+        ),
+    ]
+
+
+def _top(entry: TokenLogprobs) -> model_pb2.TopLogprobs:
+    return model_pb2.TopLogprobs(
+        entries=[sampling_pb2.TopLogprob(id=token, logprob=value) for token, value in entry.top]
+    )
+
+
+def _timings(timings: Timings) -> model_pb2.Timings:
+    return model_pb2.Timings(
+        queued=_duration(timings.queued),
+        prefill=_duration(timings.prefill),
+        decode=_duration(timings.decode),
+        compute=_duration(timings.compute),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromTimedelta(timedelta(seconds=seconds))
+    return duration

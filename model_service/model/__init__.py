@@ -1,0 +1,1 @@
+"""The Llama 2 network: its shape, its layers, and how checkpoints become weights."""

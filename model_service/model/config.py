@@ -1,0 +1,130 @@
+"""The shape of a Llama 2 network, as `params.json` states it.
+
+Sizes that Meta's code derives (head and hidden dimension) are derived here and nowhere else.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_service.model.errors import CheckpointError
+
+ROPE_THETA = 10000.0
+VOCAB_SIZE_FROM_EMBEDDING = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Meta's `ModelArgs` (llama/model.py), without the run-time limits."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    vocab_size: int = VOCAB_SIZE_FROM_EMBEDDING
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; fewer than `n_heads` in grouped-query attention."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward layer: `FeedForward.__init__` in Meta's llama/model.py."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full (unsharded) shape of every parameter, by Meta's names."""
+        query, key_value = self.n_heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
+        for layer in range(self.n_layers):
+            prefix = f"layers.{layer}."
+            shapes |= {
+                f"{prefix}attention.wq.weight": (query, self.dim),
+                f"{prefix}attention.wk.weight": (key_value, self.dim),
+                f"{prefix}attention.wv.weight": (key_value, self.dim),
+                f"{prefix}attention.wo.weight": (self.dim, query),
+                f"{prefix}feed_forward.w1.weight": (self.hidden_dim, self.dim),
+                f"{prefix}feed_forward.w2.weight": (self.dim, self.hidden_dim),
+                f"{prefix}feed_forward.w3.weight": (self.hidden_dim, self.dim),
+                f"{prefix}attention_norm.weight": (self.dim,),
+                f"{prefix}ffn_norm.weight": (self.dim,),
+            }
+        return shapes | {
+            "norm.weight": (self.dim,),
+            "output.weight": (self.vocab_size, self.dim),
+        }
+
+    def indivisible_by(self, shards: int) -> list[str]:
+        """What cannot be cut into `shards` equal parts, each as `name value`."""
+        sizes = {
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.kv_heads,
+            "dim": self.dim,
+            "hidden_dim": self.hidden_dim,
+            "vocab_size": self.vocab_size,
+        }
+        return [f"{name} {size}" for name, size in sizes.items() if size % shards]
+
+
+def read_params(path: Path) -> ModelConfig:
+    """The configuration in a `params.json`.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or does not describe a Llama 2 network.
+    """
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            path, "not found", "name the folder that holds params.json and consolidated.*.pth"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            path, f"cannot be read: {error.strerror}", "make it readable"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(path, f"is not JSON: {error}", "copy it again") from error
+    if not isinstance(params, dict):
+        raise CheckpointError(path, "holds no JSON object", "copy it again")
+    return _validated(path, params)
+
+
+def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(params) - known)
+    if unknown:
+        raise CheckpointError(
+            path,
+            f"has settings that Llama 2 does not know: {', '.join(unknown)}",
+            "serve a Llama 2 checkpoint in Meta's format",
+        )
+    fractions = {"ffn_dim_multiplier", "norm_eps"}
+    for name, value in params.items():
+        allowed = (int, float) if name in fractions else (int,)
+        absent = value is None and name in {"n_kv_heads", "ffn_dim_multiplier"}
+        unset = name == "vocab_size" and value == VOCAB_SIZE_FROM_EMBEDDING
+        valid = isinstance(value, allowed) and not isinstance(value, bool) and value > 0
+        if not (valid or absent or unset):
+            raise CheckpointError(path, f"{name} is {value!r}, not a positive number", "correct it")
+    config = ModelConfig(**params)  # type: ignore[arg-type]  # each value was checked above
+    if config.dim % config.n_heads or config.head_dim % 2 or config.n_heads % config.kv_heads:
+        raise CheckpointError(
+            path,
+            f"dim {config.dim}, n_heads {config.n_heads} and n_kv_heads {config.kv_heads} do not "
+            "divide into heads of even size",
+            "copy it again",
+        )
+    return config

@@ -1,0 +1,12 @@
+"""What can be wrong with a checkpoint; every message names the file and the fix."""
+
+from pathlib import Path
+
+from serving.errors import StartError
+
+
+class CheckpointError(StartError):
+    """A checkpoint file is missing, damaged, dangerous, or does not fit the others."""
+
+    def __init__(self, path: Path, problem: str, fix: str) -> None:
+        super().__init__(f"{path}: {problem}. To fix: {fix}.")

@@ -1,0 +1,198 @@
+"""Loads one rank of a replica: checkpoint, process group, memory, network, cache.
+
+The service and `llama.Llama.build` both start here; what they do with the replica is theirs.
+"""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model_service import distributed
+from model_service.engine.engine import Engine, EngineLimits
+from model_service.engine.plan_channel import LEADER, PlanChannel
+from model_service.engine.runner import ModelRunner
+from model_service.memory import MemoryPlan
+from model_service.model.attention import CacheShape, SdpaAttention
+from model_service.model.checkpoint import Checkpoint, open_checkpoint
+from model_service.model.config import ModelConfig
+from model_service.model.network import load_network
+from serving.errors import StartError
+
+_log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_BLOCKS = 1  # kept out of the pool
+# Below this many weights a shard's step is over sooner than a second thread wakes up, and on a busy
+# machine threads wait for each other at every layer.
+SMALL_MODEL = 20_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOptions:
+    """How to load a checkpoint; `auto` and None are decided by what the machine has."""
+
+    ckpt_dir: Path
+    max_seq_len: int = 512  # tokens of one sequence, prompt and answer
+    max_batch_size: int = 8  # sequences that run at once
+    max_step_tokens: int = 512  # tokens that one step computes
+    kv_cache_tokens: int | None = None  # default: max_batch_size × max_seq_len
+    block_size: int = 16  # tokens per block of the cache
+    dtype: str = "auto"  # float32 on the CPU, float16 (as Meta's code) on CUDA
+    device: str = "auto"  # cuda where there is one
+    threads: int | None = None
+    verify_checkpoint: bool = True
+    model_name: str | None = None  # default: the folder's name
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What was loaded."""
+
+    name: str
+    parameters: int
+    vocab_size: int
+    context_length: int
+    shards: int
+    dtype: str
+    device: str
+    fingerprint: str
+    max_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One rank of a loaded replica. The leader makes the engine, the others follow its runner."""
+
+    info: ModelInfo
+    limits: EngineLimits
+    runner: ModelRunner
+    is_leader: bool
+
+    def engine(self) -> Engine:
+        return Engine(self.runner, self.limits)
+
+
+def load_replica(options: ReplicaOptions) -> Replica:
+    """Loads this rank's shard of the checkpoint.
+
+    Raises:
+        StartError: the checkpoint, the machine or the options do not allow it; the message says
+            what to change. Raised on every rank, before anything large is allocated.
+    """
+    device_type, dtype = _choose(options)
+    checkpoint = open_checkpoint(options.ckpt_dir, verify=options.verify_checkpoint)
+    device = distributed.initialize(device_type)
+    shards, rank = dist.get_world_size(), dist.get_rank()
+    config = checkpoint.config
+    _check_shards(config, shards)
+    small = checkpoint.shard_parameters(shards) < SMALL_MODEL
+    distributed.use_threads(options.threads or (1 if small else None))
+
+    limits = _limits(options, config)
+    cache = CacheShape(
+        layers=config.n_layers,
+        blocks=limits.blocks + PROBE_BLOCKS,
+        block_size=limits.block_size,
+        kv_heads=config.kv_heads // shards,
+        head_dim=config.head_dim,
+    )
+    memory = MemoryPlan(
+        weights=checkpoint.shard_parameters(shards) * dtype.itemsize,
+        kv_cache=cache.bytes(dtype),
+        kv_tokens=limits.blocks * limits.block_size,
+    )
+    if rank == LEADER:
+        _log.info("%s: %s", options.ckpt_dir, _summary(checkpoint, shards, dtype, memory))
+    memory.check(device, 1 if device.type == "cuda" else distributed.local_world_size())
+    # No rank allocates before every rank has measured what is free.
+    dist.barrier()
+
+    network = load_network(
+        config,
+        limits.context_length,
+        checkpoint.read_shard(rank, shards, dtype, device),
+        device,
+    )
+    runner = ModelRunner(network, SdpaAttention(cache, dtype, device), PlanChannel(), device)
+    info = ModelInfo(
+        name=options.model_name or options.ckpt_dir.resolve().name,
+        parameters=checkpoint.parameters,
+        vocab_size=config.vocab_size,
+        context_length=limits.context_length,
+        shards=shards,
+        dtype=_name(dtype),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        fingerprint=_fingerprint(checkpoint, shards, dtype),
+        max_batch_size=limits.max_batch_size,
+    )
+    return Replica(info, limits, runner, is_leader=rank == LEADER)
+
+
+def _choose(options: ReplicaOptions) -> tuple[str, torch.dtype]:
+    """Device type and dtype, `auto` resolved."""
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise StartError(
+            "--device cuda, but PyTorch finds no CUDA device: check the driver with nvidia-smi and "
+            "that this is PyTorch's CUDA build, or use --device cpu"
+        )
+    device_type = ("cuda" if available else "cpu") if options.device == "auto" else options.device
+    if device_type == "cpu" and options.dtype == "float16":
+        raise StartError("--dtype float16 needs --device cuda; on the CPU use bfloat16 or float32")
+    default = "float16" if device_type == "cuda" else "float32"
+    return device_type, DTYPES[default if options.dtype == "auto" else options.dtype]
+
+
+def _check_shards(config: ModelConfig, shards: int) -> None:
+    indivisible = config.indivisible_by(shards)
+    if indivisible:
+        raise StartError(
+            f"{shards} shards do not divide {', '.join(indivisible)} of this checkpoint: "
+            "start a number of processes (--nproc_per_node) that does"
+        )
+
+
+def _limits(options: ReplicaOptions, config: ModelConfig) -> EngineLimits:
+    tokens = options.kv_cache_tokens or options.max_batch_size * options.max_seq_len
+    if tokens < options.max_seq_len:
+        raise StartError(
+            f"--kv_cache_tokens {tokens} is less than --max_seq_len {options.max_seq_len}: "
+            "the cache must hold at least one whole sequence"
+        )
+    return EngineLimits(
+        context_length=options.max_seq_len,
+        vocab_size=config.vocab_size,
+        max_batch_size=options.max_batch_size,
+        max_step_tokens=max(options.max_step_tokens, options.max_batch_size),
+        blocks=-(-tokens // options.block_size),
+        block_size=options.block_size,
+    )
+
+
+def _summary(checkpoint: Checkpoint, shards: int, dtype: torch.dtype, memory: MemoryPlan) -> str:
+    files = len(checkpoint.files)
+    return (
+        f"{_count(checkpoint.parameters)}, {files} file{'s' * (files > 1)}, {_name(dtype)}, "
+        f"{shards} shard{'s, each' if shards > 1 else ','} {memory}"
+    )
+
+
+def _count(parameters: int) -> str:
+    """As models are called: 13B, 3.9M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= size:
+            return f"{parameters / size:.{0 if parameters >= 10 * size else 1}f}{letter}"
+    return str(parameters)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fingerprint(checkpoint: Checkpoint, shards: int, dtype: torch.dtype) -> str:
+    identity = f"{checkpoint.fingerprint()} {shards} {_name(dtype)}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]

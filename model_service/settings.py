@@ -1,0 +1,65 @@
+"""The model service's settings; each is a flag and a CHASQUI_* variable."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from model_service.replica import ReplicaOptions
+from serving.settings import Port, ServerSettings
+
+MAX_CONTEXT = 4096  # what Llama 2 was trained on
+
+
+class ModelSettings(ServerSettings):
+    port: Port = 50053
+    ckpt_dir: Annotated[
+        Path, Field(description="folder with Meta's params.json and consolidated.*.pth")
+    ]
+    tokenizer_path: Annotated[
+        Path | None,
+        Field(description="the checkpoint's tokenizer.model; the gateway then refuses another"),
+    ] = None
+    max_seq_len: Annotated[
+        int,
+        Field(ge=2, le=MAX_CONTEXT, description="most tokens of a prompt and its answer together"),
+    ] = 512
+    max_batch_size: Annotated[
+        int, Field(ge=1, le=1024, description="most sequences that run at once; others wait")
+    ] = 8
+    max_step_tokens: Annotated[
+        int,
+        Field(ge=1, le=65536, description="most tokens of one step; long prompts are cut to it"),
+    ] = 512
+    kv_cache_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="tokens in the KV cache; default max_batch_size × max_seq_len"),
+    ] = None
+    block_size: Annotated[
+        int, Field(ge=1, le=256, description="tokens per block of the KV cache")
+    ] = 16
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="auto is float32 on the CPU, and on CUDA float16 as in Meta's code"),
+    ] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Field(description="auto is cuda where PyTorch finds a device"),
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="CPU threads per shard; default its share of the cores",
+        ),
+    ] = None
+    verify_checkpoint: Annotated[
+        bool, Field(description="compare all weights with their checksums before loading")
+    ] = True
+    model_name: Annotated[
+        str | None, Field(description="name that clients see; default the folder's name")
+    ] = None
+
+    def replica_options(self) -> ReplicaOptions:
+        names = ReplicaOptions.__dataclass_fields__
+        return ReplicaOptions(**{name: getattr(self, name) for name in names})

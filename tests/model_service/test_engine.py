@@ -1,0 +1,247 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_service.engine.engine import Engine
+from model_service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
+
+Case = dict[str, Any]
+Cases = Callable[[str], list[Case]]
+
+
+def differences(answers: dict[Any, Any], cases: list[Case]) -> list[str]:
+    """Ids of the cases whose tokens or logprobs are not those of Meta's code."""
+    return [
+        case["id"]
+        for case in cases
+        if answers[case["id"]].ids != case["ids"]
+        or answers[case["id"]].logprobs != pytest.approx(case["logprobs"], abs=1e-4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("mha-mp1", "mha"),
+        ("mha-mp2", "mha"),
+        ("mha-mp1-bf16", "mha-bf16"),
+        ("gqa-mp1", "gqa"),
+        ("gqa-mp2", "gqa"),
+        ("gqa-mp4", "gqa"),
+    ],
+)
+def test_golden_cases_in_one_batch(
+    checkpoint: str, name: str, make_engine: Any, cases: Cases, request_for: Any, run: Any
+) -> None:
+    engine = make_engine(checkpoint, max_batch_size=40)
+    answers = run(engine, [request_for(case) for case in cases(name)])
+    assert differences(answers, cases(name)) == []
+
+
+@settings(max_examples=10)
+@given(
+    max_batch_size=st.integers(1, 12),
+    max_step_tokens=st.integers(1, 64),
+    block_size=st.integers(1, 40),
+    spare_tokens=st.integers(0, 300),
+    first=st.integers(0, 30),
+)
+def test_no_engine_setting_changes_an_answer(
+    make_engine: Any,
+    cases: Cases,
+    request_for: Any,
+    run: Any,
+    max_batch_size: int,
+    max_step_tokens: int,
+    block_size: int,
+    spare_tokens: int,
+    first: int,
+) -> None:
+    engine = make_engine(
+        max_batch_size=max_batch_size,
+        max_step_tokens=max_step_tokens,
+        block_size=block_size,
+        kv_cache_tokens=256 + spare_tokens,
+    )
+    chosen = cases("gqa")[first : first + 5]
+    assert differences(run(engine, [request_for(case) for case in chosen]), chosen) == []
+    load = engine.load()
+    assert (load.running, load.waiting, load.free_blocks) == (0, 0, load.total_blocks)
+
+
+def test_a_pool_too_small_for_the_load_preempts_and_loses_nothing(
+    make_engine: Any, cases: Cases, request_for: Any, run: Any
+) -> None:
+    engine = make_engine(kv_cache_tokens=256, max_batch_size=16)
+    answers = run(engine, [request_for(case) for case in cases("gqa")])
+    assert differences(answers, cases("gqa")) == []
+    assert engine.load().preemptions > 0
+
+
+def test_a_long_prompt_does_not_stall_a_running_sequence(
+    make_engine: Any, request_for: Any, cases: Cases
+) -> None:
+    engine = make_engine(max_step_tokens=8)
+    engine.add(request_for(cases("gqa")[0], request_id="running"))
+    while not any(output.ids for output in engine.step()):
+        pass
+    engine.add(request_for(cases("gqa")[0], request_id="long", prompt_ids=(1,) * 200))
+    for _ in range(20):
+        advanced = {output.request_id for output in engine.step()}
+        assert "running" in advanced
+        assert "long" not in advanced
+
+
+def test_cancelling_frees_the_blocks_before_the_next_step(
+    make_engine: Any, request_for: Any, cases: Cases
+) -> None:
+    engine = make_engine()
+    for case in cases("gqa")[:4]:
+        engine.add(request_for(case))
+    engine.step()
+    assert engine.load().free_blocks < engine.load().total_blocks
+    for case in cases("gqa")[:4]:
+        engine.cancel(case["id"])
+    assert engine.load().free_blocks == engine.load().total_blocks
+    assert {output.finish_reason for output in engine.step()} == {FinishReason.CANCELLED}
+    assert not engine.has_work
+
+
+def test_a_waiting_sequence_can_be_cancelled(
+    make_engine: Any, request_for: Any, cases: Cases, run: Any
+) -> None:
+    engine = make_engine(max_batch_size=1)
+    first, second, third = cases("gqa")[:3]
+    for case in (first, second):
+        engine.add(request_for(case))
+    engine.cancel(second["id"])
+    cancelled = [output for output in engine.step() if output.finish_reason is not None]
+    assert [output.request_id for output in cancelled] == [second["id"]]
+    engine.cancel(first["id"])
+    engine.step()
+    assert differences(run(engine, [request_for(third)]), [third]) == []
+
+
+def seeded(request_id: object, seed: int, **changes: Any) -> GenerationRequest:
+    sampling = SamplingParams(temperature=0.8, seed=seed)
+    return GenerationRequest(request_id, (1, 40, 50, 60, seed % 500), 40, sampling, **changes)
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_beside_others(make_engine: Any, run: Any) -> None:
+    alone = run(make_engine(), [seeded("it", 42)])["it"].ids
+    crowd = [seeded(i, i) for i in range(15)]
+    beside = run(make_engine(max_batch_size=16), [*crowd[:7], seeded("it", 42), *crowd[7:]])
+    assert beside["it"].ids == alone
+    assert len({tuple(answer.ids) for answer in beside.values()}) > 10
+
+
+def test_a_generation_goes_on_elsewhere_as_if_it_had_never_moved(
+    make_engine: Any, run: Any
+) -> None:
+    whole = run(make_engine(), [seeded("it", 42, logprobs=True)])["it"]
+    start = seeded("it", 42, logprobs=True)
+    moved = GenerationRequest(
+        "it", start.prompt_ids + tuple(whole.ids[:17]), 40, start.sampling, offset=17, logprobs=True
+    )
+    rest = run(make_engine(), [moved])["it"]
+    assert rest.ids == whole.ids[17:]
+    assert rest.logprobs == pytest.approx(whole.logprobs[17:], abs=1e-4)
+    assert rest.finish_reason is whole.finish_reason is FinishReason.LENGTH
+
+
+def test_a_prompt_that_fills_the_context_gets_an_empty_answer(
+    make_engine: Any, run: Any, request_for: Any, cases: Cases
+) -> None:
+    engine = make_engine(max_seq_len=16)
+    prompt = tuple(cases("gqa")[0]["prompt_ids"][:16])
+    full = request_for(cases("gqa")[0], prompt_ids=prompt)
+    scored = request_for(
+        cases("gqa")[0], request_id="scored", prompt_ids=prompt, prompt_logprobs=True
+    )
+    answers = run(engine, [full, scored])
+    assert answers[full.request_id].ids == []
+    assert answers["scored"].ids == list(prompt)
+    assert len(answers["scored"].logprobs) == 16
+    assert answers["scored"].logprobs[0] == 0.0
+    assert {answer.finish_reason for answer in answers.values()} == {FinishReason.LENGTH}
+
+
+def test_end_of_sequence_inside_a_prompt_stops_nothing(
+    make_engine: Any, run: Any, request_for: Any, cases: Cases
+) -> None:
+    prompt = (*cases("gqa")[0]["prompt_ids"], 2, 1, 100)
+    answer = run(make_engine(), [request_for(cases("gqa")[0], prompt_ids=prompt)])
+    assert len(answer["one_turn"].ids) > 0
+
+
+def test_top_logprobs_name_the_chosen_token_of_a_greedy_answer(
+    make_engine: Any, request_for: Any, cases: Cases
+) -> None:
+    engine: Engine = make_engine()
+    engine.add(request_for(cases("gqa")[0], top_logprobs=3))
+    (output,) = engine.step()
+    (entry,) = output.logprobs
+    assert len(entry.top) == 3
+    assert entry.top[0] == (output.ids[0], entry.logprob)
+
+
+def test_a_higher_priority_goes_first(make_engine: Any, request_for: Any, cases: Cases) -> None:
+    engine = make_engine(max_batch_size=1)
+    engine.add(request_for(cases("gqa")[0], request_id="low", max_gen_len=1))
+    engine.add(request_for(cases("gqa")[1], request_id="high", max_gen_len=1, priority=1))
+    assert [engine.step()[0].request_id for _ in range(2)] == ["high", "low"]
+
+
+def test_a_sequence_with_logits_that_are_not_finite_fails_alone(
+    checkpoint: Callable[[str], Path],
+    make_engine: Any,
+    cases: Cases,
+    request_for: Any,
+    run: Any,
+) -> None:
+    folder = checkpoint("gqa-mp1")
+    weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    weights["tok_embeddings.weight"][7] = float("nan")
+    torch.save(weights, folder / "consolidated.00.pth")
+    healthy = [case for case in cases("gqa")[:6] if 7 not in case["prompt_ids"] + case["ids"]]
+    assert len(healthy) > 2
+    broken = request_for(healthy[0], request_id="broken", prompt_ids=(1, 7, 9))
+    requests = [broken, *(request_for(case) for case in healthy)]
+    answers = run(make_engine("gqa-mp1", folder=folder.parent), requests)
+    assert answers["broken"].finish_reason is FinishReason.FAILED
+    assert "not finite for the token at position 3" in answers["broken"].error
+    assert differences(answers, healthy) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"prompt_ids": ()}, "prompt_ids must not be empty"),
+        ({"prompt_ids": (1,) * 257}, "prompt_ids has 257 tokens, the context length is 256"),
+        ({"prompt_ids": (1, 560)}, "prompt_ids holds 560, the vocabulary has 560 tokens"),
+        ({"offset": 23}, "offset must leave at least one token"),
+    ],
+)
+def test_a_request_that_breaks_a_limit_is_refused(
+    make_engine: Any, request_for: Any, cases: Cases, changes: dict[str, Any], rule: str
+) -> None:
+    engine = make_engine()
+    with pytest.raises(ValueError, match=rule):
+        engine.add(request_for(cases("gqa")[0], **changes))
+    assert not engine.has_work
+
+
+def test_compute_time_is_split_over_the_sequences_of_a_step(
+    make_engine: Any, request_for: Any, cases: Cases
+) -> None:
+    engine = make_engine()
+    engine.add(request_for(cases("gqa")[0], request_id="short", max_gen_len=1))
+    engine.add(request_for(cases("gqa")[0], request_id="other", max_gen_len=1))
+    short, other = (output.timings for output in engine.step())
+    assert short.compute == pytest.approx(other.compute)
+    assert 0 < short.compute < short.prefill
