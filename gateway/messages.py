@@ -1,0 +1,123 @@
+"""What the gateway made, as messages of the public contract. Chat and text messages differ in names
+alone, but clients read those names: both are written out.
+"""
+
+from gateway.answer import Delta
+from gateway.completion import Event, Finished, Prediction, Started
+from gateway.request import MAX_TOP_LOGPROBS, SAMPLING_DEFAULTS, default_max_gen_len
+from gateway.settings import GatewaySettings
+from llama.v1 import model_pb2
+from llama.v1.chat_pb2 import (
+    ROLE_ASSISTANT,
+    ChatCompleteStreamResponse,
+    ChatDelta,
+    ChatFinished,
+    ChatPrediction,
+    ChatStarted,
+    GetModelResponse,
+    Limits,
+    Message,
+    TextCompleteStreamResponse,
+    TextDelta,
+    TextFinished,
+    TextPrediction,
+    TextStarted,
+)
+from llama.v1.sampling_pb2 import SamplingParams
+
+
+def chat_event(sequence: int, index: int, event: Event) -> ChatCompleteStreamResponse:
+    """The event of the dialog at `index`, `sequence`-th of its stream."""
+    response = ChatCompleteStreamResponse(sequence=sequence)
+    match event:
+        case Started():
+            started = ChatStarted(
+                dialog_index=index,
+                usage=event.usage,
+                seed=event.seed,
+                fingerprint=event.fingerprint,
+                dropped_turns=event.dropped_turns,
+            )
+            response.started.CopyFrom(started)
+        case Delta():
+            response.delta.CopyFrom(
+                ChatDelta(dialog_index=index, text=event.text, tokens=event.tokens)
+            )
+        case Finished():
+            response.finished.CopyFrom(
+                ChatFinished(dialog_index=index, finish_reason=event.reason, usage=event.usage)
+            )
+    return response
+
+
+def text_event(sequence: int, index: int, event: Event) -> TextCompleteStreamResponse:
+    """The event of the prompt at `index`, `sequence`-th of its stream."""
+    response = TextCompleteStreamResponse(sequence=sequence)
+    match event:
+        case Started():
+            started = TextStarted(
+                prompt_index=index,
+                usage=event.usage,
+                seed=event.seed,
+                fingerprint=event.fingerprint,
+            )
+            response.started.CopyFrom(started)
+        case Delta():
+            response.delta.CopyFrom(
+                TextDelta(prompt_index=index, text=event.text, tokens=event.tokens)
+            )
+        case Finished():
+            response.finished.CopyFrom(
+                TextFinished(prompt_index=index, finish_reason=event.reason, usage=event.usage)
+            )
+    return response
+
+
+def chat_prediction(prediction: Prediction) -> ChatPrediction:
+    return ChatPrediction(
+        generation=Message(role=ROLE_ASSISTANT, content=prediction.text),
+        tokens=prediction.tokens,
+        finish_reason=prediction.finished.reason,
+        usage=prediction.finished.usage,
+        seed=prediction.started.seed,
+        fingerprint=prediction.started.fingerprint,
+        dropped_turns=prediction.started.dropped_turns,
+    )
+
+
+def text_prediction(prediction: Prediction) -> TextPrediction:
+    return TextPrediction(
+        generation=prediction.text,
+        tokens=prediction.tokens,
+        finish_reason=prediction.finished.reason,
+        usage=prediction.finished.usage,
+        seed=prediction.started.seed,
+        fingerprint=prediction.started.fingerprint,
+    )
+
+
+def model_response(
+    info: model_pb2.GetModelInfoResponse, replicas: int, settings: GatewaySettings
+) -> GetModelResponse:
+    """What `replicas` healthy replicas serve behind a gateway with these settings."""
+    defaults = SamplingParams(max_gen_len=default_max_gen_len(info.context_length))
+    defaults.MergeFrom(SAMPLING_DEFAULTS)
+    return GetModelResponse(
+        name=info.name,
+        context_length=info.context_length,
+        vocab_size=info.vocab_size,
+        parameters=info.parameters,
+        shards=info.shards,
+        replicas=replicas,
+        dtype=info.dtype,
+        quantization=info.quantization,
+        fingerprint=info.fingerprint,
+        limits=Limits(
+            max_dialogs=settings.max_dialogs,
+            max_messages=settings.max_messages,
+            max_request_bytes=settings.max_request_bytes,
+            max_queued_sequences=settings.max_queued_sequences,
+            max_top_logprobs=MAX_TOP_LOGPROBS,
+        ),
+        sampling_defaults=defaults,
+    )

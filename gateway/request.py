@@ -1,0 +1,238 @@
+"""What a request may hold: each field is checked against the range that protos/llama/v1 documents,
+and every violation is gathered with its field path, so that a client mends all of them at once. NaN
+passes any `x < low or x > high`: ranges are written the other way round, `not low <= x <= high`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gateway import dialog
+from gateway.stop_strings import StopString
+from llama.v1 import chat_pb2
+from llama.v1.sampling_pb2 import SamplingParams, TokenIds
+from serving.errors import Violation
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_LOGIT_BIASES = 1024
+
+# What absent fields mean; `max_gen_len` has a default too, which depends on the context length.
+SAMPLING_DEFAULTS = SamplingParams(
+    temperature=0.6,
+    top_p=0.9,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    ignore_eos=False,
+)
+
+_FLOAT_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+
+_ROLES: Mapping[int, str] = {
+    chat_pb2.ROLE_SYSTEM: dialog.SYSTEM,
+    chat_pb2.ROLE_USER: dialog.USER,
+    chat_pb2.ROLE_ASSISTANT: dialog.ASSISTANT,
+}
+
+ChatRequest = chat_pb2.ChatCompleteRequest | chat_pb2.ChatCompleteStreamRequest
+TextRequest = chat_pb2.TextCompleteRequest | chat_pb2.TextCompleteStreamRequest
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What a request may hold, as configured."""
+
+    max_dialogs: int
+    max_messages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a checked request asks of each of its generations."""
+
+    sampling: SamplingParams  # defaults filled in, without `stop` and perhaps without `seed`
+    stop: tuple[StopString, ...]
+    logprobs: bool
+    top_logprobs: int
+    echo: bool = False
+
+    @property
+    def prompt_logprobs(self) -> bool:
+        """Whether the model reports the prompt's tokens, in front of the answer's."""
+        return self.echo and self.logprobs
+
+
+def options(request: ChatRequest | TextRequest, context_length: int) -> Options:
+    """The options of a request without violations."""
+    sampling = SamplingParams()
+    sampling.CopyFrom(SAMPLING_DEFAULTS)
+    sampling.max_gen_len = default_max_gen_len(context_length)
+    sampling.MergeFrom(request.sampling)
+    stop = tuple(StopString.compile(text) for text in sampling.stop)
+    del sampling.stop[:]
+    echo = isinstance(request, TextRequest) and request.echo
+    return Options(sampling, stop, request.logprobs, request.top_logprobs, echo)
+
+
+def default_max_gen_len(context_length: int) -> int:
+    """Meta's rule; a context of one token still lets an answer be asked for."""
+    return max(1, context_length - 1)
+
+
+def parse_dialog(message: chat_pb2.Dialog) -> list[dialog.Message]:
+    """The dialog in the form that gateway.dialog works on."""
+    return [dialog.Message(_ROLES.get(each.role, ""), each.content) for each in message.messages]
+
+
+def chat_violations(
+    request: ChatRequest, limits: RequestLimits, vocab_size: int
+) -> list[Violation]:
+    """Every rule that a chat request breaks."""
+    found = _count_violations("dialogs", len(request.dialogs), limits.max_dialogs)
+    if not found:
+        for index, each in enumerate(request.dialogs):
+            found += _dialog_violations(each, limits, f"dialogs[{index}]")
+    return [
+        *found,
+        *_sampling_violations(request.sampling, vocab_size),
+        *_logprobs_violations(request),
+        *_context_policy_violations(request.context_policy),
+    ]
+
+
+def text_violations(
+    request: TextRequest, limits: RequestLimits, vocab_size: int
+) -> list[Violation]:
+    """Every rule that a text request breaks."""
+    if request.prompts and request.prompt_ids:
+        found = [Violation("prompt_ids", "cannot be given together with prompts")]
+    elif request.prompt_ids:
+        found = _count_violations("prompt_ids", len(request.prompt_ids), limits.max_dialogs)
+        if not found:
+            found = _prompt_ids_violations(request.prompt_ids, vocab_size)
+    else:
+        found = _count_violations("prompts", len(request.prompts), limits.max_dialogs)
+    return [
+        *found,
+        *_sampling_violations(request.sampling, vocab_size),
+        *_logprobs_violations(request),
+    ]
+
+
+def render_violations(
+    request: chat_pb2.RenderPromptRequest, limits: RequestLimits
+) -> list[Violation]:
+    """Every rule that a request to render breaks."""
+    return [
+        *_dialog_violations(request.dialog, limits, "dialog"),
+        *_context_policy_violations(request.context_policy),
+    ]
+
+
+def _dialog_violations(
+    message: chat_pb2.Dialog, limits: RequestLimits, path: str
+) -> list[Violation]:
+    if len(message.messages) > limits.max_messages:
+        return _count_violations(f"{path}.messages", len(message.messages), limits.max_messages)
+    return dialog.violations(parse_dialog(message), path)
+
+
+def _context_policy_violations(policy: int) -> list[Violation]:
+    """Protocol buffers let unknown numbers of an enum through."""
+    if policy in chat_pb2.ContextPolicy.values():
+        return []
+    return [Violation("context_policy", f"must be a value of ContextPolicy, not {policy}")]
+
+
+def _count_violations(path: str, count: int, limit: int) -> list[Violation]:
+    if count == 0:
+        return [Violation(path, "must not be empty")]
+    if count > limit:
+        return [Violation(path, f"must hold at most {limit} entries, not {count}")]
+    return []
+
+
+def _prompt_ids_violations(prompts: Sequence[TokenIds], vocab_size: int) -> list[Violation]:
+    found = []
+    for index, prompt in enumerate(prompts):
+        path = f"prompt_ids[{index}].ids"
+        if not prompt.ids:
+            found.append(Violation(path, "must not be empty"))
+        # One of each prompt says enough: a hostile one could hold millions.
+        wrong = next((each for each in enumerate(prompt.ids) if each[1] >= vocab_size), None)
+        if wrong is not None:
+            position, token_id = wrong
+            found.append(Violation(f"{path}[{position}]", _id_rule(vocab_size, token_id)))
+    return found
+
+
+def _id_rule(vocab_size: int, token_id: int) -> str:
+    return f"must be less than the vocabulary size, {vocab_size}, not {token_id}"
+
+
+def _logprobs_violations(request: ChatRequest | TextRequest) -> list[Violation]:
+    if request.top_logprobs > MAX_TOP_LOGPROBS:
+        rule = f"must be 0 to {MAX_TOP_LOGPROBS}, not {request.top_logprobs}"
+        return [Violation("top_logprobs", rule)]
+    if request.top_logprobs and not request.logprobs:
+        return [Violation("top_logprobs", "needs logprobs")]
+    return []
+
+
+def _sampling_violations(sampling: SamplingParams, vocab_size: int) -> list[Violation]:
+    return [
+        *_number_violations(sampling),
+        *_stop_violations(sampling.stop),
+        *_logit_bias_violations(sampling.logit_bias, vocab_size),
+    ]
+
+
+def _number_violations(sampling: SamplingParams) -> list[Violation]:
+    found = []
+    for name, (low, high) in _FLOAT_RANGES.items():
+        value = getattr(sampling, name)
+        if not low <= value <= high:
+            found.append(
+                Violation(f"sampling.{name}", f"must be {low:g} to {high:g}, not {value:g}")
+            )
+    penalty = sampling.repetition_penalty
+    if sampling.HasField("repetition_penalty") and not 0 < penalty <= 10:
+        rule = f"must be above 0 and at most 10, not {penalty:g}"
+        found.append(Violation("sampling.repetition_penalty", rule))
+    if sampling.HasField("top_k") and sampling.top_k == 0:
+        found.append(
+            Violation("sampling.top_k", "must be at least 1; leave it out to keep all tokens")
+        )
+    if sampling.HasField("max_gen_len") and sampling.max_gen_len == 0:
+        found.append(Violation("sampling.max_gen_len", "must be at least 1"))
+    return found
+
+
+def _stop_violations(stop: Sequence[str]) -> list[Violation]:
+    if len(stop) > MAX_STOP_STRINGS:
+        return _count_violations("sampling.stop", len(stop), MAX_STOP_STRINGS)
+    rule = f"must have 1 to {MAX_STOP_CHARACTERS} characters"
+    return [
+        Violation(f"sampling.stop[{index}]", f"{rule}, not {len(text)}")
+        for index, text in enumerate(stop)
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS
+    ]
+
+
+def _logit_bias_violations(logit_bias: Mapping[int, float], vocab_size: int) -> list[Violation]:
+    if len(logit_bias) > MAX_LOGIT_BIASES:
+        return _count_violations("sampling.logit_bias", len(logit_bias), MAX_LOGIT_BIASES)
+    found = []
+    for token_id, bias in sorted(logit_bias.items()):
+        path = f"sampling.logit_bias[{token_id}]"
+        if token_id >= vocab_size:
+            found.append(Violation(path, _id_rule(vocab_size, token_id)))
+        elif not -100 <= bias <= 100:
+            found.append(Violation(path, f"must be -100 to 100, not {bias:g}"))
+    return found

@@ -1,0 +1,46 @@
+"""The gateway's settings; each is a flag and a CHASQUI_* variable."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from gateway.request import RequestLimits
+from serving.settings import Port, ServerSettings
+
+
+class GatewaySettings(ServerSettings):
+    """Serves llama.v1.ChatService: dialogs and texts in, predictions out."""
+
+    port: Port = 50051
+    tokenizer_target: Annotated[
+        str, Field(min_length=1, description="address of the tokenizer service")
+    ] = "127.0.0.1:50052"
+    model_targets: Annotated[
+        str,
+        Field(
+            pattern=r"^[^\s,]+(,[^\s,]+)*$",
+            description="addresses of the model replicas' leaders, separated by commas",
+        ),
+    ] = "127.0.0.1:50053"
+    max_queued_sequences: Annotated[
+        int, Field(ge=1, description="generations that may run or wait at once, of all requests")
+    ] = 256
+    max_dialogs: Annotated[int, Field(ge=1, description="dialogs or prompts in one request")] = 64
+    max_messages: Annotated[int, Field(ge=1, description="messages in one dialog")] = 1024
+
+    @model_validator(mode="after")
+    def _queue_holds_a_request(self) -> Self:
+        if self.max_dialogs > self.max_queued_sequences:
+            raise ValueError(
+                f"--max_dialogs ({self.max_dialogs}) must not be above --max_queued_sequences "
+                f"({self.max_queued_sequences}): a full request would never be admitted"
+            )
+        return self
+
+    @property
+    def model_target_list(self) -> list[str]:
+        return self.model_targets.split(",")
+
+    @property
+    def request_limits(self) -> RequestLimits:
+        return RequestLimits(self.max_dialogs, self.max_messages)

@@ -1,0 +1,140 @@
+"""The gateway's side of the tokenizer service: the vocabulary, read once, and `Encode`. The
+vocabulary never changes while the gateway lives, as what runs is decoded with it: a tokenizer
+service that comes back with another model file is not used.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import grpc
+import structlog
+
+from gateway.detokenizer import Vocabulary
+from gateway.dialog import Segment
+from gateway.peer import PeerError, follow_health, keep_session
+from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from serving import request_id
+from serving.errors import RequestError, resource_exhausted, unavailable
+from serving.server import channel
+
+SERVICE = "llama.v1.TokenizerService"
+MAX_SEGMENTS_PER_CALL = 4096  # the contract's limit
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Tokenizer:
+    """A session with the tokenizer service; `changed` is called when `ready` may have changed."""
+
+    def __init__(self, target: str, changed: Callable[[], None]) -> None:
+        self._target = target
+        self._changed = changed
+        self._channel = channel(target)
+        self._stub = tokenizer_pb2_grpc.TokenizerServiceStub(self._channel)
+        self._vocabulary: Vocabulary | None = None
+        self._loaded = asyncio.Event()
+        self._serving = False
+        self.fingerprint = ""
+
+    @property
+    def ready(self) -> bool:
+        return self._serving
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """UNAVAILABLE before the first session."""
+        if self._vocabulary is None:
+            raise _unavailable()
+        return self._vocabulary
+
+    async def loaded(self) -> Vocabulary:
+        """The vocabulary, as soon as it is there."""
+        await self._loaded.wait()
+        return self.vocabulary
+
+    async def run(self) -> NoReturn:
+        """Keeps a session; ends when cancelled."""
+        _log.info("connecting to tokenizer service", peer=self._target)
+        try:
+            await keep_session(self._target, self._session)
+        finally:
+            await self._channel.close()
+
+    async def encode(
+        self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
+    ) -> list[list[int]]:
+        """The ids of each segment, in one call unless there are more than a call may hold."""
+        encoded: list[list[int]] = []
+        for first in range(0, len(segments), MAX_SEGMENTS_PER_CALL):
+            batch = segments[first : first + MAX_SEGMENTS_PER_CALL]
+            encoded += await self._encode(batch, time_remaining)
+        return encoded
+
+    async def _encode(
+        self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
+    ) -> list[list[int]]:
+        if not self._serving:
+            raise _unavailable()
+        request = tokenizer_pb2.EncodeRequest(
+            segments=[
+                tokenizer_pb2.Segment(text=each.text, bos=each.bos, eos=each.eos)
+                for each in segments
+            ]
+        )
+        call = self._stub.Encode(request, timeout=time_remaining(), metadata=_request_id())
+        try:
+            response = await call
+        except grpc.aio.AioRpcError as error:
+            raise _refusal(error) from error
+        finally:
+            call.cancel()
+        return [list(each.ids) for each in response.segments]
+
+    async def _session(self) -> None:
+        request = tokenizer_pb2.GetVocabularyRequest()
+        response = await self._stub.GetVocabulary(request, wait_for_ready=True)
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary.build(
+                ((piece.bytes, piece.kind) for piece in response.pieces),
+                dummy_prefix=response.dummy_prefix,
+                eos_id=response.eos_id,
+            )
+            self.fingerprint = response.fingerprint
+            self._loaded.set()
+        elif response.fingerprint != self.fingerprint:
+            raise PeerError(
+                f"serves another model file ({response.fingerprint[:12]}) than when this gateway "
+                f"started ({self.fingerprint[:12]}): restart the gateway to use it"
+            )
+        _log.info("tokenizer service connected", peer=self._target, tokens=len(response.pieces))
+        try:
+            await follow_health(self._channel, SERVICE, self._set_serving)
+        finally:
+            self._set_serving(False)
+
+    def _set_serving(self, serving: bool) -> None:
+        self._serving = serving
+        self._changed()
+
+
+def _request_id() -> tuple[tuple[str, str], ...]:
+    current = request_id.current()
+    return () if current is None else ((request_id.METADATA_KEY, current),)
+
+
+def _unavailable() -> RequestError:
+    return unavailable("the tokenizer service is not available")
+
+
+def _refusal(error: grpc.aio.AioRpcError) -> Exception:
+    """What a failed Encode means for the request; any other failure is a bug."""
+    match error.code():
+        case grpc.StatusCode.UNAVAILABLE:
+            return _unavailable()
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return RequestError(error.code(), "the deadline passed while the prompt was encoded")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            message = f"the prompt is too large for the tokenizer service: {error.details()}"
+            return resource_exhausted(message, "max_request_bytes")
+    return error

@@ -1,0 +1,215 @@
+"""A gateway in this process, in front of a real tokenizer service and of model services whose
+answers the test writes: what an engine would make is beside the point here.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+from gateway.backend import Backend
+from gateway.detokenizer import Vocabulary
+from gateway.server import gateway_service
+from gateway.settings import GatewaySettings
+from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc
+from llama.v1.sampling_pb2 import FINISH_REASON_CANCELLED
+from serving.server import Service, channel, running
+from serving.settings import ServerSettings
+from tokenizer_service.servicer import tokenizer_service
+from tokenizer_service.tokenizer import Tokenizer
+
+TOKENIZER_PATH = Path(__file__).parents[1] / "golden" / "tokenizer.model"
+CONTEXT_LENGTH = 256
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(TOKENIZER_PATH)
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    pieces = [(piece.bytes, piece.kind) for piece in tokenizer.vocabulary()]
+    return Vocabulary.build(pieces, dummy_prefix=tokenizer.dummy_prefix, eos_id=tokenizer.eos_id)
+
+
+@dataclass
+class ScriptedModel(model_pb2_grpc.ModelServiceServicer):
+    """A model service that makes what the test tells; a cancelled sequence ends by itself."""
+
+    info: model_pb2.GetModelInfoResponse
+    starts: asyncio.Queue[model_pb2.StartSequence] = field(default_factory=asyncio.Queue)
+    cancels: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    _made: asyncio.Queue[model_pb2.GenerateResponse] = field(default_factory=asyncio.Queue)
+
+    def tell(self, request_id: str, **event: Any) -> None:
+        """Makes an event of a sequence."""
+        events = [model_pb2.TokenEvent(request_id=request_id, **event)]
+        self._made.put_nowait(model_pb2.GenerateResponse(events=events))
+
+    async def GetModelInfo(
+        self, _request: model_pb2.GetModelInfoRequest, _context: object
+    ) -> model_pb2.GetModelInfoResponse:
+        return self.info
+
+    async def GetLoad(
+        self, _request: model_pb2.GetLoadRequest, _context: object
+    ) -> model_pb2.GetLoadResponse:
+        raise NotImplementedError
+
+    async def Generate(
+        self, requests: AsyncIterator[model_pb2.GenerateRequest], _context: object
+    ) -> AsyncIterator[model_pb2.GenerateResponse]:
+        reader = asyncio.create_task(self._read(requests))
+        try:
+            while True:
+                yield await self._made.get()
+        finally:
+            reader.cancel()
+
+    async def _read(self, requests: AsyncIterator[model_pb2.GenerateRequest]) -> None:
+        async for request in requests:
+            if request.HasField("start"):
+                self.starts.put_nowait(request.start)
+            else:
+                self.cancels.put_nowait(request.cancel.request_id)
+                self.tell(request.cancel.request_id, finish_reason=FINISH_REASON_CANCELLED)
+
+    def service(self) -> Service:
+        return Service(
+            names=["llama.v1.ModelService"],
+            register=lambda server: model_pb2_grpc.add_ModelServiceServicer_to_server(self, server),
+        )
+
+
+@dataclass
+class RunningGateway:
+    """A gateway under test, as a client sees it."""
+
+    stub: "chat_pb2_grpc.ChatServiceAsyncStub"  # a name for type checkers only
+    health: Any
+
+    async def until(self, serving: bool) -> None:
+        """Waits for the gateway's health."""
+        wanted = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
+        watch = self.health.Watch(HealthCheckRequest(service="llama.v1.ChatService"))
+        async for response in watch:
+            if response.status == wanted:
+                watch.cancel()
+                return
+
+
+class Log:
+    """What this process logs, for tests that wait until something is said."""
+
+    def __init__(self) -> None:
+        self._entries: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
+
+    def __call__(
+        self, _logger: object, _method: str, entry: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        self._entries.put_nowait(dict(entry))
+        return entry
+
+    async def wait_for(self, event: str) -> MutableMapping[str, Any]:
+        """The next entry of an event."""
+        while (entry := await self._entries.get())["event"] != event:
+            pass
+        return entry
+
+
+StartServer = Callable[..., Awaitable[tuple[str, AsyncExitStack]]]
+StartGateway = Callable[..., Awaitable[RunningGateway]]
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    before = structlog.get_config()["processors"]
+    found = Log()
+    structlog.configure(processors=[found, *before])
+    yield found
+    structlog.configure(processors=before)
+
+
+@pytest.fixture
+async def servers() -> AsyncIterator[AsyncExitStack]:
+    """Whatever the test starts ends with it, in reverse order."""
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def start_server(servers: AsyncExitStack) -> StartServer:
+    """Starts a service; returns its address, and what ends it earlier than the test."""
+
+    async def start(service: Service, **settings: Any) -> tuple[str, AsyncExitStack]:
+        own = await servers.enter_async_context(AsyncExitStack())
+        settings = {"port": 0, "grace_period": 0, **settings}
+        server = await own.enter_async_context(running(ServerSettings(**settings), service))
+        return server.address, own
+
+    return start
+
+
+@pytest.fixture
+async def tokenizer_target(tokenizer: Tokenizer, start_server: StartServer) -> str:
+    address, _ = await start_server(tokenizer_service(tokenizer))
+    return address
+
+
+@pytest.fixture
+def model_info(tokenizer: Tokenizer) -> model_pb2.GetModelInfoResponse:
+    return model_pb2.GetModelInfoResponse(
+        name="scripted",
+        vocab_size=tokenizer.n_words,
+        context_length=CONTEXT_LENGTH,
+        fingerprint="weights",
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+
+
+@pytest.fixture
+def model(model_info: model_pb2.GetModelInfoResponse) -> ScriptedModel:
+    return ScriptedModel(model_info)
+
+
+@pytest.fixture
+def start_gateway(servers: AsyncExitStack) -> StartGateway:
+    async def start(tokenizer: str, *models: str, **settings: Any) -> RunningGateway:
+        chosen = GatewaySettings(
+            port=0,
+            grace_period=0,
+            tokenizer_target=tokenizer,
+            model_targets=",".join(models),
+            **settings,
+        )
+        backend = Backend(chosen.tokenizer_target, chosen.model_target_list)
+        server = await servers.enter_async_context(
+            running(chosen, gateway_service(backend, chosen))
+        )
+        to_gateway = await servers.enter_async_context(channel(server.address))
+        stub = chat_pb2_grpc.ChatServiceStub(to_gateway)
+        return RunningGateway(stub, health_pb2_grpc.HealthStub(to_gateway))
+
+    return start
+
+
+@pytest.fixture
+async def gateway(
+    start_gateway: StartGateway,
+    start_server: StartServer,
+    tokenizer_target: str,
+    model: ScriptedModel,
+) -> RunningGateway:
+    """A gateway in front of `model`, serving."""
+    address, _ = await start_server(model.service())
+    started = await start_gateway(tokenizer_target, address)
+    await started.until(serving=True)
+    return started

@@ -1,0 +1,86 @@
+"""What a client reads of one generation, event by event."""
+
+from typing import Any
+
+import pytest
+
+from gateway.answer import Answer
+from gateway.detokenizer import Vocabulary
+from gateway.request import Options
+from gateway.stop_strings import StopString
+from llama.v1.model_pb2 import TokenEvent, TopLogprobs
+from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams, TopLogprob
+from tokenizer_service.tokenizer import Tokenizer
+
+
+def start(vocabulary: Vocabulary, prompt_ids: list[int], stop: str = "", **fields: Any) -> Answer:
+    stops = (StopString.compile(stop),) if stop else ()
+    chosen = {"logprobs": False, "top_logprobs": 0, "echo": False, **fields}
+    return Answer(prompt_ids, Options(SamplingParams(), stops, **chosen), vocabulary)
+
+
+@pytest.fixture
+def ids(tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode("The llama is here, the llama is there", bos=False, eos=False)
+
+
+def test_stop_string_ends_text_tokens_and_count(vocabulary: Vocabulary, ids: list[int]) -> None:
+    answer = start(vocabulary, [1], stop=" here", logprobs=True)
+    delta = answer.take(TokenEvent(ids=ids, logprobs=[-1.0] * len(ids)))
+    later = answer.take(TokenEvent(ids=ids, finish_reason=FINISH_REASON_LENGTH))
+    assert (delta.text, later.text, later.tokens) == ("The llama is", "", [])
+    assert answer.stopped
+    assert answer.completion_tokens == len(delta.tokens) < len(ids)
+
+
+def test_tokens_are_told_at_once_though_their_text_is_held_back(
+    vocabulary: Vocabulary, tokenizer: Tokenizer
+) -> None:
+    answer = start(vocabulary, [1], logprobs=True)
+    deltas = [answer.take(TokenEvent(ids=[3 + byte], logprobs=[-1.0])) for byte in "é".encode()]
+    assert [delta.text for delta in deltas] == ["", "é"]
+    assert [delta.tokens[0].bytes for delta in deltas] == [b"\xc3", b"\xa9"]
+
+
+def test_end_tells_what_was_held_back(vocabulary: Vocabulary) -> None:
+    answer = start(vocabulary, [1], stop="\ufffd!")
+    cut_off = 3 + "é".encode()[0]
+    assert answer.take(TokenEvent(ids=[cut_off])).text == ""
+    assert answer.take(TokenEvent(finish_reason=FINISH_REASON_LENGTH)).text == "\ufffd"
+
+
+def test_prompt_reported_by_the_model_is_neither_counted_nor_searched_for_stop_strings(
+    vocabulary: Vocabulary, tokenizer: Tokenizer
+) -> None:
+    prompt = tokenizer.encode("one stop two", bos=True, eos=False)
+    more = tokenizer.encode("one stop", bos=False, eos=False)
+    answer = start(vocabulary, prompt, stop=" stop", logprobs=True, echo=True)
+    made = [*prompt, *more]
+    delta = answer.take(TokenEvent(ids=made, logprobs=[0.0] * len(made)))
+    assert (answer.echo().text, delta.text) == ("", "one stop two one")
+    assert answer.completion_tokens == len(more)
+
+
+def test_echo_without_logprobs_tells_the_prompt_first(
+    vocabulary: Vocabulary, tokenizer: Tokenizer
+) -> None:
+    prompt = tokenizer.encode("one", bos=True, eos=False)
+    answer = start(vocabulary, prompt, echo=True)
+    more = tokenizer.encode("two", bos=False, eos=False)
+    assert [answer.echo().text, answer.take(TokenEvent(ids=more)).text] == ["one", " two"]
+
+
+def test_alternatives_get_text_and_bytes(vocabulary: Vocabulary) -> None:
+    answer = start(vocabulary, [1], logprobs=True, top_logprobs=2)
+    top = TopLogprobs(entries=[TopLogprob(id=393, logprob=-0.2), TopLogprob(id=172, logprob=-2)])
+    [token] = answer.take(TokenEvent(ids=[393], logprobs=[-0.2], top=[top])).tokens
+    assert [(each.text, each.bytes) for each in token.top_logprobs] == [
+        ("car", b" car"),
+        ("\ufffd", b"\xa9"),
+    ]
+
+
+def test_first_prompt_token_has_no_alternatives(vocabulary: Vocabulary) -> None:
+    answer = start(vocabulary, [1], logprobs=True, top_logprobs=2, echo=True)
+    [token] = answer.take(TokenEvent(ids=[1], logprobs=[0.0])).tokens
+    assert not token.top_logprobs

@@ -1,0 +1,180 @@
+"""Every field of a request against the range that the contract documents."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.request import RequestLimits, chat_violations, options, text_violations
+from llama.v1.chat_pb2 import (
+    ROLE_USER,
+    ChatCompleteRequest,
+    ContextPolicy,
+    Dialog,
+    Message,
+    TextCompleteRequest,
+)
+from llama.v1.sampling_pb2 import SamplingParams, TokenIds
+
+LIMITS = RequestLimits(max_dialogs=3, max_messages=5)
+VOCAB_SIZE = 560
+
+QUESTION = Dialog(messages=[Message(role=ROLE_USER, content="?")])
+
+RANGES = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
+
+
+def chat(**fields: Any) -> ChatCompleteRequest:
+    return ChatCompleteRequest(**{"dialogs": [QUESTION], **fields})
+
+
+def sampling(**fields: Any) -> ChatCompleteRequest:
+    return chat(sampling=SamplingParams(**fields))
+
+
+def text(**fields: Any) -> TextCompleteRequest:
+    return TextCompleteRequest(**fields)
+
+
+def told(request: ChatCompleteRequest | TextCompleteRequest) -> list[str]:
+    if isinstance(request, ChatCompleteRequest):
+        found = chat_violations(request, LIMITS, VOCAB_SIZE)
+    else:
+        found = text_violations(request, LIMITS, VOCAB_SIZE)
+    return [f"{each.field}: {each.description}" for each in found]
+
+
+@pytest.mark.parametrize(
+    ("request_", "violation"),
+    [
+        (chat(dialogs=[]), "dialogs: must not be empty"),
+        (chat(dialogs=[QUESTION] * 4), "dialogs: must hold at most 3 entries, not 4"),
+        (chat(dialogs=[QUESTION, Dialog()]), "dialogs[1].messages: must not be empty"),
+        (
+            chat(dialogs=[Dialog(messages=[Message()] * 6)]),
+            "dialogs[0].messages: must hold at most 5 entries, not 6",
+        ),
+        (
+            chat(dialogs=[Dialog(messages=[Message(content="?")])]),
+            "dialogs[0].messages[0].role: must be system, user or assistant",
+        ),
+        (chat(top_logprobs=5), "top_logprobs: needs logprobs"),
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs: must be 0 to 20, not 21"),
+        (chat(context_policy=9), "context_policy: must be a value of ContextPolicy, not 9"),
+        (
+            sampling(top_k=0),
+            "sampling.top_k: must be at least 1; leave it out to keep all tokens",
+        ),
+        (sampling(max_gen_len=0), "sampling.max_gen_len: must be at least 1"),
+        (
+            sampling(repetition_penalty=0),
+            "sampling.repetition_penalty: must be above 0 and at most 10, not 0",
+        ),
+        (sampling(stop=["x"] * 17), "sampling.stop: must hold at most 16 entries, not 17"),
+        (sampling(stop=["a", ""]), "sampling.stop[1]: must have 1 to 256 characters, not 0"),
+        (sampling(stop=["é" * 257]), "sampling.stop[0]: must have 1 to 256 characters, not 257"),
+        (
+            sampling(logit_bias={560: 1}),
+            "sampling.logit_bias[560]: must be less than the vocabulary size, 560, not 560",
+        ),
+        (sampling(logit_bias={7: 101}), "sampling.logit_bias[7]: must be -100 to 100, not 101"),
+        (
+            sampling(logit_bias={7: math.nan}),
+            "sampling.logit_bias[7]: must be -100 to 100, not nan",
+        ),
+        (
+            sampling(logit_bias=dict.fromkeys(range(1025), 1.0)),
+            "sampling.logit_bias: must hold at most 1024 entries, not 1025",
+        ),
+        (text(), "prompts: must not be empty"),
+        (text(prompts=["a"] * 4), "prompts: must hold at most 3 entries, not 4"),
+        (
+            text(prompts=["a"], prompt_ids=[TokenIds(ids=[1])]),
+            "prompt_ids: cannot be given together with prompts",
+        ),
+        (text(prompt_ids=[TokenIds()] * 4), "prompt_ids: must hold at most 3 entries, not 4"),
+        (
+            text(prompt_ids=[TokenIds(ids=[1]), TokenIds()]),
+            "prompt_ids[1].ids: must not be empty",
+        ),
+        (
+            text(prompt_ids=[TokenIds(ids=[1, 559, 560, 561])]),
+            "prompt_ids[0].ids[2]: must be less than the vocabulary size, 560, not 560",
+        ),
+        (text(prompts=["a"], top_logprobs=1), "top_logprobs: needs logprobs"),
+    ],
+)
+def test_each_broken_rule_is_one_violation_with_its_path(
+    request_: ChatCompleteRequest | TextCompleteRequest, violation: str
+) -> None:
+    assert told(request_) == [violation]
+
+
+def test_all_violations_are_told_at_once() -> None:
+    request = chat(
+        dialogs=[Dialog(), QUESTION],
+        sampling=SamplingParams(temperature=-1, top_p=math.inf, stop=[""]),
+        top_logprobs=30,
+    )
+    assert [each.split(":")[0] for each in told(request)] == [
+        "dialogs[0].messages",
+        "sampling.temperature",
+        "sampling.top_p",
+        "sampling.stop[0]",
+        "top_logprobs",
+    ]
+
+
+@pytest.mark.parametrize("name", RANGES)
+@given(value=st.floats(width=32) | st.floats(-3, 101, width=32))
+def test_numbers_outside_their_range_and_nan_are_violations(name: str, value: float) -> None:
+    low, high = RANGES[name]
+    inside = math.isfinite(value) and low <= value <= high
+    assert bool(told(sampling(**{name: value}))) is not inside
+
+
+@pytest.mark.parametrize("policy", ContextPolicy.values())
+def test_every_named_context_policy_is_accepted(policy: int) -> None:
+    assert told(chat(context_policy=policy)) == []
+
+
+def test_limits_themselves_are_accepted() -> None:
+    extreme = SamplingParams(
+        temperature=100,
+        top_p=0,
+        top_k=1,
+        max_gen_len=1,
+        seed=2**64 - 1,
+        stop=["x" * 256] * 16,
+        repetition_penalty=10,
+        presence_penalty=-2,
+        frequency_penalty=2,
+        logit_bias={VOCAB_SIZE - 1: -100},
+    )
+    assert told(chat(sampling=extreme, logprobs=True, top_logprobs=20)) == []
+
+
+def test_absent_fields_take_the_documented_defaults() -> None:
+    chosen = options(sampling(top_p=0.5), context_length=256)
+    assert chosen.sampling == SamplingParams(
+        temperature=0.6,
+        top_p=0.5,
+        max_gen_len=255,
+        repetition_penalty=1,
+        presence_penalty=0,
+        frequency_penalty=0,
+        ignore_eos=False,
+    )
+
+
+def test_stop_strings_stay_at_the_gateway() -> None:
+    chosen = options(sampling(stop=["a", "b"]), context_length=256)
+    assert [stop.text for stop in chosen.stop] == ["a", "b"]
+    assert not chosen.sampling.stop

@@ -1,0 +1,356 @@
+"""The gateway between real clients, a real tokenizer service and scripted replicas."""
+
+import asyncio
+import copy
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
+from grpc_status.rpc_status import from_call
+
+from llama.v1.chat_pb2 import (
+    ROLE_USER,
+    ChatCompleteRequest,
+    ChatCompleteStreamRequest,
+    ChatCompleteStreamResponse,
+    Dialog,
+    GetModelRequest,
+    Message,
+    TextCompleteRequest,
+)
+from llama.v1.model_pb2 import SequenceError, Timings
+from llama.v1.sampling_pb2 import (
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    FINISH_REASON_STOP_STRING,
+    FINISH_REASON_UNSAFE,
+    SamplingParams,
+)
+from llama.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
+from llama.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
+from serving.server import Service
+from tokenizer_service.servicer import TokenizerServicer, tokenizer_service
+from tokenizer_service.tokenizer import Tokenizer
+
+EOS = 2
+
+
+def dialog(content: str = "What do llamas eat?") -> Dialog:
+    return Dialog(messages=[Message(role=ROLE_USER, content=content)])
+
+
+def details(error: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> list[Any]:
+    """The google.rpc details of an error."""
+    status = from_call(error.value)  # type: ignore[arg-type]  # made for grpc.Call, works as well
+    assert status is not None
+    found = []
+    for packed in status.details:
+        for kind in (BadRequest, QuotaFailure, RetryInfo):
+            if packed.Is(kind.DESCRIPTOR):
+                found.append(kind())
+                packed.Unpack(found[-1])
+    return found
+
+
+async def test_events_are_numbered_and_in_order(
+    gateway: Any, model: Any, tokenizer: Tokenizer
+) -> None:
+    request = ChatCompleteStreamRequest(dialogs=[dialog(), dialog("[INST]"), dialog()])
+    call = gateway.stub.ChatCompleteStream(request)
+    sequences = [(await model.starts.get()).request_id for _ in range(2)]
+    grass, leaves = (tokenizer.encode(text, bos=False, eos=False) for text in ("grass", "leaves"))
+    model.tell(sequences[1], ids=leaves)
+    model.tell(sequences[0], ids=grass, finish_reason=FINISH_REASON_STOP)
+    model.tell(sequences[1], finish_reason=FINISH_REASON_LENGTH)
+    events = [event async for event in call]
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert [described(event) for event in events] == [
+        ("started", 0, ""),
+        ("started", 1, ""),
+        ("delta", 1, "Error: special tags are not allowed as part of the prompt."),
+        ("finished", 1, FINISH_REASON_UNSAFE),
+        ("started", 2, ""),
+        ("delta", 2, "leaves"),
+        ("delta", 0, "grass"),
+        ("finished", 0, FINISH_REASON_STOP),
+        ("finished", 2, FINISH_REASON_LENGTH),
+    ]
+
+
+def described(event: ChatCompleteStreamResponse) -> tuple[str, int, Any]:
+    match event.WhichOneof("event"):
+        case "started":
+            return "started", event.started.dialog_index, ""
+        case "delta":
+            return "delta", event.delta.dialog_index, event.delta.text
+    return "finished", event.finished.dialog_index, event.finished.finish_reason
+
+
+async def test_unary_answer_folds_the_events(
+    gateway: Any, model: Any, tokenizer: Tokenizer
+) -> None:
+    request = ChatCompleteRequest(dialogs=[dialog()], sampling=SamplingParams(seed=7))
+    call = asyncio.ensure_future(gateway.stub.ChatComplete(request))
+    start = await model.starts.get()
+    for token_id in tokenizer.encode("grass and leaves", bos=False, eos=False):
+        model.tell(start.request_id, ids=[token_id])
+    timings = Timings()
+    timings.prefill.FromMilliseconds(30)
+    model.tell(start.request_id, finish_reason=FINISH_REASON_STOP, timings=timings)
+    [prediction] = (await call).predictions
+    assert prediction.generation.content == "grass and leaves"
+    assert (prediction.seed, prediction.fingerprint) == (7, "weights")
+    assert prediction.usage.prompt_tokens == len(start.prompt_ids)
+    assert prediction.usage.prefill.ToMilliseconds() == 30
+    assert prediction.usage.total.ToNanoseconds() > 0
+
+
+async def test_sequence_is_started_with_what_the_request_means(gateway: Any, model: Any) -> None:
+    sampling = SamplingParams(max_gen_len=300, top_p=0.5, stop=["x"])
+    request = ChatCompleteStreamRequest(dialogs=[dialog()], sampling=sampling)
+    call = gateway.stub.ChatCompleteStream(request)
+    start = await model.starts.get()
+    [started] = [await call.read()]
+    call.cancel()
+    assert start.sampling.max_gen_len == 256 - len(start.prompt_ids)
+    assert start.sampling.seed == started.started.seed
+    assert (start.sampling.top_p, start.sampling.temperature) == pytest.approx((0.5, 0.6))
+    assert not start.sampling.stop
+    assert list(start.stop_ids) == [EOS]
+
+
+async def test_drawn_seeds_differ_and_a_given_one_is_for_all(gateway: Any, model: Any) -> None:
+    dialogs = [dialog()] * 2
+    seeds = []
+    for sampling in (SamplingParams(), SamplingParams(seed=2**64 - 1)):
+        request = ChatCompleteStreamRequest(dialogs=dialogs, sampling=sampling)
+        call = gateway.stub.ChatCompleteStream(request)
+        seeds += [(await model.starts.get()).sampling.seed for _ in dialogs]
+        call.cancel()
+    assert seeds[0] != seeds[1]
+    assert seeds[2:] == [2**64 - 1] * 2
+
+
+async def test_stop_string_cancels_the_sequence_and_still_tells_its_usage(
+    gateway: Any, model: Any, tokenizer: Tokenizer
+) -> None:
+    request = TextCompleteRequest(prompts=["one"], sampling=SamplingParams(stop=["two"]))
+    call = asyncio.ensure_future(gateway.stub.TextComplete(request))
+    start = await model.starts.get()
+    ids = tokenizer.encode("one two three", bos=False, eos=False)
+    model.tell(start.request_id, ids=ids)
+    [prediction] = (await call).predictions
+    assert await model.cancels.get() == start.request_id
+    assert (prediction.generation, prediction.finish_reason) == ("one ", FINISH_REASON_STOP_STRING)
+    assert 0 < prediction.usage.completion_tokens < len(ids)
+
+
+@pytest.mark.parametrize("method", ["ChatComplete", "ChatCompleteStream"])
+async def test_client_that_goes_away_cancels_its_sequences(
+    gateway: Any, model: Any, method: str
+) -> None:
+    kind = ChatCompleteRequest if method == "ChatComplete" else ChatCompleteStreamRequest
+    call = getattr(gateway.stub, method)(kind(dialogs=[dialog()] * 3))
+    started = {(await model.starts.get()).request_id for _ in range(3)}
+    call.cancel()
+    assert {await model.cancels.get() for _ in range(3)} == started
+
+
+@pytest.mark.parametrize("method", ["ChatComplete", "ChatCompleteStream"])
+async def test_deadline_that_passes_cancels_the_sequence(
+    gateway: Any, model: Any, method: str
+) -> None:
+    kind = ChatCompleteRequest if method == "ChatComplete" else ChatCompleteStreamRequest
+    call = getattr(gateway.stub, method)(kind(dialogs=[dialog()]), timeout=0.3)
+    start = await model.starts.get()
+    assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert await model.cancels.get() == start.request_id
+
+
+class HeldTokenizer(TokenizerServicer):
+    """Encodes nothing: waits until its caller gives up."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self.time_remaining: asyncio.Queue[float | None] = asyncio.Queue()
+        self.cancelled = asyncio.Event()
+
+    async def Encode(self, _request: EncodeRequest, context: Any) -> EncodeResponse:
+        self.time_remaining.put_nowait(context.time_remaining())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+        raise AssertionError
+
+
+async def test_deadline_and_cancellation_reach_the_tokenizer_service(
+    start_gateway: Any, start_server: Any, tokenizer: Tokenizer, model: Any
+) -> None:
+    held = HeldTokenizer(tokenizer)
+
+    def register(server: grpc.aio.Server) -> None:
+        add_TokenizerServiceServicer_to_server(held, server)
+
+    target, _ = await start_server(Service(names=["llama.v1.TokenizerService"], register=register))
+    gateway = await start_gateway(target, (await start_server(model.service()))[0])
+    await gateway.until(serving=True)
+    call = gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]), timeout=60)
+    remaining = await held.time_remaining.get()
+    assert remaining == pytest.approx(60, abs=5)
+    call.cancel()
+    await held.cancelled.wait()
+
+
+async def test_prompt_above_the_tokenizer_services_limit_is_refused(
+    start_gateway: Any, start_server: Any, tokenizer: Tokenizer, model: Any
+) -> None:
+    target, _ = await start_server(tokenizer_service(tokenizer), max_request_bytes=1000)
+    gateway = await start_gateway(target, (await start_server(model.service()))[0])
+    await gateway.until(serving=True)
+    with pytest.raises(grpc.aio.AioRpcError, match="too large for the tokenizer") as refused:
+        await gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog("x" * 1000)]))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details(refused)[1].violations[0].subject == "max_request_bytes"
+
+
+async def test_failed_sequence_ends_the_call_and_cancels_its_neighbours(
+    gateway: Any, model: Any
+) -> None:
+    call = gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()] * 2))
+    first, second = [(await model.starts.get()).request_id for _ in range(2)]
+    error = SequenceError(code=grpc.StatusCode.INTERNAL.value[0], message="logits not finite")
+    model.tell(first, error=error)
+    with pytest.raises(grpc.aio.AioRpcError, match="logits not finite") as failed:
+        await call
+    assert failed.value.code() is grpc.StatusCode.INTERNAL
+    assert second in {await model.cancels.get(), await model.cancels.get()}
+
+
+async def test_full_queue_refuses_at_once_and_takes_again_after_an_end(
+    start_gateway: Any, start_server: Any, tokenizer_target: str, model: Any
+) -> None:
+    address, _ = await start_server(model.service())
+    gateway = await start_gateway(tokenizer_target, address, max_queued_sequences=2, max_dialogs=2)
+    await gateway.until(serving=True)
+    request = ChatCompleteRequest(dialogs=[dialog()])
+    # Nothing promises that two calls reach the replica in the order in which they were made, so
+    # the second waits until the first is there.
+    running, ids = [], []
+    for _ in range(2):
+        running.append(gateway.stub.ChatComplete(request))
+        ids.append((await model.starts.get()).request_id)
+    with pytest.raises(grpc.aio.AioRpcError, match="the queue is full: 2 of 2") as refused:
+        await gateway.stub.ChatComplete(request)
+    retry, quota = details(refused)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert retry.retry_delay.ToMilliseconds() == 1000
+    assert quota.violations[0].subject == "max_queued_sequences"
+    model.tell(ids[0], finish_reason=FINISH_REASON_STOP)
+    await running[0]
+    accepted = gateway.stub.ChatComplete(request)
+    assert (await model.starts.get()).request_id not in ids
+    accepted.cancel()
+
+
+async def test_lost_replica_ends_its_calls_as_unavailable_and_is_used_again_when_back(
+    start_gateway: Any, start_server: Any, tokenizer_target: str, model: Any
+) -> None:
+    address, model_server = await start_server(model.service())
+    gateway = await start_gateway(tokenizer_target, address)
+    await gateway.until(serving=True)
+    call = gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]))
+    await model.starts.get()
+    await model_server.aclose()
+    with pytest.raises(grpc.aio.AioRpcError, match="the model replica was lost") as lost:
+        await call
+    assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert isinstance(details(lost)[0], RetryInfo)
+    await gateway.until(serving=False)
+    await start_server(model.service(), port=int(address.rpartition(":")[2]))
+    await gateway.until(serving=True)
+
+
+@pytest.mark.parametrize("missing", ["tokenizer", "model"])
+async def test_nothing_is_served_until_tokenizer_and_replica_are_there(
+    start_gateway: Any, start_server: Any, tokenizer: Tokenizer, model: Any, missing: str
+) -> None:
+    services = {"tokenizer": tokenizer_service(tokenizer), "model": model.service()}
+    targets = {name: await start_server(service) for name, service in services.items()}
+    address, server = targets[missing]
+    await server.aclose()
+    gateway = await start_gateway(targets["tokenizer"][0], targets["model"][0])
+    await gateway.until(serving=False)
+    with pytest.raises(grpc.aio.AioRpcError, match="available") as refused:
+        await gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]))
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert isinstance(details(refused)[0], RetryInfo)
+    await start_server(services[missing], port=int(address.rpartition(":")[2]))
+    await gateway.until(serving=True)
+
+
+async def test_sequences_go_to_the_replica_with_the_least_outstanding_tokens(
+    start_gateway: Any, start_server: Any, tokenizer_target: str, model: Any, model_info: Any
+) -> None:
+    other = type(model)(model_info)
+    targets = [(await start_server(each.service()))[0] for each in (model, other)]
+    gateway = await start_gateway(tokenizer_target, *targets)
+    await gateway.until(serving=True)
+    while (await gateway.stub.GetModel(GetModelRequest())).replicas < 2:
+        pass  # the second session is about to begin
+    for length, chosen in ((100, model), (30, other), (90, other), (50, model)):
+        sampling = SamplingParams(max_gen_len=length)
+        request = ChatCompleteStreamRequest(dialogs=[dialog("a")], sampling=sampling)
+        call = gateway.stub.ChatCompleteStream(request)
+        start = await chosen.starts.get()
+        assert start.sampling.max_gen_len == length
+        await call.read()
+
+
+@pytest.mark.parametrize(
+    ("difference", "reason"),
+    [
+        ({"tokenizer_fingerprint": "f" * 64}, "was given the tokenizer ffffffffffff"),
+        ({"vocab_size": 32000}, "its embedding has 32000 rows, the tokenizer service has 560"),
+        ({"fingerprint": "other"}, "serves scripted (fingerprint other, context length 256), but"),
+        ({"context_length": 4096}, "context length 4096), but"),
+    ],
+)
+async def test_replica_that_does_not_fit_is_refused_and_said_why(
+    start_gateway: Any,
+    start_server: Any,
+    tokenizer_target: str,
+    model: Any,
+    log: Any,
+    difference: dict[str, Any],
+    reason: str,
+) -> None:
+    address, _ = await start_server(model.service())
+    unfit = type(model)(type(model.info)())
+    unfit.info.MergeFrom(model.info)
+    unfit.info.MergeFrom(type(model.info)(**difference))
+    late, server = await start_server(unfit.service())
+    await server.aclose()
+    gateway = await start_gateway(tokenizer_target, address, late)
+    await gateway.until(serving=True)
+    await start_server(unfit.service(), port=int(late.rpartition(":")[2]))
+    refusal = await log.wait_for("peer unusable")
+    assert refusal["peer"] == late
+    assert reason in refusal["reason"]
+    assert (await gateway.stub.GetModel(GetModelRequest())).replicas == 1
+
+
+async def test_tokenizer_service_with_another_model_file_is_not_used(
+    start_gateway: Any, start_server: Any, tokenizer: Tokenizer, model: Any, log: Any
+) -> None:
+    target, server = await start_server(tokenizer_service(tokenizer))
+    gateway = await start_gateway(target, (await start_server(model.service()))[0])
+    await gateway.until(serving=True)
+    await server.aclose()
+    await gateway.until(serving=False)
+    other = copy.copy(tokenizer)
+    other.fingerprint = "f" * 64
+    await start_server(tokenizer_service(other), port=int(target.rpartition(":")[2]))
+    refusals = [await log.wait_for("peer unusable") for _ in range(2)]
+    assert "serves another model file (ffffffffffff)" in refusals[-1]["reason"]
