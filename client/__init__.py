@@ -1,0 +1,62 @@
+"""Clients of Chasqui's gateway: `Client`, `AsyncClient`, and the types they take and return."""
+
+from client.aio import AsyncClient
+from client.channel import DEFAULT_TARGET
+from client.errors import (
+    ChasquiError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    ResourceExhaustedError,
+    UnavailableError,
+    UnreachableError,
+    Violation,
+)
+from client.requests import ChatOptions, Dialog, Message, Prompt, Sampling, TextOptions
+from client.results import (
+    ChatPrediction,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Limits,
+    Model,
+    RenderedPrompt,
+    Started,
+    TextPrediction,
+    Token,
+    TopLogprob,
+    Usage,
+)
+from client.sync import Client
+
+__all__ = [
+    "DEFAULT_TARGET",
+    "AsyncClient",
+    "ChasquiError",
+    "ChatOptions",
+    "ChatPrediction",
+    "Client",
+    "DeadlineExceededError",
+    "Delta",
+    "Dialog",
+    "Event",
+    "FinishReason",
+    "Finished",
+    "InvalidRequestError",
+    "Limits",
+    "Message",
+    "Model",
+    "Prompt",
+    "RenderedPrompt",
+    "ResourceExhaustedError",
+    "Sampling",
+    "Started",
+    "TextOptions",
+    "TextPrediction",
+    "Token",
+    "TopLogprob",
+    "UnavailableError",
+    "UnreachableError",
+    "Usage",
+    "Violation",
+]

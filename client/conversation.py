@@ -1,0 +1,161 @@
+"""A conversation in the terminal or over pipes: answers go to stdout, all else to stderr.
+
+The dialog lives here and is sent with every question; the services remember nothing.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from math import exp
+from pathlib import Path
+
+import click
+
+from client.errors import ChasquiError
+from client.requests import ChatOptions, Message
+from client.results import Delta, Event, Finished, FinishReason, Started, Token
+from client.sync import Client
+
+HELP = """\
+/system TEXT  give the model instructions; without TEXT, take them back
+/reset        forget the conversation, keep the instructions
+/logprobs     show the tokens of each answer with their probabilities, or stop that
+/save FILE    write the conversation to FILE as JSON
+/help         show this
+/quit         leave; so do Ctrl-D, and Ctrl-C while nothing is being answered
+Ctrl-C        stop the running answer"""
+
+_ENDINGS = {
+    FinishReason.LENGTH: "cut off: the answer reached its length limit",
+    FinishReason.CANCELLED: "stopped",
+}
+
+
+class Conversation:
+    """One dialog with the model behind `client`."""
+
+    def __init__(self, client: Client, options: ChatOptions, system: str | None = None) -> None:
+        self._client = client
+        self._options: ChatOptions = {**options, "context_policy": "drop_oldest_turns"}
+        self._system = system
+        self._turns: list[Message] = []
+        # Pairs of messages at the beginning that fit the context no more and are not sent again.
+        self._dropped_turns = 0
+
+    def run(self) -> None:
+        """Answers what comes in, line by line, until the end of the input."""
+        interactive = sys.stdin.isatty()
+        for line in _typed_lines() if interactive else sys.stdin:
+            text = line.strip()
+            if text == "/quit":
+                return
+            try:
+                if text.startswith("/"):
+                    self._obey(text)
+                elif text:
+                    self.ask(text)
+            except (ChasquiError, OSError) as error:
+                if not interactive:
+                    raise
+                _note(f"Error: {error}")
+
+    def ask(self, question: str) -> None:
+        """Prints the answer while it is made. Ctrl-C ends it; what there is of it stays."""
+        user: Message = {"role": "user", "content": question}
+        finish_reason = FinishReason.CANCELLED
+        deltas: list[Delta] = []
+        dialog = self._dialog(first_turn=self._dropped_turns)
+        with closing(self._client.chat_stream([*dialog, user], **self._options)) as stream:
+            try:
+                for event in printed(stream):
+                    match event:
+                        case Started():
+                            self._drop_turns(event.dropped_turns)
+                        case Delta():
+                            deltas.append(event)
+                        case Finished():
+                            finish_reason = event.finish_reason
+            except KeyboardInterrupt:
+                pass  # leaving the stream cancels the call
+        if finish_reason in _ENDINGS:
+            _note(f"({_ENDINGS[finish_reason]})")
+        if self._options.get("logprobs"):
+            _show([token for delta in deltas for token in delta.tokens])
+        answer = "".join(delta.text for delta in deltas)
+        if not answer and finish_reason is FinishReason.STOP:
+            _note("(the answer is empty)")
+        # A refused question would have every later one refused, too, and a turn needs an answer.
+        if answer and finish_reason is not FinishReason.UNSAFE:
+            self._turns += [user, {"role": "assistant", "content": answer}]
+
+    def _dialog(self, first_turn: int = 0) -> list[Message]:
+        system: list[Message] = []
+        if self._system:
+            system = [{"role": "system", "content": self._system}]
+        return system + self._turns[2 * first_turn :]
+
+    def _drop_turns(self, count: int) -> None:
+        if count:
+            self._dropped_turns += count
+            turns = "turn does" if self._dropped_turns == 1 else "turns do"
+            _note(f"(the oldest {self._dropped_turns} {turns} not fit the context any more)")
+
+    def _obey(self, text: str) -> None:
+        command, _, argument = text.partition(" ")
+        match command:
+            case "/system":
+                self._system = argument.strip() or None
+                _note("instructions set" if self._system else "instructions taken back")
+            case "/reset":
+                self._turns, self._dropped_turns = [], 0
+                _note("conversation forgotten")
+            case "/logprobs":
+                self._options["logprobs"] = not self._options.get("logprobs", False)
+                _note(f"logprobs {'on' if self._options['logprobs'] else 'off'}")
+            case "/save" if argument:
+                self._save(Path(argument.strip()))
+            case "/save":
+                _note("/save needs the name of a file")
+            case "/help":
+                _note(HELP)
+            case _:
+                _note(f"there is no {command}; /help lists the commands")
+
+    def _save(self, path: Path) -> None:
+        dialog = json.dumps(self._dialog(), ensure_ascii=False, indent=2)
+        path.write_text(f"{dialog}\n", encoding="utf-8")
+        _note(f"saved to {path}")
+
+
+def printed(stream: Iterator[Event]) -> Iterator[Event]:
+    """Passes the events on and prints their text, with a line's end also where the stream fails."""
+    at_line_start = True
+    try:
+        for event in stream:
+            if isinstance(event, Delta):
+                click.echo(event.text, nl=False)
+                at_line_start = event.text.endswith("\n")
+            yield event
+    finally:
+        if not at_line_start:
+            click.echo()
+
+
+def _typed_lines() -> Iterator[str]:
+    with suppress(ImportError):  # editing and history for input(); not every Python has it
+        importlib.import_module("readline")
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            yield input("> ")
+
+
+def _show(tokens: Sequence[Token]) -> None:
+    for token in tokens:
+        text = token.bytes.decode(errors="backslashreplace")
+        click.echo(f"{token.logprob:9.4f} {exp(token.logprob):7.1%}  {text!r}")
+
+
+def _note(text: str) -> None:
+    click.secho(text, err=True, dim=True)

@@ -1,0 +1,298 @@
+"""Answers of the gateway as frozen dataclasses, and their conversion from the contract's messages.
+
+Names are the contract's; `protos/llama/v1/chat.proto` says what each field means. Reasons that this
+client is too old to know read as FinishReason.UNSPECIFIED.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from typing import cast
+
+from client.requests import Message, Sampling
+from llama.v1 import chat_pb2, sampling_pb2
+
+
+class FinishReason(Enum):
+    """Why a generation ended."""
+
+    UNSPECIFIED = sampling_pb2.FINISH_REASON_UNSPECIFIED
+    STOP = sampling_pb2.FINISH_REASON_STOP
+    LENGTH = sampling_pb2.FINISH_REASON_LENGTH
+    STOP_STRING = sampling_pb2.FINISH_REASON_STOP_STRING
+    UNSAFE = sampling_pb2.FINISH_REASON_UNSAFE
+    CANCELLED = sampling_pb2.FINISH_REASON_CANCELLED
+
+
+_FINISH_REASONS: Mapping[int, FinishReason] = {reason.value: reason for reason in FinishReason}
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the most probable tokens at a position."""
+
+    id: int
+    text: str
+    bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer; `bytes` is exact where `text` is a part of a character."""
+
+    id: int
+    text: str
+    bytes: bytes
+    logprob: float
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a prediction cost."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    queued: timedelta
+    prefill: timedelta
+    decode: timedelta
+    total: timedelta
+    compute: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrediction:
+    """The answer to one dialog."""
+
+    content: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    seed: int
+    fingerprint: str
+    dropped_turns: int
+
+    @property
+    def message(self) -> Message:
+        """The answer as a message, to append to the dialog."""
+        return {"role": "assistant", "content": self.content}
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrediction:
+    """The continuation of one text; with `echo`, prompt included."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    seed: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Stream event: the dialog or prompt number `index` was accepted."""
+
+    index: int
+    prompt_tokens: int
+    seed: int
+    fingerprint: str
+    dropped_turns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Stream event: more text of the answer to `index`."""
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Stream event: the answer to `index` is complete."""
+
+    index: int
+    finish_reason: FinishReason
+    usage: Usage
+
+
+Event = Started | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """What the model would see of a dialog."""
+
+    ids: tuple[int, ...]
+    segments: tuple[str, ...]
+    prompt_tokens: int
+    remaining_tokens: int
+    dropped_turns: int
+    unsafe: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may hold."""
+
+    max_dialogs: int
+    max_messages: int
+    max_request_bytes: int
+    max_queued_sequences: int
+    max_top_logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is served."""
+
+    name: str
+    context_length: int
+    vocab_size: int
+    parameters: int
+    shards: int
+    replicas: int
+    dtype: str
+    quantization: str
+    fingerprint: str
+    limits: Limits
+    sampling_defaults: Sampling
+
+
+def chat_prediction(prediction: chat_pb2.ChatPrediction) -> ChatPrediction:
+    return ChatPrediction(
+        content=prediction.generation.content,
+        tokens=_tokens(prediction.tokens),
+        finish_reason=_finish_reason(prediction.finish_reason),
+        usage=_usage(prediction.usage),
+        seed=prediction.seed,
+        fingerprint=prediction.fingerprint,
+        dropped_turns=prediction.dropped_turns,
+    )
+
+
+def text_prediction(prediction: chat_pb2.TextPrediction) -> TextPrediction:
+    return TextPrediction(
+        text=prediction.generation,
+        tokens=_tokens(prediction.tokens),
+        finish_reason=_finish_reason(prediction.finish_reason),
+        usage=_usage(prediction.usage),
+        seed=prediction.seed,
+        fingerprint=prediction.fingerprint,
+    )
+
+
+def chat_event(response: chat_pb2.ChatCompleteStreamResponse) -> Event:
+    if response.HasField("started"):
+        started = response.started
+        return Started(
+            index=started.dialog_index,
+            prompt_tokens=started.usage.prompt_tokens,
+            seed=started.seed,
+            fingerprint=started.fingerprint,
+            dropped_turns=started.dropped_turns,
+        )
+    if response.HasField("delta"):
+        delta = response.delta
+        return Delta(delta.dialog_index, delta.text, _tokens(delta.tokens))
+    finished = response.finished
+    reason = _finish_reason(finished.finish_reason)
+    return Finished(finished.dialog_index, reason, _usage(finished.usage))
+
+
+def text_event(response: chat_pb2.TextCompleteStreamResponse) -> Event:
+    if response.HasField("started"):
+        started = response.started
+        return Started(
+            index=started.prompt_index,
+            prompt_tokens=started.usage.prompt_tokens,
+            seed=started.seed,
+            fingerprint=started.fingerprint,
+        )
+    if response.HasField("delta"):
+        delta = response.delta
+        return Delta(delta.prompt_index, delta.text, _tokens(delta.tokens))
+    finished = response.finished
+    reason = _finish_reason(finished.finish_reason)
+    return Finished(finished.prompt_index, reason, _usage(finished.usage))
+
+
+def rendered_prompt(response: chat_pb2.RenderPromptResponse) -> RenderedPrompt:
+    return RenderedPrompt(
+        ids=tuple(response.ids),
+        segments=tuple(response.segments),
+        prompt_tokens=response.prompt_tokens,
+        remaining_tokens=response.remaining_tokens,
+        dropped_turns=response.dropped_turns,
+        unsafe=response.unsafe,
+    )
+
+
+def model(response: chat_pb2.GetModelResponse) -> Model:
+    limits = response.limits
+    return Model(
+        name=response.name,
+        context_length=response.context_length,
+        vocab_size=response.vocab_size,
+        parameters=response.parameters,
+        shards=response.shards,
+        replicas=response.replicas,
+        dtype=response.dtype,
+        quantization=response.quantization,
+        fingerprint=response.fingerprint,
+        limits=Limits(
+            max_dialogs=limits.max_dialogs,
+            max_messages=limits.max_messages,
+            max_request_bytes=limits.max_request_bytes,
+            max_queued_sequences=limits.max_queued_sequences,
+            max_top_logprobs=limits.max_top_logprobs,
+        ),
+        sampling_defaults=_sampling(response.sampling_defaults),
+    )
+
+
+def _finish_reason(value: int) -> FinishReason:
+    return _FINISH_REASONS.get(value, FinishReason.UNSPECIFIED)
+
+
+def _tokens(tokens: Sequence[chat_pb2.Token]) -> tuple[Token, ...]:
+    return tuple(
+        Token(
+            id=token.id,
+            text=token.text,
+            bytes=token.bytes,
+            logprob=token.logprob,
+            top_logprobs=tuple(
+                TopLogprob(top.id, top.text, top.bytes, top.logprob) for top in token.top_logprobs
+            ),
+        )
+        for token in tokens
+    )
+
+
+def _usage(usage: chat_pb2.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_prompt_tokens=usage.cached_prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        queued=usage.queued.ToTimedelta(),
+        prefill=usage.prefill.ToTimedelta(),
+        decode=usage.decode.ToTimedelta(),
+        total=usage.total.ToTimedelta(),
+        compute=usage.compute.ToTimedelta(),
+    )
+
+
+def _sampling(params: sampling_pb2.SamplingParams) -> Sampling:
+    present: dict[str, object] = {
+        # As a float of 32 bits was meant: 0.6, and not 0.6000000238418579.
+        field.name: float(f"{value:.7g}") if isinstance(value, float) else value
+        for field, value in params.ListFields()
+    }
+    return cast("Sampling", present)

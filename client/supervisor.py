@@ -1,0 +1,310 @@
+"""The services as child processes: started in order, watched, stopped in the opposite order.
+
+They share a process group of their own with a guard, a shell that waits for the end of its standard
+input. So Ctrl-C reaches the services only through here, and when this process is killed, the
+guard's input ends and it terminates the group: no way of dying leaves a service behind.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import threading
+from asyncio import FIRST_COMPLETED, Future
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import grpc
+
+from client.channel import channel_options
+
+# The distribution's extras, each with a module that it alone brings.
+EXTRAS = {"serving": "grpc_health", "tokenizer": "sentencepiece", "model": "torch"}
+GUARD = "read _; kill -TERM 0"
+LOOPBACK = "127.0.0.1"
+LINES_KEPT = 200
+LINE_LIMIT = 1 << 20  # bytes
+# More than the services' grace period: what has not ended by then hangs.
+STOP_SECONDS = 60.0
+
+Log = Callable[[str, str], None]
+
+
+class SupervisorError(Exception):
+    """The services cannot start, or one of them ended by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What to serve on this machine; `model_settings` are flags of the model service by name."""
+
+    ckpt_dir: Path
+    tokenizer_path: Path
+    model_name: str | None = None
+    shards: int = 1
+    replicas: int = 1
+    host: str = LOOPBACK
+    port: int = 0
+    model_settings: Mapping[str, object] = field(default_factory=dict)
+
+    def tokenizer_command(self) -> list[str]:
+        return service_command("tokenizer_service", port=0, tokenizer_path=self.tokenizer_path)
+
+    def model_command(self) -> list[str]:
+        launcher = ("torch.distributed.run", "--standalone", f"--nproc_per_node={self.shards}")
+        # A model takes all cores unless told that it shares them.
+        share = max(1, (os.cpu_count() or 1) // (self.shards * self.replicas))
+        return service_command(
+            "model_service",
+            *(launcher if self.shards > 1 else ()),
+            port=0,
+            ckpt_dir=self.ckpt_dir,
+            tokenizer_path=self.tokenizer_path,
+            model_name=self.model_name,
+            threads=share if self.replicas > 1 else None,
+            **self.model_settings,
+        )
+
+    def gateway_command(self, tokenizer: str, models: Sequence[str]) -> list[str]:
+        return service_command(
+            "gateway",
+            host=self.host,
+            port=self.port,
+            tokenizer_target=tokenizer,
+            model_targets=",".join(models),
+        )
+
+
+def demonstration() -> Deployment:
+    """The checkpoint that comes with the distribution."""
+    folder = Path(str(resources.files("demo") / "checkpoint"))
+    if not folder.is_dir():
+        raise SupervisorError(f"the demonstration checkpoint is missing: no folder {folder}")
+    return Deployment(folder, folder / "tokenizer.model", model_name="chasqui-demo")
+
+
+def service_command(module: str, *launcher: str, **flags: object) -> list[str]:
+    """How to run a service so that `listening_address` can read its log; None leaves a flag out."""
+    modules = ("-m", *launcher, "-m", module) if launcher else ("-m", module)
+    flags = {"host": LOOPBACK, "log_format": "json", **flags}
+    given = (f"--{name}={value}" for name, value in flags.items() if value is not None)
+    return [sys.executable, *modules, *given]
+
+
+def listening_address(line: str) -> str | None:
+    """The address in the log line by which a service says that it listens; None in any other."""
+    record = _record(line)
+    return str(record["address"]) if record.get("event") == "listening" else None
+
+
+def readable(line: str) -> str:
+    """A log line for people; what is not JSON (a traceback, torchrun's own words) stays."""
+    record = _record(line)
+    if "event" not in record:
+        return line
+    values = (
+        f"{name}={value}"
+        for name, value in record.items()
+        if name not in ("event", "level", "logger", "timestamp")
+    )
+    return " ".join((str(record["event"]), *values))
+
+
+def failure(lines: Sequence[str]) -> str:
+    """Of a service's last lines, those that say why it ended; each once, as shards say it all."""
+    errors = list(filter(_is_error, lines))
+    if errors:
+        return "\n".join(dict.fromkeys(map(readable, errors)))
+    return "\n".join(("its last lines were", *map(readable, lines[-10:])))
+
+
+class Supervisor:
+    """Runs one deployment once. Every line that a service writes goes to `log`, with its name."""
+
+    def __init__(self, deployment: Deployment, log: Log) -> None:
+        self._deployment = deployment
+        self._log = log
+        self._guard: Process | None = None
+        self._children: list[_Child] = []
+        self._ended: asyncio.Queue[_Child] = asyncio.Queue()
+
+    async def start(self) -> str:
+        """Starts the services, waits until the gateway is SERVING, returns its address."""
+        _require_extras()
+        self._guard = await asyncio.create_subprocess_exec(
+            "/bin/sh", "-c", GUARD, stdin=PIPE, process_group=0
+        )
+        starting = asyncio.create_task(self._start_in_order(self._guard.pid))
+        watching = asyncio.create_task(self.watch())
+        try:
+            await asyncio.wait({starting, watching}, return_when=FIRST_COMPLETED)
+            return await watching if watching.done() else starting.result()
+        finally:
+            starting.cancel()
+            watching.cancel()
+
+    async def watch(self) -> NoReturn:
+        """Waits for the first service to end by itself; raises why it did."""
+        child = await self._ended.get()
+        raise SupervisorError(child.obituary())
+
+    async def stop(self) -> None:
+        """Stops what runs. The gateway goes first, so that its answers can be finished."""
+        for child in reversed(self._children):
+            await child.stop()
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()
+            await self._guard.wait()
+
+    def hurry(self) -> None:
+        """Makes services that finish their last requests end at once: their second SIGTERM."""
+        for child in self._children:
+            child.terminate()
+
+    async def _start_in_order(self, group: int) -> str:
+        deployment = self._deployment
+        tokenizer = await self._spawn("tokenizer", deployment.tokenizer_command(), group)
+        models = [
+            await self._spawn(f"model-{number}", deployment.model_command(), group)
+            for number in range(1, deployment.replicas + 1)
+        ]
+        targets = [await model.address for model in models]
+        command = deployment.gateway_command(await tokenizer.address, targets)
+        gateway = await self._spawn("gateway", command, group)
+        address = await gateway.address
+        serving = asyncio.create_task(_until_serving(address))
+        try:
+            # The services listen before the gateway starts: what it has against one will not pass.
+            either: set[Future[Any]] = {serving, gateway.complaint}
+            await asyncio.wait(either, return_when=FIRST_COMPLETED)
+            if not serving.done():
+                raise SupervisorError(f"gateway: {gateway.complaint.result()}")
+            serving.result()
+        except grpc.aio.AioRpcError:
+            # Its process ends, too; the reason is in the last lines it wrote.
+            await gateway.ended
+            raise SupervisorError(gateway.obituary()) from None
+        finally:
+            serving.cancel()
+        return address
+
+    async def _spawn(self, name: str, command: Sequence[str], group: int) -> "_Child":
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            limit=LINE_LIMIT,
+            # They talk to each other on this machine: a proxy in the environment is not for them.
+            env={**os.environ, "no_grpc_proxy": LOOPBACK},
+            process_group=group,
+        )
+        child = _Child(name, process, self._log, self._ended.put_nowait)
+        self._children.append(child)
+        return child
+
+
+class _Child:
+    """One service's process.
+
+    `address` is known when it listens, `complaint` when it has logged an error, and `ended` is done
+    when it is gone.
+    """
+
+    def __init__(
+        self, name: str, process: Process, log: Log, on_end: Callable[["_Child"], None]
+    ) -> None:
+        self.address: Future[str] = asyncio.get_running_loop().create_future()
+        self.complaint: Future[str] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.create_task(self._follow(log, on_end))
+        self._name = name
+        self._process = process
+        self._lines: deque[str] = deque(maxlen=LINES_KEPT)
+
+    def obituary(self) -> str:
+        reason = failure(list(self._lines))
+        return f"{self._name} ended with status {self._process.returncode}: {reason}"
+
+    def terminate(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    async def stop(self) -> None:
+        self.terminate()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self.ended
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def _follow(self, log: Log, on_end: Callable[["_Child"], None]) -> None:
+        async for line in cast("asyncio.StreamReader", self._process.stdout):
+            text = line.decode(errors="replace").rstrip()
+            self._lines.append(text)
+            log(self._name, text)
+            address = listening_address(text)
+            if address is not None and not self.address.done():
+                self.address.set_result(address)
+            if _is_error(text) and not self.complaint.done():
+                self.complaint.set_result(readable(text))
+        await self._process.wait()
+        on_end(self)
+
+
+@contextlib.contextmanager
+def in_background(deployment: Deployment, log: Log) -> Iterator[str]:
+    """The services beside synchronous code: their address, until the end of the block."""
+    loop = asyncio.new_event_loop()
+    # A daemon, so that an impatient Ctrl-C while stopping is not held up; the guard does the rest.
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    supervisor = Supervisor(deployment, log)
+    try:
+        yield asyncio.run_coroutine_threadsafe(supervisor.start(), loop).result()
+    finally:
+        asyncio.run_coroutine_threadsafe(supervisor.stop(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _until_serving(address: str) -> None:
+    # The client alone is installed without this module; `_require_extras` has seen that it is here.
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
+
+    async with grpc.aio.insecure_channel(address, channel_options(address)) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        call = health.Watch(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
+        async for response in call:
+            if response.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+
+
+def _require_extras() -> None:
+    missing = [extra for extra, module in EXTRAS.items() if not importlib.util.find_spec(module)]
+    if missing:
+        raise SupervisorError(
+            f"the services are not installed here: install chasqui with its extras "
+            f"{', '.join(missing)}, as pip install '.[all]' does in the source tree, or start the "
+            "services elsewhere and name their --target"
+        )
+
+
+def _is_error(line: str) -> bool:
+    return _record(line).get("level") in ("error", "critical")
+
+
+def _record(line: str) -> dict[str, object]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

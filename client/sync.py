@@ -1,0 +1,136 @@
+"""The synchronous client. `client/aio.py` is the same for asyncio: change both together.
+
+A stream is a generator that owns its call: leaving the loop closes the generator, which cancels the
+call, and the servers free what it held within one step of the engine.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol, Self, TypeVar, Unpack
+
+import grpc
+
+from client import requests, results
+from client.channel import DEFAULT_TARGET, channel_options
+from client.errors import from_rpc_error
+from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
+from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
+from llama.v1 import chat_pb2
+from llama.v1.chat_pb2_grpc import ChatServiceStub
+
+Response_co = TypeVar("Response_co", covariant=True)
+Stream = Generator[Event, None, None]
+
+
+class Call(Protocol[Response_co]):
+    """A running call that streams its responses; gRPC's own type for it is private."""
+
+    def __iter__(self) -> Iterator[Response_co]: ...
+    def cancel(self) -> object: ...
+
+
+class Client:
+    """Talks to a gateway; threads may share one. Use it in a `with` statement, or close it.
+
+    A method whose call fails raises a ChasquiError. Options are keyword arguments, spelled out in
+    `client.requests`.
+    """
+
+    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+        self.target = target
+        self._channel = grpc.insecure_channel(target, channel_options(target))
+        self._stub = ChatServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection and cancels the calls that still run on it."""
+        self._channel.close()
+
+    def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> ChatPrediction:
+        """Answers one dialog."""
+        return self.chat_many([dialog], **options)[0]
+
+    def chat_many(
+        self, dialogs: Sequence[Dialog], **options: Unpack[ChatOptions]
+    ) -> list[ChatPrediction]:
+        """Answers several dialogs in one call; predictions come in their order."""
+        request = requests.chat(chat_pb2.ChatCompleteRequest, dialogs, options)
+        with self._readable_errors():
+            response = self._stub.ChatComplete(request, timeout=options.get("timeout"))
+        return [results.chat_prediction(each) for each in response.predictions]
+
+    def chat_stream(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> Stream:
+        """Answers one dialog while it is made: Started, then Delta by Delta, then Finished."""
+        return self.chat_stream_many([dialog], **options)
+
+    def chat_stream_many(self, dialogs: Sequence[Dialog], **options: Unpack[ChatOptions]) -> Stream:
+        """Answers several dialogs in one call; their events are interleaved, told by `index`."""
+        request = requests.chat(chat_pb2.ChatCompleteStreamRequest, dialogs, options)
+        call = partial(self._stub.ChatCompleteStream, request, timeout=options.get("timeout"))
+        return self._stream(call, results.chat_event)
+
+    def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextPrediction:
+        """Continues one text, or one sequence of token ids."""
+        return self.complete_many([prompt], **options)[0]
+
+    def complete_many(
+        self, prompts: Sequence[Prompt], **options: Unpack[TextOptions]
+    ) -> list[TextPrediction]:
+        """Continues several prompts in one call, all texts or all token ids, in their order."""
+        request = requests.text(chat_pb2.TextCompleteRequest, prompts, options)
+        with self._readable_errors():
+            response = self._stub.TextComplete(request, timeout=options.get("timeout"))
+        return [results.text_prediction(each) for each in response.predictions]
+
+    def complete_stream(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Stream:
+        """Continues one prompt while it is made: Started, then Delta by Delta, then Finished."""
+        return self.complete_stream_many([prompt], **options)
+
+    def complete_stream_many(
+        self, prompts: Sequence[Prompt], **options: Unpack[TextOptions]
+    ) -> Stream:
+        """Continues several prompts in one call; events are interleaved, told by `index`."""
+        request = requests.text(chat_pb2.TextCompleteStreamRequest, prompts, options)
+        call = partial(self._stub.TextCompleteStream, request, timeout=options.get("timeout"))
+        return self._stream(call, results.text_event)
+
+    def render_prompt(self, dialog: Dialog, **options: Unpack[RenderOptions]) -> RenderedPrompt:
+        """The token ids and text that a dialog becomes; spends no model time."""
+        request = requests.render_prompt(dialog, options)
+        with self._readable_errors():
+            response = self._stub.RenderPrompt(request, timeout=options.get("timeout"))
+        return results.rendered_prompt(response)
+
+    def get_model(self, **options: Unpack[CallOptions]) -> Model:
+        """What is served: model, limits, defaults."""
+        request = requests.get_model(options)
+        with self._readable_errors():
+            response = self._stub.GetModel(request, timeout=options.get("timeout"))
+        return results.model(response)
+
+    def _stream(
+        self,
+        start: Callable[[], Call[Response_co]],
+        event: Callable[[Response_co], Event],
+    ) -> Stream:
+        # The call begins here and not sooner: a generator that is never entered has no `finally`.
+        with self._readable_errors():
+            call = start()
+            try:
+                for response in call:
+                    yield event(response)
+            finally:
+                call.cancel()
+
+    @contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.target) from error

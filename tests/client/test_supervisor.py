@@ -1,0 +1,147 @@
+"""Services as child processes: they start together, fail aloud, and never outlive their starter."""
+
+import asyncio
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from client import Client, UnreachableError
+from client.supervisor import (
+    Deployment,
+    Supervisor,
+    SupervisorError,
+    failure,
+    listening_address,
+    readable,
+)
+
+LISTENING = '{"address": "127.0.0.1:5", "event": "listening", "level": "info"}'
+FAILED = '{"event": "no such file", "level": "critical", "path": "a b"}'
+Serve = Callable[..., Any]
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def descendants(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def all_end(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    return not alive
+
+
+def test_the_address_is_read_from_the_log() -> None:
+    assert listening_address(LISTENING) == "127.0.0.1:5"
+    assert listening_address(FAILED) is None
+    assert listening_address("Traceback (most recent call last):") is None
+    assert listening_address("[1, 2]") is None
+
+
+def test_log_lines_are_made_readable() -> None:
+    assert readable(LISTENING) == "listening address=127.0.0.1:5"
+    assert readable("not JSON") == "not JSON"
+
+
+def test_of_last_lines_the_errors_are_kept() -> None:
+    assert failure([FAILED, LISTENING, "noise"]) == "no such file path=a b"
+    assert failure([FAILED, FAILED]) == "no such file path=a b"
+    assert failure(["one", "two"]) == "its last lines were\none\ntwo"
+
+
+def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.supervisor.EXTRAS", {"model": "no_such_module"})
+    services = Supervisor(Deployment(Path(), Path()), log=lambda *_: None)
+
+    with pytest.raises(SupervisorError, match="install chasqui with its extras model,"):
+        asyncio.run(services.start())
+
+
+def test_shards_run_under_torchrun_and_replicas_share_the_cores() -> None:
+    one = Deployment(Path("ckpt"), Path("t.model")).model_command()
+    many = Deployment(Path("ckpt"), Path("t.model"), shards=2, replicas=2).model_command()
+
+    assert one[1:3] == ["-m", "model_service"]
+    assert many[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert many[5:7] == ["-m", "model_service"]
+    assert any(flag.startswith("--threads=") for flag in many)
+    assert not any(flag.startswith("--threads=") for flag in one)
+
+
+def test_a_service_that_cannot_start_is_named_with_its_reason(run: Run, tmp_path: Path) -> None:
+    tokenizer = Path(__file__).parents[1] / "golden" / "tokenizer.model"
+    flags = (f"--ckpt_dir={tmp_path}", f"--tokenizer_path={tokenizer}", "--port=0")
+
+    done = run("serve", *flags, f"--log_file={tmp_path / 'log'}")
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: model-1 ended with status 1")
+    assert str(tmp_path) in done.stderr
+
+
+def test_a_tokenizer_that_does_not_belong_to_the_checkpoint_is_named(run: Run) -> None:
+    root = Path(__file__).parents[2]
+    checkpoint = root / "tests" / "golden" / "checkpoints" / "gqa-mp1"
+    tokenizer = root / "demo" / "checkpoint" / "tokenizer.model"
+    files = ("--ckpt_dir", str(checkpoint), "--tokenizer_path", str(tokenizer))
+    result = run("serve", "--port", "0", *files)
+    assert result.returncode == 1
+    assert "checkpoint and tokenizer do not belong together" in result.stderr
+    assert "Serving at" not in result.stdout
+
+
+def test_a_service_that_dies_ends_the_others(serve: Serve, tmp_path: Path) -> None:
+    with serve() as (process, address):
+        services = descendants(process)
+        [tokenizer] = [each for each in services if "tokenizer_service" in each.cmdline()]
+        tokenizer.kill()
+        _, stderr = process.communicate()
+
+    assert process.returncode == 1
+    assert stderr.startswith("Error: tokenizer ended with status -9")
+    assert 'gateway | {"' in (tmp_path / "log").read_text()
+    assert all_end(services)
+    with Client(address) as client, pytest.raises(UnreachableError):
+        client.get_model()
+
+
+def test_sigterm_stops_shards_and_replicas_cleanly(serve: Serve) -> None:
+    with serve("--shards=2", "--replicas=2") as (process, address):
+        with Client(address) as client:
+            shards = client.get_model().shards
+        services = descendants(process)
+        launchers = [each for each in services if "torch.distributed.run" in each.cmdline()]
+        process.terminate()
+        _, stderr = process.communicate()
+
+    assert (shards, len(launchers)) == (2, 2)
+    assert (process.returncode, stderr) == (0, "")
+    assert all_end(services)
+
+
+def test_a_killed_supervisor_leaves_no_service_behind(serve: Serve) -> None:
+    with serve("--shards=2") as (process, _):
+        services = descendants(process)
+        process.kill()
+
+        assert all_end(services)
+
+
+def test_chat_starts_services_where_nothing_answers(run: Run) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        target = f"127.0.0.1:{unused.getsockname()[1]}"
+
+    done = run(
+        "chat", "--serve", "--target", target, "--temperature=0", "--ask", "What do llamas eat?"
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert done.stderr == "starting the services on the demonstration checkpoint …\n"
+    with Client(target) as client, pytest.raises(UnreachableError):
+        client.get_model()
