@@ -225,7 +225,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class ChatPrediction(_message.Message):
-    """The answer to one dialog."""
+    """One answer to one dialog."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -236,6 +236,7 @@ class ChatPrediction(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DROPPED_TURNS_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
     seed: _builtins.int
@@ -244,6 +245,8 @@ class ChatPrediction(_message.Message):
     """Weights, shard count and dtype: must be equal for a replay with `seed` to be exact."""
     dropped_turns: _builtins.int
     """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
+    choice_index: _builtins.int
+    """Which of the dialog's `n` answers, from 0."""
     @_builtins.property
     def generation(self) -> Global___Message:
         """The answer, with ROLE_ASSISTANT."""
@@ -266,10 +269,11 @@ class ChatPrediction(_message.Message):
         seed: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         dropped_turns: _builtins.int = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -277,7 +281,7 @@ Global___ChatPrediction: _TypeAlias = ChatPrediction  # noqa: Y015
 
 @_typing.final
 class TextPrediction(_message.Message):
-    """The continuation of one text."""
+    """One continuation of one text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -287,6 +291,7 @@ class TextPrediction(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     generation: _builtins.str
     """The text made; with `echo`, prompt included."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
@@ -295,6 +300,8 @@ class TextPrediction(_message.Message):
     """The seed that reproduces it."""
     fingerprint: _builtins.str
     """Weights, shard count and dtype: must be equal for a replay with `seed` to be exact."""
+    choice_index: _builtins.int
+    """Which of the prompt's `n` continuations, from 0."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
         """Its tokens; only with `logprobs`; with `echo`, prompt included."""
@@ -312,10 +319,11 @@ class TextPrediction(_message.Message):
         usage: Global___Usage | None = ...,
         seed: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -332,12 +340,17 @@ class ChatCompleteRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report the answer's tokens with their logprobs."""
     top_logprobs: _builtins.int
     """How many of the most probable tokens to report at each position, 0 to 20; needs `logprobs`."""
     context_policy: Global___ContextPolicy.ValueType
     """What to do with a dialog that is too long."""
+    n: _builtins.int
+    """Answers to each dialog, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the work
+    of the prompt. Answer i draws with seed + i (modulo 2^64).
+    """
     @_builtins.property
     def dialogs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dialog]:
         """At least one; the most is GetModelResponse.limits.max_dialogs."""
@@ -354,12 +367,15 @@ class ChatCompleteRequest(_message.Message):
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
+        n: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
 
 Global___ChatCompleteRequest: _TypeAlias = ChatCompleteRequest  # noqa: Y015
 
@@ -372,7 +388,7 @@ class ChatCompleteResponse(_message.Message):
     PREDICTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatPrediction]:
-        """One prediction per dialog."""
+        """`n` predictions per dialog, those of the first dialog first."""
 
     def __init__(
         self,
@@ -398,12 +414,17 @@ class ChatCompleteStreamRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report the answer's tokens with their logprobs."""
     top_logprobs: _builtins.int
     """How many of the most probable tokens to report at each position, 0 to 20; needs `logprobs`."""
     context_policy: Global___ContextPolicy.ValueType
     """What to do with a dialog that is too long."""
+    n: _builtins.int
+    """Answers to each dialog, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the work
+    of the prompt. Answer i draws with seed + i (modulo 2^64).
+    """
     @_builtins.property
     def dialogs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dialog]:
         """At least one; the most is GetModelResponse.limits.max_dialogs."""
@@ -420,12 +441,15 @@ class ChatCompleteStreamRequest(_message.Message):
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
+        n: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
 
 Global___ChatCompleteStreamRequest: _TypeAlias = ChatCompleteStreamRequest  # noqa: Y015
 
@@ -443,7 +467,7 @@ class ChatCompleteStreamResponse(_message.Message):
     """1, 2, 3 … within the stream; a gap means a lost event."""
     @_builtins.property
     def started(self) -> Global___ChatStarted:
-        """The dialog was accepted; comes once, before its first delta."""
+        """An answer to a dialog was begun; comes once, before its first delta."""
 
     @_builtins.property
     def delta(self) -> Global___ChatDelta:
@@ -451,7 +475,7 @@ class ChatCompleteStreamResponse(_message.Message):
 
     @_builtins.property
     def finished(self) -> Global___ChatFinished:
-        """The answer is complete; comes once, as the dialog's last event."""
+        """The answer is complete; comes once, as its last event."""
 
     def __init__(
         self,
@@ -473,7 +497,7 @@ Global___ChatCompleteStreamResponse: _TypeAlias = ChatCompleteStreamResponse  # 
 
 @_typing.final
 class ChatStarted(_message.Message):
-    """A dialog was accepted."""
+    """An answer was begun."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -482,6 +506,7 @@ class ChatStarted(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DROPPED_TURNS_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     dialog_index: _builtins.int
     """Which dialog of the request."""
     seed: _builtins.int
@@ -490,6 +515,8 @@ class ChatStarted(_message.Message):
     """Weights, shard count and dtype: must be equal for a replay with `seed` to be exact."""
     dropped_turns: _builtins.int
     """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
+    choice_index: _builtins.int
+    """Which of the dialog's `n` answers, from 0."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Its prompt tokens; other fields are zero until the end."""
@@ -502,10 +529,11 @@ class ChatStarted(_message.Message):
         seed: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         dropped_turns: _builtins.int = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dialog_index", b"dialog_index", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dialog_index", b"dialog_index", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -520,10 +548,13 @@ class ChatDelta(_message.Message):
     DIALOG_INDEX_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     dialog_index: _builtins.int
     """Which dialog of the request."""
     text: _builtins.str
     """Whole characters only; joined, the deltas are byte for byte the answer of ChatComplete."""
+    choice_index: _builtins.int
+    """Which of the dialog's `n` answers, from 0."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
         """The tokens since the last delta; only with `logprobs`."""
@@ -534,10 +565,11 @@ class ChatDelta(_message.Message):
         dialog_index: _builtins.int = ...,
         text: _builtins.str = ...,
         tokens: _abc.Iterable[Global___Token] | None = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dialog_index", b"dialog_index", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dialog_index", b"dialog_index", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -552,10 +584,13 @@ class ChatFinished(_message.Message):
     DIALOG_INDEX_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     dialog_index: _builtins.int
     """Which dialog of the request."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
+    choice_index: _builtins.int
+    """Which of the dialog's `n` answers, from 0."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """What it cost."""
@@ -566,10 +601,11 @@ class ChatFinished(_message.Message):
         dialog_index: _builtins.int = ...,
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dialog_index", b"dialog_index", "finish_reason", b"finish_reason", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dialog_index", b"dialog_index", "finish_reason", b"finish_reason", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -587,12 +623,17 @@ class TextCompleteRequest(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report tokens with their logprobs."""
     top_logprobs: _builtins.int
     """How many of the most probable tokens to report at each position, 0 to 20; needs `logprobs`."""
     echo: _builtins.bool
     """Return the prompt in front of the continuation, with `logprobs` also its tokens' (the first is 0)."""
+    n: _builtins.int
+    """Continuations of each prompt, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the
+    work of the prompt. Continuation i draws with seed + i (modulo 2^64).
+    """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Any valid unicode; BOS is put in front. At least one, at most GetModelResponse.limits.max_dialogs."""
@@ -614,12 +655,15 @@ class TextCompleteRequest(_message.Message):
         top_logprobs: _builtins.int = ...,
         echo: _builtins.bool = ...,
         prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
+        n: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["echo", b"echo", "logprobs", b"logprobs", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "logprobs", b"logprobs", "n", b"n", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
 
 Global___TextCompleteRequest: _TypeAlias = TextCompleteRequest  # noqa: Y015
 
@@ -632,7 +676,7 @@ class TextCompleteResponse(_message.Message):
     PREDICTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextPrediction]:
-        """One prediction per prompt."""
+        """`n` predictions per prompt, those of the first prompt first."""
 
     def __init__(
         self,
@@ -659,12 +703,17 @@ class TextCompleteStreamRequest(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report tokens with their logprobs."""
     top_logprobs: _builtins.int
     """How many of the most probable tokens to report at each position, 0 to 20; needs `logprobs`."""
     echo: _builtins.bool
     """Return the prompt in front of the continuation, with `logprobs` also its tokens' (the first is 0)."""
+    n: _builtins.int
+    """Continuations of each prompt, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the
+    work of the prompt. Continuation i draws with seed + i (modulo 2^64).
+    """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Any valid unicode; BOS is put in front. At least one, at most GetModelResponse.limits.max_dialogs."""
@@ -686,12 +735,15 @@ class TextCompleteStreamRequest(_message.Message):
         top_logprobs: _builtins.int = ...,
         echo: _builtins.bool = ...,
         prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
+        n: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["echo", b"echo", "logprobs", b"logprobs", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "logprobs", b"logprobs", "n", b"n", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
 
 Global___TextCompleteStreamRequest: _TypeAlias = TextCompleteStreamRequest  # noqa: Y015
 
@@ -709,7 +761,7 @@ class TextCompleteStreamResponse(_message.Message):
     """1, 2, 3 … within the stream; a gap means a lost event."""
     @_builtins.property
     def started(self) -> Global___TextStarted:
-        """The prompt was accepted; comes once, before its first delta."""
+        """A continuation was begun; comes once, before its first delta."""
 
     @_builtins.property
     def delta(self) -> Global___TextDelta:
@@ -717,7 +769,7 @@ class TextCompleteStreamResponse(_message.Message):
 
     @_builtins.property
     def finished(self) -> Global___TextFinished:
-        """The text is complete; comes once, as the prompt's last event."""
+        """The text is complete; comes once, as its last event."""
 
     def __init__(
         self,
@@ -739,7 +791,7 @@ Global___TextCompleteStreamResponse: _TypeAlias = TextCompleteStreamResponse  # 
 
 @_typing.final
 class TextStarted(_message.Message):
-    """A prompt was accepted."""
+    """A continuation was begun."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -747,12 +799,15 @@ class TextStarted(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     prompt_index: _builtins.int
     """Which prompt of the request."""
     seed: _builtins.int
     """The seed that reproduces it."""
     fingerprint: _builtins.str
     """Weights, shard count and dtype: must be equal for a replay with `seed` to be exact."""
+    choice_index: _builtins.int
+    """Which of the prompt's `n` continuations, from 0."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Its prompt tokens; other fields are zero until the end."""
@@ -764,10 +819,11 @@ class TextStarted(_message.Message):
         usage: Global___Usage | None = ...,
         seed: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "prompt_index", b"prompt_index", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "fingerprint", b"fingerprint", "prompt_index", b"prompt_index", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -782,10 +838,13 @@ class TextDelta(_message.Message):
     PROMPT_INDEX_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     prompt_index: _builtins.int
     """Which prompt of the request."""
     text: _builtins.str
     """Whole characters only; joined, the deltas are byte for byte the text of TextComplete."""
+    choice_index: _builtins.int
+    """Which of the prompt's `n` continuations, from 0."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
         """The tokens since the last delta; only with `logprobs`."""
@@ -796,10 +855,11 @@ class TextDelta(_message.Message):
         prompt_index: _builtins.int = ...,
         text: _builtins.str = ...,
         tokens: _abc.Iterable[Global___Token] | None = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_index", b"prompt_index", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "prompt_index", b"prompt_index", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -814,10 +874,13 @@ class TextFinished(_message.Message):
     PROMPT_INDEX_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     prompt_index: _builtins.int
     """Which prompt of the request."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
+    choice_index: _builtins.int
+    """Which of the prompt's `n` continuations, from 0."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """What it cost."""
@@ -828,10 +891,11 @@ class TextFinished(_message.Message):
         prompt_index: _builtins.int = ...,
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "prompt_index", b"prompt_index", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "prompt_index", b"prompt_index", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1005,6 +1069,7 @@ class Limits(_message.Message):
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MAX_CHOICES_FIELD_NUMBER: _builtins.int
     max_dialogs: _builtins.int
     """Dialogs or prompts in one request."""
     max_messages: _builtins.int
@@ -1015,6 +1080,8 @@ class Limits(_message.Message):
     """Generations that may run or wait at this gateway at once; beyond it RESOURCE_EXHAUSTED."""
     max_top_logprobs: _builtins.int
     """Alternatives per position in `top_logprobs`."""
+    max_choices: _builtins.int
+    """Answers to one dialog or prompt, the request's `n`."""
     def __init__(
         self,
         *,
@@ -1023,10 +1090,11 @@ class Limits(_message.Message):
         max_request_bytes: _builtins.int = ...,
         max_queued_sequences: _builtins.int = ...,
         max_top_logprobs: _builtins.int = ...,
+        max_choices: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_dialogs", b"max_dialogs", "max_messages", b"max_messages", "max_queued_sequences", b"max_queued_sequences", "max_request_bytes", b"max_request_bytes", "max_top_logprobs", b"max_top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_choices", b"max_choices", "max_dialogs", b"max_dialogs", "max_messages", b"max_messages", "max_queued_sequences", b"max_queued_sequences", "max_request_bytes", b"max_request_bytes", "max_top_logprobs", b"max_top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

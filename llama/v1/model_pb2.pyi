@@ -205,7 +205,7 @@ class TokenEvent(_message.Message):
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Set on the last event of a sequence."""
     cached_prompt_tokens: _builtins.int
-    """Prompt tokens found in the cache; set on the last event."""
+    """Prompt tokens found in the cache at the first start; set on the last event."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New token ids; with prompt_logprobs, the first event of a sequence holds the prompt's ids in front.
@@ -426,6 +426,12 @@ class GetLoadResponse(_message.Message):
     OUTSTANDING_TOKENS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     running_sequences: _builtins.int
     """Sequences that hold blocks."""
     waiting_sequences: _builtins.int
@@ -433,7 +439,7 @@ class GetLoadResponse(_message.Message):
     total_blocks: _builtins.int
     """Blocks of the KV cache."""
     free_blocks: _builtins.int
-    """Of these, blocks that no sequence holds."""
+    """Of these, blocks that no sequence holds, cached ones included."""
     block_size: _builtins.int
     """Tokens per block."""
     outstanding_tokens: _builtins.int
@@ -442,6 +448,18 @@ class GetLoadResponse(_message.Message):
     """Steps since the start."""
     preemptions: _builtins.int
     """Sequences moved back to the queue because blocks ran out, since the start."""
+    cached_blocks: _builtins.int
+    """Blocks that no sequence holds, but whose keys and values serve prompts that begin alike."""
+    prompt_tokens: _builtins.int
+    """Prompt tokens computed since the start, those computed again after a preemption included."""
+    cached_prompt_tokens: _builtins.int
+    """Prompt tokens found in the cache since the start."""
+    completion_tokens: _builtins.int
+    """Answer tokens made since the start."""
+    drafted_tokens: _builtins.int
+    """Tokens that speculation proposed since the start."""
+    accepted_tokens: _builtins.int
+    """Of these, tokens that sampling then drew: each saved its sequence a step."""
     def __init__(
         self,
         *,
@@ -453,10 +471,16 @@ class GetLoadResponse(_message.Message):
         outstanding_tokens: _builtins.int = ...,
         steps: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        cached_blocks: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "free_blocks", b"free_blocks", "outstanding_tokens", b"outstanding_tokens", "preemptions", b"preemptions", "running_sequences", b"running_sequences", "steps", b"steps", "total_blocks", b"total_blocks", "waiting_sequences", b"waiting_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "block_size", b"block_size", "cached_blocks", b"cached_blocks", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "drafted_tokens", b"drafted_tokens", "free_blocks", b"free_blocks", "outstanding_tokens", b"outstanding_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "running_sequences", b"running_sequences", "steps", b"steps", "total_blocks", b"total_blocks", "waiting_sequences", b"waiting_sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
