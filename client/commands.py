@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import click
 from click.core import ParameterSource
 
 from client.aio import AsyncClient
-from client.channel import DEFAULT_TARGET
 from client.conversation import Conversation, printed
-from client.errors import ChasquiError, UnreachableError
+from client.errors import UnreachableError
+from client.flags import one_line_errors, setting, target_setting
+from client.load.command import bench
 from client.requests import ChatOptions, TextOptions
 from client.results import Model
 from client.supervisor import (
     Deployment,
     Log,
     Supervisor,
-    SupervisorError,
     demonstration,
     in_background,
     readable,
@@ -35,12 +35,6 @@ from client.supervisor import (
 from client.sync import Client
 
 F = TypeVar("F", bound=Callable[..., object])
-
-
-def setting(name: str, **attributes: Any) -> Callable[[F], F]:  # noqa: ANN401
-    """A flag with its environment variable; --help shows both."""
-    variable = f"CHASQUI_{name.upper()}"
-    return click.option(f"--{name}", envvar=variable, show_envvar=True, **attributes)
 
 
 def sampling_settings(command: F) -> F:
@@ -60,23 +54,6 @@ def sampling_settings(command: F) -> F:
     for each in reversed(settings):
         command = each(command)
     return command
-
-
-target_setting = setting(
-    "target", default=DEFAULT_TARGET, show_default=True, help="Address of the gateway, host:port."
-)
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What went wrong goes to stderr without a traceback, and the exit status is 1."""
-    try:
-        yield
-    except UnreachableError as error:
-        advice = "Start the services with `chasqui serve`, or name another address with --target."
-        raise click.ClickException(f"{error}. {advice}") from error
-    except (ChasquiError, SupervisorError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -203,6 +180,9 @@ def complete(text: str, target: str, **options: Unpack[TextOptions]) -> None:
     with Client(target) as client:
         for _event in printed(client.complete_stream(text, **options)):
             pass
+
+
+main.add_command(bench)
 
 
 async def _serve_until_stopped(services: Supervisor) -> None:

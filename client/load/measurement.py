@@ -1,0 +1,52 @@
+"""A whole measurement: what is planned, and what comes of it."""
+
+from dataclasses import dataclass
+
+from client.aio import AsyncClient
+from client.load.generator import Closed, Open, Until, run
+from client.load.records import Run
+from client.load.sender import Sender
+from client.load.summary import Summary, summarize
+from client.load.workload import Workload, work
+from client.results import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure; `warmup` requests go first, in the same loop, and are not counted."""
+
+    target: str
+    loop: Closed | Open
+    until: Until
+    warmup: int
+    workload: Workload
+    timeout: float | None  # seconds
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A run with all that one must know to judge or repeat it."""
+
+    plan: Plan
+    model: Model
+    run: Run
+    summary: Summary
+
+
+async def measure(plan: Plan) -> Measurement | None:
+    """Carries the plan out; None if a signal came before the part that counts.
+
+    A ChasquiError is raised for a gateway that does not say what it serves, and for requests that
+    cannot be sent at all; what becomes of those that are sent is in the measurement.
+    """
+    async with AsyncClient(plan.target) as client:
+        model = await client.get_model()
+    # Made for its errors only: inside the run they would be the generator's own.
+    next(work(plan.workload, model))
+    requests = work(plan.workload, model)
+    async with Sender(plan.target, plan.connections, plan.timeout) as sender:
+        if plan.warmup and (await run(sender, requests, plan.loop, Until(plan.warmup))).interrupted:
+            return None
+        measured = await run(sender, requests, plan.loop, plan.until)
+    return Measurement(plan, model, measured, summarize(measured))
