@@ -19,6 +19,7 @@ from client.load.lengths import Lengths
 from client.load.measurement import Plan, measure
 from client.load.workload import SEEDS, Workload, read_dialogs
 from client.requests import Dialog, Sampling
+from client.sync import Client
 
 DEFAULT_CONCURRENCY = 8
 DEFAULT_REQUESTS = 100
@@ -196,8 +197,10 @@ def bench(
         timeout=timeout,
         connections=connections,
     )
-    click.secho(f"sending to {target}, {plan.loop} …", err=True, dim=True)
-    measurement = asyncio.run(measure(plan))
+    with Client(target) as client:
+        model = client.get_model()
+    click.echo(report.headline(plan, model))
+    measurement = asyncio.run(measure(plan, model))
     if measurement is None:
         raise click.ClickException("stopped before anything was measured")
     click.echo(report.table(measurement))

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from client.aio import AsyncClient
 from client.load.generator import Closed, Open, Until, run
 from client.load.records import Run
 from client.load.sender import Sender
@@ -34,14 +33,12 @@ class Measurement:
     summary: Summary
 
 
-async def measure(plan: Plan) -> Measurement | None:
+async def measure(plan: Plan, model: Model) -> Measurement | None:
     """Carries the plan out; None if a signal came before the part that counts.
 
-    A ChasquiError is raised for a gateway that does not say what it serves, and for requests that
-    cannot be sent at all; what becomes of those that are sent is in the measurement.
+    InvalidRequestError: the requests cannot be sent at all. What becomes of those that are sent is
+    in the measurement.
     """
-    async with AsyncClient(plan.target) as client:
-        model = await client.get_model()
     # Made for its errors only: inside the run they would be the generator's own.
     next(work(plan.workload, model))
     requests = work(plan.workload, model)

@@ -76,7 +76,7 @@ def _cdf(
         return
     axes.ecdf([1e3 * sample for sample in samples if sample is not None], color=BLUE)
     if distribution.min > 0 and distribution.max / distribution.min > WIDE:
-        axes.set_xscale("log")
+        axes.set(xscale="log", xlabel="ms, logarithmic")
         axes.xaxis.set_major_formatter("{x:g}")
     for percent, style in ((50, "--"), (99, ":")):
         value = 1e3 * distribution.percentile(percent)
@@ -92,10 +92,11 @@ def _throughput(axes: "Axes", run: Run, mean: float) -> None:
         axes.text(0.5, 0.5, "no samples", transform=axes.transAxes, ha="center", color=GREY)
         return
     edges = [run.seconds * index / BINS for index in range(BINS + 1)]
-    axes.stairs(tokens_per_second(run, BINS), edges, fill=True, color=BLUE, alpha=0.35)
+    rates = tokens_per_second(run, BINS)
+    axes.stairs(rates, edges, fill=True, color=BLUE, alpha=0.35)
     axes.axhline(mean, color=ORANGE, linestyle="--", linewidth=1.2, label=f"mean = {mean:,.1f}")
-    axes.set(xlim=(0, run.seconds), ylim=(0, None))
-    axes.legend(loc="lower right")
+    axes.set(xlim=(0, run.seconds), ylim=(0, 1.2 * max(rates)))  # room for the legend
+    axes.legend(loc="upper right")
 
 
 def _title(measurement: Measurement) -> str:

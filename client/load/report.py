@@ -15,11 +15,17 @@ from client.load.generator import Closed, Open
 from client.load.measurement import Measurement, Plan
 from client.load.records import Failure, Record, Run, Success
 from client.load.summary import PERCENTILES, Distribution, Summary
+from client.results import Model
 
 # Of one core. The generator computes in one thread, and a busy one sees events late.
 BUSY_CPU_SHARE = 0.7
 
 SHOWN_PERCENTILES = (50, 90, 99)
+
+
+def headline(plan: Plan, model: Model) -> str:
+    """What is measured, known before it is."""
+    return f"{model.name} at {plan.target}, {plan.loop}; {plan.workload}\n"
 
 
 def table(measurement: Measurement) -> str:
@@ -48,10 +54,8 @@ def document(measurement: Measurement) -> dict[str, object]:
 
 
 def _lines(measurement: Measurement) -> Iterator[str]:
-    plan, run, summary = measurement.plan, measurement.run, measurement.summary
+    run, summary = measurement.run, measurement.summary
     cached = summary.cached_prompt_tokens / summary.prompt_tokens if summary.prompt_tokens else 0
-    yield f"{measurement.model.name} at {plan.target}, {plan.loop}; {plan.workload}"
-    yield ""
     yield f"requests  {summary.succeeded:,} ok, {summary.failed:,} failed in {run.seconds:.1f} s"
     yield f"          {summary.requests_per_second:,.2f} requests/s"
     yield f"output    {summary.output_tokens_per_second:,.1f} tokens/s"

@@ -139,5 +139,5 @@ def _dialog(line: str, number: int) -> Dialog:
     try:
         requests.chat(chat_pb2.ChatCompleteStreamRequest, [messages], {})
     except InvalidRequestError as error:
-        raise ValueError(f"line {number} cannot be sent: {error}") from error
+        raise ValueError(f"line {number}: {error}") from error
     return cast("Dialog", messages)

@@ -100,7 +100,7 @@ def test_wrong_values_are_one_readable_line(run: Run, target: str) -> None:
     assert done.stderr == "Error: sampling.temperature: must be 0 to 100, not -1\n"
 
 
-@pytest.mark.parametrize("command", [("chat", "--ask", "Hello"), ("complete", "Hello")])
+@pytest.mark.parametrize("command", [("chat", "--ask", "Hello"), ("complete", "Hello"), ("bench",)])
 def test_nothing_at_the_target_says_what_to_do(run: Run, command: tuple[str, ...]) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
