@@ -205,8 +205,8 @@ def bench(
         raise click.ClickException("stopped before anything was measured")
     click.echo(report.table(measurement))
     if json_file is not None:
-        with json_file.open("w", encoding="utf-8") as file:
-            json.dump(report.document(measurement), file, allow_nan=False)
+        written = json.dumps(report.document(measurement), allow_nan=False)
+        json_file.write_text(written, encoding="utf-8")
     if plot_file is not None:
         plot.save(measurement, plot_file)
     if not measurement.summary.succeeded:
