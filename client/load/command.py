@@ -176,6 +176,8 @@ def bench(
     """
     if concurrency is not None and rate is not None:
         raise click.UsageError("--concurrency is a closed loop and --rate an open one: give one")
+    if dialogs and shared_prefix:
+        raise click.UsageError("--shared_prefix is for random prompts, and --dialogs has its own")
     if plot_file is not None and not plot.available():
         raise click.ClickException(
             "--plot needs matplotlib: install chasqui with its extra bench, as "

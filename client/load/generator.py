@@ -106,12 +106,15 @@ async def _closed(phase: _Phase, work: Iterator[Work], concurrency: int, until: 
         return until.seconds is not None and clock() - phase.origin >= until.seconds
 
     async def work_off() -> None:
-        while not is_over() and (each := next(work, None)) is not None:
-            record = await phase.send(each, clock())
+        pause = 0.0
+        for each in work:
+            await asyncio.sleep(pause)
+            if is_over():
+                return
+            outcome = (await phase.send(each, clock())).outcome
             # A refused client comes back when the server says so: anything faster would measure
             # how fast it refuses.
-            if isinstance(record.outcome, Failure) and record.outcome.retry_after:
-                await asyncio.sleep(record.outcome.retry_after)
+            pause = (outcome.retry_after or 0.0) if isinstance(outcome, Failure) else 0.0
 
     async with asyncio.TaskGroup() as workers:
         for _ in range(concurrency):

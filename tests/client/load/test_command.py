@@ -160,6 +160,7 @@ def test_a_plot_without_the_extra_is_refused_before_anything_is_sent(
     [
         (("--rate=1", "--concurrency=1"), "closed loop and --rate an open one"),
         (("--rate=nan",), "must be a number"),
+        (("--dialogs=DIALOGS", "--shared_prefix=9"), "--shared_prefix is for random prompts"),
         (("--prompt_tokens=0",), "at least 1 token"),
         (("--answer_tokens=some",), "is no length"),
         (("--json=no/such/folder.json",), "there is no folder no/such"),
@@ -168,9 +169,13 @@ def test_a_plot_without_the_extra_is_refused_before_anything_is_sent(
     ],
 )
 def test_wrong_usage_is_refused_before_anything_is_sent(
-    flags: tuple[str, ...], complaint: str
+    flags: tuple[str, ...], complaint: str, tmp_path: Path
 ) -> None:
-    done = CliRunner().invoke(main, ["bench", "--target", NOWHERE, *flags])
+    dialogs = tmp_path / "dialogs.jsonl"
+    dialogs.write_text("[]\n")
+    given = [flag.replace("DIALOGS", str(dialogs)) for flag in flags]
+
+    done = CliRunner().invoke(main, ["bench", "--target", NOWHERE, *given])
 
     assert done.exit_code == 2
     assert complaint in " ".join(done.output.split())
