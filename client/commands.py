@@ -21,6 +21,7 @@ from client.aio import AsyncClient
 from client.channel import DEFAULT_TARGET
 from client.conversation import Conversation, printed
 from client.errors import ChasquiError, UnreachableError
+from client.model_commands import model
 from client.requests import ChatOptions, TextOptions
 from client.results import Model
 from client.supervisor import (
@@ -89,6 +90,9 @@ def main() -> None:
             stream.reconfigure(errors=errors)
 
 
+main.add_command(model)
+
+
 @main.command()
 @setting(
     "ckpt_dir",
@@ -114,6 +118,7 @@ def main() -> None:
 @setting("max_seq_len", type=int, help="Most tokens of prompt and answer.  [default: 512]")
 @setting("max_batch_size", type=int, help="Most sequences that run at once.  [default: 8]")
 @setting("dtype", help="auto, float32, bfloat16 or float16.")
+@setting("quantize", help="auto, none, int8 or int4.")
 @setting("device", help="auto, cpu or cuda.")
 @setting(
     "log_file",
