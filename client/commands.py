@@ -22,6 +22,7 @@ from client.conversation import Conversation, printed
 from client.errors import UnreachableError
 from client.flags import one_line_errors, setting, target_setting
 from client.load.command import bench
+from client.model_commands import model
 from client.requests import ChatOptions, TextOptions
 from client.results import Model
 from client.supervisor import (
@@ -66,6 +67,9 @@ def main() -> None:
             stream.reconfigure(errors=errors)
 
 
+main.add_command(model)
+
+
 @main.command()
 @setting(
     "ckpt_dir",
@@ -91,6 +95,7 @@ def main() -> None:
 @setting("max_seq_len", type=int, help="Most tokens of prompt and answer.  [default: 512]")
 @setting("max_batch_size", type=int, help="Most sequences that run at once.  [default: 8]")
 @setting("dtype", help="auto, float32, bfloat16 or float16.")
+@setting("quantize", help="auto, none, int8 or int4.")
 @setting("device", help="auto, cpu or cuda.")
 @setting(
     "log_file",

@@ -20,6 +20,8 @@ from model_service.model.attention import CacheShape, SdpaAttention
 from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.config import ModelConfig
 from model_service.model.network import load_network
+from model_service.model.quantization import GROUP_SIZE, Quantization
+from model_service.model.weights import computes_in_bfloat16, packing, weight_bytes
 from serving.errors import StartError
 
 _log = logging.getLogger(__name__)
@@ -41,7 +43,9 @@ class ReplicaOptions:
     max_step_tokens: int = 512  # tokens that one step computes
     kv_cache_tokens: int | None = None  # default: max_batch_size × max_seq_len
     block_size: int = 16  # tokens per block of the cache
-    dtype: str = "auto"  # float32 on the CPU, float16 (as Meta's code) on CUDA
+    # On CUDA float16, as Meta's code; on the CPU bfloat16 where it computes in it, else float32.
+    dtype: str = "auto"
+    quantize: str = "auto"  # none, int8 or int4; auto: as the checkpoint is stored
     device: str = "auto"  # cuda where there is one
     threads: int | None = None
     verify_checkpoint: bool = True
@@ -58,6 +62,7 @@ class ModelInfo:
     context_length: int
     shards: int
     dtype: str
+    quantization: Quantization
     device: str
     fingerprint: str
     max_batch_size: int
@@ -83,13 +88,15 @@ def load_replica(options: ReplicaOptions) -> Replica:
         StartError: the checkpoint, the machine or the options do not allow it; the message says
             what to change. Raised on every rank, before anything large is allocated.
     """
-    device_type, dtype = _choose(options)
+    device_type = _device_type(options)
     checkpoint = open_checkpoint(options.ckpt_dir, verify=options.verify_checkpoint)
     device = distributed.initialize(device_type)
     shards, rank = dist.get_world_size(), dist.get_rank()
     config = checkpoint.config
     _check_shards(config, shards)
     small = checkpoint.shard_parameters(shards) < SMALL_MODEL
+    quantization = _quantization(options, config, shards, device_type)
+    dtype = _dtype(options, device_type, exact=small or quantization != "none")
     distributed.use_threads(options.threads or (1 if small else None))
 
     limits = _limits(options, config)
@@ -101,12 +108,16 @@ def load_replica(options: ReplicaOptions) -> Replica:
         head_dim=config.head_dim,
     )
     memory = MemoryPlan(
-        weights=checkpoint.shard_parameters(shards) * dtype.itemsize,
+        weights=round(
+            checkpoint.shard_parameters(shards, linear=True) * weight_bytes(quantization, dtype)
+            + checkpoint.shard_parameters(shards, linear=False) * dtype.itemsize
+        ),
         kv_cache=cache.bytes(dtype),
         kv_tokens=limits.blocks * limits.block_size,
     )
+    arithmetic = _name(dtype) if quantization == "none" else f"{quantization} ({_name(dtype)})"
     if rank == LEADER:
-        _log.info("%s: %s", options.ckpt_dir, _summary(checkpoint, shards, dtype, memory))
+        _log.info("%s: %s", options.ckpt_dir, _summary(checkpoint, shards, arithmetic, memory))
     memory.check(device, 1 if device.type == "cuda" else distributed.local_world_size())
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
@@ -114,8 +125,12 @@ def load_replica(options: ReplicaOptions) -> Replica:
     network = load_network(
         config,
         limits.context_length,
-        checkpoint.read_shard(rank, shards, dtype, device),
-        device,
+        checkpoint.read_shard(
+            rank, shards, dtype if quantization == "none" else torch.float32, device
+        ),
+        pack=packing(quantization, dtype, device),
+        dtype=dtype,
+        device=device,
     )
     runner = ModelRunner(network, SdpaAttention(cache, dtype, device), PlanChannel(), device)
     info = ModelInfo(
@@ -125,26 +140,57 @@ def load_replica(options: ReplicaOptions) -> Replica:
         context_length=limits.context_length,
         shards=shards,
         dtype=_name(dtype),
+        quantization=quantization,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        fingerprint=_fingerprint(checkpoint, shards, dtype),
+        fingerprint=_fingerprint(checkpoint, shards, arithmetic),
         max_batch_size=limits.max_batch_size,
     )
     return Replica(info, limits, runner, is_leader=rank == LEADER)
 
 
-def _choose(options: ReplicaOptions) -> tuple[str, torch.dtype]:
-    """Device type and dtype, `auto` resolved."""
+def _device_type(options: ReplicaOptions) -> str:
     available = torch.cuda.is_available()
     if options.device == "cuda" and not available:
         raise StartError(
             "--device cuda, but PyTorch finds no CUDA device: check the driver with nvidia-smi and "
             "that this is PyTorch's CUDA build, or use --device cpu"
         )
-    device_type = ("cuda" if available else "cpu") if options.device == "auto" else options.device
+    return ("cuda" if available else "cpu") if options.device == "auto" else options.device
+
+
+def _dtype(options: ReplicaOptions, device_type: str, *, exact: bool) -> torch.dtype:
+    """`auto` resolved; `exact`: bfloat16 would gain nothing."""
     if device_type == "cpu" and options.dtype == "float16":
         raise StartError("--dtype float16 needs --device cuda; on the CPU use bfloat16 or float32")
-    default = "float16" if device_type == "cuda" else "float32"
-    return device_type, DTYPES[default if options.dtype == "auto" else options.dtype]
+    if options.dtype != "auto":
+        return DTYPES[options.dtype]
+    if device_type == "cuda":
+        return torch.float16
+    return torch.float32 if exact or not computes_in_bfloat16() else torch.bfloat16
+
+
+def _quantization(
+    options: ReplicaOptions, config: ModelConfig, shards: int, device_type: str
+) -> Quantization:
+    """`auto` resolved, and checked against device and shape."""
+    chosen = config.quantization if options.quantize == "auto" else options.quantize
+    if chosen == "none":
+        return "none"
+    if device_type == "cuda":
+        raise StartError(
+            f"{chosen} weights are computed on the CPU only: use --quantize none, or --device cpu"
+        )
+    if chosen == "int8":
+        return "int8"
+    rows = {"dim": config.dim, "hidden_dim": config.hidden_dim // shards}
+    rows["heads"] = config.n_heads * config.head_dim // shards
+    uneven = [f"{name} {length}" for name, length in rows.items() if length % GROUP_SIZE]
+    if uneven:
+        raise StartError(
+            f"int4 weights share a scale among {GROUP_SIZE} neighbours of a row, which does not "
+            f"divide {', '.join(uneven)} of a shard: use --quantize int8, or fewer shards"
+        )
+    return "int4"
 
 
 def _check_shards(config: ModelConfig, shards: int) -> None:
@@ -173,10 +219,10 @@ def _limits(options: ReplicaOptions, config: ModelConfig) -> EngineLimits:
     )
 
 
-def _summary(checkpoint: Checkpoint, shards: int, dtype: torch.dtype, memory: MemoryPlan) -> str:
+def _summary(checkpoint: Checkpoint, shards: int, arithmetic: str, memory: MemoryPlan) -> str:
     files = len(checkpoint.files)
     return (
-        f"{_count(checkpoint.parameters)}, {files} file{'s' * (files > 1)}, {_name(dtype)}, "
+        f"{_count(checkpoint.parameters)}, {files} file{'s' * (files > 1)}, {arithmetic}, "
         f"{shards} shard{'s, each' if shards > 1 else ','} {memory}"
     )
 
@@ -193,6 +239,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _fingerprint(checkpoint: Checkpoint, shards: int, dtype: torch.dtype) -> str:
-    identity = f"{checkpoint.fingerprint()} {shards} {_name(dtype)}"
+def _fingerprint(checkpoint: Checkpoint, shards: int, arithmetic: str) -> str:
+    identity = f"{checkpoint.fingerprint()} {shards} {arithmetic}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

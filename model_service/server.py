@@ -108,6 +108,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
             context_length=info.context_length,
             shards=info.shards,
             dtype=info.dtype,
+            quantization="" if info.quantization == "none" else info.quantization,
             device=info.device,
             fingerprint=info.fingerprint,
             tokenizer_fingerprint=self._tokenizer_fingerprint,

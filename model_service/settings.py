@@ -40,7 +40,17 @@ class ModelSettings(ServerSettings):
     ] = 16
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Field(description="auto is float32 on the CPU, and on CUDA float16 as in Meta's code"),
+        Field(
+            description="auto is float16 on CUDA, as in Meta's code; on the CPU bfloat16 where it "
+            "computes in it, else float32"
+        ),
+    ] = "auto"
+    quantize: Annotated[
+        Literal["auto", "none", "int8", "int4"],
+        Field(
+            description="weights of linear layers; auto is as the checkpoint stores them; the "
+            "arithmetic around them is then float32"
+        ),
     ] = "auto"
     device: Annotated[
         Literal["auto", "cpu", "cuda"],

@@ -5,7 +5,8 @@ batch, `attend` once per layer: it writes the new keys and values, then attends 
 `SdpaAttention` is the reference that other backends are tested against.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,18 +61,28 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Spans that one call of scaled_dot_product_attention serves."""
+    """Spans that one call of scaled_dot_product_attention serves: one, or many of one token."""
 
-    rows: torch.Tensor  # [spans, query_length] into the flat batch
-    slots: torch.Tensor  # [spans, context_length] into the cache, padded with a slot of its own
-    mask: torch.Tensor  # [spans, 1, query_length, context_length], True: attend
+    rows: slice | torch.Tensor  # of the flat batch: [tokens], span after span
+    spans: int
+    # Where keys and values lie: [spans × longest] slots, or a slice where one span's blocks are
+    # neighbours, which is read in place.
+    slots: slice | torch.Tensor
+    mask: torch.Tensor | None  # added to the scores, broadcast over heads; None: all is seen
+    causal: bool = False
+
+
+# Copying fewer tokens than this costs less than a call of its own.
+_COPIED_TOKENS = 256
 
 
 class SdpaAttention:
     """PyTorch's scaled_dot_product_attention on any device.
 
-    Spans of one token (decode) go through one call, padded to the longest context; each longer span
-    (prefill) has a call of its own.
+    The query heads that share keys and values are laid out so that these are never repeated: as
+    rows of one matrix where a span has one token, as heads with a common key (stride 0) where it
+    has more. A sequence whose blocks are neighbours is attended in place. Others are copied into a
+    buffer that all layers use: short ones of one token (decode) together, padded to the longest.
     """
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
@@ -79,47 +90,54 @@ class SdpaAttention:
         size = (shape.layers, slots, shape.kv_heads, shape.head_dim)
         self._keys = torch.zeros(size, dtype=dtype, device=device)
         self._values = torch.zeros(size, dtype=dtype, device=device)
+        # Where `_copied` puts keys and values; a new buffer in each layer would cost page faults.
+        self._buffers = [torch.empty(0, *size[2:], dtype=dtype, device=device) for _ in range(2)]
         self._block_size = shape.block_size
+        self._dtype = dtype
         self._device = device
         self._groups: list[_Group] = []
         self._new_slots = torch.empty(0, dtype=torch.long, device=device)
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
-        starts = [0]
+        groups: list[_Group] = []
+        new_slots: list[torch.Tensor] = []
+        short: list[tuple[int, torch.Tensor]] = []  # first row, slots
+        row = 0
         for span in spans:
-            starts.append(starts[-1] + span.query_length)
-        slots = [self._slots(span) for span in spans]
-        new = [s[-span.query_length :] for s, span in zip(slots, spans, strict=True)]
-        self._new_slots = torch.cat(new).to(self._device)
-        single = [i for i, span in enumerate(spans) if span.query_length == 1]
-        members = ([single] if single else []) + [
-            [i] for i, span in enumerate(spans) if span.query_length > 1
-        ]
-        self._groups = [
-            self._group(
-                [spans[i] for i in group], [starts[i] for i in group], [slots[i] for i in group]
-            )
-            for group in members
-        ]
+            slots = self._slots(span)
+            new_slots.append(slots[-span.query_length :])
+            if span.query_length == 1 and (len(spans) > 1 and len(slots) < _COPIED_TOKENS):
+                short.append((row, slots))
+            else:
+                groups.append(self._alone(span, row, slots))
+            row += span.query_length
+        self._groups = groups + [self._together(batch) for batch in _of_like_length(short)]
+        self._new_slots = torch.cat(new_slots).to(self._device)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        keys[self._new_slots] = key
-        values[self._new_slots] = value
+        keys.index_copy_(0, self._new_slots, key)
+        values.index_copy_(0, self._new_slots, value)
         output = torch.empty_like(query)
         for group in self._groups:
-            # SDPA wants heads before tokens: [spans, heads, tokens, head_dim]
-            attended = F.scaled_dot_product_attention(
-                query[group.rows].transpose(1, 2),
-                keys[group.slots].transpose(1, 2),
-                values[group.slots].transpose(1, 2),
-                attn_mask=group.mask,
-                enable_gqa=True,
-            )
-            output[group.rows] = attended.transpose(1, 2)
+            if isinstance(group.slots, slice):
+                selected = keys[group.slots], values[group.slots]
+            else:
+                selected = self._copied(keys, values, group.slots)
+            output[group.rows] = _attend(query[group.rows], *selected, group)
         return output
+
+    def _copied(
+        self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(self._buffers[0]) < len(slots):
+            self._buffers = [keys.new_empty(len(slots), *keys.shape[1:]) for _ in range(2)]
+        key_buffer, value_buffer = (buffer[: len(slots)] for buffer in self._buffers)
+        torch.index_select(keys, 0, slots, out=key_buffer)
+        torch.index_select(values, 0, slots, out=value_buffer)
+        return key_buffer, value_buffer
 
     def _slots(self, span: SequenceSpan) -> torch.Tensor:
         """Where the tokens of a sequence lie in the cache [context_length]."""
@@ -127,20 +145,78 @@ class SdpaAttention:
         slots = first.unsqueeze(1) + torch.arange(self._block_size)
         return slots.flatten()[: span.context_length]
 
-    def _group(
-        self, spans: Sequence[SequenceSpan], starts: Sequence[int], slots: Sequence[torch.Tensor]
-    ) -> _Group:
-        queries = spans[0].query_length
-        longest = max(span.context_length for span in spans)
-        lengths = torch.tensor([span.context_length for span in spans])
-        # A token at position p sees positions 0 to p; padding lies behind every p.
-        positions = lengths.unsqueeze(1) - queries + torch.arange(queries)
-        mask = torch.arange(longest) <= positions.unsqueeze(-1)
+    def _alone(self, span: SequenceSpan, row: int, slots: torch.Tensor) -> _Group:
+        table = span.block_table
+        neighbours = all(b == a + 1 for a, b in itertools.pairwise(table))
+        first = table[0] * self._block_size
+        whole = span.query_length == span.context_length
         return _Group(
-            rows=(torch.tensor(starts).unsqueeze(1) + torch.arange(queries)).to(self._device),
-            slots=torch.stack([_padded(s, longest) for s in slots]).to(self._device),
-            mask=mask.unsqueeze(1).to(self._device),
+            rows=slice(row, row + span.query_length),
+            spans=1,
+            slots=slice(first, first + len(slots)) if neighbours else slots.to(self._device),
+            mask=None if whole or span.query_length == 1 else self._causal_mask(span),
+            causal=whole and span.query_length > 1,
         )
+
+    def _together(self, batch: Sequence[tuple[int, torch.Tensor]]) -> _Group:
+        rows, slots = zip(*batch, strict=True)
+        lengths = torch.tensor([len(each) for each in slots])
+        longest = int(lengths.max())
+        padding = torch.arange(longest) >= lengths.unsqueeze(1)
+        return _Group(
+            rows=torch.tensor(rows, device=self._device),
+            spans=len(batch),
+            slots=torch.cat([_padded(each, longest) for each in slots]).to(self._device),
+            mask=self._additive(padding).view(len(batch), 1, 1, longest) if padding.any() else None,
+        )
+
+    def _causal_mask(self, span: SequenceSpan) -> torch.Tensor:
+        """[query_length, context_length]: a token at position p sees positions 0 to p."""
+        positions = torch.arange(span.context_length - span.query_length, span.context_length)
+        return self._additive(torch.arange(span.context_length) > positions.unsqueeze(1))
+
+    def _additive(self, hidden: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
+        return mask.to(self._device)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: _Group
+) -> torch.Tensor:
+    """Attention of query [tokens, heads, head_dim] over [spans × longest, kv_heads, head_dim]."""
+    tokens, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+    if tokens == group.spans:
+        # [spans, kv_heads, heads that share, head_dim]: one token's heads are the rows.
+        rows = query.view(tokens, kv_heads, -1, head_dim)
+        key, value = (
+            each.view(group.spans, -1, kv_heads, head_dim).transpose(1, 2) for each in (key, value)
+        )
+        mask = group.mask if group.mask is None else group.mask.expand(-1, 1, rows.shape[2], -1)
+        return F.scaled_dot_product_attention(rows, key, value, attn_mask=mask).reshape(query.shape)
+    # [kv_heads, heads that share, tokens, head_dim], the key of each with stride 0.
+    rows = query.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    key, value = (
+        each.transpose(0, 1).unsqueeze(1).expand(-1, rows.shape[1], -1, -1) for each in (key, value)
+    )
+    attended = F.scaled_dot_product_attention(
+        rows, key, value, attn_mask=group.mask, is_causal=group.causal
+    )
+    return attended.permute(2, 0, 1, 3).reshape(query.shape)
+
+
+def _of_like_length(
+    spans: Sequence[tuple[int, torch.Tensor]],
+) -> Iterator[list[tuple[int, torch.Tensor]]]:
+    """Spans in batches in which none is padded to more than twice its length."""
+    batch: list[tuple[int, torch.Tensor]] = []
+    for span in sorted(spans, key=lambda each: len(each[1]), reverse=True):
+        if batch and 2 * len(span[1]) < len(batch[0][1]):
+            yield batch
+            batch = []
+        batch.append(span)
+    if batch:
+        yield batch
 
 
 def _padded(slots: torch.Tensor, length: int) -> torch.Tensor:

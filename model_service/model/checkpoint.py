@@ -18,6 +18,7 @@ import torch
 
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig, read_params
 from model_service.model.errors import CheckpointError
+from model_service.model.quantization import FORMATS, GROUP_SIZE, Int4Weight, Int8Weight
 
 SPLIT_DIMENSION = {
     "tok_embeddings": 1,
@@ -37,6 +38,14 @@ FETCH_AGAIN = "copy or download it again"
 READABLE = "make it a file that this user may read"
 
 
+StoredWeight = torch.Tensor | Int8Weight | Int4Weight
+
+
+def is_linear(name: str) -> bool:
+    """Whether the parameter `name` multiplies, and so may be quantized."""
+    return split_dimension(name) is not None and name != "tok_embeddings.weight"
+
+
 def split_dimension(name: str) -> int | None:
     """The dimension on which Meta's files split the parameter `name`; None: each file has all."""
     return SPLIT_DIMENSION.get(name.removesuffix(".weight").rpartition(".")[2])
@@ -48,7 +57,7 @@ class Checkpoint:
 
     folder: Path
     config: ModelConfig
-    files: tuple[dict[str, torch.Tensor], ...]
+    files: tuple[dict[str, StoredWeight], ...]
 
     @property
     def parameters(self) -> int:
@@ -56,11 +65,12 @@ class Checkpoint:
         shapes = self.config.parameter_shapes().values()
         return sum(torch.Size(shape).numel() for shape in shapes)
 
-    def shard_parameters(self, shards: int) -> int:
-        """Number of weights that one of `shards` ranks holds."""
+    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
+        """Number of weights that one of `shards` ranks holds; `linear` counts those or the rest."""
         return sum(
             torch.Size(shape).numel() // (1 if split_dimension(name) is None else shards)
             for name, shape in self.config.parameter_shapes().items()
+            if linear is None or is_linear(name) is linear
         )
 
     def read_shard(
@@ -70,7 +80,7 @@ class Checkpoint:
         for name, shape in self.config.parameter_shapes().items():
             dimension = split_dimension(name)
             if dimension is None:
-                weight = self.files[0][name]
+                weight = self.files[0][name].narrow(0, 0, *shape)
             else:
                 size = shape[dimension] // shards
                 weight = self._join(name, dimension, rank * size, (rank + 1) * size)
@@ -128,7 +138,18 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
         config = replace(config, vocab_size=embedding.shape[0])
     for path, tensors in zip(paths, files, strict=True):
         _check_file(path, tensors, config, len(files))
-    return Checkpoint(folder, config, files)
+    return Checkpoint(folder, config, tuple(_stored_weights(file, config) for file in files))
+
+
+def _stored_weights(
+    tensors: dict[str, torch.Tensor], config: ModelConfig
+) -> dict[str, StoredWeight]:
+    """A file's parameters, each with the tensors that belong to it."""
+    kind = FORMATS.get(config.quantization)
+    return {
+        name: kind.from_file(name, tensors) if kind and is_linear(name) else tensors[name]
+        for name in config.parameter_shapes()
+    }
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -195,33 +216,57 @@ def _check_file(
     path: Path, tensors: dict[str, torch.Tensor], config: ModelConfig, files: int
 ) -> None:
     """Raises CheckpointError unless `tensors` is one of `files` equal parts of the network."""
-    shapes = config.parameter_shapes()
-    missing = sorted(shapes.keys() - tensors.keys())
+    expected = _expected_tensors(config, files)
+    missing = sorted(expected.keys() - tensors.keys())
     if missing:
         raise CheckpointError(
             path, f"lacks {_some(missing)}", "use the params.json that came with this file"
         )
-    unexpected = sorted(tensors.keys() - shapes.keys() - DERIVED)
+    unexpected = sorted(tensors.keys() - expected.keys() - DERIVED)
     if unexpected:
         raise CheckpointError(
             path, f"also holds {_some(unexpected)}", "use the params.json that came with this file"
         )
-    for name, shape in shapes.items():
+    for name, (shape, dtypes) in expected.items():
         tensor = tensors[name]
-        if tensor.dtype not in FLOAT_TYPES:
+        if tensor.dtype not in dtypes:
+            wanted = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise CheckpointError(
                 path,
                 f"{name} is {str(tensor.dtype).removeprefix('torch.')}",
-                "use float32, float16 or bfloat16 weights",
+                f"use {' or '.join(wanted)} weights",
             )
-        expected = _file_shape(name, shape, files)
-        if tuple(tensor.shape) != expected:
+        if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 path,
                 f"{name} is {_dimensions(tensor.shape)}; params.json and {files} "
-                f"file{'s' * (files > 1)} make it {_dimensions(expected)}",
+                f"file{'s' * (files > 1)} make it {_dimensions(shape)}",
                 "put all files of one checkpoint, and only these, into the folder",
             )
+
+
+def _expected_tensors(
+    config: ModelConfig, files: int
+) -> dict[str, tuple[tuple[int, ...], set[torch.dtype]]]:
+    """Shape and dtypes of each tensor in one of `files` files."""
+    expected = {}
+    for name, whole in config.parameter_shapes().items():
+        shape = _file_shape(name, whole, files)
+        if config.quantization == "none" or not is_linear(name):
+            expected[name] = (shape, FLOAT_TYPES)
+            continue
+        outputs, inputs = shape
+        if config.quantization == "int8":
+            parts = {"": ((outputs, inputs), torch.int8), ".scales": ((outputs,), torch.float32)}
+        else:
+            groups = ((outputs, inputs // GROUP_SIZE), torch.float32)
+            parts = {
+                "": ((outputs, inputs // 2), torch.uint8),
+                ".scales": groups,
+                ".minima": groups,
+            }
+        expected |= {name + part: (size, {dtype}) for part, (size, dtype) in parts.items()}
+    return expected
 
 
 def _file_shape(name: str, shape: tuple[int, ...], files: int) -> tuple[int, ...]:

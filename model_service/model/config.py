@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_service.model.errors import CheckpointError
+from model_service.model.quantization import FORMATS, Quantization
 
 ROPE_THETA = 10000.0
 VOCAB_SIZE_FROM_EMBEDDING = -1
@@ -17,7 +18,10 @@ VOCAB_SIZE_FROM_EMBEDDING = -1
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Meta's `ModelArgs` (llama/model.py), without the run-time limits."""
+    """Meta's `ModelArgs` (llama/model.py), without the run-time limits.
+
+    `quantization` is ours: how the checkpoint stores the weights of its linear layers.
+    """
 
     dim: int = 4096
     n_layers: int = 32
@@ -27,6 +31,7 @@ class ModelConfig:
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
+    quantization: Quantization = "none"
 
     @property
     def kv_heads(self) -> int:
@@ -57,8 +62,8 @@ class ModelConfig:
                 f"{prefix}attention.wv.weight": (key_value, self.dim),
                 f"{prefix}attention.wo.weight": (self.dim, query),
                 f"{prefix}feed_forward.w1.weight": (self.hidden_dim, self.dim),
-                f"{prefix}feed_forward.w2.weight": (self.dim, self.hidden_dim),
                 f"{prefix}feed_forward.w3.weight": (self.hidden_dim, self.dim),
+                f"{prefix}feed_forward.w2.weight": (self.dim, self.hidden_dim),
                 f"{prefix}attention_norm.weight": (self.dim,),
                 f"{prefix}ffn_norm.weight": (self.dim,),
             }
@@ -111,8 +116,15 @@ def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:
             f"has settings that Llama 2 does not know: {', '.join(unknown)}",
             "serve a Llama 2 checkpoint in Meta's format",
         )
+    stored = params.get("quantization", "none")
+    if stored not in {"none", *FORMATS}:
+        raise CheckpointError(
+            path, f"quantization is {stored!r}, not {', '.join(FORMATS)} or none", "correct it"
+        )
     fractions = {"ffn_dim_multiplier", "norm_eps"}
     for name, value in params.items():
+        if name == "quantization":
+            continue
         allowed = (int, float) if name in fractions else (int,)
         absent = value is None and name in {"n_kv_heads", "ffn_dim_multiplier"}
         unset = name == "vocab_size" and value == VOCAB_SIZE_FROM_EMBEDDING

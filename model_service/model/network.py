@@ -5,7 +5,7 @@ token belongs to whom: only attention does, and that is the backend's part. Ever
 forward on its shard; fairscale's layers do the all-reduces.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
@@ -19,6 +19,11 @@ from torch.nn import functional as F
 
 from model_service.model.attention import AttentionBackend
 from model_service.model.config import ROPE_THETA, ModelConfig
+from model_service.model.weights import Pack
+
+# Weights that multiply the same input stand in one matrix, and need one pass over it: each name
+# maps to the matrix that it completes, or to None while others follow.
+_JOINED = {"wq": None, "wk": None, "wv": "wqkv", "w1": None, "w3": "w13"}
 
 
 def _uninitialized(weight: torch.Tensor) -> torch.Tensor:
@@ -48,9 +53,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_frequencies(head_dim: int, length: int) -> torch.Tensor:
@@ -74,20 +77,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        shards = int(get_model_parallel_world_size())
         self.layer = layer
         self.head_dim = config.head_dim
-        self.wq = _column_parallel(config.dim, config.n_heads * config.head_dim)
-        self.wk = _column_parallel(config.dim, config.kv_heads * config.head_dim)
-        self.wv = _column_parallel(config.dim, config.kv_heads * config.head_dim)
+        self.heads = config.n_heads // shards
+        self.kv_heads = config.kv_heads // shards
+        projections = (config.n_heads + 2 * config.kv_heads) * config.head_dim
+        self.wqkv = _column_parallel(config.dim, projections)
         self.wo = _row_parallel(config.n_heads * config.head_dim, config.dim)
 
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, backend: AttentionBackend
     ) -> torch.Tensor:
-        heads = (len(x), -1, self.head_dim)
-        query = apply_rotary(self.wq(x).view(heads), rotary)
-        key = apply_rotary(self.wk(x).view(heads), rotary)
-        value = self.wv(x).view(heads)
+        heads = self.wqkv(x).view(len(x), -1, self.head_dim)
+        value = heads[:, -self.kv_heads :]
+        rotated = apply_rotary(heads[:, : -self.kv_heads], rotary)
+        query, key = rotated[:, : self.heads], rotated[:, self.heads :]
         output: torch.Tensor = self.wo(backend.attend(self.layer, query, key, value).flatten(1))
         return output
 
@@ -97,12 +102,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = _column_parallel(config.dim, config.hidden_dim)
+        self.w13 = _column_parallel(config.dim, 2 * config.hidden_dim)
         self.w2 = _row_parallel(config.hidden_dim, config.dim)
-        self.w3 = _column_parallel(config.dim, config.hidden_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        output: torch.Tensor = self.w2(F.silu(gate) * up)
         return output
 
 
@@ -183,14 +188,40 @@ def load_network(
     config: ModelConfig,
     context_length: int,
     weights: Iterable[tuple[str, torch.Tensor]],
+    *,
+    pack: Pack,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> Transformer:
-    """The network with `weights` in place, ready for `forward`; no weight is held twice."""
+    """The network with `weights` in place, ready for `forward`.
+
+    Args:
+        config: the network's shape.
+        context_length: most tokens of a sequence.
+        weights: Meta's names and this rank's part of each parameter, in the order of
+            `ModelConfig.parameter_shapes`; taken one by one, so none is held twice.
+        pack: brings the weight of a linear layer into its format.
+        dtype: of everything else.
+        device: where it runs.
+    """
     network = Transformer(config, context_length)
-    network.load_state_dict(dict(weights), strict=True, assign=True)
-    return network.requires_grad_(False).eval().to(device)
+    for name, weight in _join(weights):
+        layer = network.get_submodule(name)
+        del layer.weight
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            layer.weight = pack(weight)
+        else:
+            layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return network.eval().to(device)
 
 
-def local_kv_heads(config: ModelConfig) -> int:
-    """Heads of keys and values that this rank holds."""
-    return config.kv_heads // int(get_model_parallel_world_size())
+def _join(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights by the names of this network's layers."""
+    parts: list[torch.Tensor] = []
+    for parameter, weight in weights:
+        layer, _, name = parameter.removesuffix(".weight").rpartition(".")
+        parts.append(weight)
+        joined = _JOINED.get(name, name)
+        if joined is not None:
+            yield f"{layer}.{joined}".lstrip("."), parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts.clear()

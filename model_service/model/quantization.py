@@ -1,0 +1,118 @@
+"""Weights in 8 or 4 bits: the arithmetic, and how a checkpoint file names the parts.
+
+Quantizing what was dequantized gives the same codes again. So a quantized checkpoint is read like
+any other, as numbers, and a network that quantizes them holds exactly what the file holds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+
+Quantization = Literal["none", "int8", "int4"]
+
+GROUP_SIZE = 32  # neighbours of one row that share the scale of their 4-bit codes
+_INT4_MAX = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weight:
+    """weight = codes × scales.
+
+    Attributes:
+        codes: [outputs, inputs] int8, -127 to 127.
+        scales: [outputs] float32.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor) -> Self:
+        """Symmetric, one scale per output: its largest weight becomes ±127."""
+        wide = weight.float()
+        scales = wide.abs().amax(dim=1) / 127
+        divisors = torch.where(scales > 0, scales, 1.0)
+        return cls((wide / divisors.unsqueeze(1)).round_().to(torch.int8), scales)
+
+    @classmethod
+    def from_file(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """The parameter `name` as `stored` gave it."""
+        return cls(tensors[name], tensors[f"{name}.scales"])
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors that a file holds for the parameter `name`."""
+        return {name: self.codes, f"{name}.scales": self.scales}
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def narrow(self, dimension: int, start: int, length: int) -> torch.Tensor:
+        """Like Tensor.narrow, dequantized to float32."""
+        codes = self.codes.narrow(dimension, start, length).float()
+        scales = self.scales.narrow(0, start, length) if dimension == 0 else self.scales
+        return codes * scales.unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """weight = codes × scales + minima, each group of GROUP_SIZE inputs with its own.
+
+    Attributes:
+        codes: [outputs, inputs / 2] uint8: two of 0 to 15, the even input's in the low half.
+        scales: [outputs, inputs / GROUP_SIZE] float32.
+        minima: [outputs, inputs / GROUP_SIZE] float32.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    minima: torch.Tensor
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor) -> Self:
+        """Asymmetric: a group's least weight becomes 0, its largest 15."""
+        groups = weight.float().view(len(weight), -1, GROUP_SIZE)
+        minima, maxima = groups.aminmax(dim=2)
+        scales = (maxima - minima) / _INT4_MAX
+        divisors = torch.where(scales > 0, scales, 1.0)
+        codes = ((groups - minima.unsqueeze(2)) / divisors.unsqueeze(2)).round_()
+        codes = codes.clamp_(0, _INT4_MAX).to(torch.uint8).flatten(1)
+        return cls(codes[:, ::2] | codes[:, 1::2] << 4, scales, minima)
+
+    @classmethod
+    def from_file(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """The parameter `name` as `stored` gave it."""
+        return cls(tensors[name], tensors[f"{name}.scales"], tensors[f"{name}.minima"])
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors that a file holds for the parameter `name`."""
+        return {name: self.codes, f"{name}.scales": self.scales, f"{name}.minima": self.minima}
+
+    @property
+    def shape(self) -> torch.Size:
+        outputs, pairs = self.codes.shape
+        return torch.Size((outputs, 2 * pairs))
+
+    def unpacked_codes(self) -> torch.Tensor:
+        """[outputs, inputs] uint8."""
+        return torch.stack((self.codes & _INT4_MAX, self.codes >> 4), dim=-1).flatten(1)
+
+    def narrow(self, dimension: int, start: int, length: int) -> torch.Tensor:
+        """Like Tensor.narrow, dequantized to float32."""
+        if dimension == 0:
+            parts = (self.codes, self.scales, self.minima)
+            return Int4Weight(*(part.narrow(0, start, length) for part in parts)).dequantize()
+        return self.dequantize().narrow(1, start, length)
+
+    def dequantize(self) -> torch.Tensor:
+        """[outputs, inputs] float32."""
+        groups = self.unpacked_codes().float().view(len(self.codes), -1, GROUP_SIZE)
+        return (groups * self.scales.unsqueeze(2) + self.minima.unsqueeze(2)).flatten(1)
+
+
+FORMATS: Mapping[Quantization, type[Int8Weight] | type[Int4Weight]] = {
+    "int8": Int8Weight,
+    "int4": Int4Weight,
+}

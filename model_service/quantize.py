@@ -1,0 +1,78 @@
+"""`python -m model_service.quantize`: writes a checkpoint with 8- or 4-bit linear layers.
+
+Files stay as they are cut: each shard's weights are quantized by themselves, as a replica of as
+many shards would do when it loads the original, so both give the same answers.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from model_service.model.checkpoint import Checkpoint, is_linear, open_checkpoint
+from model_service.model.errors import CheckpointError
+from model_service.model.quantization import FORMATS, GROUP_SIZE, Quantization
+from serving.errors import StartError
+
+
+def quantize_checkpoint(source: Path, target: Path, quantization: Quantization) -> None:
+    """Writes the checkpoint in `source` to the new or empty folder `target`.
+
+    Raises:
+        StartError: the source is no checkpoint in floating point, its rows cannot be quantized
+            so, or the target is in use or cannot be written.
+    """
+    checkpoint = open_checkpoint(source)
+    _check(checkpoint, target, quantization)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for number, tensors in enumerate(checkpoint.files):
+            content: dict[str, torch.Tensor] = {}
+            for name, weight in tensors.items():
+                if not isinstance(weight, torch.Tensor):
+                    raise TypeError(f"{name} is quantized")  # _check has refused such checkpoints
+                if is_linear(name):
+                    content |= FORMATS[quantization].quantize(weight).stored(name)
+                else:
+                    content[name] = weight.clone()
+            torch.save(content, target / f"consolidated.{number:02d}.pth")
+        params = json.loads((source / "params.json").read_text(encoding="utf-8"))
+        params["quantization"] = quantization
+        (target / "params.json").write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StartError(f"{target} cannot be written: {error.strerror}") from error
+
+
+def _check(checkpoint: Checkpoint, target: Path, quantization: Quantization) -> None:
+    if checkpoint.config.quantization != "none":
+        raise CheckpointError(
+            checkpoint.folder,
+            f"is quantized already, to {checkpoint.config.quantization}",
+            "quantize the original",
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StartError(f"{target} is not an empty folder: name a new one")
+    if quantization == "int4":
+        for name, weight in checkpoint.files[0].items():
+            if is_linear(name) and weight.shape[1] % GROUP_SIZE:
+                raise StartError(
+                    f"int4 weights share a scale among {GROUP_SIZE} neighbours of a row, which "
+                    f"does not divide the {weight.shape[1]} of {name}: use int8"
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model_service.quantize", description=__doc__)
+    parser.add_argument("--ckpt_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--quantize", choices=[*FORMATS], default="int8")
+    arguments = parser.parse_args()
+    try:
+        quantize_checkpoint(arguments.ckpt_dir, arguments.output_dir, arguments.quantize)
+    except StartError as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
