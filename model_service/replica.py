@@ -15,7 +15,7 @@ from model_service import distributed
 from model_service.engine.engine import Engine, EngineLimits
 from model_service.engine.plan_channel import LEADER, PlanChannel
 from model_service.engine.runner import ModelRunner
-from model_service.memory import MemoryPlan
+from model_service.memory import MemoryPlan, cache_tokens
 from model_service.model.attention import CacheShape, SdpaAttention
 from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.config import ModelConfig
@@ -29,6 +29,9 @@ PROBE_BLOCKS = 1  # kept out of the pool
 # Below this many weights a shard's step is over sooner than a second thread wakes up, and on a busy
 # machine threads wait for each other at every layer.
 SMALL_MODEL = 20_000_000
+# A cache of no given size holds no more than all running sequences at full length, this many times
+# over: beyond it, what it keeps for later turns is hardly ever asked for.
+MOST_CACHE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,9 @@ class ReplicaOptions:
     max_seq_len: int = 512  # tokens of one sequence, prompt and answer
     max_batch_size: int = 8  # sequences that run at once
     max_step_tokens: int = 512  # tokens that one step computes
-    kv_cache_tokens: int | None = None  # default: max_batch_size × max_seq_len
+    max_stall: float = 2.0  # longest step while sequences decode, in steps without prompts
+    kv_cache_tokens: int | None = None  # default: what free memory allows
+    prefix_cache: bool = True
     block_size: int = 16  # tokens per block of the cache
     dtype: str = "auto"  # float32 on the CPU, float16 (as Meta's code) on CUDA
     device: str = "auto"  # cuda where there is one
@@ -92,22 +97,22 @@ def load_replica(options: ReplicaOptions) -> Replica:
     small = checkpoint.shard_parameters(shards) < SMALL_MODEL
     distributed.use_threads(options.threads or (1 if small else None))
 
-    limits = _limits(options, config)
-    cache = CacheShape(
-        layers=config.n_layers,
-        blocks=limits.blocks + PROBE_BLOCKS,
-        block_size=limits.block_size,
-        kv_heads=config.kv_heads // shards,
-        head_dim=config.head_dim,
+    weights = checkpoint.shard_parameters(shards) * dtype.itemsize
+    neighbours = 1 if device.type == "cuda" else distributed.local_world_size()
+    token = _cache_shape(config, shards, blocks=1, block_size=1).bytes(dtype)
+    affordable = distributed.least(
+        cache_tokens(device, neighbours, weights=weights, bytes_per_token=token)
     )
+    limits = _limits(options, config, affordable)
+    cache = _cache_shape(config, shards, limits.blocks + PROBE_BLOCKS, limits.block_size)
     memory = MemoryPlan(
-        weights=checkpoint.shard_parameters(shards) * dtype.itemsize,
+        weights=weights,
         kv_cache=cache.bytes(dtype),
         kv_tokens=limits.blocks * limits.block_size,
     )
     if rank == LEADER:
         _log.info("%s: %s", options.ckpt_dir, _summary(checkpoint, shards, dtype, memory))
-    memory.check(device, 1 if device.type == "cuda" else distributed.local_world_size())
+    memory.check(device, neighbours)
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
 
@@ -156,8 +161,21 @@ def _check_shards(config: ModelConfig, shards: int) -> None:
         )
 
 
-def _limits(options: ReplicaOptions, config: ModelConfig) -> EngineLimits:
-    tokens = options.kv_cache_tokens or options.max_batch_size * options.max_seq_len
+def _cache_shape(config: ModelConfig, shards: int, blocks: int, block_size: int) -> CacheShape:
+    return CacheShape(
+        layers=config.n_layers,
+        blocks=blocks,
+        block_size=block_size,
+        kv_heads=config.kv_heads // shards,
+        head_dim=config.head_dim,
+    )
+
+
+def _limits(options: ReplicaOptions, config: ModelConfig, affordable: int) -> EngineLimits:
+    """The engine's limits; `affordable` is how many tokens the cache has memory for."""
+    most = MOST_CACHE * options.max_batch_size * options.max_seq_len
+    # Where not even one sequence is affordable, the memory check says so with its numbers.
+    tokens = options.kv_cache_tokens or max(options.max_seq_len, min(affordable, most))
     if tokens < options.max_seq_len:
         raise StartError(
             f"--kv_cache_tokens {tokens} is less than --max_seq_len {options.max_seq_len}: "
@@ -170,6 +188,8 @@ def _limits(options: ReplicaOptions, config: ModelConfig) -> EngineLimits:
         max_step_tokens=max(options.max_step_tokens, options.max_batch_size),
         blocks=-(-tokens // options.block_size),
         block_size=options.block_size,
+        prefix_cache=options.prefix_cache,
+        max_stall=options.max_stall,
     )
 
 
