@@ -320,13 +320,10 @@ def _final(
 def _rows(chunk: Chunk) -> list[_Row]:
     """The positions whose logits a chunk must give: unscored prompt tokens, and the next token."""
     sequence = chunk.sequence
-    prompt_length = len(sequence.request.prompt_ids)
-    rows: list[_Row] = []
-    if chunk.begin < prompt_length:
-        # Logits at index i predict the token at position i + 1.
-        first = max(chunk.begin + 1, sequence.unscored)
-        last = min(chunk.end + 1, prompt_length)
-        rows += (_Row(sequence, position) for position in range(first, last))
+    # Logits at index i predict the token at position i + 1.
+    first = max(chunk.begin + 1, sequence.unscored)
+    last_in_prompt = min(chunk.end + 1, len(sequence.request.prompt_ids))
+    rows = [_Row(sequence, position) for position in range(first, last_in_prompt)]
     if chunk.end == len(sequence.tokens) and sequence.generates:
         rows.append(_Row(sequence, chunk.end))
     return rows
@@ -334,23 +331,17 @@ def _rows(chunk: Chunk) -> list[_Row]:
 
 def _plan(schedule: Schedule) -> tuple[StepPlan, list[_Row]]:
     """The step's plan, and what each row of its logits is for."""
-    spans = []
-    rows: list[_Row] = []
-    tokens: list[int] = []
-    logit_rows: list[int] = []
-    for chunk in schedule.chunks:
+    # Most chunks are a last token: comprehensions, as there may be hundreds of them in each step.
+    decode = schedule.chunks[: schedule.decode_rows]
+    spans = [SequenceSpan(1, chunk.end, chunk.sequence.block_table) for chunk in decode]
+    tokens = [chunk.sequence.tokens[chunk.begin] for chunk in decode]
+    logit_rows = [i for i, chunk in enumerate(decode) if chunk.sequence.limit > chunk.end]
+    rows = [_Row(decode[i].sequence, decode[i].end) for i in logit_rows]
+    for chunk in schedule.chunks[schedule.decode_rows :]:
         sequence, begin, end = chunk.sequence, chunk.begin, chunk.end
-        answers = begin >= len(sequence.request.prompt_ids)
-        if answers and begin + 1 == end == len(sequence.tokens):  # most are like this
-            rows.append(_Row(sequence, end))
-            logit_rows.append(len(tokens))
-            tokens.append(sequence.tokens[begin])
-            spans.append(SequenceSpan(1, end, sequence.block_table))
-            continue
         wanted = _rows(chunk)
         rows += wanted
-        before = len(tokens) - 1 - begin
-        logit_rows += [before + row.position for row in wanted]
+        logit_rows += [len(tokens) + row.position - 1 - begin for row in wanted]
         tokens += sequence.tokens[begin:end]
         spans.append(SequenceSpan(end - begin, end, sequence.block_table))
     plan = StepPlan(
