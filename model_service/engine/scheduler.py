@@ -97,7 +97,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """The next step; without chunks when there is nothing to do."""
-        # A sequence may lose its blocks to another, before its turn or after it.
+        # First, as a sequence that needs a block may take all blocks of any other.
         size = self._pool.block_size
         for sequence in list(self._running):
             if len(sequence.tokens) > len(sequence.block_table) * size:
