@@ -59,6 +59,13 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def least(value: int) -> int:
+    """The lowest of all ranks' values; every rank must ask."""
+    lowest = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    return int(lowest)
+
+
 def use_threads(threads: int | None) -> None:
     """Sets the threads of this rank: as given, or its share of the cores that it may run on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -11,6 +11,9 @@ from serving.errors import StartError
 GIB = 2**30
 # Activations, buffers and the interpreter, beside weights and cache.
 WORKING_MEMORY = GIB // 4
+# What a cache of no given size may take of the memory that the weights leave. The CPU's is shared
+# with everything else on the machine.
+CACHE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,21 @@ class MemoryPlan:
                 "--max_batch_size or --max_seq_len, choose a smaller --dtype, or spread the model "
                 "over more machines or GPUs with torchrun"
             )
+
+
+def cache_tokens(
+    device: torch.device, shards_on_device: int, *, weights: int, bytes_per_token: int
+) -> int:
+    """Tokens for which this shard's cache may take memory, before anything is allocated.
+
+    Args:
+        device: of this shard.
+        shards_on_device: that take their memory from the same device.
+        weights: bytes of this shard's.
+        bytes_per_token: of this shard's cache.
+    """
+    left = free_memory(device) / shards_on_device - weights - WORKING_MEMORY
+    return max(0, int(left * CACHE_SHARE[device.type])) // bytes_per_token
 
 
 def free_memory(device: torch.device) -> int:

@@ -71,6 +71,7 @@ def token_event(request_id: str, output: SequenceOutput) -> model_pb2.TokenEvent
     )
     if output.timings is not None:
         event.timings.CopyFrom(_timings(output.timings))
+        event.cached_prompt_tokens = output.cached_prompt_tokens
     match output.finish_reason:
         case None:
             pass

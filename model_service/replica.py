@@ -12,25 +12,28 @@ import torch
 import torch.distributed as dist
 
 from model_service import distributed
+from model_service.arithmetic import Arithmetic, choose_arithmetic, choose_device
 from model_service.engine.engine import Engine, EngineLimits
 from model_service.engine.plan_channel import LEADER, PlanChannel
 from model_service.engine.runner import ModelRunner
-from model_service.memory import MemoryPlan
+from model_service.memory import MemoryPlan, cache_tokens
 from model_service.model.attention import CacheShape, SdpaAttention
 from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.config import ModelConfig
 from model_service.model.network import load_network
-from model_service.model.quantization import GROUP_SIZE, Quantization
-from model_service.model.weights import computes_in_bfloat16, packing, weight_bytes
+from model_service.model.quantization import Quantization
+from model_service.model.weights import packing
 from serving.errors import StartError
 
 _log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_BLOCKS = 1  # kept out of the pool
 # Below this many weights a shard's step is over sooner than a second thread wakes up, and on a busy
 # machine threads wait for each other at every layer.
 SMALL_MODEL = 20_000_000
+# A cache of no given size holds no more than all running sequences at full length, this many times
+# over: beyond it, what it keeps for later turns is hardly ever asked for.
+MOST_CACHE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,9 @@ class ReplicaOptions:
     max_seq_len: int = 512  # tokens of one sequence, prompt and answer
     max_batch_size: int = 8  # sequences that run at once
     max_step_tokens: int = 512  # tokens that one step computes
-    kv_cache_tokens: int | None = None  # default: max_batch_size × max_seq_len
+    max_stall: float = 2.0  # longest step while sequences decode, in steps without prompts
+    kv_cache_tokens: int | None = None  # default: what free memory allows
+    prefix_cache: bool = True
     block_size: int = 16  # tokens per block of the cache
     # On CUDA float16, as Meta's code; on the CPU bfloat16 where it computes in it, else float32.
     dtype: str = "auto"
@@ -88,37 +93,39 @@ def load_replica(options: ReplicaOptions) -> Replica:
         StartError: the checkpoint, the machine or the options do not allow it; the message says
             what to change. Raised on every rank, before anything large is allocated.
     """
-    device_type = _device_type(options)
+    device_type = choose_device(options.device)
     checkpoint = open_checkpoint(options.ckpt_dir, verify=options.verify_checkpoint)
     device = distributed.initialize(device_type)
     shards, rank = dist.get_world_size(), dist.get_rank()
     config = checkpoint.config
     _check_shards(config, shards)
     small = checkpoint.shard_parameters(shards) < SMALL_MODEL
-    quantization = _quantization(options, config, shards, device_type)
-    dtype = _dtype(options, device_type, exact=small or quantization != "none")
+    arithmetic = choose_arithmetic(
+        device_type,
+        options.dtype,
+        config.quantization if options.quantize == "auto" else options.quantize,
+        small=small,
+    )
+    arithmetic.check(config, shards)
+    dtype = arithmetic.dtype
     distributed.use_threads(options.threads or (1 if small else None))
 
-    limits = _limits(options, config)
-    cache = CacheShape(
-        layers=config.n_layers,
-        blocks=limits.blocks + PROBE_BLOCKS,
-        block_size=limits.block_size,
-        kv_heads=config.kv_heads // shards,
-        head_dim=config.head_dim,
+    weights = arithmetic.shard_bytes(checkpoint, shards)
+    neighbours = 1 if device.type == "cuda" else distributed.local_world_size()
+    token = _cache_shape(config, shards, blocks=1, block_size=1).bytes(dtype)
+    affordable = distributed.least(
+        cache_tokens(device, neighbours, weights=weights, bytes_per_token=token)
     )
+    limits = _limits(options, config, affordable)
+    cache = _cache_shape(config, shards, limits.blocks + PROBE_BLOCKS, limits.block_size)
     memory = MemoryPlan(
-        weights=round(
-            checkpoint.shard_parameters(shards, linear=True) * weight_bytes(quantization, dtype)
-            + checkpoint.shard_parameters(shards, linear=False) * dtype.itemsize
-        ),
+        weights=weights,
         kv_cache=cache.bytes(dtype),
         kv_tokens=limits.blocks * limits.block_size,
     )
-    arithmetic = _name(dtype) if quantization == "none" else f"{quantization} ({_name(dtype)})"
     if rank == LEADER:
         _log.info("%s: %s", options.ckpt_dir, _summary(checkpoint, shards, arithmetic, memory))
-    memory.check(device, 1 if device.type == "cuda" else distributed.local_world_size())
+    memory.check(device, neighbours)
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
 
@@ -126,9 +133,9 @@ def load_replica(options: ReplicaOptions) -> Replica:
         config,
         limits.context_length,
         checkpoint.read_shard(
-            rank, shards, dtype if quantization == "none" else torch.float32, device
+            rank, shards, dtype if arithmetic.quantization == "none" else torch.float32, device
         ),
-        pack=packing(quantization, dtype, device),
+        pack=packing(arithmetic.quantization, dtype, device),
         dtype=dtype,
         device=device,
     )
@@ -139,58 +146,13 @@ def load_replica(options: ReplicaOptions) -> Replica:
         vocab_size=config.vocab_size,
         context_length=limits.context_length,
         shards=shards,
-        dtype=_name(dtype),
-        quantization=quantization,
+        dtype=arithmetic.dtype_name,
+        quantization=arithmetic.quantization,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         fingerprint=_fingerprint(checkpoint, shards, arithmetic),
         max_batch_size=limits.max_batch_size,
     )
     return Replica(info, limits, runner, is_leader=rank == LEADER)
-
-
-def _device_type(options: ReplicaOptions) -> str:
-    available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise StartError(
-            "--device cuda, but PyTorch finds no CUDA device: check the driver with nvidia-smi and "
-            "that this is PyTorch's CUDA build, or use --device cpu"
-        )
-    return ("cuda" if available else "cpu") if options.device == "auto" else options.device
-
-
-def _dtype(options: ReplicaOptions, device_type: str, *, exact: bool) -> torch.dtype:
-    """`auto` resolved; `exact`: bfloat16 would gain nothing."""
-    if device_type == "cpu" and options.dtype == "float16":
-        raise StartError("--dtype float16 needs --device cuda; on the CPU use bfloat16 or float32")
-    if options.dtype != "auto":
-        return DTYPES[options.dtype]
-    if device_type == "cuda":
-        return torch.float16
-    return torch.float32 if exact or not computes_in_bfloat16() else torch.bfloat16
-
-
-def _quantization(
-    options: ReplicaOptions, config: ModelConfig, shards: int, device_type: str
-) -> Quantization:
-    """`auto` resolved, and checked against device and shape."""
-    chosen = config.quantization if options.quantize == "auto" else options.quantize
-    if chosen == "none":
-        return "none"
-    if device_type == "cuda":
-        raise StartError(
-            f"{chosen} weights are computed on the CPU only: use --quantize none, or --device cpu"
-        )
-    if chosen == "int8":
-        return "int8"
-    rows = {"dim": config.dim, "hidden_dim": config.hidden_dim // shards}
-    rows["heads"] = config.n_heads * config.head_dim // shards
-    uneven = [f"{name} {length}" for name, length in rows.items() if length % GROUP_SIZE]
-    if uneven:
-        raise StartError(
-            f"int4 weights share a scale among {GROUP_SIZE} neighbours of a row, which does not "
-            f"divide {', '.join(uneven)} of a shard: use --quantize int8, or fewer shards"
-        )
-    return "int4"
 
 
 def _check_shards(config: ModelConfig, shards: int) -> None:
@@ -202,8 +164,21 @@ def _check_shards(config: ModelConfig, shards: int) -> None:
         )
 
 
-def _limits(options: ReplicaOptions, config: ModelConfig) -> EngineLimits:
-    tokens = options.kv_cache_tokens or options.max_batch_size * options.max_seq_len
+def _cache_shape(config: ModelConfig, shards: int, blocks: int, block_size: int) -> CacheShape:
+    return CacheShape(
+        layers=config.n_layers,
+        blocks=blocks,
+        block_size=block_size,
+        kv_heads=config.kv_heads // shards,
+        head_dim=config.head_dim,
+    )
+
+
+def _limits(options: ReplicaOptions, config: ModelConfig, affordable: int) -> EngineLimits:
+    """The engine's limits; `affordable` is how many tokens the cache has memory for."""
+    most = MOST_CACHE * options.max_batch_size * options.max_seq_len
+    # Where not even one sequence is affordable, the memory check says so with its numbers.
+    tokens = options.kv_cache_tokens or max(options.max_seq_len, min(affordable, most))
     if tokens < options.max_seq_len:
         raise StartError(
             f"--kv_cache_tokens {tokens} is less than --max_seq_len {options.max_seq_len}: "
@@ -216,10 +191,14 @@ def _limits(options: ReplicaOptions, config: ModelConfig) -> EngineLimits:
         max_step_tokens=max(options.max_step_tokens, options.max_batch_size),
         blocks=-(-tokens // options.block_size),
         block_size=options.block_size,
+        prefix_cache=options.prefix_cache,
+        max_stall=options.max_stall,
     )
 
 
-def _summary(checkpoint: Checkpoint, shards: int, arithmetic: str, memory: MemoryPlan) -> str:
+def _summary(
+    checkpoint: Checkpoint, shards: int, arithmetic: Arithmetic, memory: MemoryPlan
+) -> str:
     files = len(checkpoint.files)
     return (
         f"{_count(checkpoint.parameters)}, {files} file{'s' * (files > 1)}, {arithmetic}, "
@@ -235,10 +214,6 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _fingerprint(checkpoint: Checkpoint, shards: int, arithmetic: str) -> str:
+def _fingerprint(checkpoint: Checkpoint, shards: int, arithmetic: Arithmetic) -> str:
     identity = f"{checkpoint.fingerprint()} {shards} {arithmetic}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -130,6 +130,10 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
             outstanding_tokens=load.outstanding_tokens,
             steps=load.steps,
             preemptions=load.preemptions,
+            cached_blocks=load.cached_blocks,
+            prompt_tokens=load.prompt_tokens,
+            cached_prompt_tokens=load.cached_prompt_tokens,
+            completion_tokens=load.completion_tokens,
         )
 
     async def _read(

@@ -31,10 +31,21 @@ class ModelSettings(ServerSettings):
         int,
         Field(ge=1, le=65536, description="most tokens of one step; long prompts are cut to it"),
     ] = 512
+    max_stall: Annotated[
+        float,
+        Field(
+            ge=1.1,
+            allow_inf_nan=False,
+            description="longest step while streams run, as a multiple of a step without prompts",
+        ),
+    ] = 2.0
     kv_cache_tokens: Annotated[
         int | None,
-        Field(ge=1, description="tokens in the KV cache; default max_batch_size × max_seq_len"),
+        Field(ge=1, description="tokens in the KV cache; default what free memory allows"),
     ] = None
+    prefix_cache: Annotated[
+        bool, Field(description="do not compute again what begins like an earlier prompt or answer")
+    ] = True
     block_size: Annotated[
         int, Field(ge=1, le=256, description="tokens per block of the KV cache")
     ] = 16

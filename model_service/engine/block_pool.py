@@ -1,51 +1,112 @@
-"""Who owns which block of the KV cache.
+"""Who owns which block of the KV cache, and which blocks hold keys and values worth keeping.
 
-Block 0 is never handed out: the probe step writes there. When no
-sequence runs, all others are free.
+A block that several sequences share is counted once per holder. A block that nobody holds is empty,
+or cached: its content is known by a digest and may be taken again until its room is wanted. Block 0
+is never handed out: the probe step writes there. When no sequence runs, all others are free.
 """
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 PROBE_BLOCK = 0
 
 
 class BlockPool:
-    """Hands out blocks 1 to `total`; the newest freed goes first, as it may still be in a cache."""
+    """Hands out blocks 1 to `total`: empty ones first, then the cached one unused for longest."""
 
     def __init__(self, total: int, block_size: int) -> None:
         self.total = total
         self.block_size = block_size
-        self._free = list(range(total, PROBE_BLOCK, -1))
-        self._taken: set[int] = set()
+        # Taken from the end: the newest freed may still be in a processor's cache.
+        self._empty = list(range(total, PROBE_BLOCK, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # nobody holds them; oldest first
+        self._holders = [0] * (total + 1)
+        self._by_digest: dict[bytes, int] = {}
+        self._digests: dict[int, bytes] = {}  # the reverse
 
     @property
     def free_count(self) -> int:
-        return len(self._free)
+        """Blocks that nobody holds, cached ones included."""
+        return len(self._empty) + len(self._cached)
+
+    @property
+    def cached_count(self) -> int:
+        """Blocks that nobody holds, but whose content is known."""
+        return len(self._cached)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` blocks.
+        """Takes `count` blocks whose content is undefined.
 
         Raises:
             MemoryError: fewer are free; nothing was taken.
         """
-        if count > len(self._free):
-            raise MemoryError(f"{count} blocks wanted, {len(self._free)} free")
-        blocks = [self._free.pop() for _ in range(count)]
-        self._taken.update(blocks)
+        if count > self.free_count:
+            raise MemoryError(f"{count} blocks wanted, {self.free_count} free")
+        blocks = [self._empty.pop() if self._empty else self._evict() for _ in range(count)]
+        for block in blocks:
+            self._holders[block] = 1
         return blocks
 
-    def free(self, blocks: Iterable[int]) -> None:
-        """Gives blocks back.
+    def match(self, digests: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest known beginning of `digests`; takes none."""
+        blocks = []
+        for digest in digests:
+            block = self._by_digest.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def free_besides(self, blocks: Iterable[int]) -> int:
+        """Blocks that would still be free if `blocks` were shared."""
+        return self.free_count - sum(not self._holders[block] for block in blocks)
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Becomes one more holder of blocks that `match` found."""
+        for block in blocks:
+            if not self._holders[block]:
+                del self._cached[block]
+            self._holders[block] += 1
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Makes a held block, now completely written, known by the digest of its content.
+
+        Where another block is known by the digest already, this one stays unknown.
+        """
+        if digest not in self._by_digest:
+            self._by_digest[digest] = block
+            self._digests[block] = digest
+
+    def retract(self, blocks: Iterable[int]) -> None:
+        """Makes held blocks unknown: their content is not to be trusted."""
+        for block in blocks:
+            if (digest := self._digests.pop(block, None)) is not None:
+                del self._by_digest[digest]
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Gives a sequence's blocks back, in their order in it.
+
+        The last of them will be evicted first: a beginning is shared by more sequences than an end,
+        and an end without its beginning is of no use.
 
         Raises:
-            ValueError: a block was not taken; those before it were given back.
+            ValueError: a block is not held; those behind it were given back.
         """
-        for block in blocks:
-            if block not in self._taken:
+        for block in reversed(blocks):
+            if not self._holders[block]:
                 raise ValueError(f"block {block} is not taken")
-            self._taken.remove(block)
-            self._free.append(block)
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                if block in self._digests:
+                    self._cached[block] = None
+                else:
+                    self._empty.append(block)
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        del self._by_digest[self._digests.pop(block)]
+        return block

@@ -8,15 +8,17 @@ import itertools
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from model_service.engine.block_pool import BlockPool
+from model_service.engine.pace import Pace
 from model_service.engine.plan import StepPlan
 from model_service.engine.runner import ModelRunner
 from model_service.engine.sampler import sample, score
-from model_service.engine.scheduler import Chunk, Scheduler
+from model_service.engine.scheduler import Chunk, Schedule, Scheduler
 from model_service.engine.sequence import (
     UNPREDICTED,
     FinishReason,
@@ -38,6 +40,8 @@ class EngineLimits:
     max_step_tokens: int  # tokens that one step computes
     blocks: int
     block_size: int  # tokens per block
+    prefix_cache: bool  # whether keys and values outlive the sequence that computed them
+    max_stall: float  # longest step while sequences decode, in steps without prompt tokens
 
     def check(self, request: GenerationRequest) -> None:
         """Raises ValueError, naming the rule, when no engine with these limits takes `request`."""
@@ -64,14 +68,18 @@ class EngineLoad:
     running: int
     waiting: int
     total_blocks: int
-    free_blocks: int
+    free_blocks: int  # cached ones included
+    cached_blocks: int  # that no sequence holds
     outstanding_tokens: int  # prompt and answer tokens that may still be computed
+    # Since the start:
     steps: int
     preemptions: int
+    prompt_tokens: int  # computed
+    cached_prompt_tokens: int  # found in the cache
+    completion_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):  # one per sequence and step: a frozen dataclass is slower to create
     """One row of a step's logits: predicts the token at `position` of its sequence."""
 
     sequence: Sequence
@@ -85,11 +93,20 @@ class Engine:
         self.limits = limits
         self._runner = runner
         self._pool = BlockPool(limits.blocks, limits.block_size)
-        self._scheduler = Scheduler(self._pool, limits.max_batch_size, limits.max_step_tokens)
+        self._pace = Pace(limits.max_stall, limits.block_size, limits.max_step_tokens)
+        self._scheduler = Scheduler(
+            self._pool,
+            self._pace,
+            max_batch_size=limits.max_batch_size,
+            max_step_tokens=limits.max_step_tokens,
+            prefix_cache=limits.prefix_cache,
+        )
         self._sequences: dict[Hashable, Sequence] = {}
         self._arrivals = itertools.count()
         self._ready: list[SequenceOutput] = []  # outputs that need no step
         self._steps = 0
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -123,35 +140,38 @@ class Engine:
         """Runs one step. Returns what it made for the sequences that it advanced or ended."""
         started = time.monotonic()
         outputs, self._ready = self._ready, []
-        chunks = self._scheduler.schedule()
-        if not chunks:
+        schedule = self._scheduler.schedule()
+        if not schedule.chunks:
             return outputs
-        for chunk in chunks:
+        for chunk in schedule.chunks[schedule.decode_rows :]:
             if chunk.sequence.first_step_at is None:
                 chunk.sequence.first_step_at = started
-        plan, rows = _plan(chunks)
+        plan, rows = _plan(schedule)
         logits = self._runner.execute(plan)
         self._steps += 1
-        return outputs + self._advance(chunks, rows, logits, started)
+        return outputs + self._advance(schedule, rows, logits, started)
 
     def probe(self) -> None:
         """Sends one token through all shards; raises what a step would raise."""
         self._runner.probe()
 
     def load(self) -> EngineLoad:
-        sequences = self._sequences.values()
         return EngineLoad(
             running=self._scheduler.running_count,
             waiting=self._scheduler.waiting_count,
             total_blocks=self._pool.total,
             free_blocks=self._pool.free_count,
-            outstanding_tokens=sum(s.limit - s.num_computed for s in sequences),
+            cached_blocks=self._pool.cached_count,
+            outstanding_tokens=self._scheduler.outstanding_tokens,
             steps=self._steps,
             preemptions=self._scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._scheduler.cached_prompt_tokens,
+            completion_tokens=self._completion_tokens,
         )
 
     def _advance(
-        self, chunks: list[Chunk], rows: list[_Row], logits: torch.Tensor, started: float
+        self, schedule: Schedule, rows: list[_Row], logits: torch.Tensor, started: float
     ) -> list[SequenceOutput]:
         """Books a step's results into its sequences."""
         finite = torch.isfinite(logits).all(dim=-1).tolist()
@@ -162,16 +182,23 @@ class Engine:
 
         sampled = self._sample(rows, logits)
         scores = self._score(rows, logits, sampled)
-        elapsed = (time.monotonic() - started) / sum(chunk.length for chunk in chunks)
+        now = time.monotonic()
+        self._pace.record(schedule.decode_rows, schedule.prompt_tokens, now - started)
+        per_token = (now - started) / (schedule.decode_rows + schedule.prompt_tokens)
+        chunks = schedule.chunks
+        if broken:
+            chunks = [chunk for chunk in chunks if chunk.sequence not in broken]
+        self._scheduler.advance(chunks)
         outputs = []
-        for chunk in chunks:
+        for chunk in schedule.chunks:
             sequence = chunk.sequence
-            sequence.num_computed = chunk.end
-            sequence.compute += elapsed * chunk.length
+            sequence.compute += per_token * (chunk.end - chunk.begin)
+            if chunk.begin < (prompt := len(sequence.request.prompt_ids)):
+                self._prompt_tokens += min(chunk.end, prompt) - chunk.begin
             if sequence in broken:
                 outputs.append(self._fail(sequence))
-            elif (output := self._append(sequence, sampled, scores)) is not None:
-                outputs.append(output)
+            elif chunk.end == len(sequence.tokens):
+                outputs.append(self._append(sequence, sampled, scores, now))
         return outputs
 
     def _sample(self, rows: list[_Row], logits: torch.Tensor) -> dict[Sequence, int]:
@@ -219,11 +246,10 @@ class Engine:
         sequence: Sequence,
         sampled: dict[Sequence, int],
         scores: dict[Sequence, TokenLogprobs],
-    ) -> SequenceOutput | None:
-        """Gives a sequence its new token; None when the step only computed a part of its prompt."""
+        now: float,
+    ) -> SequenceOutput:
+        """Gives a sequence, now computed to its end, its new token."""
         request = sequence.request
-        if sequence.num_uncomputed:
-            return None
         ids: tuple[int, ...] = ()
         logprobs: tuple[TokenLogprobs, ...] = ()
         if request.prompt_logprobs and sequence.first_token_at is None:
@@ -231,15 +257,17 @@ class Engine:
         if sequence not in sampled:
             return self._finish(sequence, FinishReason.LENGTH, ids, logprobs)
         token = sampled[sequence]
-        sequence.last_token_at = time.monotonic()
-        sequence.first_token_at = sequence.first_token_at or sequence.last_token_at
+        sequence.last_token_at = now
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
         if token in request.stop_ids:
             return self._finish(sequence, FinishReason.STOP, ids, logprobs)
         sequence.tokens.append(token)
+        self._completion_tokens += 1
         ids += (token,)
         if request.logprobs:
             logprobs += (scores[sequence],)
-        if not sequence.generates:
+        if len(sequence.tokens) == sequence.limit:
             return self._finish(sequence, FinishReason.LENGTH, ids, logprobs)
         return SequenceOutput(request.request_id, ids, logprobs)
 
@@ -256,21 +284,19 @@ class Engine:
         ids: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...],
     ) -> SequenceOutput:
-        self._remove(sequence)
+        del self._sequences[sequence.request.request_id]
+        self._scheduler.remove(sequence)
         return _final(sequence, reason, ids, logprobs)
 
     def _fail(self, sequence: Sequence) -> SequenceOutput:
-        self._remove(sequence)
+        del self._sequences[sequence.request.request_id]
+        self._scheduler.discard(sequence)
         return _final(
             sequence,
             FinishReason.FAILED,
             error="the network gave a logit that is not finite for the token at position "
             f"{len(sequence.tokens)}: the weights may be damaged, or overflow in this dtype",
         )
-
-    def _remove(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.request.request_id]
-        self._scheduler.remove(sequence)
 
 
 def _final(
@@ -280,15 +306,22 @@ def _final(
     logprobs: tuple[TokenLogprobs, ...] = (),
     error: str = "",
 ) -> SequenceOutput:
-    request_id = sequence.request.request_id
-    return SequenceOutput(request_id, ids, logprobs, reason, sequence.timings(), error)
+    return SequenceOutput(
+        sequence.request.request_id,
+        ids,
+        logprobs,
+        reason,
+        error=error,
+        timings=sequence.timings(),
+        cached_prompt_tokens=sequence.cached_prompt_tokens,
+    )
 
 
 def _rows(chunk: Chunk) -> list[_Row]:
     """The positions whose logits a chunk must give: unscored prompt tokens, and the next token."""
     sequence = chunk.sequence
     # Logits at index i predict the token at position i + 1.
-    first = max(sequence.num_computed + 1, sequence.unscored)
+    first = max(chunk.begin + 1, sequence.unscored)
     last_in_prompt = min(chunk.end + 1, len(sequence.request.prompt_ids))
     rows = [_Row(sequence, position) for position in range(first, last_in_prompt)]
     if chunk.end == len(sequence.tokens) and sequence.generates:
@@ -296,19 +329,21 @@ def _rows(chunk: Chunk) -> list[_Row]:
     return rows
 
 
-def _plan(chunks: list[Chunk]) -> tuple[StepPlan, list[_Row]]:
+def _plan(schedule: Schedule) -> tuple[StepPlan, list[_Row]]:
     """The step's plan, and what each row of its logits is for."""
-    spans = []
-    rows: list[_Row] = []
-    tokens: list[int] = []
-    logit_rows: list[int] = []
-    for chunk in chunks:
-        sequence, begin = chunk.sequence, chunk.sequence.num_computed
+    # Most chunks are a last token: comprehensions, as there may be hundreds of them in each step.
+    decode = schedule.chunks[: schedule.decode_rows]
+    spans = [SequenceSpan(1, chunk.end, chunk.sequence.block_table) for chunk in decode]
+    tokens = [chunk.sequence.tokens[chunk.begin] for chunk in decode]
+    logit_rows = [i for i, chunk in enumerate(decode) if chunk.sequence.limit > chunk.end]
+    rows = [_Row(decode[i].sequence, decode[i].end) for i in logit_rows]
+    for chunk in schedule.chunks[schedule.decode_rows :]:
+        sequence, begin, end = chunk.sequence, chunk.begin, chunk.end
         wanted = _rows(chunk)
         rows += wanted
-        logit_rows += (len(tokens) + row.position - 1 - begin for row in wanted)
-        tokens += sequence.tokens[begin : chunk.end]
-        spans.append(SequenceSpan(chunk.length, chunk.end, tuple(sequence.block_table)))
+        logit_rows += [len(tokens) + row.position - 1 - begin for row in wanted]
+        tokens += sequence.tokens[begin:end]
+        spans.append(SequenceSpan(end - begin, end, sequence.block_table))
     plan = StepPlan(
         tuple(spans), np.array(tokens, dtype=np.int32), np.array(logit_rows, dtype=np.int32)
     )

@@ -26,22 +26,20 @@ class StepPlan:
     @property
     def positions(self) -> NDArray[np.int64]:
         """Position of each token in its own sequence [num_tokens]."""
-        return np.concatenate(
-            [
-                np.arange(span.context_length - span.query_length, span.context_length)
-                for span in self.spans
-            ]
-        )
+        lengths = np.array([span.query_length for span in self.spans])
+        ends = np.array([span.context_length for span in self.spans])
+        return np.repeat(ends - lengths.cumsum(), lengths) + np.arange(len(self.tokens))
 
     def encode(self) -> Vector:
         """Three counts, three numbers per span, then tokens, logit rows and block tables."""
         header = [len(self.spans), len(self.tokens), len(self.logit_rows)]
         for span in self.spans:
             header += (span.query_length, span.context_length, len(span.block_table))
-        tables = [np.asarray(span.block_table, dtype=np.int32) for span in self.spans]
-        return np.concatenate(
-            [np.asarray(header, dtype=np.int32), self.tokens, self.logit_rows, *tables]
-        )
+        # One conversion of all tables: one each would cost more than the rest together.
+        tables = [block for span in self.spans for block in span.block_table]
+        numbers = np.array(header + tables, dtype=np.int32)
+        head, tail = np.split(numbers, [len(header)])
+        return np.concatenate([head, self.tokens, self.logit_rows, tail])
 
     @classmethod
     def decode(cls, vector: Vector) -> Self:

@@ -17,12 +17,12 @@ class PlanChannel:
     """One rank's end; with a single rank nothing is sent."""
 
     def __init__(self) -> None:
-        self._alone = dist.get_world_size() == 1
+        self.alone = dist.get_world_size() == 1
         self._first = torch.zeros(FIRST_BROADCAST, dtype=torch.int32)
 
     def send(self, plan: NDArray[np.int32]) -> None:
         """Leader: gives `plan` to every follower."""
-        if self._alone:
+        if self.alone:
             return
         vector = torch.from_numpy(plan)
         fitting = vector[: FIRST_BROADCAST - 1]

@@ -39,7 +39,8 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
-        self._channel.send(plan.encode())
+        if not self._channel.alone:
+            self._channel.send(plan.encode())
         return self._forward(plan)
 
     def probe(self) -> None:

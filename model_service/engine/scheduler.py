@@ -1,50 +1,71 @@
 """Decides which tokens the next step computes.
 
 Running sequences come first, one token each, then chunks of prompts, up to a token budget: a long
-prompt never stalls running streams for longer than one chunk. A sequence gets the blocks of its
-whole prompt when it is admitted and one more whenever decode fills the last; when none is left, the
-youngest running sequence gives up its blocks and is computed again later, from prompt and answer.
+prompt never stalls running streams for longer than the pace allows. A sequence gets the blocks of
+its whole prompt when it is admitted and one more whenever decode fills the last; when none is left,
+the youngest running sequence gives up its blocks and is computed again later, from prompt and
+answer. Blocks of its beginning that are cached are taken as they are, and a beginning that another
+sequence is just computing is waited for, not computed twice.
 """
 
-import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from model_service.engine.block_pool import BlockPool
+from model_service.engine.pace import Pace
+from model_service.engine.prefix import extend_digests
 from model_service.engine.sequence import Sequence
+from model_service.engine.waiting import WaitingQueue
+
+# A burst of arrivals with one beginning is looked at over several steps: streams run meanwhile.
+MOST_PARKED = 64  # sequences per step
+
+
+@dataclass(slots=True)  # not frozen: that makes it three times as slow to create, 256 times a step
+class Chunk:
+    """Tokens of one sequence that a step computes: from `begin`, in the cache so far, to `end`."""
+
+    sequence: Sequence
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens of one sequence that a step computes: the next `length` after `num_computed`."""
+class Schedule:
+    """One step's work; the blocks that it writes to are allocated."""
 
-    sequence: Sequence
-    length: int
-
-    @property
-    def end(self) -> int:
-        """Tokens of the sequence in the cache after the step."""
-        return self.sequence.num_computed + self.length
+    chunks: list[Chunk]
+    decode_rows: int  # chunks that only append to an answer; they come first
+    prompt_tokens: int  # tokens of all other chunks
 
 
 class Scheduler:
     """Owns the queue of waiting sequences, the running ones, and their blocks."""
 
-    def __init__(self, pool: BlockPool, max_batch_size: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        pace: Pace,
+        *,
+        max_batch_size: int,
+        max_step_tokens: int,
+        prefix_cache: bool,
+    ) -> None:
         self._pool = pool
+        self._pace = pace
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
-        self._waiting: list[tuple[int, int, Sequence]] = []  # heap: priority, arrival, sequence
-        self._running: list[Sequence] = []  # in order of admission
+        self._prefix_cache = prefix_cache
+        self._waiting = WaitingQueue()
+        self._running: dict[Sequence, None] = {}  # in order of admission
+        # Full blocks that running sequences are going to compute as parts of their prompts.
+        self._coming: dict[bytes, Sequence] = {}
         self.preemptions = 0
+        self.cached_prompt_tokens = 0  # found in the cache at admissions
 
     @property
     def running(self) -> Iterable[Sequence]:
         return self._running
-
-    @property
-    def waiting(self) -> Iterable[Sequence]:
-        return (sequence for _, _, sequence in self._waiting)
 
     @property
     def running_count(self) -> int:
@@ -54,68 +75,157 @@ class Scheduler:
     def waiting_count(self) -> int:
         return len(self._waiting)
 
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens that may still be computed; what the cache will save waiting ones is not known."""
+        return self._waiting.tokens + sum([s.limit - s.num_computed for s in self._running])
+
     def add(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (-sequence.request.priority, sequence.arrival, sequence))
+        self._waiting.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is; its blocks are free at once."""
-        if sequence.block_table:
-            self._running.remove(sequence)
+        if sequence in self._running:
             self._release(sequence)
-            return
-        self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
-        heapq.heapify(self._waiting)
+        else:
+            self._waiting.remove(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """The next step's chunks, their blocks allocated; empty when there is nothing to do."""
-        budget = self._max_step_tokens
-        chunks = []
-        # Decode first, then prompts under way; sorting is stable: each in order of admission.
-        for sequence in sorted(self._running, key=lambda s: s.num_uncomputed > 1):
-            if budget == 0:
+    def discard(self, sequence: Sequence) -> None:
+        """Takes a running sequence out whose keys and values nobody may use again."""
+        self._pool.retract(sequence.block_table)
+        self._release(sequence)
+
+    def schedule(self) -> Schedule:
+        """The next step; without chunks when there is nothing to do."""
+        # First, as a sequence that needs a block may take all blocks of any other.
+        size = self._pool.block_size
+        for sequence in list(self._running):
+            if len(sequence.tokens) > len(sequence.block_table) * size:
+                self._grow(sequence)
+        decode, prompts = [], []
+        for sequence in self._running:
+            length = len(sequence.tokens)
+            if length - sequence.num_computed == 1:
+                decode.append(Chunk(sequence, length - 1, length))
+            else:
+                prompts.append(sequence)
+        del decode[self._max_step_tokens :]
+        rows = len(decode)
+        budget = min(self._max_step_tokens - rows, self._pace.prompt_budget(rows))
+        chunks, left = decode, budget
+        for sequence in prompts:
+            if left:
+                left -= self._take(sequence, left, chunks)
+        left = self._admit(left, chunks)
+        return Schedule(chunks, rows, budget - left)
+
+    def advance(self, chunks: Iterable[Chunk]) -> None:
+        """Notes that the chunks' keys and values are in the cache, where others now find them."""
+        size = self._pool.block_size
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.end
+            full = chunk.end // size
+            if full > sequence.num_published and self._prefix_cache:
+                self._publish(sequence, full)
+
+    def _publish(self, sequence: Sequence, full: int) -> None:
+        """Makes a sequence's first `full` blocks known, which are completely written."""
+        extend_digests(sequence.digests, sequence.tokens, self._pool.block_size, full)
+        for index in range(sequence.num_published, full):
+            self._pool.publish(sequence.block_table[index], sequence.digests[index])
+            self._arrived(sequence, sequence.digests[index])
+        sequence.num_published = full
+
+    @staticmethod
+    def _take(sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """Appends the sequence's next chunk of at most `budget` tokens; returns its length."""
+        begin = sequence.num_computed
+        end = min(begin + budget, len(sequence.tokens))
+        chunks.append(Chunk(sequence, begin, end))
+        return end - begin
+
+    def _admit(self, budget: int, chunks: list[Chunk]) -> int:
+        """Lets waiting sequences run while there are places and blocks; returns the budget left."""
+        parked = 0
+        while budget and parked < MOST_PARKED and len(self._running) < self._max_batch_size:
+            sequence = self._waiting.first()
+            if sequence is None:
                 break
-            # Without blocks it is no longer running: an earlier turn of this loop preempted it.
-            if sequence.block_table and self._grow(sequence):
-                chunks.append(Chunk(sequence, min(budget, sequence.num_uncomputed)))
-                budget -= chunks[-1].length
-        # A sequence that was preempted after its turn has no blocks to write to.
-        chunks = [chunk for chunk in chunks if chunk.sequence.block_table]
-        while budget > 0 and (admitted := self._admit()) is not None:
-            chunks.append(Chunk(admitted, min(budget, admitted.num_uncomputed)))
-            budget -= chunks[-1].length
-        return chunks
+            usable = self._usable_digests(sequence)
+            cached = self._pool.match(usable)
+            if (awaited := self._awaited(usable, len(cached))) is not None:
+                self._waiting.park(sequence, awaited)
+                parked += 1
+                continue
+            wanted = self._pool.blocks_for(len(sequence.tokens)) - len(cached)
+            if wanted > self._pool.free_besides(cached):
+                break
+            self._waiting.remove(sequence)
+            self._start(sequence, cached, wanted)
+            budget -= self._take(sequence, budget, chunks)
+        return budget
 
-    def _admit(self) -> Sequence | None:
-        """Lets the next waiting sequence run, if there is a place and blocks for it."""
-        if not self._waiting or len(self._running) >= self._max_batch_size:
-            return None
-        sequence = self._waiting[0][2]
-        wanted = self._pool.blocks_for(len(sequence.tokens))
-        if wanted > self._pool.free_count:
-            return None
-        heapq.heappop(self._waiting)
-        sequence.block_table = self._pool.allocate(wanted)
-        self._running.append(sequence)
-        return sequence
+    def _start(self, sequence: Sequence, cached: list[int], wanted: int) -> None:
+        self._pool.share(cached)
+        sequence.block_table = cached + self._pool.allocate(wanted)
+        sequence.num_published = len(cached)
+        sequence.num_computed = len(cached) * self._pool.block_size
+        if sequence.cached_at_start is None:
+            sequence.cached_at_start = sequence.num_computed
+        self.cached_prompt_tokens += min(sequence.num_computed, len(sequence.request.prompt_ids))
+        self._running[sequence] = None
+        for digest in sequence.digests[len(cached) :]:
+            self._coming.setdefault(digest, sequence)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Makes room for all tokens of a running sequence; False when it had to give way itself."""
+    def _usable_digests(self, sequence: Sequence) -> list[bytes]:
+        """Of the blocks that the sequence need not compute: its logits and scores need the rest."""
+        if not self._prefix_cache:
+            return []
+        size, length = self._pool.block_size, len(sequence.tokens)
+        extend_digests(sequence.digests, sequence.tokens, size, length // size)
+        # Logits at index i predict the token at position i + 1.
+        unscored = sequence.unscored
+        needed = unscored if unscored < len(sequence.request.prompt_ids) else length
+        return sequence.digests[: (needed - 1) // size]
+
+    def _awaited(self, usable: list[bytes], cached: int) -> bytes | None:
+        """The last of the blocks right behind the cached ones that running sequences compute."""
+        awaited = None
+        for digest in usable[cached:]:
+            if digest not in self._coming:
+                break
+            awaited = digest
+        return awaited
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Makes room for all tokens of a running sequence, unless it has to give way itself."""
+        if not sequence.block_table:  # an earlier turn of `schedule` preempted it
+            return
         missing = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
         while missing > self._pool.free_count:
             victim = max(self._running, key=lambda s: (-s.request.priority, s.arrival))
             self._preempt(victim)
             if victim is sequence:
-                return False
-        sequence.block_table += self._pool.allocate(max(0, missing))
-        return True
+                return
+        sequence.block_table += self._pool.allocate(missing)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
         self._release(sequence)
-        self.add(sequence)
+        self._waiting.push(sequence)
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
+        del self._running[sequence]
         self._pool.free(sequence.block_table)
+        for digest in sequence.digests[sequence.num_published :]:
+            self._arrived(sequence, digest)
         sequence.block_table = []
         sequence.num_computed = 0
+        sequence.num_published = 0
+
+    def _arrived(self, sequence: Sequence, digest: bytes) -> None:
+        """Lets go on who waits for a block that `sequence` has computed, or never will."""
+        if self._coming.get(digest) is sequence:
+            del self._coming[digest]
+            self._waiting.wake(digest)

@@ -7,6 +7,7 @@ import enum
 import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,7 @@ class Timings:
     compute: float  # share of step time, by tokens computed
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceOutput:
+class SequenceOutput(NamedTuple):  # one per sequence and step: a dataclass is slower to create
     """What a step made for one sequence."""
 
     request_id: Hashable
@@ -90,6 +90,7 @@ class SequenceOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per id, if asked for
     finish_reason: FinishReason | None = None
     timings: Timings | None = None  # with finish_reason
+    cached_prompt_tokens: int = 0  # with finish_reason: found in the cache at the first start
     error: str = ""  # with REFUSED and FAILED
 
 
@@ -103,6 +104,9 @@ class Sequence:
     arrival: int  # order of arrival: the youngest is preempted first
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose keys and values are in the cache
+    digests: list[bytes] = field(default_factory=list)  # of full blocks, as far as they were needed
+    num_published: int = 0  # blocks of the table that are known by their digests
+    cached_at_start: int | None = None  # tokens found in the cache when it first ran
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     arrived_at: float = field(default_factory=time.monotonic)
     first_step_at: float | None = None
@@ -136,6 +140,12 @@ class Sequence:
     def needs_no_step(self) -> bool:
         """Whether it is complete as it stands."""
         return not self.generates and self.unscored >= len(self.request.prompt_ids)
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Prompt tokens found in the cache when it first ran; 0 when it never did."""
+        own = len(self.request.prompt_ids) - self.request.offset
+        return min(self.cached_at_start or 0, own)
 
     def timings(self) -> Timings:
         now = time.monotonic()

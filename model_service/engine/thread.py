@@ -4,6 +4,7 @@ Commands come in through one queue, outputs leave through one callback; nothing 
 the load report, an immutable value that the thread replaces after each turn.
 """
 
+import gc
 import queue
 import threading
 import time
@@ -72,6 +73,8 @@ class EngineThread:
         try:
             self._engine.probe()
             self.answered = True
+            # What was loaded stays: a full collection need not walk it while streams wait.
+            gc.freeze()
             while not self._stopping:
                 self._turn()
         except Exception as error:  # whatever a step raises ends this replica

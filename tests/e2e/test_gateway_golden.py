@@ -112,7 +112,7 @@ def test_chat_answer_is_metas(deployment: Deployment, case_id: str) -> None:
         assert (unary.finish_reason, len(unary.tokens)) == (FINISH_REASON_UNSAFE, 0)
     else:
         assert_tokens_equal(list(unary.tokens), case)
-        assert [t for e in events for t in e.delta.tokens] == list(unary.tokens)
+        assert_tokens_equal([t for e in events for t in e.delta.tokens], case)
 
 
 @pytest.mark.parametrize("case_id", CASE_IDS["text"])
@@ -130,7 +130,7 @@ def test_continued_text_is_metas(deployment: Deployment, case_id: str) -> None:
     assert "".join(event.delta.text for event in events) == case["content"]
     assert unary.usage.prompt_tokens == len(case["prompt_ids"])
     assert_tokens_equal(list(unary.tokens), case)
-    assert [t for e in events for t in e.delta.tokens] == list(unary.tokens)
+    assert_tokens_equal([t for e in events for t in e.delta.tokens], case)
 
 
 def test_all_dialogs_in_one_request_get_the_answers_they_get_alone(deployment: Deployment) -> None:

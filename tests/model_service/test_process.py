@@ -123,8 +123,8 @@ def test_what_was_found_and_what_it_needs_is_logged_before_it_is_allocated(launc
     process = launch(checkpoint="gqa-mp2")
     process.wait_for("listening")
     assert (
-        "gqa-mp2: 238K, 2 files, float32, 1 shard, weights 0.9 MiB, KV cache 1.5 MiB = 2,048 tokens"
-        in process.lines[0]
+        "gqa-mp2: 238K, 2 files, float32, 1 shard, weights 0.9 MiB, "
+        "KV cache 24.0 MiB = 32,768 tokens" in process.lines[0]
     )
 
 

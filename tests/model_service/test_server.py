@@ -183,6 +183,20 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes(
     assert all(event.error.code == UNAVAILABLE for event in late)
 
 
+async def test_load_counts_what_was_computed_found_and_made(
+    model: Model, cases: Callable[[str], list[Case]]
+) -> None:
+    case = cases("gqa")[0]
+    last = [(await model.finish(start(case)))["a"][-1] for _ in range(2)]
+    load = await model.until_idle()
+    found = (len(case["prompt_ids"]) - 1) // load.block_size * load.block_size
+    assert [event.cached_prompt_tokens for event in last] == [0, found]
+    assert load.cached_prompt_tokens == found > 0
+    assert load.prompt_tokens == 2 * len(case["prompt_ids"]) - found
+    assert load.completion_tokens == 2 * len(case["ids"])
+    assert 0 < load.cached_blocks < load.free_blocks == load.total_blocks
+
+
 async def test_model_info_says_what_was_loaded(model: Model) -> None:
     info = await model.stub.GetModelInfo(model_pb2.GetModelInfoRequest())
     assert (info.name, info.parameters, info.vocab_size) == ("gqa-mp1", 238016, 560)

@@ -1,0 +1,62 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model_service.memory import WORKING_MEMORY, cache_tokens, free_memory
+from model_service.replica import MOST_CACHE, ReplicaOptions, load_replica
+from serving.errors import StartError
+
+CPU = torch.device("cpu")
+
+
+def test_the_cache_may_take_half_of_what_the_weights_leave_on_the_cpu() -> None:
+    free = free_memory(CPU)
+    tokens = cache_tokens(CPU, 1, weights=free // 4, bytes_per_token=1000)
+    # Other processes come and go while this runs.
+    assert tokens * 1000 == pytest.approx((free * 3 / 4 - WORKING_MEMORY) / 2, rel=0.2)
+
+
+def test_shards_on_one_machine_share_its_memory() -> None:
+    one, four = (cache_tokens(CPU, n, weights=0, bytes_per_token=1000) for n in (1, 4))
+    quarter = (one * 2000 + WORKING_MEMORY) / 4
+    assert four * 2000 + WORKING_MEMORY == pytest.approx(quarter, rel=0.2)
+
+
+def test_weights_that_leave_nothing_leave_no_cache() -> None:
+    assert cache_tokens(CPU, 1, weights=2**60, bytes_per_token=1000) == 0
+
+
+@pytest.fixture
+def options(golden: Path) -> ReplicaOptions:
+    return ReplicaOptions(
+        golden / "checkpoints" / "gqa-mp1", max_seq_len=64, max_batch_size=2, device="cpu"
+    )
+
+
+def test_a_cache_of_no_given_size_holds_the_running_sequences_many_times(
+    options: ReplicaOptions,
+) -> None:
+    limits = load_replica(options).limits
+    assert limits.blocks * limits.block_size == MOST_CACHE * 2 * 64
+
+
+@pytest.mark.parametrize(("free_tokens", "tokens"), [(1000, 500), (100, 64)])
+def test_a_cache_takes_half_of_scarce_memory_but_holds_one_sequence(
+    options: ReplicaOptions, monkeypatch: Any, free_tokens: int, tokens: int
+) -> None:
+    of_token, of_weights = 768, 238016 * 4
+    free = WORKING_MEMORY + of_weights + free_tokens * of_token
+    monkeypatch.setattr("model_service.memory.free_memory", lambda _device: free)
+    limits = load_replica(dataclasses.replace(options, block_size=1)).limits
+    assert limits.blocks == tokens
+
+
+def test_memory_for_less_than_one_sequence_is_refused(
+    options: ReplicaOptions, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("model_service.memory.free_memory", lambda _device: WORKING_MEMORY)
+    with pytest.raises(StartError, match="To fix: lower --kv_cache_tokens"):
+        load_replica(options)

@@ -1,0 +1,105 @@
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model_service.engine.pace import CONTRAST_EVERY, WINDOW, Pace
+
+Seconds = Callable[[int, int], float]  # of a step with these decode rows and prompt tokens
+SETTLED = 6 * WINDOW
+
+
+def linear(base: float, per_token: float) -> Seconds:
+    return lambda _rows, tokens: base + per_token * tokens
+
+
+def loaded(pace: Pace, seconds: Seconds, steps: int, rows: int = 8) -> list[int]:
+    """Steps with more prompt tokens waiting than any budget; returns what each took."""
+    taken = []
+    for _ in range(steps):
+        taken.append(pace.prompt_budget(rows))
+        pace.record(rows, taken[-1], seconds(rows, taken[-1]))
+    return taken
+
+
+def usual(budgets: list[int]) -> list[int]:
+    """Without the steps that take another number on purpose."""
+    return sorted(budgets)[len(budgets) // CONTRAST_EVERY + 1 :]
+
+
+def test_without_streams_a_step_takes_all_it_can() -> None:
+    pace = Pace(2.0, 16, 512)
+    loaded(pace, linear(0.01, 0.01), SETTLED)
+    assert pace.prompt_budget(0) == 512
+
+
+@given(
+    stall=st.floats(1.1, 5.0),
+    base=st.floats(1e-4, 1.0),
+    affordable=st.integers(80, 400),  # prompt tokens that take as long as decode alone
+)
+def test_steps_stay_below_the_stall_and_use_most_of_it(
+    stall: float, base: float, affordable: int
+) -> None:
+    pace = Pace(stall, 4, 4096)
+    seconds = linear(base, base / affordable)
+    late = loaded(pace, seconds, SETTLED)[-2 * WINDOW :]
+    assert max(seconds(8, tokens) for tokens in late) <= stall * base * 1.01
+    assert min(usual(late)) >= (stall - 1) * affordable * 0.9 - 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 600), st.floats(0, 1e3)), max_size=60),
+    st.integers(1, 64),
+    st.integers(1, 512),
+)
+def test_a_budget_is_never_below_the_floor_nor_above_the_ceiling(
+    steps: list[tuple[int, int, float]], floor: int, ceiling: int
+) -> None:
+    pace = Pace(2.0, floor, ceiling)
+    for rows, tokens, seconds in steps:
+        pace.record(rows, tokens, seconds)
+        for decoding in (0, 1, rows, 300):
+            assert min(floor, ceiling) <= pace.prompt_budget(decoding) <= ceiling
+
+
+@pytest.mark.parametrize("outlier", [0.0, 100.0])
+def test_one_outlier_changes_next_to_nothing(outlier: float) -> None:
+    pace = Pace(2.0, 16, 4096)
+    seconds = linear(0.01, 0.0001)
+    loaded(pace, seconds, SETTLED)
+    pace.record(8, 100, outlier)
+    assert all(85 <= tokens <= 115 for tokens in usual(loaded(pace, seconds, WINDOW)))
+
+
+@pytest.mark.parametrize("factor", [0.2, 5.0])
+def test_a_machine_that_changes_its_speed_keeps_its_budget(factor: float) -> None:
+    pace = Pace(2.0, 16, 4096)
+    loaded(pace, linear(0.01, 0.0001), SETTLED)
+    late = loaded(pace, linear(0.01 * factor, 0.0001 * factor), SETTLED)[-WINDOW:]
+    assert all(90 <= tokens <= 100 for tokens in usual(late))
+
+
+@pytest.mark.parametrize(("before", "after"), [(400, 50), (50, 400)])
+def test_prompt_tokens_that_change_their_cost_change_the_budget(before: int, after: int) -> None:
+    pace = Pace(2.0, 16, 4096)
+    loaded(pace, linear(0.01, 0.01 / before), SETTLED)
+    late = loaded(pace, linear(0.01, 0.01 / after), SETTLED)[-WINDOW:]
+    assert all(0.9 * after <= tokens <= after for tokens in usual(late))
+
+
+def test_a_budget_at_the_floor_rises_again_when_prompts_get_cheap() -> None:
+    pace = Pace(2.0, 16, 4096)
+    assert max(usual(loaded(pace, linear(0.01, 0.01), SETTLED)[-WINDOW:])) <= 32
+    late = loaded(pace, linear(0.01, 0.0001), SETTLED)[-WINDOW:]
+    assert all(90 <= tokens <= 100 for tokens in usual(late))
+
+
+def test_decode_alone_keeps_what_was_learned_of_prompts() -> None:
+    pace = Pace(2.0, 16, 4096)
+    seconds = linear(0.01, 0.0001)
+    loaded(pace, seconds, SETTLED)
+    for _ in range(1000):
+        pace.record(8, 0, 0.01)
+    assert 90 <= pace.prompt_budget(8) <= 100

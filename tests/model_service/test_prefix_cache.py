@@ -1,0 +1,164 @@
+"""What the engine does not compute again, counted on a real checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model_service.engine.engine import Engine
+from model_service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
+
+BLOCK = 8
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def text(length: int, start: int) -> tuple[int, ...]:
+    """Token ids that begin unlike those of another start."""
+    return tuple(3 + (start * 37 + i * 7) % 550 for i in range(length))
+
+
+def ask(request_id: object, prompt: tuple[int, ...], answer: int = 4, **changes: Any) -> Any:
+    return GenerationRequest(request_id, prompt, answer, **({"sampling": GREEDY} | changes))
+
+
+def start_together(engine: Engine, *requests: GenerationRequest) -> None:
+    for request in requests:
+        engine.add(request)
+
+
+@pytest.fixture
+def engine(make_engine: Any) -> Engine:
+    made: Engine = make_engine(block_size=BLOCK, max_batch_size=16)
+    return made
+
+
+def test_later_turns_of_a_dialog_compute_only_what_is_new(engine: Engine, run: Any) -> None:
+    dialog: tuple[int, ...] = (1,)
+    for turn in range(10):
+        known, before = len(dialog), engine.load().prompt_tokens
+        dialog += text(12, turn)
+        dialog += tuple(run(engine, [ask(turn, dialog, answer=8)])[turn].ids)
+        computed = engine.load().prompt_tokens - before
+        # The last token of an answer was never computed, nor a block that it did not fill.
+        assert computed <= len(dialog) - 8 - known + 1 + BLOCK
+    load = engine.load()
+    assert load.cached_prompt_tokens > 3 * load.prompt_tokens
+    assert load.free_blocks == load.total_blocks
+
+
+def test_simultaneous_requests_compute_their_common_beginning_once(
+    make_engine: Any, run: Any
+) -> None:
+    engine = make_engine(block_size=BLOCK, max_batch_size=64, kv_cache_tokens=64 * 256)
+    prompts = [text(200, 0) + text(20, 1 + i) for i in range(64)]
+    together = run(engine, [ask(i, prompt) for i, prompt in enumerate(prompts)])
+    assert engine.load().prompt_tokens <= 1.1 * (200 + 64 * 20)
+    cold = make_engine(block_size=BLOCK, max_batch_size=1, prefix_cache=False)
+    for i in (0, 1, 63):
+        assert together[i].ids == run(cold, [ask(i, prompts[i])])[i].ids
+
+
+def test_answers_to_one_prompt_compute_it_once(engine: Engine, run: Any) -> None:
+    prompt = text(161, 0)
+    sampling = [SamplingParams(temperature=1.0, seed=seed) for seed in range(8)]
+    answers = run(engine, [ask(i, prompt, sampling=s) for i, s in enumerate(sampling)])
+    assert engine.load().prompt_tokens == 161 + 7
+    assert len({tuple(answer.ids) for answer in answers.values()}) > 1
+
+
+def test_a_sequence_that_waits_for_blocks_lets_others_pass(make_engine: Any) -> None:
+    engine = make_engine(block_size=BLOCK, max_step_tokens=64)
+    start_together(engine, ask("first", text(90, 0)), ask("same", text(90, 0)))
+    engine.add(ask("other", text(8, 5)))
+    for running, waiting in ((1, 2), (2, 1), (3, 0)):
+        engine.step()
+        assert (engine.load().running, engine.load().waiting) == (running, waiting)
+    assert engine.load().prompt_tokens <= 90 + 8 + 2 + BLOCK
+
+
+@pytest.mark.parametrize("cancelled", ["first", "second"])
+def test_who_waits_for_a_sequence_goes_on_when_it_is_cancelled(
+    make_engine: Any, run: Any, cancelled: str
+) -> None:
+    engine = make_engine(block_size=BLOCK, max_step_tokens=32)
+    start_together(engine, *(ask(name, text(90, 0)) for name in ("first", "second", "third")))
+    engine.step()
+    assert (engine.load().running, engine.load().waiting) == (1, 2)
+    engine.cancel(cancelled)
+    ended = {output.request_id: output for _ in range(20) for output in engine.step()}
+    assert ended[cancelled].finish_reason is FinishReason.CANCELLED
+    assert {output.finish_reason for name, output in ended.items() if name != cancelled} == {
+        FinishReason.LENGTH
+    }
+    assert engine.load().prompt_tokens <= 90 + 2 * BLOCK
+    assert engine.load().free_blocks == engine.load().total_blocks
+
+
+def test_a_cached_prompt_still_gets_all_its_logprobs(
+    engine: Engine, run: Any, cases: Any, request_for: Any
+) -> None:
+    scored = [case for case in cases("gqa") if case["args"].get("echo")]
+    for _ in range(2):
+        answers = run(engine, [request_for(case) for case in scored])
+        for case in scored:
+            assert answers[case["id"]].ids == case["ids"]
+            assert answers[case["id"]].logprobs == pytest.approx(case["logprobs"], abs=1e-4)
+
+
+def test_the_last_output_says_what_was_cached(engine: Engine, run: Any) -> None:
+    run(engine, [ask("before", text(40, 0))])
+    start_together(engine, ask("again", text(40, 0)), ask("moved", text(40, 0), 30, offset=20))
+    outputs = [output for _ in range(15) for output in engine.step()]
+    last = {o.request_id: o.cached_prompt_tokens for o in outputs if o.finish_reason}
+    assert last == {"again": 32, "moved": 20}
+    assert not any(o.cached_prompt_tokens for o in outputs if o.finish_reason is None)
+
+
+def test_without_the_cache_all_is_computed(make_engine: Any, run: Any) -> None:
+    engine = make_engine(block_size=BLOCK, prefix_cache=False)
+    run(engine, [ask(i, text(40, 0)) for i in range(3)])
+    load = engine.load()
+    assert (load.prompt_tokens, load.cached_prompt_tokens, load.cached_blocks) == (120, 0, 0)
+
+
+def test_a_preempted_sequence_finds_its_blocks_again(make_engine: Any, run: Any) -> None:
+    engine = make_engine(block_size=BLOCK, kv_cache_tokens=256, max_batch_size=16)
+    requests = [ask(i, text(20, i), answer=60) for i in range(8)]
+    crowded = run(engine, requests)
+    load = engine.load()
+    assert load.preemptions > 0
+    assert load.cached_prompt_tokens > 0
+    roomy = run(make_engine(prefix_cache=False), requests)
+    assert {i: a.ids for i, a in crowded.items()} == {i: a.ids for i, a in roomy.items()}
+
+
+def test_a_failed_sequence_leaves_nothing_in_the_cache(
+    checkpoint: Callable[[str], Path], make_engine: Any, run: Any
+) -> None:
+    folder = checkpoint("gqa-mp1")
+    weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    weights["tok_embeddings.weight"][2] = float("nan")
+    torch.save(weights, folder / "consolidated.00.pth")
+    engine = make_engine("gqa-mp1", folder=folder.parent, block_size=BLOCK, max_step_tokens=16)
+    prompt = text(60, 0)
+    broken = (*prompt[:30], 2, *prompt[31:])
+    assert run(engine, [ask("broken", broken)])["broken"].finish_reason is FinishReason.FAILED
+    load = engine.load()
+    assert (load.cached_blocks, load.free_blocks) == (0, load.total_blocks)
+    assert run(engine, [ask("sound", prompt)])["sound"].finish_reason is FinishReason.LENGTH
+    assert engine.load().cached_prompt_tokens == 0
+
+
+def test_cancelling_in_the_middle_frees_and_forgets_nobody(engine: Engine) -> None:
+    start_together(engine, *(ask(i, text(100, i % 3), answer=50) for i in range(9)))
+    for _ in range(5):
+        engine.step()
+    assert engine.load().free_blocks < engine.load().total_blocks
+    for i in range(9):
+        engine.cancel(i)
+    load = engine.load()
+    assert (load.running, load.waiting, load.outstanding_tokens) == (0, 0, 0)
+    assert load.free_blocks == load.total_blocks
+    assert load.cached_blocks > 0

@@ -1,0 +1,116 @@
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from model_service.engine.block_pool import BlockPool
+from model_service.engine.pace import Pace
+from model_service.engine.scheduler import MOST_PARKED, Schedule, Scheduler
+from model_service.engine.sequence import GenerationRequest, Sequence
+
+CONTEXT, BLOCK = 24, 4
+
+
+def make_scheduler(blocks: int, max_batch_size: int = 4, max_step_tokens: int = 8) -> Scheduler:
+    return Scheduler(
+        BlockPool(blocks, BLOCK),
+        Pace(2.0, BLOCK, max_step_tokens),
+        max_batch_size=max_batch_size,
+        max_step_tokens=max_step_tokens,
+        prefix_cache=True,
+    )
+
+
+def make_sequence(prompt: list[int], answer: int, arrival: int, priority: int = 0) -> Sequence:
+    request = GenerationRequest(arrival, tuple(prompt), answer, priority=priority)
+    return Sequence.from_request(request, CONTEXT, arrival)
+
+
+def compute(scheduler: Scheduler, schedule: Schedule) -> list[Sequence]:
+    """What a step does to its sequences, all tokens being 7; returns those that ended."""
+    scheduler.advance(schedule.chunks)
+    ended = []
+    for chunk in schedule.chunks:
+        if chunk.end == len(chunk.sequence.tokens):
+            chunk.sequence.tokens.append(7)
+            if not chunk.sequence.generates:
+                scheduler.remove(chunk.sequence)
+                ended.append(chunk.sequence)
+    return ended
+
+
+class Load(RuleBasedStateMachine):
+    """Sequences with few different beginnings come, go and end; blocks are always short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make_scheduler(CONTEXT // BLOCK + 2)
+        self.pool = self.scheduler._pool
+        self.alive: list[Sequence] = []
+        self.arrivals = 0
+
+    @rule(
+        shared=st.integers(1, 16),
+        own=st.lists(st.integers(8, 9), max_size=6),
+        answer=st.integers(1, 8),
+        priority=st.integers(0, 1),
+    )
+    def arrive(self, shared: int, own: list[int], answer: int, priority: int) -> None:
+        sequence = make_sequence([7] * shared + own, answer, self.arrivals, priority)
+        self.arrivals += 1
+        self.alive.append(sequence)
+        self.scheduler.add(sequence)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.alive:
+            index = data.draw(st.integers(0, len(self.alive) - 1))
+            self.scheduler.remove(self.alive.pop(index))
+
+    @rule()
+    def step(self) -> None:
+        schedule = self.scheduler.schedule()
+        assert bool(schedule.chunks) == bool(self.alive)
+        lengths = [chunk.end - chunk.begin for chunk in schedule.chunks]
+        assert sum(lengths) == schedule.decode_rows + schedule.prompt_tokens <= 8
+        for chunk in schedule.chunks:
+            assert len(chunk.sequence.block_table) * BLOCK >= chunk.end > chunk.begin
+        for sequence in compute(self.scheduler, schedule):
+            self.alive.remove(sequence)
+
+    @invariant()
+    def every_sequence_has_one_place(self) -> None:
+        scheduler = self.scheduler
+        held = {block for sequence in scheduler.running for block in sequence.block_table}
+        assert self.pool.free_count + len(held) == self.pool.total
+        assert scheduler.running_count + scheduler.waiting_count == len(self.alive)
+        left = sum(sequence.limit - sequence.num_computed for sequence in self.alive)
+        assert scheduler.outstanding_tokens == left
+
+    @invariant()
+    def whoever_waits_for_a_block_waits_for_a_running_sequence(self) -> None:
+        for digest in self.scheduler._waiting._parked_at.values():
+            assert self.scheduler._coming[digest] in self.scheduler._running
+
+    def teardown(self) -> None:
+        for _ in range(40 * len(self.alive)):
+            if self.alive:
+                self.step()
+        assert not self.alive
+        assert self.pool.free_count == self.pool.total
+        assert not self.scheduler._coming
+
+
+TestLoad = Load.TestCase
+TestLoad.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+def test_a_burst_with_one_beginning_is_looked_at_over_several_steps() -> None:
+    scheduler = make_scheduler(blocks=100, max_batch_size=400, max_step_tokens=64)
+    for arrival in range(3 * MOST_PARKED):
+        scheduler.add(make_sequence([7] * 20, 2, arrival))
+    scheduler.schedule()
+    assert len(scheduler._waiting._parked_at) == MOST_PARKED
+    left = 3 * MOST_PARKED
+    while left:
+        left -= len(compute(scheduler, scheduler.schedule()))
+    assert scheduler.cached_prompt_tokens >= (3 * MOST_PARKED - 1) * 16
