@@ -15,7 +15,7 @@ import torch
 from model_service.engine.block_pool import BlockPool
 from model_service.engine.plan import StepPlan
 from model_service.engine.runner import ModelRunner
-from model_service.engine.sampler import sample, score
+from model_service.engine.sampler import SamplingRow, finite_rows, sample, score
 from model_service.engine.scheduler import Chunk, Scheduler
 from model_service.engine.sequence import (
     UNPREDICTED,
@@ -154,7 +154,7 @@ class Engine:
         self, chunks: list[Chunk], rows: list[_Row], logits: torch.Tensor, started: float
     ) -> list[SequenceOutput]:
         """Books a step's results into its sequences."""
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
+        finite = finite_rows(logits)
         broken = {row.sequence for row, ok in zip(rows, finite, strict=True) if not ok}
         good = [i for i, row in enumerate(rows) if row.sequence not in broken]
         rows = [rows[i] for i in good]
@@ -185,7 +185,8 @@ class Engine:
             return {}
         sequences = [rows[i].sequence for i in ends]
         selected = logits if len(ends) == len(rows) else logits[ends]
-        return dict(zip(sequences, sample(selected, sequences), strict=True))
+        chosen = sample(selected, [_sampling_row(sequence) for sequence in sequences])
+        return dict(zip(sequences, chosen, strict=True))
 
     def _score(
         self, rows: list[_Row], logits: torch.Tensor, sampled: dict[Sequence, int]
@@ -282,6 +283,12 @@ def _final(
 ) -> SequenceOutput:
     request_id = sequence.request.request_id
     return SequenceOutput(request_id, ids, logprobs, reason, sequence.timings(), error)
+
+
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    request = sequence.request
+    answer_start = len(request.prompt_ids) - request.offset
+    return SamplingRow(request.sampling, sequence.tokens, answer_start)
 
 
 def _rows(chunk: Chunk) -> list[_Row]:
