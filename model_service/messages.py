@@ -111,6 +111,7 @@ def _violations(
         *broken(
             "sampling.top_k", "must be at least 1", sampling.top_k is None or sampling.top_k >= 1
         ),
+        *broken("sampling.min_p", "must be from 0 to 1", 0 <= sampling.min_p <= 1),
         *broken(
             "sampling.repetition_penalty",
             "must be a number above 0",

@@ -17,7 +17,7 @@ from model_service.engine.block_pool import BlockPool
 from model_service.engine.pace import Pace
 from model_service.engine.plan import StepPlan
 from model_service.engine.runner import ModelRunner
-from model_service.engine.sampler import sample, score
+from model_service.engine.sampler import SamplingRow, finite_rows, sample, score
 from model_service.engine.scheduler import Chunk, Schedule, Scheduler
 from model_service.engine.sequence import (
     UNPREDICTED,
@@ -174,7 +174,7 @@ class Engine:
         self, schedule: Schedule, rows: list[_Row], logits: torch.Tensor, started: float
     ) -> list[SequenceOutput]:
         """Books a step's results into its sequences."""
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
+        finite = finite_rows(logits)
         broken = {row.sequence for row, ok in zip(rows, finite, strict=True) if not ok}
         good = [i for i, row in enumerate(rows) if row.sequence not in broken]
         rows = [rows[i] for i in good]
@@ -212,7 +212,8 @@ class Engine:
             return {}
         sequences = [rows[i].sequence for i in ends]
         selected = logits if len(ends) == len(rows) else logits[ends]
-        return dict(zip(sequences, sample(selected, sequences), strict=True))
+        chosen = sample(selected, [_sampling_row(sequence) for sequence in sequences])
+        return dict(zip(sequences, chosen, strict=True))
 
     def _score(
         self, rows: list[_Row], logits: torch.Tensor, sampled: dict[Sequence, int]
@@ -315,6 +316,12 @@ def _final(
         timings=sequence.timings(),
         cached_prompt_tokens=sequence.cached_prompt_tokens,
     )
+
+
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    request = sequence.request
+    answer_start = len(request.prompt_ids) - request.offset
+    return SamplingRow(request.sampling, sequence.tokens, answer_start)
 
 
 def _rows(chunk: Chunk) -> list[_Row]:

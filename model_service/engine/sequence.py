@@ -17,6 +17,7 @@ class SamplingParams:
     temperature: float = 0.6
     top_p: float = 0.9
     top_k: int | None = None
+    min_p: float = 0.0
     seed: int = 0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0

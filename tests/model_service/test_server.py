@@ -140,6 +140,7 @@ async def test_a_caller_that_goes_away_takes_its_sequences_along(
         ({"sampling": {"temperature": float("nan")}}, "start.sampling.temperature"),
         ({"sampling": {"temperature": 0.5}}, "start.sampling.seed"),
         ({"sampling": {"temperature": 0, "top_p": 1.5}}, "start.sampling.top_p"),
+        ({"sampling": {"temperature": 0, "min_p": -0.1}}, "start.sampling.min_p"),
         ({"sampling": {"temperature": 0, "logit_bias": {560: 1.0}}}, "start.sampling.logit_bias"),
     ],
 )
