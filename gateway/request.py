@@ -50,17 +50,20 @@ class RequestLimits:
 
     max_dialogs: int
     max_messages: int
+    max_choices: int
+    max_sequences: int  # of all requests, running or waiting
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a checked request asks of each of its generations."""
+    """What a checked request asks for."""
 
     sampling: SamplingParams  # defaults filled in, without `stop` and perhaps without `seed`
     stop: tuple[StopString, ...]
     logprobs: bool
     top_logprobs: int
     echo: bool = False
+    n: int = 1  # answers to each dialog or prompt
 
     @property
     def prompt_logprobs(self) -> bool:
@@ -77,7 +80,13 @@ def options(request: ChatRequest | TextRequest, context_length: int) -> Options:
     stop = tuple(StopString.compile(text) for text in sampling.stop)
     del sampling.stop[:]
     echo = isinstance(request, TextRequest) and request.echo
-    return Options(sampling, stop, request.logprobs, request.top_logprobs, echo)
+    n = choices(request)
+    return Options(sampling, stop, request.logprobs, request.top_logprobs, echo, n)
+
+
+def choices(request: ChatRequest | TextRequest) -> int:
+    """Answers to each dialog or prompt of a request."""
+    return request.n if request.HasField("n") else 1
 
 
 def default_max_gen_len(context_length: int) -> int:
@@ -103,6 +112,7 @@ def chat_violations(
         *_sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request),
         *_context_policy_violations(request.context_policy),
+        *_choices_violations(request, len(request.dialogs), limits),
     ]
 
 
@@ -122,6 +132,7 @@ def text_violations(
         *found,
         *_sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request),
+        *_choices_violations(request, len(request.prompts) + len(request.prompt_ids), limits),
     ]
 
 
@@ -148,6 +159,19 @@ def _context_policy_violations(policy: int) -> list[Violation]:
     if policy in chat_pb2.ContextPolicy.values():
         return []
     return [Violation("context_policy", f"must be a value of ContextPolicy, not {policy}")]
+
+
+def _choices_violations(
+    request: ChatRequest | TextRequest, prompts: int, limits: RequestLimits
+) -> list[Violation]:
+    n = choices(request)
+    if not 1 <= n <= limits.max_choices:
+        return [Violation("n", f"must be 1 to {limits.max_choices}, not {n}")]
+    # The queue would turn such a request away for ever, but tell its client to try again.
+    if n > 1 and prompts <= limits.max_dialogs and prompts * n > limits.max_sequences:
+        rule = f"times the {prompts} dialogs or prompts must be at most {limits.max_sequences}"
+        return [Violation("n", f"{rule}, not {prompts * n}")]
+    return []
 
 
 def _count_violations(path: str, count: int, limit: int) -> list[Violation]:

@@ -18,7 +18,7 @@ from llama.v1.chat_pb2 import (
 )
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
 
-LIMITS = RequestLimits(max_dialogs=3, max_messages=5)
+LIMITS = RequestLimits(max_dialogs=3, max_messages=5, max_choices=4, max_sequences=8)
 VOCAB_SIZE = 560
 
 QUESTION = Dialog(messages=[Message(role=ROLE_USER, content="?")])
@@ -109,6 +109,16 @@ def told(request: ChatCompleteRequest | TextCompleteRequest) -> list[str]:
             "prompt_ids[0].ids[2]: must be less than the vocabulary size, 560, not 560",
         ),
         (text(prompts=["a"], top_logprobs=1), "top_logprobs: needs logprobs"),
+        (chat(n=0), "n: must be 1 to 4, not 0"),
+        (text(prompts=["a"], n=5), "n: must be 1 to 4, not 5"),
+        (
+            chat(dialogs=[QUESTION] * 3, n=3),
+            "n: times the 3 dialogs or prompts must be at most 8, not 9",
+        ),
+        (
+            text(prompt_ids=[TokenIds(ids=[1])] * 3, n=4),
+            "n: times the 3 dialogs or prompts must be at most 8, not 12",
+        ),
     ],
 )
 def test_each_broken_rule_is_one_violation_with_its_path(
@@ -158,7 +168,8 @@ def test_limits_themselves_are_accepted() -> None:
         frequency_penalty=2,
         logit_bias={VOCAB_SIZE - 1: -100},
     )
-    assert told(chat(sampling=extreme, logprobs=True, top_logprobs=20)) == []
+    assert told(chat(sampling=extreme, logprobs=True, top_logprobs=20, n=4)) == []
+    assert told(text(prompts=["a"] * 2, n=4)) == []
 
 
 def test_absent_fields_take_the_documented_defaults() -> None:
