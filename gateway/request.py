@@ -15,12 +15,14 @@ from serving.errors import Violation
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
 
 # What absent fields mean; `max_gen_len` has a default too, which depends on the context length.
 SAMPLING_DEFAULTS = SamplingParams(
     temperature=0.6,
     top_p=0.9,
+    min_p=0.0,
     repetition_penalty=1.0,
     presence_penalty=0.0,
     frequency_penalty=0.0,
@@ -30,6 +32,7 @@ SAMPLING_DEFAULTS = SamplingParams(
 _FLOAT_RANGES = {
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
@@ -213,6 +216,7 @@ def _sampling_violations(sampling: SamplingParams, vocab_size: int) -> list[Viol
     return [
         *_number_violations(sampling),
         *_stop_violations(sampling.stop),
+        *_stop_token_violations(sampling.stop_token_ids, vocab_size),
         *_logit_bias_violations(sampling.logit_bias, vocab_size),
     ]
 
@@ -246,6 +250,16 @@ def _stop_violations(stop: Sequence[str]) -> list[Violation]:
         Violation(f"sampling.stop[{index}]", f"{rule}, not {len(text)}")
         for index, text in enumerate(stop)
         if not 1 <= len(text) <= MAX_STOP_CHARACTERS
+    ]
+
+
+def _stop_token_violations(stop_token_ids: Sequence[int], vocab_size: int) -> list[Violation]:
+    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        return _count_violations("sampling.stop_token_ids", len(stop_token_ids), MAX_STOP_TOKEN_IDS)
+    return [
+        Violation(f"sampling.stop_token_ids[{index}]", _id_rule(vocab_size, token_id))
+        for index, token_id in enumerate(stop_token_ids)
+        if token_id >= vocab_size
     ]
 
 

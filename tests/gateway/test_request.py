@@ -26,6 +26,7 @@ QUESTION = Dialog(messages=[Message(role=ROLE_USER, content="?")])
 RANGES = {
     "temperature": (0, 100),
     "top_p": (0, 1),
+    "min_p": (0, 1),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
 }
@@ -80,6 +81,14 @@ def told(request: ChatCompleteRequest | TextCompleteRequest) -> list[str]:
         (sampling(stop=["x"] * 17), "sampling.stop: must hold at most 16 entries, not 17"),
         (sampling(stop=["a", ""]), "sampling.stop[1]: must have 1 to 256 characters, not 0"),
         (sampling(stop=["é" * 257]), "sampling.stop[0]: must have 1 to 256 characters, not 257"),
+        (
+            sampling(stop_token_ids=[1, 2, 559, 560]),
+            "sampling.stop_token_ids[3]: must be less than the vocabulary size, 560, not 560",
+        ),
+        (
+            sampling(stop_token_ids=[7] * 65),
+            "sampling.stop_token_ids: must hold at most 64 entries, not 65",
+        ),
         (
             sampling(logit_bias={560: 1}),
             "sampling.logit_bias[560]: must be less than the vocabulary size, 560, not 560",
@@ -159,10 +168,12 @@ def test_limits_themselves_are_accepted() -> None:
     extreme = SamplingParams(
         temperature=100,
         top_p=0,
+        min_p=1,
         top_k=1,
         max_gen_len=1,
         seed=2**64 - 1,
         stop=["x" * 256] * 16,
+        stop_token_ids=[VOCAB_SIZE - 1] * 64,
         repetition_penalty=10,
         presence_penalty=-2,
         frequency_penalty=2,
@@ -177,6 +188,7 @@ def test_absent_fields_take_the_documented_defaults() -> None:
     assert chosen.sampling == SamplingParams(
         temperature=0.6,
         top_p=0.5,
+        min_p=0,
         max_gen_len=255,
         repetition_penalty=1,
         presence_penalty=0,
@@ -185,7 +197,8 @@ def test_absent_fields_take_the_documented_defaults() -> None:
     )
 
 
-def test_stop_strings_stay_at_the_gateway() -> None:
-    chosen = options(sampling(stop=["a", "b"]), context_length=256)
+def test_stop_strings_stay_at_the_gateway_and_stop_tokens_go_on() -> None:
+    chosen = options(sampling(stop=["a", "b"], stop_token_ids=[7, 8]), context_length=256)
     assert [stop.text for stop in chosen.stop] == ["a", "b"]
     assert not chosen.sampling.stop
+    assert list(chosen.sampling.stop_token_ids) == [7, 8]
