@@ -44,7 +44,7 @@ def sampling_settings(command: F) -> F:
         setting("temperature", type=float, help="0 is greedy."),
         setting("top_p", type=float, help="Probability mass to sample from."),
         setting("top_k", type=int, help="Most probable tokens to sample from."),
-        setting("min_p", type=float, help="Drops tokens below this share of the best one's."),
+        setting("min_p", type=float, help="Least probability, as a share of the best token's."),
         setting("max_gen_len", type=int, help="Most tokens of an answer."),
         setting("seed", type=int, help="Makes the answer repeatable."),
         click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
