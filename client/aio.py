@@ -48,49 +48,70 @@ class AsyncClient:
 
     async def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> ChatPrediction:
         """Answers one dialog."""
-        return (await self.chat_many([dialog], **options))[0]
+        return (await self.chat_choices(dialog, 1, **options))[0]
+
+    async def chat_choices(
+        self, dialog: Dialog, n: int, **options: Unpack[ChatOptions]
+    ) -> list[ChatPrediction]:
+        """`n` answers to one dialog, in the order of `choice_index`."""
+        return await self.chat_many([dialog], n=n, **options)
 
     async def chat_many(
-        self, dialogs: Sequence[Dialog], **options: Unpack[ChatOptions]
+        self, dialogs: Sequence[Dialog], *, n: int | None = None, **options: Unpack[ChatOptions]
     ) -> list[ChatPrediction]:
-        """Answers several dialogs in one call; predictions come in their order."""
-        request = requests.chat(chat_pb2.ChatCompleteRequest, dialogs, options)
+        """Answers several dialogs in one call, in their order; `n` answers in a row to each."""
+        request = requests.chat(chat_pb2.ChatCompleteRequest, dialogs, options, n)
         with self._readable_errors():
             response = await self._stub.ChatComplete(request, timeout=options.get("timeout"))
         return [results.chat_prediction(each) for each in response.predictions]
 
-    def chat_stream(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> Stream:
+    def chat_stream(
+        self, dialog: Dialog, *, n: int | None = None, **options: Unpack[ChatOptions]
+    ) -> Stream:
         """Answers one dialog while it is made: Started, then Delta by Delta, then Finished."""
-        return self.chat_stream_many([dialog], **options)
+        return self.chat_stream_many([dialog], n=n, **options)
 
-    def chat_stream_many(self, dialogs: Sequence[Dialog], **options: Unpack[ChatOptions]) -> Stream:
-        """Answers several dialogs in one call; their events are interleaved, told by `index`."""
-        request = requests.chat(chat_pb2.ChatCompleteStreamRequest, dialogs, options)
+    def chat_stream_many(
+        self, dialogs: Sequence[Dialog], *, n: int | None = None, **options: Unpack[ChatOptions]
+    ) -> Stream:
+        """Answers several dialogs in one call; their events are interleaved.
+
+        `index` tells the dialog of each, `choice_index` which of its `n` answers.
+        """
+        request = requests.chat(chat_pb2.ChatCompleteStreamRequest, dialogs, options, n)
         call = partial(self._stub.ChatCompleteStream, request, timeout=options.get("timeout"))
         return self._stream(call, results.chat_event)
 
     async def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextPrediction:
         """Continues one text, or one sequence of token ids."""
-        return (await self.complete_many([prompt], **options))[0]
+        return (await self.complete_choices(prompt, 1, **options))[0]
+
+    async def complete_choices(
+        self, prompt: Prompt, n: int, **options: Unpack[TextOptions]
+    ) -> list[TextPrediction]:
+        """`n` continuations of one prompt, in the order of `choice_index`."""
+        return await self.complete_many([prompt], n=n, **options)
 
     async def complete_many(
-        self, prompts: Sequence[Prompt], **options: Unpack[TextOptions]
+        self, prompts: Sequence[Prompt], *, n: int | None = None, **options: Unpack[TextOptions]
     ) -> list[TextPrediction]:
-        """Continues several prompts in one call, all texts or all token ids, in their order."""
-        request = requests.text(chat_pb2.TextCompleteRequest, prompts, options)
+        """Continues several prompts, all texts or all token ids, like `chat_many`."""
+        request = requests.text(chat_pb2.TextCompleteRequest, prompts, options, n)
         with self._readable_errors():
             response = await self._stub.TextComplete(request, timeout=options.get("timeout"))
         return [results.text_prediction(each) for each in response.predictions]
 
-    def complete_stream(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Stream:
+    def complete_stream(
+        self, prompt: Prompt, *, n: int | None = None, **options: Unpack[TextOptions]
+    ) -> Stream:
         """Continues one prompt while it is made: Started, then Delta by Delta, then Finished."""
-        return self.complete_stream_many([prompt], **options)
+        return self.complete_stream_many([prompt], n=n, **options)
 
     def complete_stream_many(
-        self, prompts: Sequence[Prompt], **options: Unpack[TextOptions]
+        self, prompts: Sequence[Prompt], *, n: int | None = None, **options: Unpack[TextOptions]
     ) -> Stream:
-        """Continues several prompts in one call; events are interleaved, told by `index`."""
-        request = requests.text(chat_pb2.TextCompleteStreamRequest, prompts, options)
+        """Continues several prompts in one call; events are as those of `chat_stream_many`."""
+        request = requests.text(chat_pb2.TextCompleteStreamRequest, prompts, options, n)
         call = partial(self._stub.TextCompleteStream, request, timeout=options.get("timeout"))
         return self._stream(call, results.text_event)
 

@@ -18,7 +18,7 @@ import click
 from click.core import ParameterSource
 
 from client.aio import AsyncClient
-from client.conversation import Conversation, printed
+from client.conversation import Conversation, print_choices, printed
 from client.errors import UnreachableError
 from client.flags import one_line_errors, setting, target_setting
 from client.load.command import bench
@@ -44,9 +44,17 @@ def sampling_settings(command: F) -> F:
         setting("temperature", type=float, help="0 is greedy."),
         setting("top_p", type=float, help="Probability mass to sample from."),
         setting("top_k", type=int, help="Most probable tokens to sample from."),
+        setting("min_p", type=float, help="Least probability, as a share of the best token's."),
         setting("max_gen_len", type=int, help="Most tokens of an answer."),
         setting("seed", type=int, help="Makes the answer repeatable."),
         click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+        click.option(
+            "--stop_token_ids",
+            metavar="ID",
+            type=int,
+            multiple=True,
+            help="Token that ends the answer; may be repeated.",
+        ),
         setting("repetition_penalty", type=float, help="Above 1 discourages repetition."),
         setting("presence_penalty", type=float, help="Lowers tokens that the answer has."),
         setting("frequency_penalty", type=float, help="The same, for each time it has them."),
@@ -140,6 +148,9 @@ def serve(
 @setting("system", help="Instructions for the model.")
 @click.option("--ask", metavar="TEXT", help="Ask this, print the answer, leave.")
 @click.option(
+    "--n", type=int, help="With --ask: print so many answers, the seed of each counted up."
+)
+@click.option(
     "--serve",
     "start_services",
     is_flag=True,
@@ -156,10 +167,13 @@ def chat(
     target: str,
     system: str | None,
     ask: str | None,
+    n: int | None,
     start_services: bool,
     **options: Unpack[ChatOptions],
 ) -> None:
     """Talk to the model. /help lists what else one may type."""
+    if n is not None and ask is None:
+        raise click.UsageError("--n needs --ask: a conversation goes on from one answer")
     with contextlib.ExitStack() as stack:
         if start_services and not _answers(target):
             is_default = context.get_parameter_source("target") is ParameterSource.DEFAULT
@@ -167,7 +181,10 @@ def chat(
         client = stack.enter_context(Client(target))
         conversation = Conversation(client, options, system)
         if ask is not None:
-            conversation.ask(ask)
+            if n is None:
+                conversation.ask(ask)
+            else:
+                conversation.ask_for_choices(ask, n)
             return
         if sys.stdin.isatty():
             click.secho(f"{_summary(client.get_model())}. /help lists commands.", dim=True)
@@ -178,12 +195,17 @@ def chat(
 @click.argument("text")
 @target_setting
 @click.option("--echo", is_flag=True, help="Print the text in front of its continuation.")
+@click.option("--n", type=int, help="Print so many continuations, the seed of each counted up.")
 @sampling_settings
 @one_line_errors()
-def complete(text: str, target: str, **options: Unpack[TextOptions]) -> None:
+def complete(text: str, target: str, n: int | None, **options: Unpack[TextOptions]) -> None:
     """Continue TEXT."""
     with Client(target) as client:
-        for _event in printed(client.complete_stream(text, **options)):
+        stream = client.complete_stream(text, n=n, **options)
+        if n is not None:
+            print_choices(stream, n)
+            return
+        for _event in printed(stream):
             pass
 
 

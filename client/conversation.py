@@ -6,6 +6,7 @@ The dialog lives here and is sent with every question; the services remember not
 import importlib
 import json
 import sys
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from math import exp
@@ -90,6 +91,12 @@ class Conversation:
         if answer and finish_reason is not FinishReason.UNSAFE:
             self._turns += [user, {"role": "assistant", "content": answer}]
 
+    def ask_for_choices(self, question: str, n: int) -> None:
+        """Prints `n` answers; the conversation does not go on from any of them."""
+        user: Message = {"role": "user", "content": question}
+        dialog = [*self._dialog(first_turn=self._dropped_turns), user]
+        print_choices(self._client.chat_stream(dialog, n=n, **self._options), n)
+
     def _dialog(self, first_turn: int = 0) -> list[Message]:
         system: list[Message] = []
         if self._system:
@@ -137,10 +144,35 @@ def printed(stream: Iterator[Event]) -> Iterator[Event]:
             if isinstance(event, Delta):
                 click.echo(event.text, nl=False)
                 at_line_start = event.text.endswith("\n")
+            elif not at_line_start:
+                click.echo()
+                at_line_start = True
             yield event
     finally:
         if not at_line_start:
             click.echo()
+
+
+def print_choices(stream: Iterator[Event], n: int) -> None:
+    """Prints `n` answers to one dialog or prompt, each under a note with its number and seed."""
+    for event in printed(in_turn(stream)):
+        match event:
+            case Started():
+                _note(f"(answer {event.choice_index + 1} of {n}, seed {event.seed})")
+            case Finished() if event.finish_reason in _ENDINGS:
+                _note(f"({_ENDINGS[event.finish_reason]})")
+
+
+def in_turn(stream: Iterator[Event]) -> Iterator[Event]:
+    """The events of one dialog's answers, answer by answer; the first answer's never wait."""
+    waiting: defaultdict[int, deque[Event]] = defaultdict(deque)
+    turn = 0
+    for arrived in stream:
+        waiting[arrived.choice_index].append(arrived)
+        while waiting[turn]:
+            event = waiting[turn].popleft()
+            yield event
+            turn += isinstance(event, Finished)
 
 
 def _typed_lines() -> Iterator[str]:

@@ -36,10 +36,12 @@ class Sampling(TypedDict, total=False):
 
     temperature: float | None
     top_p: float | None
+    min_p: float | None
     top_k: int | None
     max_gen_len: int | None
     seed: int | None
     stop: Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
@@ -84,8 +86,8 @@ _CONTEXT_POLICIES: Mapping[str, chat_pb2.ContextPolicy.ValueType] = {
     "reject": chat_pb2.CONTEXT_POLICY_REJECT,
     "drop_oldest_turns": chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS,
 }
-# Fields with one value; `stop` and `logit_bias` are containers.
-_SAMPLING_FIELDS = sorted(Sampling.__optional_keys__ - {"stop", "logit_bias"})
+# Fields with one value; the others are containers.
+_SAMPLING_FIELDS = sorted(Sampling.__optional_keys__ - {"stop", "stop_token_ids", "logit_bias"})
 
 # The unary and the streaming request of a kind have the same fields.
 ChatRequest = TypeVar(
@@ -96,7 +98,12 @@ TextRequest = TypeVar(
 )
 
 
-def chat(kind: type[ChatRequest], dialogs: Sequence[Dialog], options: ChatOptions) -> ChatRequest:
+def chat(
+    kind: type[ChatRequest],
+    dialogs: Sequence[Dialog],
+    options: ChatOptions,
+    n: int | None = None,
+) -> ChatRequest:
     """A request of this kind; refuses what cannot be sent with InvalidRequestError."""
     _refuse_unknown(options, ChatOptions.__optional_keys__)
     request = kind()
@@ -107,11 +114,17 @@ def chat(kind: type[ChatRequest], dialogs: Sequence[Dialog], options: ChatOption
     _set_fields(request, ("logprobs", "top_logprobs"), options, "", refusals)
     with refusals.at("context_policy"):
         request.context_policy = _choice(_CONTEXT_POLICIES, options.get("context_policy", "reject"))
+    _set_fields(request, ("n",), {"n": n}, "", refusals)
     refusals.raise_any()
     return request
 
 
-def text(kind: type[TextRequest], prompts: Sequence[Prompt], options: TextOptions) -> TextRequest:
+def text(
+    kind: type[TextRequest],
+    prompts: Sequence[Prompt],
+    options: TextOptions,
+    n: int | None = None,
+) -> TextRequest:
     """A request of this kind; the contract takes texts or token ids, not both in one request."""
     _refuse_unknown(options, TextOptions.__optional_keys__)
     request = kind()
@@ -125,6 +138,7 @@ def text(kind: type[TextRequest], prompts: Sequence[Prompt], options: TextOption
                 request.prompt_ids.add().ids.extend(prompt)
     _set_sampling(request.sampling, options, refusals)
     _set_fields(request, ("logprobs", "top_logprobs", "echo"), options, "", refusals)
+    _set_fields(request, ("n",), {"n": n}, "", refusals)
     refusals.raise_any()
     return request
 
@@ -218,5 +232,8 @@ def _set_sampling(
     for index, string in enumerate(options.get("stop") or ()):
         with refusals.at(f"sampling.stop[{index}]"):
             target.stop.append(string)
+    for index, token_id in enumerate(options.get("stop_token_ids") or ()):
+        with refusals.at(f"sampling.stop_token_ids[{index}]"):
+            target.stop_token_ids.append(token_id)
     with refusals.at("sampling.logit_bias"):
         target.logit_bias.update(options.get("logit_bias") or {})

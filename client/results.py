@@ -65,7 +65,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrediction:
-    """The answer to one dialog."""
+    """One answer to one dialog."""
 
     content: str
     tokens: tuple[Token, ...]
@@ -74,6 +74,7 @@ class ChatPrediction:
     seed: int
     fingerprint: str
     dropped_turns: int
+    choice_index: int
 
     @property
     def message(self) -> Message:
@@ -83,7 +84,7 @@ class ChatPrediction:
 
 @dataclass(frozen=True, slots=True)
 class TextPrediction:
-    """The continuation of one text; with `echo`, prompt included."""
+    """One continuation of one text; with `echo`, prompt included."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -91,13 +92,15 @@ class TextPrediction:
     usage: Usage
     seed: int
     fingerprint: str
+    choice_index: int
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Stream event: the dialog or prompt number `index` was accepted."""
+    """Stream event: answer `choice_index` to the dialog or prompt number `index` was begun."""
 
     index: int
+    choice_index: int
     prompt_tokens: int
     seed: int
     fingerprint: str
@@ -106,18 +109,20 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Stream event: more text of the answer to `index`."""
+    """Stream event: more text of an answer."""
 
     index: int
+    choice_index: int
     text: str
     tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Stream event: the answer to `index` is complete."""
+    """Stream event: an answer is complete."""
 
     index: int
+    choice_index: int
     finish_reason: FinishReason
     usage: Usage
 
@@ -146,6 +151,7 @@ class Limits:
     max_request_bytes: int
     max_queued_sequences: int
     max_top_logprobs: int
+    max_choices: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +180,7 @@ def chat_prediction(prediction: chat_pb2.ChatPrediction) -> ChatPrediction:
         seed=prediction.seed,
         fingerprint=prediction.fingerprint,
         dropped_turns=prediction.dropped_turns,
+        choice_index=prediction.choice_index,
     )
 
 
@@ -185,6 +192,7 @@ def text_prediction(prediction: chat_pb2.TextPrediction) -> TextPrediction:
         usage=_usage(prediction.usage),
         seed=prediction.seed,
         fingerprint=prediction.fingerprint,
+        choice_index=prediction.choice_index,
     )
 
 
@@ -193,6 +201,7 @@ def chat_event(response: chat_pb2.ChatCompleteStreamResponse) -> Event:
         started = response.started
         return Started(
             index=started.dialog_index,
+            choice_index=started.choice_index,
             prompt_tokens=started.usage.prompt_tokens,
             seed=started.seed,
             fingerprint=started.fingerprint,
@@ -200,10 +209,12 @@ def chat_event(response: chat_pb2.ChatCompleteStreamResponse) -> Event:
         )
     if response.HasField("delta"):
         delta = response.delta
-        return Delta(delta.dialog_index, delta.text, _tokens(delta.tokens))
+        tokens = _tokens(delta.tokens)
+        return Delta(delta.dialog_index, delta.choice_index, delta.text, tokens)
     finished = response.finished
     reason = _finish_reason(finished.finish_reason)
-    return Finished(finished.dialog_index, reason, _usage(finished.usage))
+    usage = _usage(finished.usage)
+    return Finished(finished.dialog_index, finished.choice_index, reason, usage)
 
 
 def text_event(response: chat_pb2.TextCompleteStreamResponse) -> Event:
@@ -211,16 +222,19 @@ def text_event(response: chat_pb2.TextCompleteStreamResponse) -> Event:
         started = response.started
         return Started(
             index=started.prompt_index,
+            choice_index=started.choice_index,
             prompt_tokens=started.usage.prompt_tokens,
             seed=started.seed,
             fingerprint=started.fingerprint,
         )
     if response.HasField("delta"):
         delta = response.delta
-        return Delta(delta.prompt_index, delta.text, _tokens(delta.tokens))
+        tokens = _tokens(delta.tokens)
+        return Delta(delta.prompt_index, delta.choice_index, delta.text, tokens)
     finished = response.finished
     reason = _finish_reason(finished.finish_reason)
-    return Finished(finished.prompt_index, reason, _usage(finished.usage))
+    usage = _usage(finished.usage)
+    return Finished(finished.prompt_index, finished.choice_index, reason, usage)
 
 
 def rendered_prompt(response: chat_pb2.RenderPromptResponse) -> RenderedPrompt:
@@ -252,6 +266,7 @@ def model(response: chat_pb2.GetModelResponse) -> Model:
             max_request_bytes=limits.max_request_bytes,
             max_queued_sequences=limits.max_queued_sequences,
             max_top_logprobs=limits.max_top_logprobs,
+            max_choices=limits.max_choices,
         ),
         sampling_defaults=_sampling(response.sampling_defaults),
     )

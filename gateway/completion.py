@@ -32,8 +32,16 @@ _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Which generation of a request: the dialog or prompt, and which of the answers to it."""
+
+    index: int
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
-    """A generation was accepted."""
+    """A generation was begun."""
 
     usage: chat_pb2.Usage
     seed: int
@@ -50,18 +58,28 @@ class Finished:
 
 
 Event = Started | Delta | Finished
-# With the index of the generation that it belongs to.
-IndexedEvent = tuple[int, Event]
+# With the generation that it belongs to.
+PlacedEvent = tuple[Place, Event]
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """All events of one generation, folded."""
 
+    place: Place
     started: Started
     text: str
     tokens: list[chat_pb2.Token]
     finished: Finished
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One generation as it is asked for; a prompt that is None is refused as unsafe."""
+
+    place: Place
+    prompt: Prompt | None
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,56 +95,64 @@ async def complete(
     vocabulary: Vocabulary,
     replicas: ReplicaPool,
     arrived: float,
-) -> AsyncGenerator[IndexedEvent, None]:
-    """The events of all generations, interleaved; a prompt that is None is refused as unsafe.
+) -> AsyncGenerator[PlacedEvent, None]:
+    """The events of `options.n` generations per prompt, interleaved; None is refused as unsafe.
 
     `arrived` is the time.monotonic of the request's arrival.
     """
     model = replicas.model
-    seeds = [_seed(options.sampling) for _ in prompts]
-    made: asyncio.Queue[tuple[int, model_pb2.TokenEvent]] = asyncio.Queue()
-    running: dict[int, _Generation] = {}
+    requests = [*_requests(prompts, options)]
+    made: asyncio.Queue[tuple[Place, model_pb2.TokenEvent]] = asyncio.Queue()
+    running: dict[Place, _Generation] = {}
     try:
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            if prompt is not None:
-                start = _start(prompt, seed, options, model.context_length, vocabulary.eos_id)
-                sequence = replicas.start(start, _deliver_to(made, index))
+        for each in requests:
+            if (prompt := each.prompt) is not None:
+                start = _start(prompt, each.seed, options, model.context_length, vocabulary.eos_id)
+                sequence = replicas.start(start, _deliver_to(made, each.place))
                 answer = Answer(prompt.ids, options, vocabulary)
-                running[index] = _Generation(prompt, answer, sequence)
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            yield index, _started(prompt, seed, model.fingerprint)
-            for event in _first_events(running.get(index), arrived):
-                yield index, event
+                running[each.place] = _Generation(prompt, answer, sequence)
+        for each in requests:
+            yield each.place, _started(each, model.fingerprint)
+            for event in _first_events(running.get(each.place), arrived):
+                yield each.place, event
         while running:
-            index, token_event = await made.get()
-            for event in _events(running[index], token_event, arrived):
-                yield index, event
+            place, token_event = await made.get()
+            for event in _events(running[place], token_event, arrived):
+                yield place, event
             if token_event.finish_reason:
-                del running[index]
+                del running[place]
     finally:
         for generation in running.values():
             generation.sequence.cancel()
 
 
-async def fold(events: AsyncIterator[IndexedEvent]) -> list[Prediction]:
-    """The predictions of a request, in the order of its generations."""
-    started: dict[int, Started] = {}
-    texts: defaultdict[int, list[str]] = defaultdict(list)
-    tokens: defaultdict[int, list[chat_pb2.Token]] = defaultdict(list)
-    finished: dict[int, Finished] = {}
-    async for index, event in events:
+async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
+    """The predictions of a request, in the order in which its generations were begun."""
+    started: dict[Place, Started] = {}
+    texts: defaultdict[Place, list[str]] = defaultdict(list)
+    tokens: defaultdict[Place, list[chat_pb2.Token]] = defaultdict(list)
+    finished: dict[Place, Finished] = {}
+    async for place, event in events:
         match event:
             case Started():
-                started[index] = event
+                started[place] = event
             case Delta():
-                texts[index].append(event.text)
-                tokens[index] += event.tokens
+                texts[place].append(event.text)
+                tokens[place] += event.tokens
             case Finished():
-                finished[index] = event
+                finished[place] = event
     return [
-        Prediction(started[index], "".join(texts[index]), tokens[index], finished[index])
-        for index in sorted(finished)
+        Prediction(place, begun, "".join(texts[place]), tokens[place], finished[place])
+        for place, begun in started.items()
     ]
+
+
+def _requests(prompts: Sequence[Prompt | None], options: Options) -> Iterator[_Request]:
+    """Each answer has a seed of its own, so that it can be repeated alone."""
+    for index, prompt in enumerate(prompts):
+        first_seed = _seed(options.sampling)
+        for choice in range(options.n):
+            yield _Request(Place(index, choice), prompt, (first_seed + choice) % 2**64)
 
 
 def _seed(sampling: SamplingParams) -> int:
@@ -152,18 +178,18 @@ def _start(
     )
 
 
-def _deliver_to(made: asyncio.Queue[tuple[int, model_pb2.TokenEvent]], index: int) -> Deliver:
+def _deliver_to(made: asyncio.Queue[tuple[Place, model_pb2.TokenEvent]], place: Place) -> Deliver:
     def deliver(event: model_pb2.TokenEvent) -> None:
-        made.put_nowait((index, event))
+        made.put_nowait((place, event))
 
     return deliver
 
 
-def _started(prompt: Prompt | None, seed: int, fingerprint: str) -> Started:
-    if prompt is None:
-        return Started(chat_pb2.Usage(), seed, fingerprint, dropped_turns=0)
-    usage = chat_pb2.Usage(prompt_tokens=len(prompt.ids))
-    return Started(usage, seed, fingerprint, prompt.dropped_turns)
+def _started(request: _Request, fingerprint: str) -> Started:
+    if request.prompt is None:
+        return Started(chat_pb2.Usage(), request.seed, fingerprint, dropped_turns=0)
+    usage = chat_pb2.Usage(prompt_tokens=len(request.prompt.ids))
+    return Started(usage, request.seed, fingerprint, request.prompt.dropped_turns)
 
 
 def _first_events(generation: _Generation | None, arrived: float) -> Iterator[Event]:

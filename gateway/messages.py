@@ -3,7 +3,7 @@ alone, but clients read those names: both are written out.
 """
 
 from gateway.answer import Delta
-from gateway.completion import Event, Finished, Prediction, Started
+from gateway.completion import Event, Finished, Place, Prediction, Started
 from gateway.request import MAX_TOP_LOGPROBS, SAMPLING_DEFAULTS, default_max_gen_len
 from gateway.settings import GatewaySettings
 from llama.v1 import model_pb2
@@ -26,13 +26,14 @@ from llama.v1.chat_pb2 import (
 from llama.v1.sampling_pb2 import SamplingParams
 
 
-def chat_event(sequence: int, index: int, event: Event) -> ChatCompleteStreamResponse:
-    """The event of the dialog at `index`, `sequence`-th of its stream."""
+def chat_event(sequence: int, place: Place, event: Event) -> ChatCompleteStreamResponse:
+    """The event of the answer at `place`, `sequence`-th of its stream."""
     response = ChatCompleteStreamResponse(sequence=sequence)
     match event:
         case Started():
             started = ChatStarted(
-                dialog_index=index,
+                dialog_index=place.index,
+                choice_index=place.choice,
                 usage=event.usage,
                 seed=event.seed,
                 fingerprint=event.fingerprint,
@@ -40,41 +41,59 @@ def chat_event(sequence: int, index: int, event: Event) -> ChatCompleteStreamRes
             )
             response.started.CopyFrom(started)
         case Delta():
-            response.delta.CopyFrom(
-                ChatDelta(dialog_index=index, text=event.text, tokens=event.tokens)
+            delta = ChatDelta(
+                dialog_index=place.index,
+                choice_index=place.choice,
+                text=event.text,
+                tokens=event.tokens,
             )
+            response.delta.CopyFrom(delta)
         case Finished():
-            response.finished.CopyFrom(
-                ChatFinished(dialog_index=index, finish_reason=event.reason, usage=event.usage)
+            finished = ChatFinished(
+                dialog_index=place.index,
+                choice_index=place.choice,
+                finish_reason=event.reason,
+                usage=event.usage,
             )
+            response.finished.CopyFrom(finished)
     return response
 
 
-def text_event(sequence: int, index: int, event: Event) -> TextCompleteStreamResponse:
-    """The event of the prompt at `index`, `sequence`-th of its stream."""
+def text_event(sequence: int, place: Place, event: Event) -> TextCompleteStreamResponse:
+    """The event of the answer at `place`, `sequence`-th of its stream."""
     response = TextCompleteStreamResponse(sequence=sequence)
     match event:
         case Started():
             started = TextStarted(
-                prompt_index=index,
+                prompt_index=place.index,
+                choice_index=place.choice,
                 usage=event.usage,
                 seed=event.seed,
                 fingerprint=event.fingerprint,
             )
             response.started.CopyFrom(started)
         case Delta():
-            response.delta.CopyFrom(
-                TextDelta(prompt_index=index, text=event.text, tokens=event.tokens)
+            delta = TextDelta(
+                prompt_index=place.index,
+                choice_index=place.choice,
+                text=event.text,
+                tokens=event.tokens,
             )
+            response.delta.CopyFrom(delta)
         case Finished():
-            response.finished.CopyFrom(
-                TextFinished(prompt_index=index, finish_reason=event.reason, usage=event.usage)
+            finished = TextFinished(
+                prompt_index=place.index,
+                choice_index=place.choice,
+                finish_reason=event.reason,
+                usage=event.usage,
             )
+            response.finished.CopyFrom(finished)
     return response
 
 
 def chat_prediction(prediction: Prediction) -> ChatPrediction:
     return ChatPrediction(
+        choice_index=prediction.place.choice,
         generation=Message(role=ROLE_ASSISTANT, content=prediction.text),
         tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
@@ -87,6 +106,7 @@ def chat_prediction(prediction: Prediction) -> ChatPrediction:
 
 def text_prediction(prediction: Prediction) -> TextPrediction:
     return TextPrediction(
+        choice_index=prediction.place.choice,
         generation=prediction.text,
         tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
@@ -118,6 +138,7 @@ def model_response(
             max_request_bytes=settings.max_request_bytes,
             max_queued_sequences=settings.max_queued_sequences,
             max_top_logprobs=MAX_TOP_LOGPROBS,
+            max_choices=settings.max_choices,
         ),
         sampling_defaults=defaults,
     )

@@ -15,12 +15,14 @@ from serving.errors import Violation
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
 
 # What absent fields mean; `max_gen_len` has a default too, which depends on the context length.
 SAMPLING_DEFAULTS = SamplingParams(
     temperature=0.6,
     top_p=0.9,
+    min_p=0.0,
     repetition_penalty=1.0,
     presence_penalty=0.0,
     frequency_penalty=0.0,
@@ -30,6 +32,7 @@ SAMPLING_DEFAULTS = SamplingParams(
 _FLOAT_RANGES = {
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
@@ -50,17 +53,20 @@ class RequestLimits:
 
     max_dialogs: int
     max_messages: int
+    max_choices: int
+    max_sequences: int  # of all requests, running or waiting
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a checked request asks of each of its generations."""
+    """What a checked request asks for."""
 
     sampling: SamplingParams  # defaults filled in, without `stop` and perhaps without `seed`
     stop: tuple[StopString, ...]
     logprobs: bool
     top_logprobs: int
     echo: bool = False
+    n: int = 1  # answers to each dialog or prompt
 
     @property
     def prompt_logprobs(self) -> bool:
@@ -77,7 +83,13 @@ def options(request: ChatRequest | TextRequest, context_length: int) -> Options:
     stop = tuple(StopString.compile(text) for text in sampling.stop)
     del sampling.stop[:]
     echo = isinstance(request, TextRequest) and request.echo
-    return Options(sampling, stop, request.logprobs, request.top_logprobs, echo)
+    n = choices(request)
+    return Options(sampling, stop, request.logprobs, request.top_logprobs, echo, n)
+
+
+def choices(request: ChatRequest | TextRequest) -> int:
+    """Answers to each dialog or prompt of a request."""
+    return request.n if request.HasField("n") else 1
 
 
 def default_max_gen_len(context_length: int) -> int:
@@ -103,6 +115,7 @@ def chat_violations(
         *_sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request),
         *_context_policy_violations(request.context_policy),
+        *_choices_violations(request, len(request.dialogs), limits),
     ]
 
 
@@ -122,6 +135,7 @@ def text_violations(
         *found,
         *_sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request),
+        *_choices_violations(request, len(request.prompts) + len(request.prompt_ids), limits),
     ]
 
 
@@ -148,6 +162,19 @@ def _context_policy_violations(policy: int) -> list[Violation]:
     if policy in chat_pb2.ContextPolicy.values():
         return []
     return [Violation("context_policy", f"must be a value of ContextPolicy, not {policy}")]
+
+
+def _choices_violations(
+    request: ChatRequest | TextRequest, prompts: int, limits: RequestLimits
+) -> list[Violation]:
+    n = choices(request)
+    if not 1 <= n <= limits.max_choices:
+        return [Violation("n", f"must be 1 to {limits.max_choices}, not {n}")]
+    # The queue would turn such a request away for ever, but tell its client to try again.
+    if n > 1 and prompts <= limits.max_dialogs and prompts * n > limits.max_sequences:
+        rule = f"times the {prompts} dialogs or prompts must be at most {limits.max_sequences}"
+        return [Violation("n", f"{rule}, not {prompts * n}")]
+    return []
 
 
 def _count_violations(path: str, count: int, limit: int) -> list[Violation]:
@@ -189,6 +216,7 @@ def _sampling_violations(sampling: SamplingParams, vocab_size: int) -> list[Viol
     return [
         *_number_violations(sampling),
         *_stop_violations(sampling.stop),
+        *_stop_token_violations(sampling.stop_token_ids, vocab_size),
         *_logit_bias_violations(sampling.logit_bias, vocab_size),
     ]
 
@@ -222,6 +250,16 @@ def _stop_violations(stop: Sequence[str]) -> list[Violation]:
         Violation(f"sampling.stop[{index}]", f"{rule}, not {len(text)}")
         for index, text in enumerate(stop)
         if not 1 <= len(text) <= MAX_STOP_CHARACTERS
+    ]
+
+
+def _stop_token_violations(stop_token_ids: Sequence[int], vocab_size: int) -> list[Violation]:
+    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        return _count_violations("sampling.stop_token_ids", len(stop_token_ids), MAX_STOP_TOKEN_IDS)
+    return [
+        Violation(f"sampling.stop_token_ids[{index}]", _id_rule(vocab_size, token_id))
+        for index, token_id in enumerate(stop_token_ids)
+        if token_id >= vocab_size
     ]
 
 

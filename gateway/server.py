@@ -13,7 +13,7 @@ import grpc
 
 from gateway.admission import Admission
 from gateway.backend import Backend
-from gateway.completion import IndexedEvent, complete, fold
+from gateway.completion import PlacedEvent, complete, fold
 from gateway.dialog import drop_oldest_turns, has_special_tags, render
 from gateway.messages import (
     chat_event,
@@ -72,9 +72,9 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> AsyncIterator[chat_pb2.ChatCompleteStreamResponse]:
         sequence = 0
         async with aclosing(self._chat(request, context)) as events:
-            async for index, event in events:
+            async for place, event in events:
                 sequence += 1
-                yield chat_event(sequence, index, event)
+                yield chat_event(sequence, place, event)
 
     async def TextComplete(
         self, request: chat_pb2.TextCompleteRequest, context: Context
@@ -88,9 +88,9 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> AsyncIterator[chat_pb2.TextCompleteStreamResponse]:
         sequence = 0
         async with aclosing(self._text(request, context)) as events:
-            async for index, event in events:
+            async for place, event in events:
                 sequence += 1
-                yield text_event(sequence, index, event)
+                yield text_event(sequence, place, event)
 
     async def RenderPrompt(
         self, request: chat_pb2.RenderPromptRequest, context: Context
@@ -123,7 +123,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
 
     async def _chat(
         self, request: ChatRequest, context: Context
-    ) -> AsyncGenerator[IndexedEvent, None]:
+    ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
         vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
         _refuse(chat_violations(request, self._limits, len(vocabulary)))
@@ -131,7 +131,8 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             f"dialogs[{index}]": parse_dialog(each) for index, each in enumerate(request.dialogs)
         }
         safe = {path: each for path, each in dialogs.items() if not has_special_tags(each)}
-        with self._admission.admit(len(safe)):
+        chosen = options(request, model.context_length)
+        with self._admission.admit(len(safe) * chosen.n):
             encoded = await encode_dialogs(
                 safe,
                 self._encoder(context),
@@ -140,7 +141,6 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             )
             by_path = dict(zip(safe, encoded, strict=True))
             prompts = [by_path.get(path) for path in dialogs]
-            chosen = options(request, model.context_length)
             events = complete(prompts, chosen, vocabulary, self._replicas, arrived)
             async with aclosing(events):
                 async for event in events:
@@ -148,18 +148,18 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
 
     async def _text(
         self, request: TextRequest, context: Context
-    ) -> AsyncGenerator[IndexedEvent, None]:
+    ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
         vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
         _refuse(text_violations(request, self._limits, len(vocabulary)))
-        with self._admission.admit(len(request.prompts) + len(request.prompt_ids)):
+        chosen = options(request, model.context_length)
+        with self._admission.admit((len(request.prompts) + len(request.prompt_ids)) * chosen.n):
             if request.prompt_ids:
                 given = {f"prompt_ids[{i}]": list(p.ids) for i, p in enumerate(request.prompt_ids)}
                 prompts = take_ids(given, model.context_length)
             else:
                 texts = {f"prompts[{i}]": text for i, text in enumerate(request.prompts)}
                 prompts = await encode_texts(texts, self._encoder(context), model.context_length)
-            chosen = options(request, model.context_length)
             events = complete(prompts, chosen, vocabulary, self._replicas, arrived)
             async with aclosing(events):
                 async for event in events:

@@ -27,6 +27,9 @@ class GatewaySettings(ServerSettings):
     ] = 256
     max_dialogs: Annotated[int, Field(ge=1, description="dialogs or prompts in one request")] = 64
     max_messages: Annotated[int, Field(ge=1, description="messages in one dialog")] = 1024
+    max_choices: Annotated[
+        int, Field(ge=1, description="answers to one dialog or prompt, the request's n")
+    ] = 16
 
     @model_validator(mode="after")
     def _queue_holds_a_request(self) -> Self:
@@ -43,4 +46,9 @@ class GatewaySettings(ServerSettings):
 
     @property
     def request_limits(self) -> RequestLimits:
-        return RequestLimits(self.max_dialogs, self.max_messages)
+        return RequestLimits(
+            max_dialogs=self.max_dialogs,
+            max_messages=self.max_messages,
+            max_choices=self.max_choices,
+            max_sequences=self.max_queued_sequences,
+        )

@@ -50,13 +50,19 @@ def generation_request(
         prompt_ids=tuple(start.prompt_ids),
         max_gen_len=wire.max_gen_len if wire.HasField("max_gen_len") else limits.context_length - 1,
         sampling=sampling,
-        stop_ids=frozenset() if wire.ignore_eos else frozenset(start.stop_ids),
+        stop_ids=_stop_ids(start),
         offset=start.offset,
         logprobs=start.logprobs,
         prompt_logprobs=start.prompt_logprobs,
         top_logprobs=start.top_logprobs,
         priority=start.priority,
     )
+
+
+def _stop_ids(start: model_pb2.StartSequence) -> frozenset[int]:
+    """`ignore_eos` is about the model's own end; ids that the client names always count."""
+    ends = () if start.sampling.ignore_eos else start.stop_ids
+    return frozenset([*ends, *start.sampling.stop_token_ids])
 
 
 def token_event(request_id: str, output: SequenceOutput) -> model_pb2.TokenEvent:
@@ -124,6 +130,11 @@ def _violations(
             "sampling.logit_bias",
             f"ids must be less than {limits.vocab_size}",
             all(token < limits.vocab_size for token in sampling.logit_bias),
+        ),
+        *broken(
+            "sampling.stop_token_ids",
+            f"ids must be less than {limits.vocab_size}",
+            all(token < limits.vocab_size for token in start.sampling.stop_token_ids),
         ),
         *broken(
             "sampling.seed",

@@ -60,9 +60,11 @@ def test_every_sampling_option_reaches_its_field() -> None:
         "temperature": 0.5,
         "top_p": 0.25,
         "top_k": 3,
+        "min_p": 0.125,
         "max_gen_len": 4,
         "seed": 5,
         "stop": ["\n", "END"],
+        "stop_token_ids": [7, 8],
         "repetition_penalty": 1.5,
         "presence_penalty": 0.5,
         "frequency_penalty": -0.5,
@@ -74,6 +76,23 @@ def test_every_sampling_option_reaches_its_field() -> None:
 
     sent = {field.name: value for field, value in request.sampling.ListFields()}
     assert sent == sampling
+
+
+def test_n_is_sent_where_it_is_given() -> None:
+    chat = requests.chat(chat_pb2.ChatCompleteStreamRequest, [HELLO], {}, n=3)
+    text = requests.text(chat_pb2.TextCompleteRequest, ["Once"], {}, n=0)
+    plain = requests.text(chat_pb2.TextCompleteRequest, ["Once"], {})
+
+    assert (chat.n, text.n) == (3, 0)
+    assert text.HasField("n")
+    assert not plain.HasField("n")
+
+
+def test_an_n_that_cannot_be_sent_is_named() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        requests.chat(chat_pb2.ChatCompleteRequest, [HELLO], {}, n=-1)
+
+    assert [violation.field for violation in caught.value.violations] == ["n"]
 
 
 def test_prompts_may_be_texts_or_token_ids() -> None:
@@ -101,6 +120,7 @@ def test_an_unknown_option_is_a_type_error() -> None:
         ({"top_k": 1.5}, "sampling.top_k"),
         ({"temperature": "hot"}, "sampling.temperature"),
         ({"stop": ["fine", "\ud800"]}, "sampling.stop[1]"),
+        ({"stop_token_ids": [7, -1]}, "sampling.stop_token_ids[1]"),
         ({"logit_bias": {-1: 0.5}}, "sampling.logit_bias"),
         ({"top_logprobs": -1}, "top_logprobs"),
         ({"context_policy": "guess"}, "context_policy"),

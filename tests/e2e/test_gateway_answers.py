@@ -140,6 +140,7 @@ async def test_model_tells_its_limits_and_defaults(chat: Any) -> None:
     model = await chat.GetModel(GetModelRequest())
     assert (model.name, model.context_length, model.vocab_size) == ("mha-mp1", 256, 560)
     assert (model.shards, model.replicas, model.dtype) == (1, 1, "float32")
-    assert model.limits.max_top_logprobs == 20
+    assert (model.limits.max_top_logprobs, model.limits.max_choices) == (20, 16)
     assert model.sampling_defaults.max_gen_len == CONTEXT_LENGTH - 1
     assert model.sampling_defaults.temperature == pytest.approx(0.6)
+    assert model.sampling_defaults.HasField("min_p")

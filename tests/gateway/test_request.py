@@ -18,7 +18,7 @@ from llama.v1.chat_pb2 import (
 )
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
 
-LIMITS = RequestLimits(max_dialogs=3, max_messages=5)
+LIMITS = RequestLimits(max_dialogs=3, max_messages=5, max_choices=4, max_sequences=8)
 VOCAB_SIZE = 560
 
 QUESTION = Dialog(messages=[Message(role=ROLE_USER, content="?")])
@@ -26,6 +26,7 @@ QUESTION = Dialog(messages=[Message(role=ROLE_USER, content="?")])
 RANGES = {
     "temperature": (0, 100),
     "top_p": (0, 1),
+    "min_p": (0, 1),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
 }
@@ -81,6 +82,14 @@ def told(request: ChatCompleteRequest | TextCompleteRequest) -> list[str]:
         (sampling(stop=["a", ""]), "sampling.stop[1]: must have 1 to 256 characters, not 0"),
         (sampling(stop=["é" * 257]), "sampling.stop[0]: must have 1 to 256 characters, not 257"),
         (
+            sampling(stop_token_ids=[1, 2, 559, 560]),
+            "sampling.stop_token_ids[3]: must be less than the vocabulary size, 560, not 560",
+        ),
+        (
+            sampling(stop_token_ids=[7] * 65),
+            "sampling.stop_token_ids: must hold at most 64 entries, not 65",
+        ),
+        (
             sampling(logit_bias={560: 1}),
             "sampling.logit_bias[560]: must be less than the vocabulary size, 560, not 560",
         ),
@@ -109,6 +118,16 @@ def told(request: ChatCompleteRequest | TextCompleteRequest) -> list[str]:
             "prompt_ids[0].ids[2]: must be less than the vocabulary size, 560, not 560",
         ),
         (text(prompts=["a"], top_logprobs=1), "top_logprobs: needs logprobs"),
+        (chat(n=0), "n: must be 1 to 4, not 0"),
+        (text(prompts=["a"], n=5), "n: must be 1 to 4, not 5"),
+        (
+            chat(dialogs=[QUESTION] * 3, n=3),
+            "n: times the 3 dialogs or prompts must be at most 8, not 9",
+        ),
+        (
+            text(prompt_ids=[TokenIds(ids=[1])] * 3, n=4),
+            "n: times the 3 dialogs or prompts must be at most 8, not 12",
+        ),
     ],
 )
 def test_each_broken_rule_is_one_violation_with_its_path(
@@ -149,16 +168,19 @@ def test_limits_themselves_are_accepted() -> None:
     extreme = SamplingParams(
         temperature=100,
         top_p=0,
+        min_p=1,
         top_k=1,
         max_gen_len=1,
         seed=2**64 - 1,
         stop=["x" * 256] * 16,
+        stop_token_ids=[VOCAB_SIZE - 1] * 64,
         repetition_penalty=10,
         presence_penalty=-2,
         frequency_penalty=2,
         logit_bias={VOCAB_SIZE - 1: -100},
     )
-    assert told(chat(sampling=extreme, logprobs=True, top_logprobs=20)) == []
+    assert told(chat(sampling=extreme, logprobs=True, top_logprobs=20, n=4)) == []
+    assert told(text(prompts=["a"] * 2, n=4)) == []
 
 
 def test_absent_fields_take_the_documented_defaults() -> None:
@@ -166,6 +188,7 @@ def test_absent_fields_take_the_documented_defaults() -> None:
     assert chosen.sampling == SamplingParams(
         temperature=0.6,
         top_p=0.5,
+        min_p=0,
         max_gen_len=255,
         repetition_penalty=1,
         presence_penalty=0,
@@ -174,7 +197,8 @@ def test_absent_fields_take_the_documented_defaults() -> None:
     )
 
 
-def test_stop_strings_stay_at_the_gateway() -> None:
-    chosen = options(sampling(stop=["a", "b"]), context_length=256)
+def test_stop_strings_stay_at_the_gateway_and_stop_tokens_go_on() -> None:
+    chosen = options(sampling(stop=["a", "b"], stop_token_ids=[7, 8]), context_length=256)
     assert [stop.text for stop in chosen.stop] == ["a", "b"]
     assert not chosen.sampling.stop
+    assert list(chosen.sampling.stop_token_ids) == [7, 8]

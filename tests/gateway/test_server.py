@@ -97,11 +97,17 @@ async def test_unary_answer_folds_the_events(
         model.tell(start.request_id, ids=[token_id])
     timings = Timings()
     timings.prefill.FromMilliseconds(30)
-    model.tell(start.request_id, finish_reason=FINISH_REASON_STOP, timings=timings)
+    model.tell(
+        start.request_id,
+        finish_reason=FINISH_REASON_STOP,
+        timings=timings,
+        cached_prompt_tokens=3,
+    )
     [prediction] = (await call).predictions
     assert prediction.generation.content == "grass and leaves"
     assert (prediction.seed, prediction.fingerprint) == (7, "weights")
     assert prediction.usage.prompt_tokens == len(start.prompt_ids)
+    assert prediction.usage.cached_prompt_tokens == 3
     assert prediction.usage.prefill.ToMilliseconds() == 30
     assert prediction.usage.total.ToNanoseconds() > 0
 

@@ -129,6 +129,20 @@ async def test_a_caller_that_goes_away_takes_its_sequences_along(
     assert load.free_blocks == load.total_blocks
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+async def test_a_named_stop_token_ends_the_answer_before_itself(
+    model: Model, cases: Callable[[str], list[Case]], ignore_eos: bool
+) -> None:
+    case = cases("gqa")[0]
+    stop = case["ids"][5]
+    sampling = sampling_pb2.SamplingParams(
+        temperature=0, max_gen_len=32, ignore_eos=ignore_eos, stop_token_ids=[559, stop]
+    )
+    events = (await model.finish(start(case, sampling=sampling)))["a"]
+    assert ids(events) == case["ids"][: case["ids"].index(stop)]
+    assert events[-1].finish_reason == sampling_pb2.FINISH_REASON_STOP
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -142,6 +156,10 @@ async def test_a_caller_that_goes_away_takes_its_sequences_along(
         ({"sampling": {"temperature": 0, "top_p": 1.5}}, "start.sampling.top_p"),
         ({"sampling": {"temperature": 0, "min_p": -0.1}}, "start.sampling.min_p"),
         ({"sampling": {"temperature": 0, "logit_bias": {560: 1.0}}}, "start.sampling.logit_bias"),
+        (
+            {"sampling": {"temperature": 0, "stop_token_ids": [1, 560]}},
+            "start.sampling.stop_token_ids",
+        ),
     ],
 )
 async def test_a_bad_start_fails_alone(
