@@ -47,6 +47,7 @@ class ReplicaOptions:
     max_stall: float = 2.0  # longest step while sequences decode, in steps without prompts
     kv_cache_tokens: int | None = None  # default: what free memory allows
     prefix_cache: bool = True
+    draft_tokens: int = 8  # most guesses for a sequence in a step; 0: no speculation
     block_size: int = 16  # tokens per block of the cache
     # On CUDA float16, as Meta's code; on the CPU bfloat16 where it computes in it, else float32.
     dtype: str = "auto"
@@ -193,6 +194,7 @@ def _limits(options: ReplicaOptions, config: ModelConfig, affordable: int) -> En
         block_size=options.block_size,
         prefix_cache=options.prefix_cache,
         max_stall=options.max_stall,
+        draft_tokens=options.draft_tokens,
     )
 
 

@@ -134,6 +134,8 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
             prompt_tokens=load.prompt_tokens,
             cached_prompt_tokens=load.cached_prompt_tokens,
             completion_tokens=load.completion_tokens,
+            drafted_tokens=load.drafted_tokens,
+            accepted_tokens=load.accepted_tokens,
         )
 
     async def _read(

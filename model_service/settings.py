@@ -46,6 +46,15 @@ class ModelSettings(ServerSettings):
     prefix_cache: Annotated[
         bool, Field(description="do not compute again what begins like an earlier prompt or answer")
     ] = True
+    draft_tokens: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=64,
+            description="most tokens to guess ahead in a step, for sequences that repeat their "
+            "text; answers do not depend on it; 0 turns it off",
+        ),
+    ] = 8
     block_size: Annotated[
         int, Field(ge=1, le=256, description="tokens per block of the KV cache")
     ] = 16

@@ -8,14 +8,12 @@ import itertools
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
+from model_service.engine.batch import Row, plan_step
 from model_service.engine.block_pool import BlockPool
 from model_service.engine.pace import Pace
-from model_service.engine.plan import StepPlan
 from model_service.engine.runner import ModelRunner
 from model_service.engine.sampler import SamplingRow, finite_rows, sample, score
 from model_service.engine.scheduler import Chunk, Schedule, Scheduler
@@ -27,7 +25,7 @@ from model_service.engine.sequence import (
     SequenceOutput,
     TokenLogprobs,
 )
-from model_service.model.attention import SequenceSpan
+from model_service.engine.speculation import NgramDrafter, Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +40,7 @@ class EngineLimits:
     block_size: int  # tokens per block
     prefix_cache: bool  # whether keys and values outlive the sequence that computed them
     max_stall: float  # longest step while sequences decode, in steps without prompt tokens
+    draft_tokens: int  # most guesses for a sequence in a step
 
     def check(self, request: GenerationRequest) -> None:
         """Raises ValueError, naming the rule, when no engine with these limits takes `request`."""
@@ -77,13 +76,16 @@ class EngineLoad:
     prompt_tokens: int  # computed
     cached_prompt_tokens: int  # found in the cache
     completion_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int  # of those
 
 
-class _Row(NamedTuple):  # one per sequence and step: a frozen dataclass is slower to create
-    """One row of a step's logits: predicts the token at `position` of its sequence."""
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What sampling chose in a step."""
 
-    sequence: Sequence
-    position: int
+    tokens: dict[Sequence, list[tuple[int, int]]]  # token, and its row of the logits
+    failed: set[Sequence]  # a logit that counts was not finite
 
 
 class Engine:
@@ -94,9 +96,11 @@ class Engine:
         self._runner = runner
         self._pool = BlockPool(limits.blocks, limits.block_size)
         self._pace = Pace(limits.max_stall, limits.block_size, limits.max_step_tokens)
+        self._speculation = Speculation(NgramDrafter(), self._pace, limits.draft_tokens)
         self._scheduler = Scheduler(
             self._pool,
             self._pace,
+            self._speculation,
             max_batch_size=limits.max_batch_size,
             max_step_tokens=limits.max_step_tokens,
             prefix_cache=limits.prefix_cache,
@@ -146,7 +150,7 @@ class Engine:
         for chunk in schedule.chunks[schedule.decode_rows :]:
             if chunk.sequence.first_step_at is None:
                 chunk.sequence.first_step_at = started
-        plan, rows = _plan(schedule)
+        plan, rows = plan_step(schedule)
         logits = self._runner.execute(plan)
         self._steps += 1
         return outputs + self._advance(schedule, rows, logits, started)
@@ -168,107 +172,127 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             cached_prompt_tokens=self._scheduler.cached_prompt_tokens,
             completion_tokens=self._completion_tokens,
+            drafted_tokens=self._speculation.drafted,
+            accepted_tokens=self._speculation.accepted,
         )
 
     def _advance(
-        self, schedule: Schedule, rows: list[_Row], logits: torch.Tensor, started: float
+        self, schedule: Schedule, rows: list[Row], logits: torch.Tensor, started: float
     ) -> list[SequenceOutput]:
         """Books a step's results into its sequences."""
-        finite = finite_rows(logits)
-        broken = {row.sequence for row, ok in zip(rows, finite, strict=True) if not ok}
-        good = [i for i, row in enumerate(rows) if row.sequence not in broken]
-        rows = [rows[i] for i in good]
-        logits = logits if len(good) == len(finite) else logits[good]
-
-        sampled = self._sample(rows, logits)
-        scores = self._score(rows, logits, sampled)
+        drawn = self._draw(rows, logits)
+        scores = self._score(rows, logits, drawn)
         now = time.monotonic()
-        self._pace.record(schedule.decode_rows, schedule.prompt_tokens, now - started)
-        per_token = (now - started) / (schedule.decode_rows + schedule.prompt_tokens)
-        chunks = schedule.chunks
-        if broken:
-            chunks = [chunk for chunk in chunks if chunk.sequence not in broken]
-        self._scheduler.advance(chunks)
-        outputs = []
+        extra = schedule.prompt_tokens + schedule.drafted_tokens
+        self._pace.record(schedule.decode_rows, extra, now - started)
+        per_token = (now - started) / (schedule.decode_rows + extra)
+        ended = []
         for chunk in schedule.chunks:
             sequence = chunk.sequence
-            sequence.compute += per_token * (chunk.end - chunk.begin)
+            sequence.compute += per_token * chunk.length
             if chunk.begin < (prompt := len(sequence.request.prompt_ids)):
                 self._prompt_tokens += min(chunk.end, prompt) - chunk.begin
-            if sequence in broken:
-                outputs.append(self._fail(sequence))
-            elif chunk.end == len(sequence.tokens):
-                outputs.append(self._append(sequence, sampled, scores, now))
-        return outputs
+            if chunk.end == len(sequence.tokens):
+                ended.append(sequence)
+                self._extend(chunk, [token for token, _ in drawn.tokens.get(sequence, ())])
+        failed = drawn.failed
+        self._scheduler.advance(c for c in schedule.chunks if c.sequence not in failed)
+        return [
+            *(self._fail(sequence) for sequence in failed),
+            *(self._output(s, drawn, scores, now) for s in ended if s not in failed),
+        ]
 
-    def _sample(self, rows: list[_Row], logits: torch.Tensor) -> dict[Sequence, int]:
-        """The next token of each sequence whose end the step reached."""
-        ends = [
+    def _draw(self, rows: list[Row], logits: torch.Tensor) -> _Drawn:
+        """The next tokens of each sequence whose end the step reached, as far as drafts hold."""
+        finite = finite_rows(logits)
+        wanted = [
             i
             for i, row in enumerate(rows)
-            if row.position == len(row.sequence.tokens) and row.sequence.generates
+            if finite[i] and row.position >= len(row.sequence.tokens)
         ]
-        if not ends:
-            return {}
-        sequences = [rows[i].sequence for i in ends]
-        selected = logits if len(ends) == len(rows) else logits[ends]
-        chosen = sample(selected, [_sampling_row(sequence) for sequence in sequences])
-        return dict(zip(sequences, chosen, strict=True))
+        selected = logits if len(wanted) == len(rows) else logits[wanted]
+        chosen = sample(selected, [_sampling_row(rows[i]) for i in wanted]) if wanted else []
+        tokens = dict(zip(wanted, chosen, strict=True))
+        drawn = _Drawn({}, set())
+        complete: set[Sequence] = set()
+        for i, row in enumerate(rows):
+            sequence = row.sequence
+            if sequence in complete:  # what a wrong draft led to
+                continue
+            if not finite[i]:
+                complete.add(sequence)
+                # Behind a draft, the next step will see whether it is so without.
+                if row.drafts_before <= 0:
+                    drawn.failed.add(sequence)
+            elif i in tokens:
+                drawn.tokens.setdefault(sequence, []).append((tokens[i], i))
+                right = row.drafts[row.drafts_before :][:1] == [tokens[i]]
+                if not right or tokens[i] in sequence.request.stop_ids:
+                    complete.add(sequence)
+        return drawn
 
     def _score(
-        self, rows: list[_Row], logits: torch.Tensor, sampled: dict[Sequence, int]
-    ) -> dict[Sequence, TokenLogprobs]:
-        """Logprobs of the sampled tokens; those of prompt tokens go into their sequences."""
-        wanted: list[int] = []
-        targets: list[int] = []
+        self, rows: list[Row], logits: torch.Tensor, drawn: _Drawn
+    ) -> dict[int, TokenLogprobs]:
+        """Logprobs of drawn tokens, by row; those of prompt tokens go into their sequences."""
+        made = {i: token for tokens in drawn.tokens.values() for token, i in tokens}
+        in_prompt: list[int] = []
+        targets: dict[int, int] = {}
         for i, row in enumerate(rows):
-            in_prompt = row.position < len(row.sequence.tokens)
-            if in_prompt or (row.sequence.request.logprobs and row.sequence in sampled):
-                wanted.append(i)
-                targets.append(
-                    row.sequence.tokens[row.position] if in_prompt else sampled[row.sequence]
-                )
-        if not wanted:
+            sequence = row.sequence
+            if sequence in drawn.failed:
+                continue
+            if row.position < len(sequence.tokens):
+                in_prompt.append(i)
+                targets[i] = sequence.tokens[row.position]
+            elif sequence.request.logprobs and i in made:
+                targets[i] = made[i]
+        if not targets:
             return {}
-        selected = logits if len(wanted) == len(rows) else logits[wanted]
-        alternatives = [rows[i].sequence.request.top_logprobs for i in wanted]
-        result = {}
-        for i, entry in zip(wanted, score(selected, targets, alternatives), strict=True):
+        selected = logits if len(targets) == len(rows) else logits[[*targets]]
+        alternatives = [rows[i].sequence.request.top_logprobs for i in targets]
+        entries = score(selected, [*targets.values()], alternatives)
+        scores = dict(zip(targets, entries, strict=True))
+        for i in in_prompt:
             sequence = rows[i].sequence
-            if rows[i].position < len(sequence.tokens):
-                sequence.prompt_scores = sequence.prompt_scores or [UNPREDICTED]
-                sequence.prompt_scores.append(entry)
-            else:
-                result[sequence] = entry
-        return result
+            sequence.prompt_scores = sequence.prompt_scores or [UNPREDICTED]
+            sequence.prompt_scores.append(scores[i])
+        return scores
 
-    def _append(
-        self,
-        sequence: Sequence,
-        sampled: dict[Sequence, int],
-        scores: dict[Sequence, TokenLogprobs],
-        now: float,
+    def _extend(self, chunk: Chunk, made: list[int]) -> None:
+        """Appends what a step made; the drafts among it are in the cache already."""
+        sequence = chunk.sequence
+        self._speculation.learn(sequence, chunk.drafts, made)
+        if not made:
+            return
+        stopped = made[-1] in sequence.request.stop_ids
+        sequence.tokens += made[:-1] if stopped else made
+        self._completion_tokens += len(made) - stopped
+        chunk.end += len(made) - 1
+
+    def _output(
+        self, sequence: Sequence, drawn: _Drawn, scores: dict[int, TokenLogprobs], now: float
     ) -> SequenceOutput:
-        """Gives a sequence, now computed to its end, its new token."""
+        """What the step made for a sequence that it computed to its end."""
         request = sequence.request
         ids: tuple[int, ...] = ()
         logprobs: tuple[TokenLogprobs, ...] = ()
         if request.prompt_logprobs and sequence.first_token_at is None:
             ids, logprobs = self._prompt_output(sequence)
-        if sequence not in sampled:
+        made = drawn.tokens.get(sequence, [])
+        if not made:
             return self._finish(sequence, FinishReason.LENGTH, ids, logprobs)
-        token = sampled[sequence]
         sequence.last_token_at = now
         if sequence.first_token_at is None:
             sequence.first_token_at = now
-        if token in request.stop_ids:
-            return self._finish(sequence, FinishReason.STOP, ids, logprobs)
-        sequence.tokens.append(token)
-        self._completion_tokens += 1
-        ids += (token,)
+        stopped = made[-1][0] in request.stop_ids
+        kept = made[:-1] if stopped else made
+        ids += tuple([token for token, _ in kept])
         if request.logprobs:
-            logprobs += (scores[sequence],)
-        if len(sequence.tokens) == sequence.limit:
+            logprobs += tuple([scores[i] for _, i in kept])
+        if stopped:
+            return self._finish(sequence, FinishReason.STOP, ids, logprobs)
+        if not sequence.generates:
             return self._finish(sequence, FinishReason.LENGTH, ids, logprobs)
         return SequenceOutput(request.request_id, ids, logprobs)
 
@@ -318,40 +342,8 @@ def _final(
     )
 
 
-def _sampling_row(sequence: Sequence) -> SamplingRow:
+def _sampling_row(row: Row) -> SamplingRow:
+    sequence, before = row.sequence, row.drafts_before
     request = sequence.request
-    answer_start = len(request.prompt_ids) - request.offset
-    return SamplingRow(request.sampling, sequence.tokens, answer_start)
-
-
-def _rows(chunk: Chunk) -> list[_Row]:
-    """The positions whose logits a chunk must give: unscored prompt tokens, and the next token."""
-    sequence = chunk.sequence
-    # Logits at index i predict the token at position i + 1.
-    first = max(chunk.begin + 1, sequence.unscored)
-    last_in_prompt = min(chunk.end + 1, len(sequence.request.prompt_ids))
-    rows = [_Row(sequence, position) for position in range(first, last_in_prompt)]
-    if chunk.end == len(sequence.tokens) and sequence.generates:
-        rows.append(_Row(sequence, chunk.end))
-    return rows
-
-
-def _plan(schedule: Schedule) -> tuple[StepPlan, list[_Row]]:
-    """The step's plan, and what each row of its logits is for."""
-    # Most chunks are a last token: comprehensions, as there may be hundreds of them in each step.
-    decode = schedule.chunks[: schedule.decode_rows]
-    spans = [SequenceSpan(1, chunk.end, chunk.sequence.block_table) for chunk in decode]
-    tokens = [chunk.sequence.tokens[chunk.begin] for chunk in decode]
-    logit_rows = [i for i, chunk in enumerate(decode) if chunk.sequence.limit > chunk.end]
-    rows = [_Row(decode[i].sequence, decode[i].end) for i in logit_rows]
-    for chunk in schedule.chunks[schedule.decode_rows :]:
-        sequence, begin, end = chunk.sequence, chunk.begin, chunk.end
-        wanted = _rows(chunk)
-        rows += wanted
-        logit_rows += [len(tokens) + row.position - 1 - begin for row in wanted]
-        tokens += sequence.tokens[begin:end]
-        spans.append(SequenceSpan(end - begin, end, sequence.block_table))
-    plan = StepPlan(
-        tuple(spans), np.array(tokens, dtype=np.int32), np.array(logit_rows, dtype=np.int32)
-    )
-    return plan, rows
+    tokens = sequence.tokens + row.drafts[:before] if before else sequence.tokens
+    return SamplingRow(request.sampling, tokens, len(request.prompt_ids) - request.offset)

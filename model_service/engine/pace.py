@@ -57,6 +57,11 @@ class Pace:
             if (cost := _relative_cost(regime.steps)) is not None:
                 regime.costs.append(cost)
 
+    def cost(self, decode_rows: int) -> float | None:
+        """What a further token adds to a step, in steps in which `decode_rows` sequences decode."""
+        costs = self._regime(decode_rows).costs
+        return max(median(costs), LEAST_COST) if costs else None
+
     def prompt_budget(self, decode_rows: int) -> int:
         """The most prompt tokens for a step in which `decode_rows` sequences decode."""
         if not decode_rows:

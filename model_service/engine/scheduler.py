@@ -9,12 +9,13 @@ sequence is just computing is waited for, not computed twice.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model_service.engine.block_pool import BlockPool
 from model_service.engine.pace import Pace
 from model_service.engine.prefix import extend_digests
 from model_service.engine.sequence import Sequence
+from model_service.engine.speculation import Speculation
 from model_service.engine.waiting import WaitingQueue
 
 # A burst of arrivals with one beginning is looked at over several steps: streams run meanwhile.
@@ -23,11 +24,20 @@ MOST_PARKED = 64  # sequences per step
 
 @dataclass(slots=True)  # not frozen: that makes it three times as slow to create, 256 times a step
 class Chunk:
-    """Tokens of one sequence that a step computes: from `begin`, in the cache so far, to `end`."""
+    """Tokens of one sequence that a step computes: from `begin`, in the cache so far, to `end`.
+
+    Behind the sequence's last token also `drafts`, guesses of what comes next.
+    """
 
     sequence: Sequence
     begin: int
     end: int
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens that it adds to the step."""
+        return self.end - self.begin + len(self.drafts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,7 @@ class Schedule:
 
     chunks: list[Chunk]
     decode_rows: int  # chunks that only append to an answer; they come first
+    drafted_tokens: int  # behind those
     prompt_tokens: int  # tokens of all other chunks
 
 
@@ -46,6 +57,7 @@ class Scheduler:
         self,
         pool: BlockPool,
         pace: Pace,
+        speculation: Speculation,
         *,
         max_batch_size: int,
         max_step_tokens: int,
@@ -53,6 +65,7 @@ class Scheduler:
     ) -> None:
         self._pool = pool
         self._pace = pace
+        self._speculation = speculation
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
         self._prefix_cache = prefix_cache
@@ -85,6 +98,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is; its blocks are free at once."""
+        self._speculation.forget(sequence)
         if sequence in self._running:
             self._release(sequence)
         else:
@@ -93,7 +107,7 @@ class Scheduler:
     def discard(self, sequence: Sequence) -> None:
         """Takes a running sequence out whose keys and values nobody may use again."""
         self._pool.retract(sequence.block_table)
-        self._release(sequence)
+        self.remove(sequence)
 
     def schedule(self) -> Schedule:
         """The next step; without chunks when there is nothing to do."""
@@ -111,13 +125,32 @@ class Scheduler:
                 prompts.append(sequence)
         del decode[self._max_step_tokens :]
         rows = len(decode)
-        budget = min(self._max_step_tokens - rows, self._pace.prompt_budget(rows))
+        drafted = self._draft(decode)
+        room = self._max_step_tokens - rows
+        budget = max(0, min(room, self._pace.prompt_budget(rows)) - drafted)
         chunks, left = decode, budget
         for sequence in prompts:
             if left:
                 left -= self._take(sequence, left, chunks)
         left = self._admit(left, chunks)
-        return Schedule(chunks, rows, budget - left)
+        return Schedule(chunks, rows, drafted, budget - left)
+
+    def _draft(self, decode: list[Chunk]) -> int:
+        """Adds guesses to decoding chunks where they are worth it; returns how many."""
+        drafted, rows, size = 0, len(decode), self._pool.block_size
+        for chunk in decode:
+            sequence = chunk.sequence
+            # The step makes one token more than there are guesses.
+            room = min(sequence.limit - chunk.end - 1, self._max_step_tokens - rows - drafted)
+            drafts = self._speculation.propose(sequence, room, rows)
+            if not drafts:
+                continue
+            missing = self._pool.blocks_for(chunk.end + len(drafts)) - len(sequence.block_table)
+            if missing > 0:
+                sequence.block_table += self._pool.allocate(min(missing, self._pool.free_count))
+            chunk.drafts = drafts[: len(sequence.block_table) * size - chunk.end]
+            drafted += len(chunk.drafts)
+        return drafted
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """Notes that the chunks' keys and values are in the cache, where others now find them."""

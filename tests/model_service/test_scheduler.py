@@ -1,3 +1,5 @@
+from itertools import takewhile
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -6,14 +8,17 @@ from model_service.engine.block_pool import BlockPool
 from model_service.engine.pace import Pace
 from model_service.engine.scheduler import MOST_PARKED, Schedule, Scheduler
 from model_service.engine.sequence import GenerationRequest, Sequence
+from model_service.engine.speculation import NgramDrafter, Speculation
 
 CONTEXT, BLOCK = 24, 4
 
 
 def make_scheduler(blocks: int, max_batch_size: int = 4, max_step_tokens: int = 8) -> Scheduler:
+    pace = Pace(2.0, BLOCK, max_step_tokens)
     return Scheduler(
         BlockPool(blocks, BLOCK),
-        Pace(2.0, BLOCK, max_step_tokens),
+        pace,
+        Speculation(NgramDrafter(), pace, most=3),
         max_batch_size=max_batch_size,
         max_step_tokens=max_step_tokens,
         prefix_cache=True,
@@ -27,14 +32,18 @@ def make_sequence(prompt: list[int], answer: int, arrival: int, priority: int = 
 
 def compute(scheduler: Scheduler, schedule: Schedule) -> list[Sequence]:
     """What a step does to its sequences, all tokens being 7; returns those that ended."""
-    scheduler.advance(schedule.chunks)
     ended = []
     for chunk in schedule.chunks:
-        if chunk.end == len(chunk.sequence.tokens):
-            chunk.sequence.tokens.append(7)
-            if not chunk.sequence.generates:
-                scheduler.remove(chunk.sequence)
-                ended.append(chunk.sequence)
+        sequence = chunk.sequence
+        if chunk.end == len(sequence.tokens):
+            right = list(takewhile(lambda draft: draft == 7, chunk.drafts))
+            sequence.tokens += [*right, 7]
+            chunk.end += len(right)
+            if not sequence.generates:
+                ended.append(sequence)
+    scheduler.advance(schedule.chunks)
+    for sequence in ended:
+        scheduler.remove(sequence)
     return ended
 
 
@@ -70,10 +79,13 @@ class Load(RuleBasedStateMachine):
     def step(self) -> None:
         schedule = self.scheduler.schedule()
         assert bool(schedule.chunks) == bool(self.alive)
-        lengths = [chunk.end - chunk.begin for chunk in schedule.chunks]
-        assert sum(lengths) == schedule.decode_rows + schedule.prompt_tokens <= 8
+        total = schedule.decode_rows + schedule.drafted_tokens + schedule.prompt_tokens
+        assert sum(chunk.length for chunk in schedule.chunks) == total <= 8
         for chunk in schedule.chunks:
-            assert len(chunk.sequence.block_table) * BLOCK >= chunk.end > chunk.begin
+            assert chunk.end > chunk.begin
+            computed = chunk.end + len(chunk.drafts)
+            assert computed <= len(chunk.sequence.block_table) * BLOCK
+            assert computed < chunk.sequence.limit or not chunk.drafts
         for sequence in compute(self.scheduler, schedule):
             self.alive.remove(sequence)
 

@@ -1,0 +1,119 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model_service.engine.pace import Pace
+from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
+from model_service.engine.speculation import NGRAM, NgramDrafter, Speculation
+
+CONTEXT = 256
+
+
+def make_sequence(tokens: list[int]) -> Sequence:
+    return Sequence.from_request(GenerationRequest(0, tuple(tokens), 100), 1000, 0)
+
+
+@given(
+    text=st.lists(st.integers(0, 2), min_size=1, max_size=40),
+    later=st.lists(st.integers(0, 2), max_size=20),
+    most=st.integers(1, 9),
+)
+def test_draft_is_what_last_followed_the_last_tokens(
+    text: list[int], later: list[int], most: int
+) -> None:
+    drafter, sequence = NgramDrafter(), make_sequence(text)
+    drafter.propose(sequence, most)
+    sequence.tokens += later
+    tokens = sequence.tokens
+    begins = [
+        end for end in range(NGRAM, len(tokens)) if tokens[end - NGRAM : end] == tokens[-NGRAM:]
+    ]
+    draft = drafter.propose(sequence, most)
+    if not begins:
+        assert draft == []
+        return
+    following = tokens[begins[-1] :]
+    assert draft == [following[i % len(following)] for i in range(most)]
+
+
+def speculation_at(cost: float) -> Speculation:
+    """One whose pace has seen that a further token costs `cost` steps."""
+    pace = Pace(2.0, 1, 1000)
+    for tokens in range(20):
+        pace.record(1, tokens, 1 + cost * tokens)
+    return Speculation(NgramDrafter(), pace, most=8)
+
+
+def test_a_sequence_that_repeats_is_trusted_more_and_more() -> None:
+    speculation, sequence = speculation_at(0.1), make_sequence([1, 2, 3, 4] * 3)
+    lengths = []
+    for _ in range(8):
+        drafts = speculation.propose(sequence, 100, 1)
+        made = [(sequence.tokens[-1] + i) % 4 + 1 for i in range(len(drafts) + 1)]
+        speculation.learn(sequence, drafts, made)
+        sequence.tokens += made
+        lengths.append(len(drafts))
+    assert lengths[0] >= 1
+    assert lengths[-1] == 8
+    assert speculation.drafted == speculation.accepted == sum(lengths)
+
+
+def test_wrong_guesses_end_and_return_once_they_would_be_right() -> None:
+    speculation, sequence = speculation_at(0.3), make_sequence([1, 2, 3, 4, 1, 2, 3])
+    for _ in range(8):
+        speculation.learn(sequence, speculation.propose(sequence, 100, 1), [9])
+    assert speculation.propose(sequence, 100, 1) == []
+    for _ in range(8):
+        speculation.learn(sequence, [], [4])
+        assert len(speculation.propose(sequence, 100, 1)) <= 8
+    assert speculation.propose(sequence, 100, 1)[:1] == [4]
+
+
+def test_nothing_is_drafted_where_a_row_costs_as_much_as_it_makes() -> None:
+    sequence = make_sequence([1, 2, 3, 4] * 3)
+    assert speculation_at(1.0).propose(sequence, 100, 1) == []
+    assert speculation_at(0.01).propose(sequence, 100, 1) != []
+
+
+def repeating(length: int) -> tuple[int, ...]:
+    return tuple(7 + i % 5 for i in range(length))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+def test_drafts_change_no_token(make_engine: Any, run: Any, temperature: float) -> None:
+    requests = [
+        GenerationRequest(
+            seed,
+            repeating(10 + seed % 23),
+            40,
+            SamplingParams(
+                temperature, top_p=0.95, seed=seed, repetition_penalty=1.1 if seed % 3 else 1.0
+            ),
+            stop_ids=frozenset([2, 50]),
+            logprobs=seed % 2 == 0,
+        )
+        for seed in range(70)
+    ]
+    without = run(make_engine(draft_tokens=0), requests)
+    engine = make_engine(draft_tokens=8)
+    drafted = run(engine, requests)
+    assert {seed: answer.ids for seed, answer in drafted.items()} == {
+        seed: answer.ids for seed, answer in without.items()
+    }
+    for seed, answer in drafted.items():
+        assert answer.logprobs == pytest.approx(without[seed].logprobs, abs=1e-4)
+        assert answer.finish_reason == without[seed].finish_reason
+    assert engine.load().accepted_tokens <= engine.load().drafted_tokens
+    assert engine.load().drafted_tokens > 0
+
+
+def test_each_accepted_draft_saves_a_step(make_engine: Any, run: Any, cases: Any) -> None:
+    prompt = tuple(cases("mha")[0]["prompt_ids"])
+    request = GenerationRequest(0, prompt, 100, SamplingParams(temperature=0.0))
+    engine = make_engine("mha-mp1")
+    run(engine, [request])
+    load = engine.load()
+    assert load.accepted_tokens > 0
+    assert load.steps + load.accepted_tokens == load.completion_tokens == 100
