@@ -51,6 +51,7 @@ def test_golden_cases_in_one_batch(
     spare_tokens=st.integers(0, 300),
     first=st.integers(0, 30),
     prefix_cache=st.booleans(),
+    draft_tokens=st.integers(0, 8),
     warm=st.booleans(),
 )
 def test_no_engine_setting_changes_an_answer(
@@ -64,10 +65,12 @@ def test_no_engine_setting_changes_an_answer(
     spare_tokens: int,
     first: int,
     prefix_cache: bool,
+    draft_tokens: int,
     warm: bool,
 ) -> None:
     engine = make_engine(
         prefix_cache=prefix_cache,
+        draft_tokens=draft_tokens,
         max_batch_size=max_batch_size,
         max_step_tokens=max_step_tokens,
         block_size=block_size,
