@@ -45,15 +45,10 @@ format: env ## rewrite the sources in house format
 proto: env ## regenerate llama/v1 from protos
 	$(BIN)/python deploy/generate_protos.py
 
-$(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		--constraint constraints.txt --editable '.[all,bench,dev]'
-	touch $@
-
-bench: $(VENV)/.bench ## measure the engine; ARGS="--shapes 1.1B" passes flags on
+bench: env ## measure the engine; ARGS="--shapes 1.1B" passes flags on
 	$(BIN)/python -m bench.engine $(ARGS)
 
-bench-peers: $(VENV)/.bench ## compare with transformers, llama.cpp and vLLM on this machine
+bench-peers: env ## compare with transformers, llama.cpp and vLLM on this machine
 	$(BIN)/python -m bench.peers $(ARGS)
 
 up: ## docker compose: build, start, wait until healthy

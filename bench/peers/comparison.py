@@ -24,6 +24,7 @@ from bench.report import Row, Value
 from bench.shapes import Shape
 from bench.summary import summarize
 
+GIB = 2**30
 PROMPT_SEED = 7
 WARM_STEPS = 2
 # Beside weights and cache: interpreter, libraries, activations.
@@ -119,7 +120,8 @@ class Comparison:
         length = max(prefill, plan.context + answer, 64) + 16
         tokens = max(length, sequences * (plan.context + plan.steps + 32))
         weights = plan.shape.parameters * contender.bits // 8
-        cache = tokens * plan.shape.kv_elements_per_token * 4
+        # Twice the tokens: engines round each sequence up to their own granularity.
+        cache_gib = -(-2 * tokens * plan.shape.kv_elements_per_token * 4 // GIB)
         return Post(
             contender.name,
             f"bench.peers.workers.{contender.worker}",
@@ -131,10 +133,14 @@ class Comparison:
                 "sequences": sequences,
                 "length": length,
                 "tokens": tokens,
-                "options": {"dtype": plan.host.wide_dtype, **contender.options},
+                "options": {
+                    "dtype": plan.host.wide_dtype,
+                    "cache_gib": cache_gib,
+                    **contender.options,
+                },
             },
             # Mapped files count as well.
-            max(weights, model_bytes(model)) + cache + WORKING_BYTES,
+            max(weights, model_bytes(model)) + cache_gib * GIB + WORKING_BYTES,
         )
 
     def _check(self, fleet: Fleet) -> None:

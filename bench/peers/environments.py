@@ -44,7 +44,6 @@ RECIPES: Mapping[str, Recipe] = {
         removed=("torchvision", "torchaudio", "torchcodec"),
         run={
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         },

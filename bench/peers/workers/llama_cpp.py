@@ -68,8 +68,9 @@ class LlamaCppWorker:
     def _context(self, sequences: int) -> "Context":
         """An empty context for so many sequences."""
         if sequences not in self._contexts:
+            length = min(self._job.length, -(-self._job.tokens // sequences))
             self._contexts[sequences] = Context(
-                self._model, sequences, self._job.length, self._job.threads, self._vocab_size
+                self._model, sequences, length, self._job.threads, self._vocab_size
             )
         self._contexts[sequences].clear()
         return self._contexts[sequences]

@@ -1,5 +1,6 @@
 """vLLM on the CPU, its engine in this process, without tokenizer and prefix cache."""
 
+import os
 import time
 
 import torch
@@ -14,6 +15,8 @@ class VllmWorker:
 
     def load(self, job: Job) -> dict[str, str]:
         eager = bool(job.options["eager"])
+        # vLLM takes whole GiB, and only from here.
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(job.options["cache_gib"])
         self._llm = LLM(
             job.model,
             skip_tokenizer_init=True,
