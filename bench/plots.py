@@ -66,9 +66,8 @@ def _draw(
 
 
 def _decode(axes: Axes, rows: list[Row]) -> None:
-    _lines(axes, rows, "streams", "tokens_per_s", series="precision")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    _lines(axes, rows, "streams", "tokens_per_s", series="precision")
     _label(axes, "streams", "tokens per second, all streams")
 
 

@@ -53,8 +53,8 @@ def peers_report(comparison: Comparison) -> Report:
         f"decode-B: B sequences of {plan.context} tokens, {plan.steps} steps.",
         "`over chasqui`: ratio of medians within this run, to Chasqui with as many bits per "
         "weight. Nothing else here may be compared with another run.",
-        f"Idle workers used {comparison.idle_seconds:.2f} s of CPU time during {busy:.0f} s of "
-        "measurements.",
+        f"Idle workers used {sum(comparison.idle_seconds.values()):.2f} s of CPU time during "
+        f"{busy:.0f} s of measurements.",
     ]
     details = {
         "shape": plan.shape.name,

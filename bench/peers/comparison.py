@@ -57,7 +57,8 @@ class Comparison:
     verdicts: list[Verdict] = field(default_factory=list)
     rates: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     limits: list[Limits] = field(default_factory=list)
-    idle_seconds: float = 0.0  # CPU time of idle workers while another was measured
+    # CPU time of each worker while another was measured.
+    idle_seconds: dict[str, float] = field(default_factory=dict)
     busy_seconds: float = 0.0  # time that was measured
 
     def run(self, names: Iterable[str]) -> None:
@@ -72,7 +73,7 @@ class Comparison:
         logs.mkdir(parents=True, exist_ok=True)
         with Fleet(self.plan.memory, logs, self.plan.host.cores) as fleet:
             self._check(fleet)
-            fleet.idle_seconds = 0.0
+            fleet.idle_seconds.clear()
             self._measure(fleet)
             self.idle_seconds = fleet.idle_seconds
 

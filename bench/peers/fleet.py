@@ -55,7 +55,8 @@ class Fleet:
         self._log_dir = log_dir
         self._cores = cores
         self._running: dict[str, _Running] = {}  # in order of their last call
-        self.idle_seconds = 0.0  # CPU time that idle workers used while another worked
+        # CPU time that each worker used while another was asked.
+        self.idle_seconds: dict[str, float] = {}
 
     def __enter__(self) -> "Fleet":
         return self
@@ -75,11 +76,13 @@ class Fleet:
             WorkerError: it failed, died, or gave no answer in time; it is not running any more.
         """
         worker = self._worker(post)
-        others = [each.process for each in self._running.values() if each is not worker]
-        rest(others)
-        before = cpu_seconds(others)
+        others = {name: each.process for name, each in self._running.items() if each is not worker}
+        rest(tuple(others.values()))
+        before = {name: cpu_seconds([process]) for name, process in others.items()}
         answer = cast("list[Any]", self._ask(worker, operation, arguments))
-        self.idle_seconds += cpu_seconds(others) - before
+        for name, process in others.items():
+            used = cpu_seconds([process]) - before[name]
+            self.idle_seconds[name] = self.idle_seconds.get(name, 0.0) + used
         return answer
 
     def warmed(self, post: Post, case: str) -> bool:

@@ -4,6 +4,7 @@ Within a round every contender runs every case once, in an order that is shuffle
 machine that grows slower or warmer does not favour whoever came first.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,10 +68,12 @@ def rows(
 
     Args:
         rates: tokens per second of each round, by case and contender.
-        references: whom each contender is divided by.
+        references: whom each contender is divided by; their order is the table's.
     """
+    cases = dict.fromkeys(case for case, _ in rates)
     result = []
-    for (case, contender), values in rates.items():
+    for case, contender in itertools.product(cases, references):
+        values = rates.get((case, contender))
         if not values:
             continue
         summary = summarize(values)

@@ -56,4 +56,5 @@ def test_ratio_is_of_medians_and_missing_without_reference() -> None:
     found = rows(rates, {"a": "a", "b": "a"})
     assert [row.values["over_chasqui"] for row in found] == [1.0, 4.0]
     assert [row.values["tokens_per_s_high"] for row in found] == [30.0, 9.0]
+    assert [row.settings["contender"] for row in rows(rates, {"b": "a", "a": "a"})] == ["b", "a"]
     assert rows(rates, {"a": "c", "b": "c"})[0].values["over_chasqui"] is None
