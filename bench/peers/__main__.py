@@ -46,15 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
 def peers_report(comparison: Comparison) -> Report:
     """The comparison as a result file."""
     plan = comparison.plan
-    busy = comparison.busy_seconds
     notes = [
         f"{plan.shape.name}: {plan.shape.parameters / 1e6:.0f}M parameters, random weights. "
         f"{plan.rounds} rounds, contenders in shuffled order; medians, lowest and highest. "
         f"decode-B: B sequences of {plan.context} tokens, {plan.steps} steps.",
         "`over chasqui`: ratio of medians within this run, to Chasqui with as many bits per "
         "weight. Nothing else here may be compared with another run.",
-        f"Idle workers used {sum(comparison.idle_seconds.values()):.2f} s of CPU time during "
-        f"{busy:.0f} s of measurements.",
     ]
     details = {
         "shape": plan.shape.name,
@@ -64,8 +61,6 @@ def peers_report(comparison: Comparison) -> Report:
             {"case": case, "contender": contender, "tokens_per_s": values}
             for (case, contender), values in comparison.rates.items()
         ],
-        "idle_cpu_seconds": comparison.idle_seconds,
-        "measured_seconds": busy,
     }
     return make_report("peers", comparison.rows(), notes, details)
 

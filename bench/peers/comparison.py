@@ -57,9 +57,6 @@ class Comparison:
     verdicts: list[Verdict] = field(default_factory=list)
     rates: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     limits: list[Limits] = field(default_factory=list)
-    # CPU time of each worker while another was measured.
-    idle_seconds: dict[str, float] = field(default_factory=dict)
-    busy_seconds: float = 0.0  # time that was measured
 
     def run(self, names: Iterable[str]) -> None:
         """Prepares the contenders, checks them, and measures all rounds."""
@@ -73,9 +70,7 @@ class Comparison:
         logs.mkdir(parents=True, exist_ok=True)
         with Fleet(self.plan.memory, logs, self.plan.host.cores) as fleet:
             self._check(fleet)
-            fleet.idle_seconds.clear()
             self._measure(fleet)
-            self.idle_seconds = fleet.idle_seconds
 
     def rows(self) -> list[Row]:
         """The comparison's tables."""
@@ -189,7 +184,6 @@ class Comparison:
         except WorkerError as error:
             self._drop(turn.contender, f"{turn.case.name}: {error}")
             return
-        self.busy_seconds += sum(seconds)
         rate = turn.case.rate(seconds)
         self.rates.setdefault((turn.case.name, turn.contender), []).append(rate)
         _say(f"round {turn.round + 1}: {turn.case.name}: {turn.contender}: {rate:.1f} tokens/s")

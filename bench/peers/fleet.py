@@ -1,26 +1,24 @@
 """The workers' processes: as many stay loaded as memory allows, and only one computes at a time.
 
-Before a worker is asked anything the others must be at rest: OpenMP threads spin for a while after
-their last loop, and would be measured along with the one that works.
+A worker that is not asked anything is stopped (SIGSTOP, its children too): OpenMP threads spin for
+a while after their last loop, some engines poll, and both would be measured along with another.
 """
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
-import psutil
-
 from bench.peers.environments import REPOSITORY, Environment
 
 CALL_TIMEOUT = 1800.0  # seconds; no measurement is near it
-REST_WINDOW = 0.05  # seconds without any CPU time: at rest
-REST_TIMEOUT = 10.0
 QUIT_TIMEOUT = 30.0
 
 
@@ -55,8 +53,6 @@ class Fleet:
         self._log_dir = log_dir
         self._cores = cores
         self._running: dict[str, _Running] = {}  # in order of their last call
-        # CPU time that each worker used while another was asked.
-        self.idle_seconds: dict[str, float] = {}
 
     def __enter__(self) -> "Fleet":
         return self
@@ -70,20 +66,12 @@ class Fleet:
         return self._worker(post).info
 
     def call(self, post: Post, operation: str, **arguments: object) -> list[Any]:
-        """What the worker answers, once all others are at rest.
+        """What the worker answers; all others are stopped meanwhile.
 
         Raises:
             WorkerError: it failed, died, or gave no answer in time; it is not running any more.
         """
-        worker = self._worker(post)
-        others = {name: each.process for name, each in self._running.items() if each is not worker}
-        rest(tuple(others.values()))
-        before = {name: cpu_seconds([process]) for name, process in others.items()}
-        answer = cast("list[Any]", self._ask(worker, operation, arguments))
-        for name, process in others.items():
-            used = cpu_seconds([process]) - before[name]
-            self.idle_seconds[name] = self.idle_seconds.get(name, 0.0) + used
-        return answer
+        return cast("list[Any]", self._ask(self._worker(post), operation, arguments))
 
     def warmed(self, post: Post, case: str) -> bool:
         """Whether the worker's present process was asked this case before; remembers that it is."""
@@ -98,6 +86,7 @@ class Fleet:
         if worker is None:
             return
         stdin = cast("IO[bytes]", worker.process.stdin)
+        _signal(worker, signal.SIGCONT)
         try:
             stdin.write(b'{"op": "quit"}\n')
             stdin.close()
@@ -132,8 +121,6 @@ class Fleet:
             **post.environment.variables,
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": str(self._cores),
-            # Intel's OpenMP spins for 200 ms by default, and the others would have to wait.
-            "KMP_BLOCKTIME": "1",
         }
         with (self._log_dir / f"{post.name}.log").open("wb") as log:
             return subprocess.Popen(
@@ -144,10 +131,14 @@ class Fleet:
                 env=variables,
                 cwd=REPOSITORY,
                 bufsize=0,
+                # A group, to be stopped as one. Should this process die, the kernel hangs up on
+                # it, as on every stopped group whose last tie to its session is cut.
+                process_group=0,
             )
 
     def _ask(self, worker: _Running, operation: str, arguments: Mapping[str, object]) -> object:
         stdin = cast("IO[bytes]", worker.process.stdin)
+        _signal(worker, signal.SIGCONT)
         try:
             stdin.write(json.dumps({"op": operation, **arguments}).encode() + b"\n")
             answer = json.loads(self._line(worker))
@@ -161,6 +152,9 @@ class Fleet:
         if "error" in answer:
             self.stop(worker.post.name)
             raise WorkerError(f"{operation}: {answer['error']}")
+        _signal(worker, signal.SIGSTOP)
+        # Until it has stopped, or died. WNOWAIT: reaping is subprocess's own.
+        os.waitid(os.P_PID, worker.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         return answer["ok"]
 
     def _line(self, worker: _Running) -> bytes:
@@ -182,27 +176,7 @@ class Fleet:
         return lines[-1] if lines else "no output"
 
 
-def cpu_seconds(processes: Sequence[subprocess.Popen[bytes]]) -> float:
-    """CPU time that live processes have used so far, their children included."""
-    total = 0.0
-    for process in processes:
-        try:
-            family = psutil.Process(process.pid)
-            for each in (family, *family.children(recursive=True)):
-                times = each.cpu_times()
-                total += times.user + times.system
-        except psutil.NoSuchProcess:
-            continue
-    return total
-
-
-def rest(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Waits until the processes use no CPU time; gives up after REST_TIMEOUT."""
-    deadline = time.monotonic() + REST_TIMEOUT
-    before = cpu_seconds(processes)
-    while processes and time.monotonic() < deadline:
-        time.sleep(REST_WINDOW)
-        now = cpu_seconds(processes)
-        if now == before:
-            return
-        before = now
+def _signal(worker: _Running, number: signal.Signals) -> None:
+    """Signals the worker and its children, unless they are gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.process.pid, number)

@@ -1,7 +1,6 @@
 """What driver and workers say to each other: a JSON object per line, over stdin and stdout.
 
-Workers run in environments of their own, so this module needs the standard library alone. A worker
-that is not asked anything is blocked in reading a line and computes nothing.
+Workers run in environments of their own, so this module needs the standard library alone.
 """
 
 import json

@@ -35,6 +35,24 @@ def test_worker_not_called_for_longest_makes_room(fleet: Fleet, make_post: MakeP
     assert fleet.info(posts[0]) != first
 
 
+def test_all_workers_but_the_one_that_is_asked_are_stopped(
+    fleet: Fleet, make_post: MakePost
+) -> None:
+    posts = [make_post("one"), make_post("two")]
+    for post in (*posts, posts[0]):
+        assert fleet.call(post, "prefill", tokens=5, seed=1) == [5.0]
+    for post in posts:
+        status = Path(f"/proc/{fleet.info(post)['process']}/status").read_text()
+        assert "State:\tT (stopped)" in status
+
+
+def test_stopped_worker_ends_when_asked_to(fleet: Fleet, make_post: MakePost) -> None:
+    post = make_post("one")
+    process = fleet.info(post)["process"]
+    fleet.stop("one")
+    assert not Path(f"/proc/{process}").exists()
+
+
 def test_new_process_is_to_be_warmed_up_again(fleet: Fleet, make_post: MakePost) -> None:
     post = make_post("one")
     assert [fleet.warmed(post, "decode-1") for _ in range(2)] == [False, True]
