@@ -37,7 +37,7 @@ def _load(_shape: Shape, variant: Variant, _sizes: Sizes) -> Iterator[Row]:
 
 
 def _kv_cache(shape: Shape, variant: Variant, sizes: Sizes) -> Iterator[Row]:
-    return memory.cache_memory(shape, variant, sequences=4, tokens=sizes.prompt // 2)
+    return memory.cache_memory(shape, variant, sequences=9, tokens=sizes.prompt // 2)
 
 
 def _prefill(shape: Shape, variant: Variant, sizes: Sizes) -> Iterator[Row]:
