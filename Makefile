@@ -8,10 +8,10 @@ TORCH_INDEX ?=
 PROTOS := $(wildcard protos/llama/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help env chat test lint format proto up down
+.PHONY: help env chat test lint format proto bench bench-peers up down
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chasqui needs Python 3.11 or newer; name one with PYTHON=python3.11")'
@@ -44,6 +44,12 @@ format: env ## rewrite the sources in house format
 
 proto: env ## regenerate llama/v1 from protos
 	$(BIN)/python deploy/generate_protos.py
+
+bench: env ## measure the engine; ARGS="--shapes 1.1B" passes flags on
+	$(BIN)/python -m bench.engine $(ARGS)
+
+bench-peers: env ## compare with transformers, llama.cpp and vLLM on this machine
+	$(BIN)/python -m bench.peers $(ARGS)
 
 up: ## docker compose: build, start, wait until healthy
 	docker compose up --build --detach --wait

@@ -88,8 +88,9 @@ class SdpaAttention:
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
         slots = shape.blocks * shape.block_size
         size = (shape.layers, slots, shape.kv_heads, shape.head_dim)
-        self._keys = torch.zeros(size, dtype=dtype, device=device)
-        self._values = torch.zeros(size, dtype=dtype, device=device)
+        # Not zeroed: nobody reads a slot before its token is written, and untouched memory is free.
+        self._keys = torch.empty(size, dtype=dtype, device=device)
+        self._values = torch.empty(size, dtype=dtype, device=device)
         # Where `_copied` puts keys and values; a new buffer in each layer would cost page faults.
         self._buffers = [torch.empty(0, *size[2:], dtype=dtype, device=device) for _ in range(2)]
         self._block_size = shape.block_size

@@ -1,0 +1,1 @@
+"""The engine without the network: `python -m bench.engine`."""

@@ -1,0 +1,74 @@
+"""What driver and workers say to each other: a JSON object per line, over stdin and stdout.
+
+Workers run in environments of their own, so this module needs the standard library alone.
+"""
+
+import json
+import os
+import random
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+FIRST_ORDINARY_ID = 259  # behind the control and byte pieces of a Llama 2 vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker loads, and the most that will be asked of it."""
+
+    model: str  # path
+    precision: str
+    threads: int
+    sequences: int  # at once
+    length: int  # tokens of one sequence
+    tokens: int  # of all sequences at once
+    options: dict[str, Any]
+
+
+class Worker(Protocol):
+    """An engine behind the protocol. Times cover the forward pass and greedy sampling."""
+
+    def load(self, job: Job) -> dict[str, str]:
+        """Loads the model. Returns versions and settings, for the result file."""
+
+    def prefill(self, tokens: int, seed: int) -> list[float]:
+        """Seconds from a random prompt of `tokens` to its first token."""
+
+    def decode(self, batch: int, context: int, steps: int, seed: int) -> list[float]:
+        """Seconds of each of `steps` steps of `batch` sequences, after prompts of `context`."""
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The `count` most probable next tokens, one after the other."""
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """The same ordinary ids for every engine."""
+    source = random.Random(seed)
+    return [
+        [source.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(length)]
+        for _ in range(count)
+    ]
+
+
+def serve(worker: Worker) -> None:
+    """Answers requests until stdin ends or the driver says quit.
+
+    Answers leave by a copy of stdout; stdout itself becomes stderr, as libraries print to it.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        operation = request.pop("op")
+        if operation == "quit":
+            return
+        try:
+            arguments = {"job": Job(**request)} if operation == "load" else request
+            answer = {"ok": getattr(worker, operation)(**arguments)}
+        except Exception as error:  # whatever it is, the driver reports it
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()

@@ -1,0 +1,59 @@
+"""The networks that are measured: real shapes, random weights.
+
+A benchmark asks for a shape, not for a model: speed depends on sizes alone, and weights drawn from
+a seed need no download and no licence.
+"""
+
+from dataclasses import dataclass
+
+from model_service.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A named network, and how long a prompt its stall measurement affords."""
+
+    name: str
+    config: ModelConfig
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(_elements(shape) for shape in self.config.parameter_shapes().values())
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Weights that every token is multiplied with: all but the embedding table."""
+        return self.parameters - self.config.vocab_size * self.config.dim
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Numbers that the cache keeps for one token of one sequence."""
+        return 2 * self.config.n_layers * self.config.kv_heads * self.config.head_dim
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(
+            "tiny",
+            ModelConfig(
+                dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32
+            ),
+        ),
+        # The largest of llama2.c's models.
+        Shape("110M", ModelConfig(dim=768, n_layers=12, n_heads=12, vocab_size=32000)),
+        # TinyLlama's: grouped-query attention, hidden size 5632.
+        Shape(
+            "1.1B",
+            ModelConfig(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000),
+        ),
+    )
+}

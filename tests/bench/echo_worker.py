@@ -1,0 +1,30 @@
+"""A worker that computes nothing: it answers what it was asked, and fails or dies on request."""
+
+import os
+
+from bench.peers.protocol import Job, serve
+
+
+class EchoWorker:
+    def load(self, job: Job) -> dict[str, str]:
+        print("libraries print to stdout")
+        if job.precision == "unknown":
+            raise ValueError("precision unknown")
+        return {"process": str(os.getpid())}
+
+    def prefill(self, tokens: int, seed: int) -> list[float]:
+        if seed < 0:
+            raise RuntimeError("out of tokens")
+        return [float(tokens)]
+
+    def decode(self, batch: int, context: int, steps: int, seed: int) -> list[float]:
+        return [float(batch + context + seed)] * steps
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        if not prompt:
+            os._exit(3)
+        return prompt[:count]
+
+
+if __name__ == "__main__":
+    serve(EchoWorker())
