@@ -81,8 +81,8 @@ class SdpaAttention:
 
     The query heads that share keys and values are laid out so that these are never repeated: as
     rows of one matrix where a span has one token, as heads with a common key (stride 0) where it
-    has more. A sequence whose blocks are neighbours is attended in place. Others are copied into a
-    buffer that all layers use: short ones of one token (decode) together, padded to the longest.
+    has more. A longer sequence whose blocks are neighbours is attended in place. Others are copied
+    into a buffer that all layers use, those of one token (decode) together, padded to the longest.
     """
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
@@ -102,17 +102,18 @@ class SdpaAttention:
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
         groups: list[_Group] = []
         new_slots: list[torch.Tensor] = []
-        short: list[tuple[int, torch.Tensor]] = []  # first row, slots
+        copied: list[tuple[int, torch.Tensor]] = []  # row, slots
         row = 0
         for span in spans:
             slots = self._slots(span)
             new_slots.append(slots[-span.query_length :])
-            if span.query_length == 1 and (len(spans) > 1 and len(slots) < _COPIED_TOKENS):
-                short.append((row, slots))
+            in_place = len(slots) >= _COPIED_TOKENS and _are_neighbours(span.block_table)
+            if span.query_length == 1 and len(spans) > 1 and not in_place:
+                copied.append((row, slots))
             else:
                 groups.append(self._alone(span, row, slots))
             row += span.query_length
-        self._groups = groups + [self._together(batch) for batch in _of_like_length(short)]
+        self._groups = groups + [self._together(batch) for batch in _of_like_length(copied)]
         self._new_slots = torch.cat(new_slots).to(self._device)
 
     def attend(
@@ -148,13 +149,15 @@ class SdpaAttention:
 
     def _alone(self, span: SequenceSpan, row: int, slots: torch.Tensor) -> _Group:
         table = span.block_table
-        neighbours = all(b == a + 1 for a, b in itertools.pairwise(table))
         first = table[0] * self._block_size
+        place = slice(first, first + len(slots))
         whole = span.query_length == span.context_length
         return _Group(
             rows=slice(row, row + span.query_length),
             spans=1,
-            slots=slice(first, first + len(slots)) if neighbours else slots.to(self._device),
+            slots=slice(first, first + len(slots))
+            if _are_neighbours(table)
+            else slots.to(self._device),
             mask=None if whole or span.query_length == 1 else self._causal_mask(span),
             causal=whole and span.query_length > 1,
         )
@@ -204,6 +207,10 @@ def _attend(
         rows, key, value, attn_mask=group.mask, is_causal=group.causal
     )
     return attended.permute(2, 0, 1, 3).reshape(query.shape)
+
+
+def _are_neighbours(block_table: Sequence[int]) -> bool:
+    return all(second == first + 1 for first, second in itertools.pairwise(block_table))
 
 
 def _of_like_length(

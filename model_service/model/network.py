@@ -8,7 +8,11 @@ forward on its shard; fairscale's layers do the all-reduces.
 from collections.abc import Iterable, Iterator
 
 import torch
-from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
+import torch.distributed as dist
+from fairscale.nn.model_parallel.initialize import (
+    get_model_parallel_group,
+    get_model_parallel_world_size,
+)
 from fairscale.nn.model_parallel.layers import (
     ColumnParallelLinear,
     ParallelEmbedding,
@@ -42,6 +46,19 @@ def _row_parallel(inputs: int, outputs: int) -> nn.Module:
         inputs, outputs, bias=False, input_is_parallel=True, init_method=_uninitialized
     )
     return layer
+
+
+def _multiply(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """What a fairscale layer computes of its own; around it they wrap only what training needs."""
+    return F.linear(x, layer.weight)  # type: ignore[arg-type]  # nn.Module knows no attributes
+
+
+def _sum_over_shards(x: torch.Tensor) -> torch.Tensor:
+    """The whole product of a row-parallel layer, on every rank; in place."""
+    group = get_model_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(x, group=group)
+    return x
 
 
 class RMSNorm(nn.Module):
@@ -89,12 +106,12 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, backend: AttentionBackend
     ) -> torch.Tensor:
-        heads = self.wqkv(x).view(len(x), -1, self.head_dim)
+        heads = _multiply(x, self.wqkv).view(len(x), -1, self.head_dim)
         value = heads[:, -self.kv_heads :]
         rotated = apply_rotary(heads[:, : -self.kv_heads], rotary)
         query, key = rotated[:, : self.heads], rotated[:, self.heads :]
-        output: torch.Tensor = self.wo(backend.attend(self.layer, query, key, value).flatten(1))
-        return output
+        attended = backend.attend(self.layer, query, key, value)
+        return _sum_over_shards(_multiply(attended.flatten(1), self.wo))
 
 
 class FeedForward(nn.Module):
@@ -106,9 +123,8 @@ class FeedForward(nn.Module):
         self.w2 = _row_parallel(config.hidden_dim, config.dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        output: torch.Tensor = self.w2(F.silu(gate) * up)
-        return output
+        gate, up = _multiply(x, self.w13).chunk(2, dim=-1)
+        return _sum_over_shards(_multiply(F.silu(gate) * up, self.w2))
 
 
 class TransformerBlock(nn.Module):

@@ -25,7 +25,6 @@ _PREPACK_FROM = 2**20  # elements
 # with 7 bits for the activations no pair overflows.
 _LEVELS = 127 if torch.cpu._is_vnni_supported() else 63  # noqa: SLF001  # the only way to ask
 _ZERO_POINT = _LEVELS + 1
-_SMALLEST_PEAK = 1e-30  # keeps a row of zeros from dividing by zero
 # With more rows the 4-bit kernel is slower than the 8-bit one; without AVX-512 it always is.
 _INT4_ROWS = 2 if torch.cpu._is_avx512_supported() else 0  # noqa: SLF001
 
@@ -131,7 +130,7 @@ def pack_int8(weight: torch.Tensor) -> PackedWeight:
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         peaks = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True, dtype=torch.float32)
-        peaks.clamp_min_(_SMALLEST_PEAK)
+        # A row of zeros becomes NaN, then any 8-bit values, then zeros again.
         product: torch.Tensor = linear(x / peaks, 1 / _LEVELS, _ZERO_POINT, packed)
         return product.mul_(peaks).to(x.dtype)
 
