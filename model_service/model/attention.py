@@ -155,9 +155,7 @@ class SdpaAttention:
         return _Group(
             rows=slice(row, row + span.query_length),
             spans=1,
-            slots=slice(first, first + len(slots))
-            if _are_neighbours(table)
-            else slots.to(self._device),
+            slots=place if _are_neighbours(table) else slots.to(self._device),
             mask=None if whole or span.query_length == 1 else self._causal_mask(span),
             causal=whole and span.query_length > 1,
         )
