@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.checkpoint import ensure_checkpoint
 from bench.engine import dialog, memory, shards, stall, throughput
-from bench.engine.session import Variant, has_setting
+from bench.engine.session import Variant
 from bench.engine.throughput import BITS
 from bench.host import Host, cores, read_host
 from bench.paths import WORK_DIR
@@ -100,9 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
         shape = SHAPES[name]
         folder = ensure_checkpoint(shape, args.work_dir)
         variants = [_variant(each, folder, args.threads, host) for each in args.precisions]
-        rows, notes = measure(shape, variants, args.cases, sizes)
+        rows = measure(shape, variants, args.cases, sizes)
         details = {"shape": name, "parameters": shape.parameters}
-        report = make_report("engine", rows, notes, details)
+        report = make_report("engine", rows, (), details)
         folder = result_folder(report, args.results) / name
         write_report(report, folder)
         if not args.no_plots:
@@ -114,20 +114,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(
     shape: Shape, variants: Iterable[Variant], cases: Iterable[str], sizes: Sizes
-) -> tuple[list[Row], list[str]]:
-    """All rows, and notes about what this build of the engine does not have."""
+) -> list[Row]:
+    """All rows, told on stderr as they come."""
     rows: list[Row] = []
-    notes: list[str] = []
     cases = tuple(cases)
     for variant in variants:
-        if variant.quantize and not has_setting("quantize"):
-            notes.append(f"{variant.quantize}: not measured, this build has no quantization.")
-            continue
         for case in cases:
             for row in CASES[case](shape, variant, sizes):
                 rows.append(row)
                 print(_line(row), file=sys.stderr, flush=True)
-    return rows, notes
+    return rows
 
 
 def _variant(precision: str, ckpt_dir: Path, threads: int | None, host: Host) -> Variant:

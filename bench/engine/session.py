@@ -1,7 +1,6 @@
 """Drives an engine in this process and times its steps.
 
-It uses what every engine here has: `load_replica`, `add`, `step`, `cancel`, `load`. Settings and
-counters that only some builds have are read by name, so that a build without one still runs.
+It drives `load_replica`, `add`, `step`, `cancel` and `load`, as the model service does.
 """
 
 import dataclasses
@@ -20,18 +19,10 @@ from model_service.engine.runner import ModelRunner
 from model_service.engine.sequence import GenerationRequest, SamplingParams, TokenLogprobs
 from model_service.replica import Replica, ReplicaOptions, load_replica
 
-# Settings that came to ReplicaOptions over time, and counters that came to EngineLoad.
-OPTIONAL_SETTINGS = ("quantize", "prefix_cache", "max_stall")
-OPTIONAL_COUNTERS = ("cached_prompt_tokens", "prompt_tokens", "preemptions")
 GREEDY = SamplingParams(temperature=0.0)
 FIRST_ORDINARY_ID = 259  # behind the control and byte pieces of a Llama 2 vocabulary
 
 Setting = str | int | float | bool
-
-
-def has_setting(name: str) -> bool:
-    """Whether this build's engine knows the setting."""
-    return name in {field.name for field in dataclasses.fields(ReplicaOptions)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +45,7 @@ class Variant:
         tokens: int | None = None,
         settings: Mapping[str, Setting] | None = None,
     ) -> ReplicaOptions:
-        """Options for `sequences` of at most `length` tokens, `tokens` in all.
-
-        Raises:
-            ValueError: a setting is not known to this build.
-        """
-        chosen: dict[str, Setting] = dict(settings or {})
-        if self.quantize is not None:
-            chosen["quantize"] = self.quantize
-        missing = [name for name in chosen if not has_setting(name)]
-        if missing:
-            raise ValueError(f"this build's engine has no setting {', '.join(missing)}")
+        """Options for `sequences` of at most `length` tokens, `tokens` in all."""
         options = ReplicaOptions(
             self.ckpt_dir,
             max_seq_len=length,
@@ -72,11 +53,13 @@ class Variant:
             # A sequence's last block is rarely full.
             kv_cache_tokens=max((tokens or sequences * length) + 16 * sequences, length),
             dtype=self.dtype,
+            quantize=self.quantize or "none",
             device="cpu",
             threads=self.threads,
             verify_checkpoint=False,
+            draft_tokens=0,  # a step makes one token per stream, as everybody's does
         )
-        return dataclasses.replace(options, **chosen)  # type: ignore[arg-type]  # by name
+        return dataclasses.replace(options, **(settings or {}))  # type: ignore[arg-type]  # by name
 
 
 class TimedRunner:
@@ -201,12 +184,6 @@ class Session:
             self.engine.cancel(request_id)
         while self.engine.has_work:
             self.step()
-
-    def counters(self) -> dict[str, int]:
-        """Those of OPTIONAL_COUNTERS that this build has."""
-        load = self.engine.load()
-        names = (name for name in OPTIONAL_COUNTERS if hasattr(load, name))
-        return {name: int(getattr(load, name)) for name in names}
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from bench.engine.session import Setting, Variant, has_setting, session
+from bench.engine.session import Setting, Variant, session
 from bench.report import Row
 from bench.summary import summarize
 
@@ -15,9 +15,7 @@ def long_prompt(variant: Variant, streams: int, context: int, tokens: int) -> It
 
     The gap is divided by the median step before the arrival, so 1 means that nobody noticed.
     """
-    whole: dict[str, Setting] = {"max_step_tokens": tokens + streams}
-    if has_setting("max_stall"):
-        whole["max_stall"] = NO_PACE
+    whole: dict[str, Setting] = {"max_step_tokens": tokens + streams, "max_stall": NO_PACE}
     variants: tuple[tuple[str, dict[str, Setting]], ...] = (("default", {}), ("whole", whole))
     for chunks, settings in variants:
         yield _arrival(

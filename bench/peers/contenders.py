@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bench.engine.session import has_setting
 from bench.host import Host
 from bench.peers.environments import UnavailableError
 
@@ -27,8 +26,6 @@ class Contender:
         """Raises UnavailableError when this machine or this build is not for it."""
         if self.precision == "bfloat16" and "bf16" not in host.features:
             raise UnavailableError("the processor does not multiply bfloat16 in hardware")
-        if self.environment == "chasqui" and not self.exact and not has_setting("quantize"):
-            raise UnavailableError("this build's engine has no quantization")
 
 
 def _contenders() -> dict[str, Contender]:

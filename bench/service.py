@@ -1,0 +1,153 @@
+"""What the way through gRPC costs: python -m bench.service
+
+The same prompts go to an engine in this process and, through the gateway's TextCompleteStream, to
+services on the same machine, in turn, round after round. Compared are answer tokens over the time
+from the first request to the last token.
+"""
+
+import argparse
+import asyncio
+import random
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+
+from bench.checkpoint import ensure_checkpoint
+from bench.engine.session import FIRST_ORDINARY_ID, Session, Variant
+from bench.report import RESULTS, Row, make_report, result_folder, write_report
+from bench.shapes import SHAPES
+from bench.summary import summarize
+from client.supervisor import Deployment, in_background
+from demo.checkpoint import CHECKPOINT, TOKENIZER
+from llama.v1 import chat_pb2, chat_pb2_grpc, sampling_pb2
+from model_service.replica import load_replica
+
+Prompts = Sequence[tuple[int, ...]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.service", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="1.1B")
+    parser.add_argument("--quantize", choices=["none", "int8", "int4"], default="int8")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=32, help="tokens")
+    parser.add_argument("--answer", type=int, default=64, help="tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work_dir", type=Path, default=Path.home() / ".cache/chasqui-bench")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    folder = ensure_checkpoint(shape, args.work_dir)
+    tokenizer = args.work_dir / f"tokenizer-{shape.config.vocab_size}.model"
+    tokenizer.write_bytes(made_up_tokenizer(shape.config.vocab_size))
+    length, most = args.prompt + args.answer, max(args.streams)
+    # On the CPU `auto` may be bfloat16; both sides get the same.
+    variant = Variant(folder, "float32", None, None if args.quantize == "none" else args.quantize)
+    services = Deployment(
+        folder,
+        tokenizer,
+        model_settings={
+            "max_seq_len": length,
+            "max_batch_size": most,
+            "quantize": args.quantize,
+            "dtype": "float32",
+            "draft_tokens": 0,
+            "verify_checkpoint": "false",
+        },
+    )
+    direct = Session(load_replica(variant.options(most, length)))
+    rows = []
+    with in_background(services, log=lambda _name, _line: None) as address:
+        for streams in args.streams:
+            row = _measure(direct, address, shape.config.vocab_size, streams, args)
+            rows.append(row)
+            print(row)
+    report = make_report("service", rows, (), {"shape": args.shape, "quantize": args.quantize})
+    result = result_folder(report, args.results) / args.shape
+    write_report(report, result)
+    print(result / "result.md")
+
+
+def made_up_tokenizer(vocab_size: int) -> bytes:
+    """The demonstration's tokenizer with pieces without meaning added up to `vocab_size`.
+
+    A SentencePiece file is a protocol buffer whose pieces are a repeated field, and what is put
+    behind such a message is appended to its repeated fields.
+    """
+    model = bytearray((CHECKPOINT / TOKENIZER).read_bytes())
+    known = 1920
+    for number in range(known, vocab_size):
+        text = f"▁made{number}".encode()
+        piece = b"\n" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1e6)
+        model += b"\n" + bytes([len(piece)]) + piece
+    return bytes(model)
+
+
+def _measure(
+    direct: Session, address: str, vocab_size: int, streams: int, args: argparse.Namespace
+) -> Row:
+    source = random.Random(streams)
+    engine, service = [], []
+    for _ in range(args.rounds + 1):
+        prompts = [
+            tuple(source.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(args.prompt))
+            for _ in range(streams)
+        ]
+        tokens = streams * args.answer
+        engine.append(tokens / _through_engine(direct, prompts, args.answer))
+        service.append(tokens / asyncio.run(_through_grpc(address, prompts, args.answer)))
+    ratios = summarize([b / a for a, b in zip(engine[1:], service[1:], strict=True)])
+    return Row(
+        "service",
+        {"streams": streams, "prompt_tokens": args.prompt, "answer_tokens": args.answer},
+        {
+            "engine_tokens_per_s": summarize(engine[1:]).median,
+            "service_tokens_per_s": summarize(service[1:]).median,
+            "ratio": ratios.median,
+            "low": ratios.low,
+            "high": ratios.high,
+        },
+    )
+
+
+def _through_engine(direct: Session, prompts: Prompts, answer: int) -> float:
+    """Seconds to answer all."""
+    started = time.perf_counter()
+    for prompt in prompts:
+        direct.add(prompt, answer)
+    while direct.engine.has_work:
+        direct.step()
+    return time.perf_counter() - started
+
+
+async def _through_grpc(address: str, prompts: Prompts, answer: int) -> float:
+    """Seconds to answer all, each on a stream of its own."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        await channel.channel_ready()
+        stub = chat_pb2_grpc.ChatServiceStub(channel)
+        started = time.perf_counter()
+        made = await asyncio.gather(*(_stream(stub, prompt, answer) for prompt in prompts))
+        seconds = time.perf_counter() - started
+    if set(made) != {answer}:
+        raise RuntimeError(f"answers of {made} tokens instead of {answer}")
+    return seconds
+
+
+async def _stream(
+    stub: chat_pb2_grpc.ChatServiceAsyncStub, prompt: tuple[int, ...], answer: int
+) -> int:
+    request = chat_pb2.TextCompleteStreamRequest(
+        prompt_ids=[sampling_pb2.TokenIds(ids=prompt)],
+        sampling=sampling_pb2.SamplingParams(temperature=0, max_gen_len=answer, ignore_eos=True),
+    )
+    async for event in stub.TextCompleteStream(request):
+        if event.HasField("finished"):
+            return event.finished.usage.completion_tokens
+    return 0
+
+
+if __name__ == "__main__":
+    main()
