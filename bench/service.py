@@ -55,7 +55,6 @@ def main() -> None:
             "quantize": args.quantize,
             "dtype": "float32",
             "draft_tokens": 0,
-            "verify_checkpoint": "false",
         },
     )
     direct = Session(load_replica(variant.options(most, length)))
@@ -137,7 +136,7 @@ async def _through_grpc(address: str, prompts: Prompts, answer: int) -> float:
 
 
 async def _stream(
-    stub: chat_pb2_grpc.ChatServiceAsyncStub, prompt: tuple[int, ...], answer: int
+    stub: "chat_pb2_grpc.ChatServiceAsyncStub", prompt: tuple[int, ...], answer: int
 ) -> int:
     request = chat_pb2.TextCompleteStreamRequest(
         prompt_ids=[sampling_pb2.TokenIds(ids=prompt)],
