@@ -9,6 +9,7 @@ import random
 import sys
 import traceback
 from dataclasses import dataclass
+from io import TextIOWrapper
 from typing import Any, Protocol
 
 FIRST_ORDINARY_ID = 259  # behind the control and byte pieces of a Llama 2 vocabulary
@@ -59,6 +60,8 @@ def serve(worker: Worker) -> None:
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    if isinstance(sys.stdout, TextIOWrapper):  # else a process that dies takes its last words along
+        sys.stdout.reconfigure(line_buffering=True)
     for line in sys.stdin:
         request = json.loads(line)
         operation = request.pop("op")

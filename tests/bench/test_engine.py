@@ -33,11 +33,6 @@ def test_greedy_answer_falls_short_of_nothing(variant: Variant) -> None:
         assert min(run.shortfalls(prompt, wrong)) > 0.01
 
 
-def test_setting_of_another_build_is_refused(variant: Variant) -> None:
-    with pytest.raises(ValueError, match="has no setting speculate_forever"):
-        variant.options(1, 32, settings={"speculate_forever": True})
-
-
 def test_decode_limit_counts_the_weights_that_a_step_reads() -> None:
     shape = SHAPES["110M"]
     matrices = shape.parameters - 32000 * 768
