@@ -237,6 +237,8 @@ class ChatPrediction(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DROPPED_TURNS_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
+    SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
     seed: _builtins.int
@@ -247,6 +249,10 @@ class ChatPrediction(_message.Message):
     """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
     choice_index: _builtins.int
     """Which of the dialog's `n` answers, from 0."""
+    resumed: _builtins.int
+    """How often it went on at another replica, because the one that made it was lost. Its tokens are
+    the same as without.
+    """
     @_builtins.property
     def generation(self) -> Global___Message:
         """The answer, with ROLE_ASSISTANT."""
@@ -259,6 +265,10 @@ class ChatPrediction(_message.Message):
     def usage(self) -> Global___Usage:
         """What it cost."""
 
+    @_builtins.property
+    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With FINISH_REASON_SAFETY: what the classifier found."""
+
     def __init__(
         self,
         *,
@@ -270,10 +280,12 @@ class ChatPrediction(_message.Message):
         fingerprint: _builtins.str = ...,
         dropped_turns: _builtins.int = ...,
         choice_index: _builtins.int = ...,
+        resumed: _builtins.int = ...,
+        safety_categories: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "resumed", b"resumed", "safety_categories", b"safety_categories", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -292,6 +304,8 @@ class TextPrediction(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
+    SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
     generation: _builtins.str
     """The text made; with `echo`, prompt included."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
@@ -302,6 +316,10 @@ class TextPrediction(_message.Message):
     """Weights, shard count and dtype: must be equal for a replay with `seed` to be exact."""
     choice_index: _builtins.int
     """Which of the prompt's `n` continuations, from 0."""
+    resumed: _builtins.int
+    """How often it went on at another replica, because the one that made it was lost. Its tokens are
+    the same as without.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
         """Its tokens; only with `logprobs`; with `echo`, prompt included."""
@@ -309,6 +327,10 @@ class TextPrediction(_message.Message):
     @_builtins.property
     def usage(self) -> Global___Usage:
         """What it cost."""
+
+    @_builtins.property
+    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With FINISH_REASON_SAFETY: what the classifier found."""
 
     def __init__(
         self,
@@ -320,10 +342,12 @@ class TextPrediction(_message.Message):
         seed: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         choice_index: _builtins.int = ...,
+        resumed: _builtins.int = ...,
+        safety_categories: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "resumed", b"resumed", "safety_categories", b"safety_categories", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -341,6 +365,7 @@ class ChatCompleteRequest(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report the answer's tokens with their logprobs."""
     top_logprobs: _builtins.int
@@ -350,6 +375,10 @@ class ChatCompleteRequest(_message.Message):
     n: _builtins.int
     """Answers to each dialog, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the work
     of the prompt. Answer i draws with seed + i (modulo 2^64).
+    """
+    priority: _builtins.int
+    """Higher goes first when requests wait; equal ones go in turn by caller. Range -100 to 100, and at
+    most what the caller's key allows; default 0.
     """
     @_builtins.property
     def dialogs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dialog]:
@@ -368,14 +397,20 @@ class ChatCompleteRequest(_message.Message):
         top_logprobs: _builtins.int = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
         n: _builtins.int | None = ...,
+        priority: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___ChatCompleteRequest: _TypeAlias = ChatCompleteRequest  # noqa: Y015
 
@@ -415,6 +450,8 @@ class ChatCompleteStreamRequest(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report the answer's tokens with their logprobs."""
     top_logprobs: _builtins.int
@@ -424,6 +461,16 @@ class ChatCompleteStreamRequest(_message.Message):
     n: _builtins.int
     """Answers to each dialog, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the work
     of the prompt. Answer i draws with seed + i (modulo 2^64).
+    """
+    priority: _builtins.int
+    """Higher goes first when requests wait; equal ones go in turn by caller. Range -100 to 100, and at
+    most what the caller's key allows; default 0.
+    """
+    request_id: _builtins.str
+    """Names the stream, so that ResumeStream and Cancel can find it: 1 to 128 of A-Z, a-z, 0-9, ".", "_"
+    and "-", best a random UUID (AIP-155). Named, it runs on for a grace time when its connection
+    breaks; ALREADY_EXISTS while the caller has another stream of this name. Absent: a broken
+    connection cancels it.
     """
     @_builtins.property
     def dialogs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dialog]:
@@ -442,14 +489,21 @@ class ChatCompleteStreamRequest(_message.Message):
         top_logprobs: _builtins.int = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
         n: _builtins.int | None = ...,
+        priority: _builtins.int | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___ChatCompleteStreamRequest: _TypeAlias = ChatCompleteStreamRequest  # noqa: Y015
 
@@ -585,15 +639,25 @@ class ChatFinished(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
+    SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
     dialog_index: _builtins.int
     """Which dialog of the request."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
     choice_index: _builtins.int
     """Which of the dialog's `n` answers, from 0."""
+    resumed: _builtins.int
+    """How often it went on at another replica, because the one that made it was lost. Its tokens are
+    the same as without.
+    """
     @_builtins.property
     def usage(self) -> Global___Usage:
         """What it cost."""
+
+    @_builtins.property
+    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With FINISH_REASON_SAFETY: what the classifier found."""
 
     def __init__(
         self,
@@ -602,10 +666,12 @@ class ChatFinished(_message.Message):
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         choice_index: _builtins.int = ...,
+        resumed: _builtins.int = ...,
+        safety_categories: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dialog_index", b"dialog_index", "finish_reason", b"finish_reason", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dialog_index", b"dialog_index", "finish_reason", b"finish_reason", "resumed", b"resumed", "safety_categories", b"safety_categories", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -624,6 +690,7 @@ class TextCompleteRequest(_message.Message):
     ECHO_FIELD_NUMBER: _builtins.int
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report tokens with their logprobs."""
     top_logprobs: _builtins.int
@@ -633,6 +700,10 @@ class TextCompleteRequest(_message.Message):
     n: _builtins.int
     """Continuations of each prompt, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the
     work of the prompt. Continuation i draws with seed + i (modulo 2^64).
+    """
+    priority: _builtins.int
+    """Higher goes first when requests wait; equal ones go in turn by caller. Range -100 to 100, and at
+    most what the caller's key allows; default 0.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -656,14 +727,20 @@ class TextCompleteRequest(_message.Message):
         echo: _builtins.bool = ...,
         prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
         n: _builtins.int | None = ...,
+        priority: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "logprobs", b"logprobs", "n", b"n", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "echo", b"echo", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___TextCompleteRequest: _TypeAlias = TextCompleteRequest  # noqa: Y015
 
@@ -704,6 +781,8 @@ class TextCompleteStreamRequest(_message.Message):
     ECHO_FIELD_NUMBER: _builtins.int
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report tokens with their logprobs."""
     top_logprobs: _builtins.int
@@ -713,6 +792,16 @@ class TextCompleteStreamRequest(_message.Message):
     n: _builtins.int
     """Continuations of each prompt, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the
     work of the prompt. Continuation i draws with seed + i (modulo 2^64).
+    """
+    priority: _builtins.int
+    """Higher goes first when requests wait; equal ones go in turn by caller. Range -100 to 100, and at
+    most what the caller's key allows; default 0.
+    """
+    request_id: _builtins.str
+    """Names the stream, so that ResumeStream and Cancel can find it: 1 to 128 of A-Z, a-z, 0-9, ".", "_"
+    and "-", best a random UUID (AIP-155). Named, it runs on for a grace time when its connection
+    breaks; ALREADY_EXISTS while the caller has another stream of this name. Absent: a broken
+    connection cancels it.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -736,14 +825,21 @@ class TextCompleteStreamRequest(_message.Message):
         echo: _builtins.bool = ...,
         prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
         n: _builtins.int | None = ...,
+        priority: _builtins.int | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "logprobs", b"logprobs", "n", b"n", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "echo", b"echo", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "request_id", b"request_id", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___TextCompleteStreamRequest: _TypeAlias = TextCompleteStreamRequest  # noqa: Y015
 
@@ -875,15 +971,25 @@ class TextFinished(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
+    SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
     prompt_index: _builtins.int
     """Which prompt of the request."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
     choice_index: _builtins.int
     """Which of the prompt's `n` continuations, from 0."""
+    resumed: _builtins.int
+    """How often it went on at another replica, because the one that made it was lost. Its tokens are
+    the same as without.
+    """
     @_builtins.property
     def usage(self) -> Global___Usage:
         """What it cost."""
+
+    @_builtins.property
+    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With FINISH_REASON_SAFETY: what the classifier found."""
 
     def __init__(
         self,
@@ -892,14 +998,113 @@ class TextFinished(_message.Message):
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         choice_index: _builtins.int = ...,
+        resumed: _builtins.int = ...,
+        safety_categories: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "prompt_index", b"prompt_index", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "prompt_index", b"prompt_index", "resumed", b"resumed", "safety_categories", b"safety_categories", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TextFinished: _TypeAlias = TextFinished  # noqa: Y015
+
+@_typing.final
+class ResumeStreamRequest(_message.Message):
+    """A stream to go on with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As given when the stream was begun; a stream is found by its name and the caller's key."""
+    after_sequence: _builtins.int
+    """The `sequence` of the last event that arrived; 0: none did."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeStreamRequest: _TypeAlias = ResumeStreamRequest  # noqa: Y015
+
+@_typing.final
+class ResumeStreamResponse(_message.Message):
+    """The next event of the stream, as it would have come on its first connection."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chat(self) -> Global___ChatCompleteStreamResponse:
+        """Of ChatCompleteStream."""
+
+    @_builtins.property
+    def text(self) -> Global___TextCompleteStreamResponse:
+        """Of TextCompleteStream."""
+
+    def __init__(
+        self,
+        *,
+        chat: Global___ChatCompleteStreamResponse | None = ...,
+        text: Global___TextCompleteStreamResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "event", b"event", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "event", b"event", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["chat", "text"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ResumeStreamResponse: _TypeAlias = ResumeStreamResponse  # noqa: Y015
+
+@_typing.final
+class CancelRequest(_message.Message):
+    """A stream to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As given when the stream was begun."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelRequest: _TypeAlias = CancelRequest  # noqa: Y015
+
+@_typing.final
+class CancelResponse(_message.Message):
+    """It is ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
 
 @_typing.final
 class RenderPromptRequest(_message.Message):

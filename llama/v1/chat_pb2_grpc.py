@@ -56,6 +56,16 @@ class ChatServiceStub(object):
                 request_serializer=llama_dot_v1_dot_chat__pb2.TextCompleteStreamRequest.SerializeToString,
                 response_deserializer=llama_dot_v1_dot_chat__pb2.TextCompleteStreamResponse.FromString,
                 _registered_method=True)
+        self.ResumeStream = channel.unary_stream(
+                '/llama.v1.ChatService/ResumeStream',
+                request_serializer=llama_dot_v1_dot_chat__pb2.ResumeStreamRequest.SerializeToString,
+                response_deserializer=llama_dot_v1_dot_chat__pb2.ResumeStreamResponse.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/llama.v1.ChatService/Cancel',
+                request_serializer=llama_dot_v1_dot_chat__pb2.CancelRequest.SerializeToString,
+                response_deserializer=llama_dot_v1_dot_chat__pb2.CancelResponse.FromString,
+                _registered_method=True)
         self.RenderPrompt = channel.unary_unary(
                 '/llama.v1.ChatService/RenderPrompt',
                 request_serializer=llama_dot_v1_dot_chat__pb2.RenderPromptRequest.SerializeToString,
@@ -101,6 +111,22 @@ class ChatServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResumeStream(self, request, context):
+        """Goes on with a stream whose connection broke, from the event after the last one that arrived.
+        NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
+        the events asked for are no longer kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a named stream, connected or not. What it used is free within one step. NOT_FOUND as above.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RenderPrompt(self, request, context):
         """The exact token ids and text that a dialog becomes. Spends no model time.
         """
@@ -137,6 +163,16 @@ def add_ChatServiceServicer_to_server(servicer, server):
                     servicer.TextCompleteStream,
                     request_deserializer=llama_dot_v1_dot_chat__pb2.TextCompleteStreamRequest.FromString,
                     response_serializer=llama_dot_v1_dot_chat__pb2.TextCompleteStreamResponse.SerializeToString,
+            ),
+            'ResumeStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.ResumeStream,
+                    request_deserializer=llama_dot_v1_dot_chat__pb2.ResumeStreamRequest.FromString,
+                    response_serializer=llama_dot_v1_dot_chat__pb2.ResumeStreamResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=llama_dot_v1_dot_chat__pb2.CancelRequest.FromString,
+                    response_serializer=llama_dot_v1_dot_chat__pb2.CancelResponse.SerializeToString,
             ),
             'RenderPrompt': grpc.unary_unary_rpc_method_handler(
                     servicer.RenderPrompt,
@@ -259,6 +295,60 @@ class ChatService(object):
             '/llama.v1.ChatService/TextCompleteStream',
             llama_dot_v1_dot_chat__pb2.TextCompleteStreamRequest.SerializeToString,
             llama_dot_v1_dot_chat__pb2.TextCompleteStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/llama.v1.ChatService/ResumeStream',
+            llama_dot_v1_dot_chat__pb2.ResumeStreamRequest.SerializeToString,
+            llama_dot_v1_dot_chat__pb2.ResumeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llama.v1.ChatService/Cancel',
+            llama_dot_v1_dot_chat__pb2.CancelRequest.SerializeToString,
+            llama_dot_v1_dot_chat__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,13 @@ class ChatServiceStub:
     """Continues one or more plain texts."""
     TextCompleteStream: _grpc.UnaryStreamMultiCallable[_chat_pb2.TextCompleteStreamRequest, _chat_pb2.TextCompleteStreamResponse]
     """The same, with events as tokens are made; prompts are interleaved and tagged by prompt_index."""
+    ResumeStream: _grpc.UnaryStreamMultiCallable[_chat_pb2.ResumeStreamRequest, _chat_pb2.ResumeStreamResponse]
+    """Goes on with a stream whose connection broke, from the event after the last one that arrived.
+    NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
+    the events asked for are no longer kept.
+    """
+    Cancel: _grpc.UnaryUnaryMultiCallable[_chat_pb2.CancelRequest, _chat_pb2.CancelResponse]
+    """Ends a named stream, connected or not. What it used is free within one step. NOT_FOUND as above."""
     RenderPrompt: _grpc.UnaryUnaryMultiCallable[_chat_pb2.RenderPromptRequest, _chat_pb2.RenderPromptResponse]
     """The exact token ids and text that a dialog becomes. Spends no model time."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_chat_pb2.GetModelRequest, _chat_pb2.GetModelResponse]
@@ -63,6 +70,13 @@ class ChatServiceAsyncStub(ChatServiceStub):
     """Continues one or more plain texts."""
     TextCompleteStream: _aio.UnaryStreamMultiCallable[_chat_pb2.TextCompleteStreamRequest, _chat_pb2.TextCompleteStreamResponse]  # type: ignore[assignment]
     """The same, with events as tokens are made; prompts are interleaved and tagged by prompt_index."""
+    ResumeStream: _aio.UnaryStreamMultiCallable[_chat_pb2.ResumeStreamRequest, _chat_pb2.ResumeStreamResponse]  # type: ignore[assignment]
+    """Goes on with a stream whose connection broke, from the event after the last one that arrived.
+    NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
+    the events asked for are no longer kept.
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_chat_pb2.CancelRequest, _chat_pb2.CancelResponse]  # type: ignore[assignment]
+    """Ends a named stream, connected or not. What it used is free within one step. NOT_FOUND as above."""
     RenderPrompt: _aio.UnaryUnaryMultiCallable[_chat_pb2.RenderPromptRequest, _chat_pb2.RenderPromptResponse]  # type: ignore[assignment]
     """The exact token ids and text that a dialog becomes. Spends no model time."""
     GetModel: _aio.UnaryUnaryMultiCallable[_chat_pb2.GetModelRequest, _chat_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -104,6 +118,25 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_pb2.TextCompleteStreamResponse], _abc.AsyncIterator[_chat_pb2.TextCompleteStreamResponse]]:
         """The same, with events as tokens are made; prompts are interleaved and tagged by prompt_index."""
+
+    @_abc_1.abstractmethod
+    def ResumeStream(
+        self,
+        request: _chat_pb2.ResumeStreamRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_chat_pb2.ResumeStreamResponse], _abc.AsyncIterator[_chat_pb2.ResumeStreamResponse]]:
+        """Goes on with a stream whose connection broke, from the event after the last one that arrived.
+        NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
+        the events asked for are no longer kept.
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _chat_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.CancelResponse, _abc.Awaitable[_chat_pb2.CancelResponse]]:
+        """Ends a named stream, connected or not. What it used is free within one step. NOT_FOUND as above."""
 
     @_abc_1.abstractmethod
     def RenderPrompt(

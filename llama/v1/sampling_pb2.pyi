@@ -39,6 +39,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The dialog held a special tag and was answered with the refusal text."""
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 5
     """The request was cancelled before it ended."""
+    FINISH_REASON_SAFETY: _FinishReason.ValueType  # 6
+    """The safety classifier found the dialog or the answer unsafe; text that was already sent stays."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a generation ended."""
@@ -55,6 +57,8 @@ FINISH_REASON_UNSAFE: FinishReason.ValueType  # 4
 """The dialog held a special tag and was answered with the refusal text."""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 5
 """The request was cancelled before it ended."""
+FINISH_REASON_SAFETY: FinishReason.ValueType  # 6
+"""The safety classifier found the dialog or the answer unsafe; text that was already sent stays."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
