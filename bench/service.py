@@ -1,8 +1,10 @@
 """What the way through gRPC costs: python -m bench.service
 
 The same prompts go to an engine in this process and, through the gateway's TextCompleteStream, to
-services on the same machine, in turn, round after round. Compared are answer tokens over the time
-from the first request to the last token.
+services on the same machine, in turn, round after round. Compared are tokens per second while all
+streams decode, and answer tokens over the time from the first request to the last token. The second
+has the prompts in it, which an engine takes in one step when all are there at once, and bit by bit
+when they arrive one after the other.
 """
 
 import argparse
@@ -11,7 +13,9 @@ import random
 import struct
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import grpc
 
@@ -28,13 +32,32 @@ from model_service.replica import load_replica
 Prompts = Sequence[tuple[int, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens per second of some streams."""
+
+    decode: float  # while all of them decode
+    overall: float  # from the first request to the last token
+
+    @classmethod
+    def of(cls, started: float, arrivals: Sequence[Sequence[float]]) -> Self:
+        """`arrivals` holds the time of each token, by stream."""
+        begin = max(times[0] for times in arrivals)
+        end = min(times[-1] for times in arrivals)
+        if begin >= end:
+            raise RuntimeError("the streams never decoded all at once: ask for longer answers")
+        amid = sum(begin < time <= end for times in arrivals for time in times)
+        last = max(times[-1] for times in arrivals)
+        return cls(amid / (end - begin), sum(map(len, arrivals)) / (last - started))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.service", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1.1B")
     parser.add_argument("--quantize", choices=["none", "int8", "int4"], default="int8")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
-    parser.add_argument("--answer", type=int, default=64, help="tokens")
+    parser.add_argument("--answer", type=int, default=128, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work_dir", type=Path, default=Path.home() / ".cache/chasqui-bench")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -95,57 +118,62 @@ def _measure(
             tuple(source.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(args.prompt))
             for _ in range(streams)
         ]
-        tokens = streams * args.answer
-        engine.append(tokens / _through_engine(direct, prompts, args.answer))
-        service.append(tokens / asyncio.run(_through_grpc(address, prompts, args.answer)))
-    ratios = summarize([b / a for a, b in zip(engine[1:], service[1:], strict=True)])
+        engine.append(_through_engine(direct, prompts, args.answer))
+        service.append(asyncio.run(_through_grpc(address, prompts, args.answer)))
+    rounds = list(zip(engine[1:], service[1:], strict=True))
+    ratios = summarize([b.decode / a.decode for a, b in rounds])
     return Row(
         "service",
         {"streams": streams, "prompt_tokens": args.prompt, "answer_tokens": args.answer},
         {
-            "engine_tokens_per_s": summarize(engine[1:]).median,
-            "service_tokens_per_s": summarize(service[1:]).median,
+            "engine_tokens_per_s": summarize([a.decode for a, _ in rounds]).median,
+            "service_tokens_per_s": summarize([b.decode for _, b in rounds]).median,
             "ratio": ratios.median,
             "low": ratios.low,
             "high": ratios.high,
+            "ratio_with_prompts": summarize([b.overall / a.overall for a, b in rounds]).median,
         },
     )
 
 
-def _through_engine(direct: Session, prompts: Prompts, answer: int) -> float:
-    """Seconds to answer all."""
+def _through_engine(direct: Session, prompts: Prompts, answer: int) -> Rates:
     started = time.perf_counter()
-    for prompt in prompts:
-        direct.add(prompt, answer)
+    arrivals: dict[int, list[float]] = {
+        direct.add(prompt, answer, logprobs=True): [] for prompt in prompts
+    }
     while direct.engine.has_work:
-        direct.step()
-    return time.perf_counter() - started
+        step = direct.step()
+        now = time.perf_counter()
+        for request, tokens in step.tokens.items():
+            arrivals[request] += [now] * tokens
+    return Rates.of(started, [*arrivals.values()])
 
 
-async def _through_grpc(address: str, prompts: Prompts, answer: int) -> float:
-    """Seconds to answer all, each on a stream of its own."""
+async def _through_grpc(address: str, prompts: Prompts, answer: int) -> Rates:
+    """Each prompt on a stream of its own."""
     async with grpc.aio.insecure_channel(address) as channel:
         await channel.channel_ready()
         stub = chat_pb2_grpc.ChatServiceStub(channel)
         started = time.perf_counter()
-        made = await asyncio.gather(*(_stream(stub, prompt, answer) for prompt in prompts))
-        seconds = time.perf_counter() - started
-    if set(made) != {answer}:
-        raise RuntimeError(f"answers of {made} tokens instead of {answer}")
-    return seconds
+        arrivals = await asyncio.gather(*(_stream(stub, prompt, answer) for prompt in prompts))
+    if {len(times) for times in arrivals} != {answer}:
+        raise RuntimeError(f"answers of other lengths than {answer} tokens")
+    return Rates.of(started, arrivals)
 
 
 async def _stream(
     stub: "chat_pb2_grpc.ChatServiceAsyncStub", prompt: tuple[int, ...], answer: int
-) -> int:
+) -> list[float]:
+    """When each token arrived; they are counted by their logprobs, as some are no text."""
     request = chat_pb2.TextCompleteStreamRequest(
         prompt_ids=[sampling_pb2.TokenIds(ids=prompt)],
         sampling=sampling_pb2.SamplingParams(temperature=0, max_gen_len=answer, ignore_eos=True),
+        logprobs=True,
     )
+    arrivals: list[float] = []
     async for event in stub.TextCompleteStream(request):
-        if event.HasField("finished"):
-            return event.finished.usage.completion_tokens
-    return 0
+        arrivals += [time.perf_counter()] * len(event.delta.tokens)
+    return arrivals
 
 
 if __name__ == "__main__":

@@ -111,11 +111,11 @@ class Session:
             self._random.randrange(FIRST_ORDINARY_ID, self._vocab_size) for _ in range(length)
         )
 
-    def add(self, prompt: tuple[int, ...], answer: int) -> int:
+    def add(self, prompt: tuple[int, ...], answer: int, *, logprobs: bool = False) -> int:
         """Adds a greedy request without stop tokens; returns its id."""
         request_id = self._next_id
         self._next_id += 1
-        self.engine.add(GenerationRequest(request_id, prompt, answer, GREEDY))
+        self.engine.add(GenerationRequest(request_id, prompt, answer, GREEDY, logprobs=logprobs))
         self._running.add(request_id)
         self.answers[request_id] = ()
         return request_id

@@ -14,6 +14,12 @@ FITS = 5  # whose median decides: one strange step among plain ones makes one st
 # A line needs two abscissae. Where neither decode alone nor prompts of other lengths give a second,
 # every so many steps take another number of prompt tokens on purpose.
 CONTRAST_EVERY = 8
+# Prompt tokens that steps take however much they cost, so that prompts get on; half as many where
+# that is the other number tried on purpose.
+FLOOR = 4
+# Prompt tokens that steps take however much they cost, so that prompts get on; half as many where
+# that is the other number tried on purpose.
+FLOOR = 4
 LEAST_COST = 1e-6  # decode-only steps per prompt token: where noise hides the cost
 
 
@@ -30,16 +36,17 @@ class _Regime:
 class Pace:
     """Keeps steps below `max_stall` times a step without prompts."""
 
-    def __init__(self, max_stall: float, floor: int, ceiling: int) -> None:
-        """Starts knowing nothing: with `floor`, doubling as steps are recorded.
+    def __init__(self, max_stall: float, first: int, ceiling: int) -> None:
+        """Starts knowing nothing: with `first`, doubling as steps are recorded.
 
         Args:
             max_stall: longest step while sequences decode, in steps without prompt tokens; above 1.
-            floor: prompt tokens that a step may always take, so that prompts get on.
-            ceiling: most prompt tokens of a step; where it is lower than `floor`, it counts.
+            first: prompt tokens of the first step that has some.
+            ceiling: most prompt tokens of a step; where it is lower than FLOOR, it counts.
         """
         self._max_stall = max_stall
-        self._floor = min(floor, ceiling)
+        self._floor = min(FLOOR, ceiling)
+        self._first = first
         self._ceiling = ceiling
         self._regimes: dict[int, _Regime] = {}
 
@@ -70,16 +77,14 @@ class Pace:
         usual = self._usual(regime)
         if regime.since_contrast < CONTRAST_EVERY:
             return usual
-        if 2 * usual > 3 * self._floor:
-            return self._floor
-        return min(2 * self._floor, self._ceiling)
+        return self._floor if 2 * usual > 3 * self._floor else max(1, self._floor // 2)
 
     def _regime(self, decode_rows: int) -> _Regime:
         return self._regimes.setdefault(decode_rows.bit_length(), _Regime())
 
     def _usual(self, regime: _Regime) -> int:
         """What the stall allows, but never more than twice what was lately tried."""
-        known = 2 * max(regime.tried, default=self._floor)
+        known = 2 * max(regime.tried) if regime.tried else self._first
         if regime.costs:
             cost = max(median(regime.costs), LEAST_COST)
             known = min(known, int((self._max_stall - 1) / cost))

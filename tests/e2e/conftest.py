@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from llama.v1 import chat_pb2_grpc, model_pb2_grpc
+from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONTEXT_LENGTH = 256  # of the golden cases
@@ -184,6 +184,21 @@ async def model_service(stack: Stack) -> AsyncIterator["model_pb2_grpc.ModelServ
     """A client of the shared model service itself, for its load report."""
     async with grpc.aio.insecure_channel(stack.model.address) as channel:
         yield model_pb2_grpc.ModelServiceStub(channel)
+
+
+@pytest.fixture
+def idle_load(
+    model_service: "model_pb2_grpc.ModelServiceAsyncStub",
+) -> Callable[[], Awaitable[model_pb2.GetLoadResponse]]:
+    """Waits until no sequence runs or waits; returns the load report of then."""
+
+    async def until_idle() -> model_pb2.GetLoadResponse:
+        while True:
+            load = await model_service.GetLoad(model_pb2.GetLoadRequest())
+            if load.running_sequences == load.waiting_sequences == 0:
+                return load
+
+    return until_idle
 
 
 @pytest.hookimpl(wrapper=True)

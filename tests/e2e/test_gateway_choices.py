@@ -14,7 +14,6 @@ from llama.v1.chat_pb2 import (
     TextCompleteRequest,
     TextCompleteStreamRequest,
 )
-from llama.v1.model_pb2 import GetLoadRequest
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP, SamplingParams, TokenIds
 
 SEED = 2**64 - 2
@@ -92,7 +91,7 @@ async def test_greedy_answers_are_all_the_same(chat: Any) -> None:
 
 
 async def test_answers_leave_no_block_behind_finished_or_cancelled(
-    chat: Any, model_service: Any
+    chat: Any, idle_load: Any
 ) -> None:
     request = ChatCompleteRequest(dialogs=dialogs(*QUESTIONS), sampling=sampled(), n=8)
     assert len((await chat.ChatComplete(request)).predictions) == 16
@@ -103,17 +102,9 @@ async def test_answers_leave_no_block_behind_finished_or_cancelled(
     while not (await stream.read()).HasField("delta"):
         pass
     stream.cancel()
-    load = await until_idle(model_service)
+    load = await idle_load()
     assert load.free_blocks == load.total_blocks
     assert load.outstanding_tokens == 0
-
-
-async def until_idle(model_service: Any) -> Any:
-    """The load report once no sequence runs or waits; the test's own timeout bounds the wait."""
-    while True:
-        load = await model_service.GetLoad(GetLoadRequest())
-        if load.running_sequences == load.waiting_sequences == 0:
-            return load
 
 
 async def test_special_tags_are_refused_as_often_as_answers_are_wanted(chat: Any) -> None:

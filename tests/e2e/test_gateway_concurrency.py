@@ -69,7 +69,7 @@ async def test_reported_seed_reproduces_the_answer(chat: Any) -> None:
 
 
 async def test_200_streams_of_which_every_other_is_cancelled_leave_nothing_behind(
-    chat: Any, model_service: Any
+    chat: Any, idle_load: Any
 ) -> None:
     endless = SamplingParams(temperature=1, ignore_eos=True, max_gen_len=200)
     short = SamplingParams(temperature=1, ignore_eos=True, max_gen_len=20)
@@ -87,20 +87,14 @@ async def test_200_streams_of_which_every_other_is_cancelled_leave_nothing_behin
         call.cancel()
 
     await asyncio.gather(*map(run, range(200)))
-    load = await until_idle(model_service)
+    load = await idle_load()
     assert load.free_blocks == load.total_blocks
     assert load.outstanding_tokens == 0
 
 
-async def until_idle(model_service: Any) -> Any:
-    """The load report once no sequence runs or waits; the test's own timeout bounds the wait."""
-    while True:
-        load = await model_service.GetLoad(GetLoadRequest())
-        if load.running_sequences == load.waiting_sequences == 0:
-            return load
-
-
-async def test_cancelled_unary_call_leaves_nothing_behind(chat: Any, model_service: Any) -> None:
+async def test_cancelled_unary_call_leaves_nothing_behind(
+    chat: Any, model_service: Any, idle_load: Any
+) -> None:
     endless = SamplingParams(temperature=1, ignore_eos=True, max_gen_len=200)
     calls = [
         chat.TextComplete(TextCompleteRequest(prompts=["one", "two"], sampling=endless))
@@ -110,5 +104,5 @@ async def test_cancelled_unary_call_leaves_nothing_behind(chat: Any, model_servi
         pass
     for call in calls:
         call.cancel()
-    load = await until_idle(model_service)
+    load = await idle_load()
     assert load.free_blocks == load.total_blocks

@@ -62,7 +62,7 @@ class ScriptedModel(model_pb2_grpc.ModelServiceServicer):
     async def GetLoad(
         self, _request: model_pb2.GetLoadRequest, _context: object
     ) -> model_pb2.GetLoadResponse:
-        raise NotImplementedError
+        return model_pb2.GetLoadResponse()
 
     async def Generate(
         self, requests: AsyncIterator[model_pb2.GenerateRequest], _context: object
