@@ -4,6 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from gateway.named_streams import StreamLimits
 from gateway.request import RequestLimits
 from serving.settings import Port, ServerSettings
 
@@ -30,6 +31,17 @@ class GatewaySettings(ServerSettings):
     max_choices: Annotated[
         int, Field(ge=1, description="answers to one dialog or prompt, the request's n")
     ] = 16
+    stream_grace: Annotated[
+        float,
+        Field(ge=0, description="seconds that a named stream is kept while no call reads it"),
+    ] = 30.0
+    stream_buffer_bytes: Annotated[
+        int, Field(ge=1, description="bytes of events kept to resume one named stream")
+    ] = 1024 * 1024
+    ended_streams_bytes: Annotated[
+        int,
+        Field(ge=0, description="bytes of events kept of all named streams that have ended"),
+    ] = 64 * 1024 * 1024
 
     @model_validator(mode="after")
     def _queue_holds_a_request(self) -> Self:
@@ -51,4 +63,12 @@ class GatewaySettings(ServerSettings):
             max_messages=self.max_messages,
             max_choices=self.max_choices,
             max_sequences=self.max_queued_sequences,
+        )
+
+    @property
+    def stream_limits(self) -> StreamLimits:
+        return StreamLimits(
+            grace=self.stream_grace,
+            buffer_bytes=self.stream_buffer_bytes,
+            ended_bytes=self.ended_streams_bytes,
         )
