@@ -230,7 +230,7 @@ async def begin(streams: NamedStreams, name: str, events: AsyncGenerator[Any, No
 
 
 async def test_full_buffer_drops_the_oldest_events_while_nobody_reads() -> None:
-    streams, release = NamedStreams(limits(buffer_bytes=4 * (EVENT_OVERHEAD + 20))), asyncio.Event()
+    streams, release = NamedStreams(limits(buffer_bytes=4 * (EVENT_OVERHEAD + 8))), asyncio.Event()
     await begin(streams, "a", made(10, release))
     release.set()
     await streams.drain()
@@ -258,7 +258,7 @@ async def test_slow_reader_loses_nothing_however_small_the_buffer(
 
 
 async def test_ended_streams_are_kept_up_to_a_bound_in_all() -> None:
-    streams = NamedStreams(limits(ended_bytes=5 * (EVENT_OVERHEAD + 20)))
+    streams = NamedStreams(limits(ended_bytes=5 * EVENT_OVERHEAD))
     for name in ("first", "second"):
         assert await all_of(streams.open(name, made(3), None)) == [1, 2, 3]
     assert await all_of(streams.resume("second", 0)) == [1, 2, 3]
