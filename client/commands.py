@@ -200,8 +200,10 @@ def chat(
 @one_line_errors()
 def complete(text: str, target: str, n: int | None, **options: Unpack[TextOptions]) -> None:
     """Continue TEXT."""
-    with Client(target) as client:
-        stream = client.complete_stream(text, n=n, **options)
+    with (
+        Client(target) as client,
+        contextlib.closing(client.complete_stream(text, n=n, **options)) as stream,
+    ):
         if n is not None:
             print_choices(stream, n)
             return

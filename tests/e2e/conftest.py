@@ -80,6 +80,12 @@ class ServiceProcess:
         finally:
             process.stop()
 
+    def kill(self) -> None:
+        """Ends it without a warning."""
+        self._terminated = True
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self.stop()
+
     def stop(self) -> int:
         """Ends it; returns its exit status."""
         self.terminate()
@@ -170,6 +176,15 @@ def stack() -> Iterator[Stack]:
     """The stack that most tests share."""
     with run_services("mha-mp1", max_batch_size=32) as running:
         yield running
+
+
+@pytest.fixture
+def own_gateway(stack: Stack) -> Iterator[ServiceProcess]:
+    """One more gateway in front of the shared services, for a test that ends it."""
+    gateway = start_gateway(stack.tokenizer, stack.model)
+    gateway.wait_until(serving=True)
+    yield gateway
+    gateway.stop()
 
 
 @pytest.fixture
