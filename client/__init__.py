@@ -1,7 +1,7 @@
 """Clients of Chasqui's gateway: `Client`, `AsyncClient`, and the types they take and return."""
 
 from client.aio import AsyncClient
-from client.channel import DEFAULT_TARGET
+from client.channel import DEFAULT_TARGET, Tls
 from client.errors import (
     ChasquiError,
     DeadlineExceededError,
@@ -55,6 +55,7 @@ __all__ = [
     "StreamLostError",
     "TextOptions",
     "TextPrediction",
+    "Tls",
     "Token",
     "TopLogprob",
     "UnavailableError",

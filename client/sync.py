@@ -13,7 +13,7 @@ from typing import Protocol, Self, Unpack
 import grpc
 
 from client import requests, results
-from client.channel import DEFAULT_TARGET, channel_options
+from client.channel import DEFAULT_TARGET, Tls, open_channel, with_key
 from client.errors import from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
@@ -41,18 +41,23 @@ class Client:
     """Talks to a gateway; threads may share one. Use it in a `with` statement, or close it.
 
     A method whose call fails raises a ChasquiError. Options are keyword arguments, spelled out in
-    `client.requests`. A stream whose connection breaks is tried to go on with for `resume_seconds`;
-    0 lets it fail.
+    `client.requests`. Without `tls` it talks plaintext; the key then, too, is for all to read. A
+    stream whose connection breaks is tried to go on with for `resume_seconds`; 0 lets it fail.
     """
 
     def __init__(
-        self, target: str = DEFAULT_TARGET, *, resume_seconds: float = RESUME_SECONDS
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+        resume_seconds: float = RESUME_SECONDS,
     ) -> None:
         self.target = target
         self._resume_seconds = resume_seconds
         self._streams: set[ResumableStream] = set()  # that are being read
-        self._channel = grpc.insecure_channel(target, channel_options(target))
-        self._stub = ChatServiceStub(self._channel)
+        self._channel = open_channel(target, tls)
+        self._stub = ChatServiceStub(with_key(self._channel, api_key))
 
     def __enter__(self) -> Self:
         return self
