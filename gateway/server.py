@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from gateway.access import authorizer, connection_options
 from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.completion import Event, Place, PlacedEvent, complete, fold
@@ -24,9 +25,10 @@ from gateway.messages import (
     text_prediction,
 )
 from gateway.named_streams import NamedStreams, ResponseT
-from gateway.prompts import Encode, encode_dialogs, encode_texts, take_ids
+from gateway.prompts import Encode, Prompt, encode_dialogs, encode_texts, take_ids
 from gateway.request import (
     ChatRequest,
+    Options,
     TextRequest,
     chat_violations,
     options,
@@ -63,7 +65,14 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
         finally:
             await streams.close()
 
-    return Service(names=[SERVICE_NAME], register=register, run=run, drain=streams.drain)
+    return Service(
+        names=[SERVICE_NAME],
+        register=register,
+        run=run,
+        drain=streams.drain,
+        authorize=authorizer(settings),
+        options=connection_options(settings),
+    )
 
 
 class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
@@ -170,7 +179,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             )
             by_path = dict(zip(safe, encoded, strict=True))
             prompts = [by_path.get(path) for path in dialogs]
-            events = complete(prompts, chosen, vocabulary, self._replicas, arrived)
+            events = self._complete(prompts, chosen, arrived)
             async with aclosing(events):
                 async for event in events:
                     yield event
@@ -191,7 +200,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 prompts = await encode_texts(
                     texts, self._encoder(time_remaining), model.context_length
                 )
-            events = complete(prompts, chosen, vocabulary, self._replicas, arrived)
+            events = self._complete(prompts, chosen, arrived)
             async with aclosing(events):
                 async for event in events:
                     yield event
@@ -201,6 +210,18 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> AsyncGenerator[ResponseT, None]:
         """The events by way of a named stream, if there is a name."""
         return self._streams.open(name, events, context.time_remaining()) if name else events
+
+    def _complete(
+        self, prompts: Sequence[Prompt | None], chosen: Options, arrived: float
+    ) -> AsyncGenerator[PlacedEvent, None]:
+        return complete(
+            prompts,
+            chosen,
+            self._tokenizer.vocabulary,
+            self._replicas,
+            arrived,
+            max_unread_bytes=self._settings.max_unread_bytes,
+        )
 
     def _encoder(self, time_remaining: TimeRemaining) -> Encode:
         """Encoding within what is left of the caller's deadline."""
