@@ -6,7 +6,7 @@ from gateway.backend import Backend
 from gateway.peer import connector
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
-from serving import logs
+from serving import core_log, logs
 from serving.errors import StartError
 from serving.server import serve
 from serving.settings import parse
@@ -20,6 +20,7 @@ async def run(settings: GatewaySettings) -> None:
 
 def main() -> None:
     settings = parse(GatewaySettings, prog="python -m gateway")
+    core_log.gather()
     logs.configure(settings)
     try:
         asyncio.run(run(settings))

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from serving.caller import ANYBODY, Caller, CallerLimits, Permission
 from serving.errors import RequestError, StartError
+from serving.seldom import Seldom
 
 METADATA_KEY = "authorization"
 SCHEME = "Bearer "
@@ -77,7 +78,7 @@ class KeyRing:
     def __init__(self, path: Path, needs: Mapping[str, Permission]) -> None:
         self._path = path
         self._needs = {f"/{service}/": permission for service, permission in needs.items()}
-        self._refusals = _Seldom(LOG_SECONDS)
+        self._refusals = Seldom(LOG_SECONDS)
         self._checked = time.monotonic()
         self._changed_at = _changed_at(path)
         try:
@@ -99,7 +100,8 @@ class KeyRing:
             caller = self._caller(metadata)
             self._check(caller, method)
         except RequestError as refusal:
-            self._refusals.say("caller refused", code=refusal.code.name, reason=refusal.message)
+            reason = refusal.message
+            self._refusals.warn(_log, "caller refused", code=refusal.code.name, reason=reason)
             raise
         return caller
 
@@ -142,24 +144,6 @@ class KeyRing:
             _log.error("API keys not reloaded, the old ones stay", reason=str(error))
         else:
             _log.info("API keys reloaded", keys=len(self._callers))
-
-
-class _Seldom:
-    """Logs a warning at once, and those that follow soon as a count in the next one."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._next = -float("inf")
-        self._silent = 0
-
-    def say(self, event: str, **values: str) -> None:
-        if self._clock() < self._next:
-            self._silent += 1
-            return
-        _log.warning(event, **values, unsaid_before=self._silent)
-        self._silent = 0
-        self._next = self._clock() + self._seconds
 
 
 def key_digest(key: str) -> str:
