@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -127,7 +128,8 @@ class Certificate:
     @classmethod
     def issue(cls, authority: trustme.CA, folder: Path, **attributes: Any) -> "Certificate":
         issued = authority.issue_cert("localhost", "127.0.0.1", **attributes)
-        files = cls(folder / f"{id(issued)}.cert.pem", folder / f"{id(issued)}.key.pem")
+        name = uuid.uuid4().hex
+        files = cls(folder / f"{name}.cert.pem", folder / f"{name}.key.pem")
         files.cert.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
         files.key.write_bytes(issued.private_key_pem.bytes())
         return files

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -46,7 +47,8 @@ async def test_services_inside_talk_mutual_tls(
     peers = {"peer_cert": pem["cert"], "peer_key": pem["key"], "peer_ca": pem["ca"]}
     to_tokenizer, _ = await start_server(tokenizer_service(tokenizer), **tls)
     to_model, _ = await start_server(model.service(), **tls)
-    settings = GatewaySettings(port=0, grace_period=0, peer_name="inside.example", **peers)
+    named: Any = {**peers, "peer_name": "inside.example"}
+    settings = GatewaySettings(port=0, grace_period=0, **named)
     backend = Backend(to_tokenizer, [to_model], connector(settings))
     server: Running = await servers.enter_async_context(
         running(settings, gateway_service(backend, settings))
@@ -89,7 +91,7 @@ async def test_slow_but_steady_reader_gets_everything(
     address, _ = await start_server(model.service())
     gateway = await start_gateway(tokenizer_target, address, max_unread_bytes=4096)
     await gateway.until(serving=True)
-    call = gateway.stub.TextCompleteStream(REQUEST)
+    call: Any = gateway.stub.TextCompleteStream(REQUEST)
     sequence = (await model.starts.get()).request_id
     await call.read()
     for _ in range(100):

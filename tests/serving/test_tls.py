@@ -35,9 +35,10 @@ def settings(files: TlsFiles, **more: Any) -> ServerSettings:
     return ServerSettings(tls_cert=files.cert, tls_key=files.key, **more)
 
 
-async def say(target: str, files: TlsFiles) -> str:
+async def say(target: str, files: TlsFiles | PeerCertificates) -> str:
     """What a caller with these files is answered, or the reason that it is not."""
-    async with channel(target, PeerCertificates(files)) as to_server:
+    certificates = PeerCertificates(files) if isinstance(files, TlsFiles) else files
+    async with channel(target, certificates) as to_server:
         method: Any = to_server.unary_unary(
             "/test.Echo/unary_unary", StringValue.SerializeToString, StringValue.FromString
         )
@@ -67,6 +68,18 @@ async def test_new_certificate_is_shown_without_a_restart(
     files = issue(trustme.CA(), tmp_path)
     assert await say(server.address, files) == "hello"
     assert "certificates reloaded" in [line["event"] for line in logged()]
+
+
+async def test_caller_reads_its_files_again_when_it_connects(
+    tmp_path: Path, echo: Any, servers: AsyncExitStack
+) -> None:
+    files = issue(trustme.CA(), tmp_path)
+    locked = settings(files, tls_client_ca=files.ca)
+    server = await servers.enter_async_context(running(locked, echo.service()))
+    caller = PeerCertificates(files)
+    assert await say(server.address, caller) == "hello"
+    issue(trustme.CA(), tmp_path)
+    assert await say(server.address, caller) == "hello"
 
 
 async def test_broken_new_certificate_is_told_of_once_and_not_used(
