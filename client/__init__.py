@@ -1,12 +1,13 @@
 """Clients of Chasqui's gateway: `Client`, `AsyncClient`, and the types they take and return."""
 
 from client.aio import AsyncClient
-from client.channel import DEFAULT_TARGET
+from client.channel import DEFAULT_TARGET, Tls
 from client.errors import (
     ChasquiError,
     DeadlineExceededError,
     InvalidRequestError,
     ResourceExhaustedError,
+    StreamLostError,
     UnavailableError,
     UnreachableError,
     Violation,
@@ -51,8 +52,10 @@ __all__ = [
     "ResourceExhaustedError",
     "Sampling",
     "Started",
+    "StreamLostError",
     "TextOptions",
     "TextPrediction",
+    "Tls",
     "Token",
     "TopLogprob",
     "UnavailableError",

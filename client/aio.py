@@ -1,40 +1,63 @@
 """The asyncio client. `client/sync.py` is the same without asyncio: change both together.
 
-A stream is a generator that owns its call. Python closes one that a loop has left a little later,
-when the event loop gets to it; `contextlib.aclosing` cancels the call there and then.
+A stream is a generator that owns its call, or its calls where connections break. Python closes one
+that a loop has left a little later, when the event loop gets to it; `contextlib.aclosing` cancels
+the stream there and then.
 """
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Self, TypeVar, Unpack
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Protocol, Self, Unpack
 
 import grpc
 
 from client import requests, results
-from client.channel import DEFAULT_TARGET, channel_options
+from client.channel import DEFAULT_TARGET, Tls, open_aio_channel, with_key
 from client.errors import from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
+from client.resumption import (
+    CANCEL_SECONDS,
+    RESUME_SECONDS,
+    ResumableStream,
+    StreamRequest,
+    StreamResponse,
+)
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 
-Request = TypeVar("Request")
-Response = TypeVar("Response")
 Stream = AsyncGenerator[Event, None]
+
+
+class Call(Protocol):
+    """A running call that streams its responses."""
+
+    def __aiter__(self) -> AsyncIterator[StreamResponse]: ...
+    def cancel(self) -> object: ...
 
 
 class AsyncClient:
     """Talks to a gateway, in the event loop it is made in. Use it in `async with`, or close it.
 
     A method whose call fails raises a ChasquiError. Options are keyword arguments, spelled out in
-    `client.requests`.
+    `client.requests`. Without `tls` it talks plaintext; the key then, too, is for all to read. A
+    stream whose connection breaks is tried to go on with for `resume_seconds`; 0 lets it fail.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+        resume_seconds: float = RESUME_SECONDS,
+    ) -> None:
         self.target = target
-        self._channel = grpc.aio.insecure_channel(target, channel_options(target))
-        self._stub = ChatServiceStub(self._channel)
+        self._resume_seconds = resume_seconds
+        self._streams: set[ResumableStream] = set()  # that are being read
+        self._channel = open_aio_channel(target, tls)
+        self._stub = ChatServiceStub(with_key(self._channel, api_key))
 
     async def __aenter__(self) -> Self:
         return self
@@ -44,6 +67,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connection and cancels the calls that still run on it."""
+        await self._cancel([*self._streams])
         await self._channel.close()
 
     async def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> ChatPrediction:
@@ -79,8 +103,7 @@ class AsyncClient:
         `index` tells the dialog of each, `choice_index` which of its `n` answers.
         """
         request = requests.chat(chat_pb2.ChatCompleteStreamRequest, dialogs, options, n)
-        call = partial(self._stub.ChatCompleteStream, request, timeout=options.get("timeout"))
-        return self._stream(call, results.chat_event)
+        return self._stream(self._resumable(request, options))
 
     async def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextPrediction:
         """Continues one text, or one sequence of token ids."""
@@ -112,8 +135,7 @@ class AsyncClient:
     ) -> Stream:
         """Continues several prompts in one call; events are as those of `chat_stream_many`."""
         request = requests.text(chat_pb2.TextCompleteStreamRequest, prompts, options, n)
-        call = partial(self._stub.TextCompleteStream, request, timeout=options.get("timeout"))
-        return self._stream(call, results.text_event)
+        return self._stream(self._resumable(request, options))
 
     async def render_prompt(
         self, dialog: Dialog, **options: Unpack[RenderOptions]
@@ -131,19 +153,46 @@ class AsyncClient:
             response = await self._stub.GetModel(request, timeout=options.get("timeout"))
         return results.model(response)
 
-    async def _stream(
-        self,
-        start: Callable[[], grpc.aio.UnaryStreamCall[Request, Response]],
-        event: Callable[[Response], Event],
-    ) -> Stream:
+    def _resumable(self, request: StreamRequest, options: CallOptions) -> ResumableStream:
+        return ResumableStream(request, options.get("timeout"), self._resume_seconds)
+
+    async def _stream(self, stream: ResumableStream) -> Stream:
         # The call begins here and not sooner: a generator that is never entered has no `finally`.
-        with self._readable_errors():
-            call = start()
-            try:
-                async for response in call:
-                    yield event(response)
-            finally:
-                call.cancel()
+        self._streams.add(stream)
+        try:
+            while not stream.ended:
+                call = self._call(stream)
+                try:
+                    async for response in call:
+                        if (event := stream.take(response)) is not None:
+                            yield event
+                    stream.end()
+                except grpc.RpcError as error:
+                    pause = stream.pause_after(from_rpc_error(error, self.target))
+                    await asyncio.sleep(pause)
+                finally:
+                    call.cancel()
+        finally:
+            self._streams.discard(stream)
+            await self._cancel([stream])
+
+    def _call(self, stream: ResumableStream) -> Call:
+        request, timeout = stream.next_request(), stream.time_left()
+        match request:
+            case chat_pb2.ChatCompleteStreamRequest():
+                return self._stub.ChatCompleteStream(request, timeout=timeout)
+            case chat_pb2.TextCompleteStreamRequest():
+                return self._stub.TextCompleteStream(request, timeout=timeout)
+            case chat_pb2.ResumeStreamRequest():
+                return self._stub.ResumeStream(request, timeout=timeout)
+
+    async def _cancel(self, streams: Iterable[ResumableStream]) -> None:
+        """Ends streams at the gateway, which would else wait for their reader for a while."""
+        names = [stream.request_id for stream in streams if stream.wants_cancel]
+        with suppress(grpc.aio.UsageError):  # the channel is closed
+            requests = [chat_pb2.CancelRequest(request_id=name) for name in names]
+            calls = [self._stub.Cancel(request, timeout=CANCEL_SECONDS) for request in requests]
+            await asyncio.gather(*calls, return_exceptions=True)
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:

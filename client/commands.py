@@ -18,9 +18,11 @@ import click
 from click.core import ParameterSource
 
 from client.aio import AsyncClient
+from client.channel import Access
 from client.conversation import Conversation, print_choices, printed
 from client.errors import UnreachableError
-from client.flags import one_line_errors, setting, target_setting
+from client.flags import access_settings, one_line_errors, setting, target_setting
+from client.key_commands import keys
 from client.load.command import bench
 from client.model_commands import model
 from client.requests import ChatOptions, TextOptions
@@ -76,6 +78,7 @@ def main() -> None:
 
 
 main.add_command(model)
+main.add_command(keys)
 
 
 @main.command()
@@ -158,6 +161,7 @@ def serve(
     "meanwhile: at a free port, unless --target names one.",
 )
 @sampling_settings
+@access_settings
 @click.pass_context
 @one_line_errors()
 def chat(
@@ -165,6 +169,7 @@ def chat(
     /,
     *,
     target: str,
+    access: Access,
     system: str | None,
     ask: str | None,
     n: int | None,
@@ -175,10 +180,11 @@ def chat(
     if n is not None and ask is None:
         raise click.UsageError("--n needs --ask: a conversation goes on from one answer")
     with contextlib.ExitStack() as stack:
-        if start_services and not _answers(target):
+        if start_services and not _answers(target, access):
             is_default = context.get_parameter_source("target") is ParameterSource.DEFAULT
             target = stack.enter_context(_demonstration_services(None if is_default else target))
-        client = stack.enter_context(Client(target))
+            access = Access()
+        client = stack.enter_context(Client(target, tls=access.tls, api_key=access.api_key))
         conversation = Conversation(client, options, system)
         if ask is not None:
             if n is None:
@@ -197,11 +203,16 @@ def chat(
 @click.option("--echo", is_flag=True, help="Print the text in front of its continuation.")
 @click.option("--n", type=int, help="Print so many continuations, the seed of each counted up.")
 @sampling_settings
+@access_settings
 @one_line_errors()
-def complete(text: str, target: str, n: int | None, **options: Unpack[TextOptions]) -> None:
+def complete(
+    text: str, *, target: str, access: Access, n: int | None, **options: Unpack[TextOptions]
+) -> None:
     """Continue TEXT."""
-    with Client(target) as client:
-        stream = client.complete_stream(text, n=n, **options)
+    with (
+        Client(target, tls=access.tls, api_key=access.api_key) as client,
+        contextlib.closing(client.complete_stream(text, n=n, **options)) as stream,
+    ):
         if n is not None:
             print_choices(stream, n)
             return
@@ -236,8 +247,8 @@ async def _serve(services: Supervisor) -> None:
     await services.watch()
 
 
-def _answers(target: str) -> bool:
-    with Client(target) as client:
+def _answers(target: str, access: Access) -> bool:
+    with Client(target, tls=access.tls, api_key=access.api_key) as client:
         try:
             client.get_model()
         except UnreachableError:

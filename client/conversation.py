@@ -79,7 +79,7 @@ class Conversation:
                         case Finished():
                             finish_reason = event.finish_reason
             except KeyboardInterrupt:
-                pass  # leaving the stream cancels the call
+                pass  # leaving the stream cancels it
         if finish_reason in _ENDINGS:
             _note(f"({_ENDINGS[finish_reason]})")
         if self._options.get("logprobs"):
@@ -95,7 +95,8 @@ class Conversation:
         """Prints `n` answers; the conversation does not go on from any of them."""
         user: Message = {"role": "user", "content": question}
         dialog = [*self._dialog(first_turn=self._dropped_turns), user]
-        print_choices(self._client.chat_stream(dialog, n=n, **self._options), n)
+        with closing(self._client.chat_stream(dialog, n=n, **self._options)) as stream:
+            print_choices(stream, n)
 
     def _dialog(self, first_turn: int = 0) -> list[Message]:
         system: list[Message] = []

@@ -79,6 +79,15 @@ class DeadlineExceededError(ChasquiError):
         super().__init__(message, grpc.StatusCode.DEADLINE_EXCEEDED, request_id)
 
 
+class StreamLostError(ChasquiError):
+    """A stream broke off and cannot be gone on with; `events` of it had been delivered."""
+
+    def __init__(self, reason: str, events: int) -> None:
+        message = f"the stream was lost after {events} events: {reason}"
+        super().__init__(message, grpc.StatusCode.UNAVAILABLE)
+        self.events = events
+
+
 def invalid_request(violations: Iterable[Violation]) -> InvalidRequestError:
     """What the server would answer to a request that cannot even be sent."""
     violations = tuple(violations)

@@ -1,12 +1,15 @@
 """What the modules of the `chasqui` command share: flags, and how an error is shown."""
 
 import contextlib
+import functools
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from client.channel import DEFAULT_TARGET
+from client.channel import DEFAULT_TARGET, Access, Tls
 from client.errors import ChasquiError, UnreachableError
 from client.supervisor import SupervisorError
 
@@ -22,6 +25,55 @@ def setting(name: str, **attributes: Any) -> Callable[[F], F]:  # noqa: ANN401
 target_setting = setting(
     "target", default=DEFAULT_TARGET, show_default=True, help="Address of the gateway, host:port."
 )
+
+# Not a flag: a command line is for all users of the machine to read.
+API_KEY_VARIABLE = "CHASQUI_API_KEY"
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def access_settings(command: Callable[..., object]) -> Callable[..., object]:
+    """The flags for a gateway that is not open to everybody; the command gets them as `access`."""
+
+    @functools.wraps(command)
+    def with_access(*args: object, **flags: Any) -> object:  # noqa: ANN401
+        names = ("tls", "ca", "client_cert", "client_key", "tls_name", "api_key_file")
+        access = _access(**{name: flags.pop(name) for name in names})
+        return command(*args, access=access, **flags)
+
+    settings = (
+        setting("tls", is_flag=True, help="Talk TLS, and trust the public authorities."),
+        setting("ca", type=_FILE, help="Talk TLS, and trust the authorities in this PEM file."),
+        setting("client_cert", type=_FILE, help="PEM file of the certificate to show."),
+        setting("client_key", type=_FILE, help="PEM file of its private key."),
+        setting("tls_name", help="Name the gateway's certificate must have.  [default: the host]"),
+        setting(
+            "api_key_file",
+            type=_FILE,
+            help=f"File with the API key, for want of {API_KEY_VARIABLE}.",
+        ),
+    )
+    for each in reversed(settings):
+        with_access = each(with_access)
+    return with_access
+
+
+def _access(
+    *,
+    tls: bool,
+    ca: Path | None,
+    client_cert: Path | None,
+    client_key: Path | None,
+    tls_name: str | None,
+    api_key_file: Path | None,
+) -> Access:
+    if (client_cert is None) != (client_key is None):
+        raise click.UsageError("--client_cert and --client_key belong together: give both")
+    if not (tls or ca) and (client_cert or tls_name):
+        raise click.UsageError("--client_cert, --client_key and --tls_name need --tls or --ca")
+    api_key = os.environ.get(API_KEY_VARIABLE) or None
+    if api_key_file is not None:
+        api_key = api_key_file.read_text("utf-8").strip()
+    return Access(Tls(ca, client_cert, client_key, tls_name) if tls or ca else None, api_key)
 
 
 @contextlib.contextmanager

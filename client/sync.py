@@ -1,32 +1,39 @@
 """The synchronous client. `client/aio.py` is the same for asyncio: change both together.
 
-A stream is a generator that owns its call: leaving the loop closes the generator, which cancels the
-call, and the servers free what it held within one step of the engine.
+A stream is a generator that owns its call, or its calls where connections break: leaving the loop
+closes the generator, which cancels the stream, and the servers free what it held within one step of
+the engine.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Protocol, Self, TypeVar, Unpack
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Protocol, Self, Unpack
 
 import grpc
 
 from client import requests, results
-from client.channel import DEFAULT_TARGET, channel_options
+from client.channel import DEFAULT_TARGET, Tls, open_channel, with_key
 from client.errors import from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
+from client.resumption import (
+    CANCEL_SECONDS,
+    RESUME_SECONDS,
+    ResumableStream,
+    StreamRequest,
+    StreamResponse,
+)
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 
-Response_co = TypeVar("Response_co", covariant=True)
 Stream = Generator[Event, None, None]
 
 
-class Call(Protocol[Response_co]):
+class Call(Protocol):
     """A running call that streams its responses; gRPC's own type for it is private."""
 
-    def __iter__(self) -> Iterator[Response_co]: ...
+    def __iter__(self) -> Iterator[StreamResponse]: ...
     def cancel(self) -> object: ...
 
 
@@ -34,13 +41,23 @@ class Client:
     """Talks to a gateway; threads may share one. Use it in a `with` statement, or close it.
 
     A method whose call fails raises a ChasquiError. Options are keyword arguments, spelled out in
-    `client.requests`.
+    `client.requests`. Without `tls` it talks plaintext; the key then, too, is for all to read. A
+    stream whose connection breaks is tried to go on with for `resume_seconds`; 0 lets it fail.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+        resume_seconds: float = RESUME_SECONDS,
+    ) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(target, channel_options(target))
-        self._stub = ChatServiceStub(self._channel)
+        self._resume_seconds = resume_seconds
+        self._streams: set[ResumableStream] = set()  # that are being read
+        self._channel = open_channel(target, tls)
+        self._stub = ChatServiceStub(with_key(self._channel, api_key))
 
     def __enter__(self) -> Self:
         return self
@@ -50,6 +67,7 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection and cancels the calls that still run on it."""
+        self._cancel([*self._streams])
         self._channel.close()
 
     def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> ChatPrediction:
@@ -85,8 +103,7 @@ class Client:
         `index` tells the dialog of each, `choice_index` which of its `n` answers.
         """
         request = requests.chat(chat_pb2.ChatCompleteStreamRequest, dialogs, options, n)
-        call = partial(self._stub.ChatCompleteStream, request, timeout=options.get("timeout"))
-        return self._stream(call, results.chat_event)
+        return self._stream(self._resumable(request, options))
 
     def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextPrediction:
         """Continues one text, or one sequence of token ids."""
@@ -118,8 +135,7 @@ class Client:
     ) -> Stream:
         """Continues several prompts in one call; events are as those of `chat_stream_many`."""
         request = requests.text(chat_pb2.TextCompleteStreamRequest, prompts, options, n)
-        call = partial(self._stub.TextCompleteStream, request, timeout=options.get("timeout"))
-        return self._stream(call, results.text_event)
+        return self._stream(self._resumable(request, options))
 
     def render_prompt(self, dialog: Dialog, **options: Unpack[RenderOptions]) -> RenderedPrompt:
         """The token ids and text that a dialog becomes; spends no model time."""
@@ -135,19 +151,49 @@ class Client:
             response = self._stub.GetModel(request, timeout=options.get("timeout"))
         return results.model(response)
 
-    def _stream(
-        self,
-        start: Callable[[], Call[Response_co]],
-        event: Callable[[Response_co], Event],
-    ) -> Stream:
+    def _resumable(self, request: StreamRequest, options: CallOptions) -> ResumableStream:
+        return ResumableStream(request, options.get("timeout"), self._resume_seconds)
+
+    def _stream(self, stream: ResumableStream) -> Stream:
         # The call begins here and not sooner: a generator that is never entered has no `finally`.
-        with self._readable_errors():
-            call = start()
-            try:
-                for response in call:
-                    yield event(response)
-            finally:
-                call.cancel()
+        self._streams.add(stream)
+        try:
+            while not stream.ended:
+                call = self._call(stream)
+                try:
+                    for response in call:
+                        if (event := stream.take(response)) is not None:
+                            yield event
+                    stream.end()
+                except grpc.RpcError as error:
+                    pause = stream.pause_after(from_rpc_error(error, self.target))
+                    time.sleep(pause)
+                finally:
+                    call.cancel()
+        finally:
+            self._streams.discard(stream)
+            self._cancel([stream])
+
+    def _call(self, stream: ResumableStream) -> Call:
+        request, timeout = stream.next_request(), stream.time_left()
+        match request:
+            case chat_pb2.ChatCompleteStreamRequest():
+                return self._stub.ChatCompleteStream(request, timeout=timeout)
+            case chat_pb2.TextCompleteStreamRequest():
+                return self._stub.TextCompleteStream(request, timeout=timeout)
+            case chat_pb2.ResumeStreamRequest():
+                return self._stub.ResumeStream(request, timeout=timeout)
+
+    def _cancel(self, streams: Iterable[ResumableStream]) -> None:
+        """Ends streams at the gateway, which would else wait for their reader for a while."""
+        names = [stream.request_id for stream in streams if stream.wants_cancel]
+        with suppress(ValueError):  # the channel is closed
+            requests = [chat_pb2.CancelRequest(request_id=name) for name in names]
+            calls = [
+                self._stub.Cancel.future(request, timeout=CANCEL_SECONDS) for request in requests
+            ]
+            for call in calls:
+                call.exception()  # waits
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:

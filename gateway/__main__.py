@@ -3,22 +3,29 @@
 import asyncio
 
 from gateway.backend import Backend
+from gateway.peer import connector
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
-from serving import logs
+from serving import core_log, logs
+from serving.errors import StartError
 from serving.server import serve
 from serving.settings import parse
 
 
 async def run(settings: GatewaySettings) -> None:
-    backend = Backend(settings.tokenizer_target, settings.model_target_list)
+    connect = connector(settings)
+    backend = Backend(settings.tokenizer_target, settings.model_target_list, connect)
     await serve(settings, gateway_service(backend, settings))
 
 
 def main() -> None:
     settings = parse(GatewaySettings, prog="python -m gateway")
+    core_log.gather()
     logs.configure(settings)
-    asyncio.run(run(settings))
+    try:
+        asyncio.run(run(settings))
+    except StartError as error:
+        logs.exit_with_error(str(error))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ them is passed on as it comes. This is the one code path of the four completion 
 fold it. Whoever iterates `complete` must close it (contextlib.aclosing): that cancels what runs.
 """
 
-import asyncio
 import secrets
 import time
 from collections import defaultdict
@@ -19,6 +18,7 @@ from gateway.dialog import UNSAFE_ERROR
 from gateway.prompts import Prompt
 from gateway.replicas import Deliver, ReplicaPool, RunningSequence
 from gateway.request import Options
+from gateway.unread import UnreadEvents
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import (
     FINISH_REASON_STOP_STRING,
@@ -95,14 +95,19 @@ async def complete(
     vocabulary: Vocabulary,
     replicas: ReplicaPool,
     arrived: float,
+    *,
+    max_unread_bytes: int,
 ) -> AsyncGenerator[PlacedEvent, None]:
     """The events of `options.n` generations per prompt, interleaved; None is refused as unsafe.
 
-    `arrived` is the time.monotonic of the request's arrival.
+    `arrived` is the time.monotonic of the request's arrival; `max_unread_bytes` is for each answer.
+
+    Raises:
+        RequestError: among others, RESOURCE_EXHAUSTED where the events are taken too slowly.
     """
     model = replicas.model
     requests = [*_requests(prompts, options)]
-    made: asyncio.Queue[tuple[Place, model_pb2.TokenEvent]] = asyncio.Queue()
+    made = UnreadEvents[Place](max_unread_bytes * len(requests))
     running: dict[Place, _Generation] = {}
     try:
         for each in requests:
@@ -124,6 +129,7 @@ async def complete(
     finally:
         for generation in running.values():
             generation.sequence.cancel()
+        made.close()
 
 
 async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
@@ -178,9 +184,9 @@ def _start(
     )
 
 
-def _deliver_to(made: asyncio.Queue[tuple[Place, model_pb2.TokenEvent]], place: Place) -> Deliver:
+def _deliver_to(made: UnreadEvents[Place], place: Place) -> Deliver:
     def deliver(event: model_pb2.TokenEvent) -> None:
-        made.put_nowait((place, event))
+        made.put(place, event)
 
     return deliver
 

@@ -17,6 +17,7 @@ from llama.v1.chat_pb2 import (
     GetModelResponse,
     Limits,
     Message,
+    ResumeStreamResponse,
     TextCompleteStreamResponse,
     TextDelta,
     TextFinished,
@@ -89,6 +90,17 @@ def text_event(sequence: int, place: Place, event: Event) -> TextCompleteStreamR
             )
             response.finished.CopyFrom(finished)
     return response
+
+
+def resumed_event(
+    event: ChatCompleteStreamResponse | TextCompleteStreamResponse,
+) -> ResumeStreamResponse:
+    """An event as ResumeStream tells it."""
+    match event:
+        case ChatCompleteStreamResponse():
+            return ResumeStreamResponse(chat=event)
+        case TextCompleteStreamResponse():
+            return ResumeStreamResponse(text=event)
 
 
 def chat_prediction(prediction: Prediction) -> ChatPrediction:

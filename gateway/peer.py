@@ -3,7 +3,9 @@ long as it lasts and begun anew when it breaks, for ever. Only cancelling, or a 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import NoReturn
 
 import grpc
@@ -11,14 +13,44 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from gateway.settings import GatewaySettings
+from serving.server import channel
+from serving.tls import PeerCertificates, TlsFiles
+
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
+# Shorter than the longest pause, after which a session counts as one that had begun.
+CONNECT_SECONDS = 4.0
+
+# A new channel to a target.
+Connect = Callable[[str], grpc.aio.Channel]
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class PeerError(Exception):
     """The peer cannot be used now; the message says why, to whoever runs the services."""
+
+
+def connector(settings: GatewaySettings) -> Connect:
+    """How this gateway connects to the services behind it."""
+    if settings.peer_ca is None:
+        return channel
+    files = TlsFiles(settings.peer_cert, settings.peer_key, settings.peer_ca)
+    return partial(channel, certificates=PeerCertificates(files, settings.peer_name))
+
+
+@asynccontextmanager
+async def connected(connect: Connect, target: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel for one session; a new one each time, as certificates may have changed meanwhile.
+
+    Where it cannot connect in time, the first call on it fails with the reason.
+    """
+    async with connect(target) as new:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await new.channel_ready()
+        yield new
 
 
 async def keep_session(target: str, session: Callable[[], Awaitable[None]]) -> NoReturn:

@@ -13,11 +13,10 @@ from typing import NoReturn
 import grpc
 import structlog
 
-from gateway.peer import PeerError, follow_health, keep_session
+from gateway.peer import Connect, PeerError, connected, follow_health, keep_session
 from llama.v1 import model_pb2, model_pb2_grpc
 from serving import request_id
 from serving.errors import RequestError, unavailable
-from serving.server import channel
 
 SERVICE = "llama.v1.ModelService"
 
@@ -47,14 +46,15 @@ class RunningSequence:
 class Replica:
     """A session with one model service; `changed` is called when `ready` may have changed."""
 
-    def __init__(self, target: str, check: Check, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, target: str, check: Check, changed: Callable[[], None], connect: Connect
+    ) -> None:
         self.target = target
         self.info: model_pb2.GetModelInfoResponse | None = None  # while a session lasts
         self.outstanding_tokens = 0
         self._check = check
         self._changed = changed
-        self._channel = channel(target)
-        self._stub = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._connect = connect
         self._serving = False
         self._sequences: dict[str, RunningSequence] = {}
         self._commands: asyncio.Queue[model_pb2.GenerateRequest] = asyncio.Queue()
@@ -66,10 +66,7 @@ class Replica:
     async def run(self) -> NoReturn:
         """Keeps a session; ends when cancelled."""
         _log.info("connecting to replica", peer=self.target)
-        try:
-            await keep_session(self.target, self._session)
-        finally:
-            await self._channel.close()
+        await keep_session(self.target, self._session)
 
     def start(self, start: model_pb2.StartSequence, deliver: Deliver) -> RunningSequence:
         """Sends a sequence on its way; never waits."""
@@ -82,16 +79,20 @@ class Replica:
         return sequence
 
     async def _session(self) -> None:
-        request = model_pb2.GetModelInfoRequest()
-        info = await self._stub.GetModelInfo(request, wait_for_ready=True)
+        async with connected(self._connect, self.target) as channel:
+            await self._serve_over(channel)
+
+    async def _serve_over(self, channel: grpc.aio.Channel) -> None:
+        stub = model_pb2_grpc.ModelServiceStub(channel)
+        info = await stub.GetModelInfo(model_pb2.GetModelInfoRequest())
         self._check(info)
         self.info = info
         _log.info("replica connected", peer=self.target, model=info.name, shards=info.shards)
         self._commands = asyncio.Queue()
-        call = self._stub.Generate(_iterate(self._commands))
+        call = stub.Generate(_iterate(self._commands))
         # No TaskGroup: before Python 3.13, one that fails while it is cancelled forgets the latter.
         tasks = [
-            asyncio.create_task(follow_health(self._channel, SERVICE, self._set_serving)),
+            asyncio.create_task(follow_health(channel, SERVICE, self._set_serving)),
             asyncio.create_task(self._dispatch(call)),
         ]
         try:
@@ -150,8 +151,10 @@ class Replica:
 class ReplicaPool:
     """All replicas that were named, each with its own session."""
 
-    def __init__(self, targets: Sequence[str], changed: Callable[[], None]) -> None:
-        self._replicas = [Replica(target, self._check, changed) for target in targets]
+    def __init__(
+        self, targets: Sequence[str], changed: Callable[[], None], connect: Connect
+    ) -> None:
+        self._replicas = [Replica(target, self._check, changed, connect) for target in targets]
         self._numbers = itertools.count(1)
         self._tokenizer_fingerprint = ""
         self._vocab_size = 0

@@ -3,6 +3,7 @@ and every violation is gathered with its field path, so that a client mends all 
 passes any `x < low or x > high`: ranges are written the other way round, `not low <= x <= high`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 # What absent fields mean; `max_gen_len` has a default too, which depends on the context length.
 SAMPLING_DEFAULTS = SamplingParams(
@@ -116,6 +118,7 @@ def chat_violations(
         *_logprobs_violations(request),
         *_context_policy_violations(request.context_policy),
         *_choices_violations(request, len(request.dialogs), limits),
+        *_name_violations(request),
     ]
 
 
@@ -136,6 +139,7 @@ def text_violations(
         *_sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request),
         *_choices_violations(request, len(request.prompts) + len(request.prompt_ids), limits),
+        *_name_violations(request),
     ]
 
 
@@ -147,6 +151,21 @@ def render_violations(
         *_dialog_violations(request.dialog, limits, "dialog"),
         *_context_policy_violations(request.context_policy),
     ]
+
+
+def request_id_violations(request_id: str) -> list[Violation]:
+    """The rule that the name of a stream breaks, if it does."""
+    if REQUEST_ID.fullmatch(request_id):
+        return []
+    rule = 'must be 1 to 128 characters of A-Z, a-z, 0-9, ".", "_" and "-"'
+    return [Violation("request_id", rule)]
+
+
+def _name_violations(request: ChatRequest | TextRequest) -> list[Violation]:
+    match request:
+        case chat_pb2.ChatCompleteStreamRequest() | chat_pb2.TextCompleteStreamRequest():
+            return request_id_violations(request.request_id) if request.request_id else []
+    return []
 
 
 def _dialog_violations(

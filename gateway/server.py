@@ -5,92 +5,130 @@ what the request holds, however it ends.
 
 import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
+from gateway.access import authorizer, connection_options
 from gateway.admission import Admission
 from gateway.backend import Backend
-from gateway.completion import PlacedEvent, complete, fold
+from gateway.completion import Event, Place, PlacedEvent, complete, fold
 from gateway.dialog import drop_oldest_turns, has_special_tags, render
 from gateway.messages import (
     chat_event,
     chat_prediction,
     model_response,
+    resumed_event,
     text_event,
     text_prediction,
 )
-from gateway.prompts import Encode, encode_dialogs, encode_texts, take_ids
+from gateway.named_streams import NamedStreams, ResponseT
+from gateway.prompts import Encode, Prompt, encode_dialogs, encode_texts, take_ids
 from gateway.request import (
     ChatRequest,
+    Options,
     TextRequest,
     chat_violations,
     options,
     parse_dialog,
     render_violations,
+    request_id_violations,
     text_violations,
 )
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2, chat_pb2_grpc
 from serving.errors import Violation, invalid_argument
-from serving.server import Service
+from serving.server import Health, Service
 
 SERVICE_NAME = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
+# Seconds; None where there is no deadline.
+TimeRemaining = Callable[[], float | None]
 
 
 def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
-    """The service as `serving` runs it. It needs no drain: its streams end with their answers."""
+    """The service as `serving` runs it. Its drain is for streams that no call reads just then; all
+    others end with their answers.
+    """
+    streams = NamedStreams(settings.stream_limits)
 
     def register(server: grpc.aio.Server) -> None:
-        servicer = ChatServicer(backend, settings)
+        servicer = ChatServicer(backend, settings, streams)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(servicer, server)
 
-    return Service(names=[SERVICE_NAME], register=register, run=backend.run)
+    async def run(health: Health) -> None:
+        try:
+            await backend.run(health)
+        finally:
+            await streams.close()
+
+    return Service(
+        names=[SERVICE_NAME],
+        register=register,
+        run=run,
+        drain=streams.drain,
+        authorize=authorizer(settings),
+        options=connection_options(settings),
+    )
 
 
 class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
-    def __init__(self, backend: Backend, settings: GatewaySettings) -> None:
+    def __init__(self, backend: Backend, settings: GatewaySettings, streams: NamedStreams) -> None:
         self._tokenizer = backend.tokenizer
         self._replicas = backend.replicas
         self._settings = settings
         self._limits = settings.request_limits
         self._admission = Admission(settings.max_queued_sequences)
+        self._streams = streams
 
     async def ChatComplete(
         self, request: chat_pb2.ChatCompleteRequest, context: Context
     ) -> chat_pb2.ChatCompleteResponse:
-        async with aclosing(self._chat(request, context)) as events:
+        async with aclosing(self._chat(request, context.time_remaining)) as events:
             predictions = await fold(events)
         return chat_pb2.ChatCompleteResponse(predictions=map(chat_prediction, predictions))
 
     async def ChatCompleteStream(
         self, request: chat_pb2.ChatCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.ChatCompleteStreamResponse]:
-        sequence = 0
-        async with aclosing(self._chat(request, context)) as events:
-            async for place, event in events:
-                sequence += 1
-                yield chat_event(sequence, place, event)
+        made = _numbered(self._chat(request, context.time_remaining), chat_event)
+        async with aclosing(self._named(request.request_id, made, context)) as events:
+            async for event in events:
+                yield event
 
     async def TextComplete(
         self, request: chat_pb2.TextCompleteRequest, context: Context
     ) -> chat_pb2.TextCompleteResponse:
-        async with aclosing(self._text(request, context)) as events:
+        async with aclosing(self._text(request, context.time_remaining)) as events:
             predictions = await fold(events)
         return chat_pb2.TextCompleteResponse(predictions=map(text_prediction, predictions))
 
     async def TextCompleteStream(
         self, request: chat_pb2.TextCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.TextCompleteStreamResponse]:
-        sequence = 0
-        async with aclosing(self._text(request, context)) as events:
-            async for place, event in events:
-                sequence += 1
-                yield text_event(sequence, place, event)
+        made = _numbered(self._text(request, context.time_remaining), text_event)
+        async with aclosing(self._named(request.request_id, made, context)) as events:
+            async for event in events:
+                yield event
+
+    async def ResumeStream(
+        self, request: chat_pb2.ResumeStreamRequest, context: Context
+    ) -> AsyncIterator[chat_pb2.ResumeStreamResponse]:
+        _refuse(request_id_violations(request.request_id))
+        stream = self._streams.resume(request.request_id, request.after_sequence)
+        async with aclosing(stream) as events:
+            async for event in events:
+                yield resumed_event(event)
+
+    async def Cancel(
+        self, request: chat_pb2.CancelRequest, context: Context
+    ) -> chat_pb2.CancelResponse:
+        _refuse(request_id_violations(request.request_id))
+        await self._streams.cancel(request.request_id)
+        return chat_pb2.CancelResponse()
 
     async def RenderPrompt(
         self, request: chat_pb2.RenderPromptRequest, context: Context
@@ -100,7 +138,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         messages = parse_dialog(request.dialog)
         [prompt] = await encode_dialogs(
             {"dialog": messages},
-            self._encoder(context),
+            self._encoder(context.time_remaining),
             model.context_length,
             drop_oldest_turns=_drops(request.context_policy),
         )
@@ -122,7 +160,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         return model_response(self._replicas.model, self._replicas.ready_count, self._settings)
 
     async def _chat(
-        self, request: ChatRequest, context: Context
+        self, request: ChatRequest, time_remaining: TimeRemaining
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
         vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
@@ -135,19 +173,19 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         with self._admission.admit(len(safe) * chosen.n):
             encoded = await encode_dialogs(
                 safe,
-                self._encoder(context),
+                self._encoder(time_remaining),
                 model.context_length,
                 drop_oldest_turns=_drops(request.context_policy),
             )
             by_path = dict(zip(safe, encoded, strict=True))
             prompts = [by_path.get(path) for path in dialogs]
-            events = complete(prompts, chosen, vocabulary, self._replicas, arrived)
+            events = self._complete(prompts, chosen, arrived)
             async with aclosing(events):
                 async for event in events:
                     yield event
 
     async def _text(
-        self, request: TextRequest, context: Context
+        self, request: TextRequest, time_remaining: TimeRemaining
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
         vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
@@ -159,15 +197,46 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 prompts = take_ids(given, model.context_length)
             else:
                 texts = {f"prompts[{i}]": text for i, text in enumerate(request.prompts)}
-                prompts = await encode_texts(texts, self._encoder(context), model.context_length)
-            events = complete(prompts, chosen, vocabulary, self._replicas, arrived)
+                prompts = await encode_texts(
+                    texts, self._encoder(time_remaining), model.context_length
+                )
+            events = self._complete(prompts, chosen, arrived)
             async with aclosing(events):
                 async for event in events:
                     yield event
 
-    def _encoder(self, context: Context) -> Encode:
+    def _named(
+        self, name: str, events: AsyncGenerator[ResponseT, None], context: Context
+    ) -> AsyncGenerator[ResponseT, None]:
+        """The events by way of a named stream, if there is a name."""
+        return self._streams.open(name, events, context.time_remaining()) if name else events
+
+    def _complete(
+        self, prompts: Sequence[Prompt | None], chosen: Options, arrived: float
+    ) -> AsyncGenerator[PlacedEvent, None]:
+        return complete(
+            prompts,
+            chosen,
+            self._tokenizer.vocabulary,
+            self._replicas,
+            arrived,
+            max_unread_bytes=self._settings.max_unread_bytes,
+        )
+
+    def _encoder(self, time_remaining: TimeRemaining) -> Encode:
         """Encoding within what is left of the caller's deadline."""
-        return functools.partial(self._tokenizer.encode, time_remaining=context.time_remaining)
+        return functools.partial(self._tokenizer.encode, time_remaining=time_remaining)
+
+
+async def _numbered(
+    events: AsyncGenerator[PlacedEvent, None], message: Callable[[int, Place, Event], ResponseT]
+) -> AsyncGenerator[ResponseT, None]:
+    """The events as messages, from 1 on."""
+    sequence = 0
+    async with aclosing(events):
+        async for place, event in events:
+            sequence += 1
+            yield message(sequence, place, event)
 
 
 def _refuse(violations: Sequence[Violation]) -> None:

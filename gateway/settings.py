@@ -1,9 +1,11 @@
 """The gateway's settings; each is a flag and a CHASQUI_* variable."""
 
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from gateway.named_streams import StreamLimits
 from gateway.request import RequestLimits
 from serving.settings import Port, ServerSettings
 
@@ -30,6 +32,65 @@ class GatewaySettings(ServerSettings):
     max_choices: Annotated[
         int, Field(ge=1, description="answers to one dialog or prompt, the request's n")
     ] = 16
+    stream_grace: Annotated[
+        float,
+        Field(ge=0, description="seconds that a named stream is kept while no call reads it"),
+    ] = 30.0
+    stream_buffer_bytes: Annotated[
+        int, Field(ge=1, description="bytes of events kept to resume one named stream")
+    ] = 1024 * 1024
+    ended_streams_bytes: Annotated[
+        int,
+        Field(ge=0, description="bytes of events kept of all named streams that have ended"),
+    ] = 64 * 1024 * 1024
+    max_unread_bytes: Annotated[
+        int,
+        Field(
+            ge=1024,
+            description="bytes of each answer that may wait for a client to read; beyond it the "
+            "stream ends",
+        ),
+    ] = 1024 * 1024
+    max_connection_age: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="seconds after which a connection takes no new calls, so that clients "
+            "spread over gateways; running ones get --grace_period; default for ever",
+        ),
+    ] = None
+    api_keys: Annotated[
+        Path | None,
+        Field(description="TOML file of the keys that callers must have; default none is needed"),
+    ] = None
+    peer_ca: Annotated[
+        Path | None,
+        Field(
+            description="PEM file of whom to trust as tokenizer service and replica; turns on TLS "
+            "to them"
+        ),
+    ] = None
+    peer_cert: Annotated[
+        Path | None, Field(description="PEM file with the certificate chain to show them")
+    ] = None
+    peer_key: Annotated[
+        Path | None, Field(description="PEM file with that certificate's private key")
+    ] = None
+    peer_name: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="name that their certificates must have; default the address's",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _peer_tls_is_whole(self) -> Self:
+        if (self.peer_cert is None) != (self.peer_key is None):
+            raise ValueError("--peer_cert and --peer_key belong together: give both")
+        if self.peer_ca is None and (self.peer_cert or self.peer_name):
+            raise ValueError("--peer_cert, --peer_key and --peer_name need --peer_ca")
+        return self
 
     @model_validator(mode="after")
     def _queue_holds_a_request(self) -> Self:
@@ -51,4 +112,12 @@ class GatewaySettings(ServerSettings):
             max_messages=self.max_messages,
             max_choices=self.max_choices,
             max_sequences=self.max_queued_sequences,
+        )
+
+    @property
+    def stream_limits(self) -> StreamLimits:
+        return StreamLimits(
+            grace=self.stream_grace,
+            buffer_bytes=self.stream_buffer_bytes,
+            ended_bytes=self.ended_streams_bytes,
         )

@@ -12,11 +12,10 @@ import structlog
 
 from gateway.detokenizer import Vocabulary
 from gateway.dialog import Segment
-from gateway.peer import PeerError, follow_health, keep_session
+from gateway.peer import Connect, PeerError, connected, follow_health, keep_session
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from serving import request_id
 from serving.errors import RequestError, resource_exhausted, unavailable
-from serving.server import channel
 
 SERVICE = "llama.v1.TokenizerService"
 MAX_SEGMENTS_PER_CALL = 4096  # the contract's limit
@@ -27,11 +26,11 @@ _log = structlog.stdlib.get_logger(__name__)
 class Tokenizer:
     """A session with the tokenizer service; `changed` is called when `ready` may have changed."""
 
-    def __init__(self, target: str, changed: Callable[[], None]) -> None:
+    def __init__(self, target: str, changed: Callable[[], None], connect: Connect) -> None:
         self._target = target
         self._changed = changed
-        self._channel = channel(target)
-        self._stub = tokenizer_pb2_grpc.TokenizerServiceStub(self._channel)
+        self._connect = connect
+        self._stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub | None = None  # while connected
         self._vocabulary: Vocabulary | None = None
         self._loaded = asyncio.Event()
         self._serving = False
@@ -56,10 +55,7 @@ class Tokenizer:
     async def run(self) -> NoReturn:
         """Keeps a session; ends when cancelled."""
         _log.info("connecting to tokenizer service", peer=self._target)
-        try:
-            await keep_session(self._target, self._session)
-        finally:
-            await self._channel.close()
+        await keep_session(self._target, self._session)
 
     async def encode(
         self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
@@ -74,7 +70,7 @@ class Tokenizer:
     async def _encode(
         self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
     ) -> list[list[int]]:
-        if not self._serving:
+        if self._stub is None or not self._serving:
             raise _unavailable()
         request = tokenizer_pb2.EncodeRequest(
             segments=[
@@ -87,13 +83,26 @@ class Tokenizer:
             response = await call
         except grpc.aio.AioRpcError as error:
             raise _refusal(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                # The session has ended, and its channel with all calls.
+                raise _unavailable() from None
+            raise
         finally:
             call.cancel()
         return [list(each.ids) for each in response.segments]
 
     async def _session(self) -> None:
-        request = tokenizer_pb2.GetVocabularyRequest()
-        response = await self._stub.GetVocabulary(request, wait_for_ready=True)
+        async with connected(self._connect, self._target) as channel:
+            self._stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            self._take(await self._stub.GetVocabulary(tokenizer_pb2.GetVocabularyRequest()))
+            try:
+                await follow_health(channel, SERVICE, self._set_serving)
+            finally:
+                self._set_serving(False)
+
+    def _take(self, response: tokenizer_pb2.GetVocabularyResponse) -> None:
         if self._vocabulary is None:
             self._vocabulary = Vocabulary.build(
                 ((piece.bytes, piece.kind) for piece in response.pieces),
@@ -108,10 +117,6 @@ class Tokenizer:
                 f"started ({self.fingerprint[:12]}): restart the gateway to use it"
             )
         _log.info("tokenizer service connected", peer=self._target, tokens=len(response.pieces))
-        try:
-            await follow_health(self._channel, SERVICE, self._set_serving)
-        finally:
-            self._set_serving(False)
 
     def _set_serving(self, serving: bool) -> None:
         self._serving = serving

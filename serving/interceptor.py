@@ -1,23 +1,25 @@
-"""What every call of every service passes through: request id, errors to statuses, one log line.
+"""What every call of every service passes through: who calls, request id, errors to statuses, one
+log line.
 
 gRPC calls `intercept_service` before it reads the request; the work is in the handler that it
 puts in the place of the service's own. That one is always a coroutine, also where the service's is
 an async generator, so that a cancelled stream closes its generator at once, and not only when it is
-garbage-collected.
+garbage-collected. It always takes a stream of requests, because gRPC calls such a handler before
+the first has arrived: a stranger is refused at once, and nobody holds a call without a request.
 """
 
 import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeAlias, cast
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from serving import request_id
+from serving import caller, request_id
 from serving.errors import RequestError, to_status
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -31,15 +33,20 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"
 # Asked for every few seconds by orchestrators; logged at debug level only.
 _INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
 
-_HANDLER_FACTORIES: dict[tuple[bool, bool], Callable[..., Handler]] = {
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
+# What a refusal may wait for a caller that does not read; gRPC then keeps it without us.
+_ABORT_SECONDS = 5.0
+
+# Who makes this call, given its method and metadata; raises RequestError where it may not.
+Authorize = Callable[[str, Iterable[tuple[str, str | bytes]]], caller.Caller]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
+    """`receive_timeout` is in seconds, for a single request to arrive."""
+
+    def __init__(self, receive_timeout: float, authorize: Authorize | None = None) -> None:
+        self._receive_timeout = receive_timeout
+        self._authorize = authorize
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
@@ -49,23 +56,44 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:  # gRPC answers UNIMPLEMENTED
             return None
         method = handler_call_details.method
-        call_id = request_id.from_metadata(handler_call_details.invocation_metadata)
+        metadata = handler_call_details.invocation_metadata
+        call_id = request_id.from_metadata(metadata)
         parse = _checked(cast("Callable[[bytes], object]", handler.request_deserializer))
 
-        async def respond(request: object, context: Context) -> object:
+        async def respond(requests: AsyncIterator[object], context: Context) -> object:
             with structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}):
                 async with _answering(method, call_id, context):
-                    if not handler.request_streaming:
-                        request = parse(cast("bytes", request))
+                    if self._authorize is not None:
+                        caller.identify(self._authorize(method, metadata))
+                    if handler.request_streaming:
+                        return await _call(handler, requests, context)
+                    request = parse(await self._only_one(context))
                     return await _call(handler, request, context)
 
         # A request that does not parse must fail inside of `respond`. A single one arrives there as
         # bytes; of a stream, each is parsed while the service reads.
-        return _HANDLER_FACTORIES[handler.request_streaming, handler.response_streaming](
+        factory = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        return factory(
             respond,
             request_deserializer=parse if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
         )
+
+    async def _only_one(self, context: Context) -> bytes:
+        """The call's request, still serialized."""
+        try:
+            async with asyncio.timeout(self._receive_timeout):
+                request = await context.read()
+        except TimeoutError:
+            message = f"the request did not arrive within {self._receive_timeout:g} seconds"
+            raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+        if request is grpc.aio.EOF:
+            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+        return cast("bytes", request)
 
 
 async def _call(handler: Handler, request: object, context: Context) -> object:
@@ -104,15 +132,31 @@ async def _answering(method: str, call_id: str, context: Context) -> AsyncIterat
         code = error.code
         status = to_status(error)
         details = (STATUS_DETAILS_KEY, status.SerializeToString())
-        await context.abort(code, status.message, (*identity, details))
+        await _abort(context, code, status.message, (*identity, details))
     except Exception:
         code = grpc.StatusCode.INTERNAL
         _log.exception("call failed", method=method)
-        await context.abort(code, f"internal error, request id {call_id}", identity)
+        await _abort(context, code, f"internal error, request id {call_id}", identity)
     finally:
-        log = _log.debug if method.startswith(_INFRASTRUCTURE) else _log.info
+        # Strangers could fill the log: who refuses them tells of it, seldom.
+        quiet = method.startswith(_INFRASTRUCTURE) or code is grpc.StatusCode.UNAUTHENTICATED
+        log = _log.debug if quiet else _log.info
         seconds = round(time.monotonic() - started, 6)
         log("call finished", method=method, code=code.name, seconds=seconds)
+
+
+async def _abort(
+    context: Context,
+    code: grpc.StatusCode,
+    message: str,
+    trailing_metadata: tuple[tuple[str, str | bytes], ...],
+) -> None:
+    """Ends the call by raising, as gRPC's own does, but waits only so long for it to be read."""
+    try:
+        async with asyncio.timeout(_ABORT_SECONDS):
+            await context.abort(code, message, trailing_metadata)
+    except TimeoutError:
+        raise asyncio.CancelledError from None
 
 
 def _code_set_on(context: Context) -> grpc.StatusCode | None:

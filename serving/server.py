@@ -7,6 +7,7 @@ runs. The service's background task outlives them all, because running calls may
 
 import asyncio
 import contextlib
+import ipaddress
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -19,9 +20,11 @@ from grpc_reflection.v1alpha import reflection
 
 from serving.errors import StartError
 from serving.health import Health
-from serving.interceptor import CallInterceptor
+from serving.interceptor import Authorize, CallInterceptor
+from serving.limits import Option, server_options
 from serving.logs import exit_with_error
 from serving.settings import ServerSettings
+from serving.tls import PeerCertificates, ServerCertificates, TlsFiles
 
 __all__ = ["Health", "Running", "Service", "channel", "running", "serve"]
 
@@ -34,13 +37,17 @@ class Service:
 
     `names` are its full gRPC names, for health and reflection. `run` is a task beside the server
     that sets the health and watches peers; its failure ends the server, its return does not.
-    `drain` lets the service's own long-lived streams finish.
+    `drain` lets the service's own long-lived streams finish. `authorize` says who makes a call, or
+    refuses it; without it everybody may call everything. `options` are more of gRPC's, for its own
+    kind of callers.
     """
 
     names: Sequence[str]
     register: Callable[[grpc.aio.Server], None]
     run: Callable[[Health], Awaitable[None]] | None = None
     drain: Callable[[], Awaitable[None]] | None = None
+    authorize: Authorize | None = None
+    options: Sequence[Option] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +83,15 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
     """The server, listening; drained at the end of the block. Leaves signals alone."""
     state = Health(service.names, serving=service.run is None)
     server = grpc.aio.server(
-        interceptors=[CallInterceptor()],
-        options=[
-            # Without this a second server on the same port would start, and share its connections.
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", settings.max_request_bytes),
-            # Clients may ping every 10 seconds; half of it leaves room for late and early ones.
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            # A client that vanished without a word frees what it holds within 40 seconds.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-        ],
+        interceptors=[CallInterceptor(settings.receive_timeout, service.authorize)],
+        options=[*server_options(settings), *service.options],
     )
     service.register(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     names = (*service.names, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    address = _bind(server, settings)
+    address = _bind(server, settings.host, settings.port, _credentials(settings, service))
+    health_server = await _health_server(settings, state)
     await server.start()
     _log.info("listening", address=address)
     background = asyncio.create_task(_background(service, state))
@@ -103,26 +101,33 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
         # With its background task the service has lost what its calls would need to finish.
         grace = 0.0 if background.done() else settings.grace_period
         await _stop(server, service, state, grace)
+        if health_server is not None:
+            await health_server.stop(None)
         background.cancel()
         await asyncio.wait({background})
 
 
-def channel(target: str) -> grpc.aio.Channel:
-    """A channel to another service: notices a dead peer within 15 seconds, tries again within 2."""
-    return grpc.aio.insecure_channel(
-        target,
-        options=[
-            ("grpc.keepalive_time_ms", 10_000),
-            ("grpc.keepalive_timeout_ms", 5_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_pings_without_data", 0),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2_000),
-            # The services of a deployment see each other; a proxy is for the way out.
-            ("grpc.enable_http_proxy", 0),
-            # Vocabularies and logprobs of our own services; requests are what needs a limit.
-            ("grpc.max_receive_message_length", -1),
-        ],
+def channel(target: str, certificates: PeerCertificates | None = None) -> grpc.aio.Channel:
+    """A channel to another service: notices a dead peer within 15 seconds, tries again within 2.
+
+    Plaintext without `certificates`, which are read again for each channel.
+    """
+    options = [
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # The services of a deployment see each other; a proxy is for the way out.
+        ("grpc.enable_http_proxy", 0),
+        # Vocabularies and logprobs of our own services; requests are what needs a limit.
+        ("grpc.max_receive_message_length", -1),
+    ]
+    if certificates is None:
+        return grpc.aio.insecure_channel(target, options)
+    return grpc.aio.secure_channel(
+        target, certificates.credentials(), [*options, *certificates.options]
     )
 
 
@@ -148,20 +153,55 @@ async def _background(service: Service, state: Health) -> None:
     await asyncio.get_running_loop().create_future()
 
 
-def _bind(server: grpc.aio.Server, settings: ServerSettings) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+def _credentials(settings: ServerSettings, service: Service) -> grpc.ServerCredentials | None:
+    if settings.tls_cert is None:
+        if service.authorize is not None and not _is_loopback(settings.host):
+            _log.warning("API keys travel unencrypted: set --tls_cert and --tls_key")
+        return None
+    files = TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    return ServerCertificates(files).credentials()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _health_server(settings: ServerSettings, state: Health) -> grpc.aio.Server | None:
+    """Health by itself, for orchestrators whose probes know neither TLS nor keys."""
+    if settings.health_port is None:
+        return None
+    interceptors = [CallInterceptor(settings.receive_timeout)]
+    server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    address = _bind(server, settings.host, settings.health_port)
+    await server.start()
+    _log.info("health port open", health_address=address)
+    return server
+
+
+def _bind(
+    server: grpc.aio.Server,
+    name: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None = None,
+) -> str:
+    host = f"[{name}]" if ":" in name else name
     try:
         # gRPC keeps the reason of a failure to itself, so a socket of our own finds it first.
-        family, _, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM
-        )[0]
+        family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-        return f"{host}:{server.add_insecure_port(f'{host}:{settings.port}')}"
+        target = f"{host}:{port}"
+        if credentials is None:
+            return f"{host}:{server.add_insecure_port(target)}"
+        return f"{host}:{server.add_secure_port(target, credentials)}"
     except OSError as error:
         raise StartError(
-            f"cannot listen on {host}:{settings.port}: {error.strerror}; "
+            f"cannot listen on {host}:{port}: {error.strerror}; "
             "choose another address with --host or another port with --port"
         ) from error
 

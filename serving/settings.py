@@ -6,9 +6,10 @@ name and a `CHASQUI_*` variable, and `--help` lists both. Nothing else reads the
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -52,6 +53,46 @@ class ServerSettings(BaseSettings):
     max_request_bytes: Annotated[
         int, Field(ge=1, le=2**31 - 1, description="bytes of the largest request message")
     ] = 4 * 1024 * 1024
+    receive_timeout: Annotated[
+        float, Field(gt=0, description="seconds that a request may take to arrive")
+    ] = 30.0
+    max_concurrent_streams: Annotated[
+        int, Field(ge=1, le=2**31 - 1, description="calls that one connection may have at once")
+    ] = 1024
+    max_connections: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=2**31 - 1,
+            description="connections at once; default what the limit of open files has room for",
+        ),
+    ] = None
+    tls_cert: Annotated[
+        Path | None, Field(description="PEM file with the server's certificate chain; turns TLS on")
+    ] = None
+    tls_key: Annotated[
+        Path | None, Field(description="PEM file with the certificate's private key")
+    ] = None
+    tls_client_ca: Annotated[
+        Path | None,
+        Field(description="PEM file; callers must show a certificate that one of these signed"),
+    ] = None
+    health_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="further port, without TLS, that serves health alone; default none",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls_cert and --tls_key belong together: give both")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls_client_ca needs --tls_cert and --tls_key")
+        return self
 
 
 S = TypeVar("S", bound=ServerSettings)

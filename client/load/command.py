@@ -12,7 +12,8 @@ from typing import TypeVar, cast
 
 import click
 
-from client.flags import one_line_errors, setting, target_setting
+from client.channel import Access
+from client.flags import access_settings, one_line_errors, setting, target_setting
 from client.load import lengths, plot, report
 from client.load.generator import Closed, Open, Until
 from client.load.lengths import Lengths
@@ -150,10 +151,12 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     callback=_checked(_picture),
     help="Draw latencies and throughput to this file: PNG, PDF or SVG.",
 )
+@access_settings
 @one_line_errors()
 def bench(
     *,
     target: str,
+    access: Access,
     concurrency: int | None,
     rate: float | None,
     requests: int | None,
@@ -199,10 +202,10 @@ def bench(
         timeout=timeout,
         connections=connections,
     )
-    with Client(target) as client:
+    with Client(target, tls=access.tls, api_key=access.api_key) as client:
         model = client.get_model()
     click.echo(report.headline(plan, model))
-    measurement = asyncio.run(measure(plan, model))
+    measurement = asyncio.run(measure(plan, model, access))
     if measurement is None:
         raise click.ClickException("stopped before anything was measured")
     click.echo(report.table(measurement))

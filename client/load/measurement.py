@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from client.channel import OPEN, Access
 from client.load.generator import Closed, Open, Until, run
 from client.load.records import Run
 from client.load.sender import Sender
@@ -33,7 +34,7 @@ class Measurement:
     summary: Summary
 
 
-async def measure(plan: Plan, model: Model) -> Measurement | None:
+async def measure(plan: Plan, model: Model, access: Access = OPEN) -> Measurement | None:
     """Carries the plan out; None if a signal came before the part that counts.
 
     InvalidRequestError: the requests cannot be sent at all. What becomes of those that are sent is
@@ -42,7 +43,7 @@ async def measure(plan: Plan, model: Model) -> Measurement | None:
     # Made for its errors only: inside the run they would be the generator's own.
     next(work(plan.workload, model))
     requests = work(plan.workload, model)
-    async with Sender(plan.target, plan.connections, plan.timeout) as sender:
+    async with Sender(plan.target, plan.connections, plan.timeout, access) as sender:
         if plan.warmup and (await run(sender, requests, plan.loop, Until(plan.warmup))).interrupted:
             return None
         measured = await run(sender, requests, plan.loop, plan.until)

@@ -12,7 +12,7 @@ from typing import Self, cast
 import grpc
 
 from client import results
-from client.channel import channel_options
+from client.channel import OPEN, Access, open_aio_channel, with_key
 from client.errors import (
     ChasquiError,
     ResourceExhaustedError,
@@ -38,13 +38,22 @@ clock = time.perf_counter
 class Sender:
     """The connections to a gateway, which requests take in turn."""
 
-    def __init__(self, target: str, connections: int = 1, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        connections: int = 1,
+        timeout: float | None = None,
+        access: Access = OPEN,
+    ) -> None:
         self._target = target
         self._timeout = timeout
         # gRPC lets equal channels share one connection unless each has a pool of its own.
-        options = (*channel_options(target), ("grpc.use_local_subchannel_pool", 1))
-        self._channels = [grpc.aio.insecure_channel(target, options) for _ in range(connections)]
-        self._stubs = itertools.cycle([ChatServiceStub(channel) for channel in self._channels])
+        own_pool = ("grpc.use_local_subchannel_pool", 1)
+        self._channels = [
+            open_aio_channel(target, access.tls, own_pool) for _ in range(connections)
+        ]
+        stubs = [ChatServiceStub(with_key(each, access.api_key)) for each in self._channels]
+        self._stubs = itertools.cycle(stubs)
 
     async def __aenter__(self) -> Self:
         return self

@@ -33,6 +33,8 @@ class StartGateway(Protocol):
 class Unfinished:
     target: str
     cancelled: threading.Event
+    names: list[str]  # of the streams begun
+    cancelled_names: list[str]
 
 
 class Serve(Protocol):
@@ -102,16 +104,28 @@ def get_model(request: pytest.FixtureRequest) -> GetModel:
 def unfinished(start_gateway: StartGateway) -> Unfinished:
     """A gateway whose answers are one word, and then nothing more until they are cancelled."""
     cancelled = threading.Event()
+    names: list[str] = []
+    cancelled_names: list[str] = []
 
     def answer(
-        _request: object, context: grpc.ServicerContext
+        request: chat_pb2.ChatCompleteStreamRequest, context: grpc.ServicerContext
     ) -> Iterator[chat_pb2.ChatCompleteStreamResponse]:
         context.add_callback(cancelled.set)
+        names.append(request.request_id)
+        started = chat_pb2.ChatStarted(seed=1)
+        yield chat_pb2.ChatCompleteStreamResponse(sequence=1, started=started)
         delta = chat_pb2.ChatDelta(text="word")
-        yield chat_pb2.ChatCompleteStreamResponse(sequence=1, delta=delta)
+        yield chat_pb2.ChatCompleteStreamResponse(sequence=2, delta=delta)
         cancelled.wait()
 
-    return Unfinished(start_gateway(ChatCompleteStream=answer), cancelled)
+    def cancel(
+        request: chat_pb2.CancelRequest, _context: grpc.ServicerContext
+    ) -> chat_pb2.CancelResponse:
+        cancelled_names.append(request.request_id)
+        return chat_pb2.CancelResponse()
+
+    target = start_gateway(ChatCompleteStream=answer, Cancel=cancel)
+    return Unfinished(target, cancelled, names, cancelled_names)
 
 
 @pytest.fixture(scope="session")

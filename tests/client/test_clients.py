@@ -130,6 +130,7 @@ def test_leaving_a_stream_cancels_its_call(unfinished: Any) -> None:
             break
 
         assert unfinished.cancelled.wait(timeout=10)
+        assert unfinished.cancelled_names == unfinished.names != [""]
 
 
 async def test_leaving_an_asyncio_stream_cancels_its_call(unfinished: Any) -> None:
@@ -139,17 +140,38 @@ async def test_leaving_an_asyncio_stream_cancels_its_call(unfinished: Any) -> No
                 break
 
         assert await asyncio.to_thread(unfinished.cancelled.wait, 10)
+        assert unfinished.cancelled_names == unfinished.names != [""]
 
 
 async def test_a_cancelled_task_cancels_its_call(unfinished: Any) -> None:
     async with AsyncClient(unfinished.target) as client:
         stream = client.chat_stream(HELLO)
         await anext(stream)
+        await anext(stream)
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.wait({waiting}, timeout=0)
         waiting.cancel()
 
         assert await asyncio.to_thread(unfinished.cancelled.wait, 10)
+        await asyncio.wait({waiting})
+        assert unfinished.cancelled_names == unfinished.names
+
+
+def test_closing_a_client_cancels_its_streams(unfinished: Any) -> None:
+    with Client(unfinished.target) as client:
+        stream = client.chat_stream(HELLO)
+        next(stream)
+
+    assert unfinished.cancelled_names == unfinished.names
+
+
+def test_without_resumption_streams_have_no_name(unfinished: Any) -> None:
+    with Client(unfinished.target, resume_seconds=0) as client:
+        for _event in client.chat_stream(HELLO):
+            break
+
+        assert unfinished.cancelled.wait(timeout=10)
+    assert (unfinished.names, unfinished.cancelled_names) == ([""], [])
 
 
 def test_a_stream_that_is_never_read_makes_no_call(unfinished: Any) -> None:

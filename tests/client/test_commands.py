@@ -137,6 +137,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(
     assert "(stopped)" in stderr
     assert "/reset" in stderr
     assert unfinished.cancelled.is_set()
+    assert unfinished.cancelled_names == unfinished.names
 
 
 def test_ctrl_c_at_the_prompt_leaves(spawn: Callable[..., Any], target: str) -> None:

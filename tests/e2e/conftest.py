@@ -2,12 +2,14 @@
 logs of whatever runs are shown with a test that fails.
 """
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,9 +19,11 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from client import Client, Tls
 from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -27,6 +31,16 @@ CONTEXT_LENGTH = 256  # of the golden cases
 TIMEOUT = 120.0  # seconds, on a busy machine
 
 _running: list["ServiceProcess"] = []
+
+
+def wait_until(address: str, serving: bool) -> None:
+    """Waits for the health service there to say so."""
+    wanted = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
+    with grpc.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        for response in stub.Watch(HealthCheckRequest(), timeout=TIMEOUT):
+            if response.status == wanted:
+                return
 
 
 class ServiceProcess:
@@ -57,12 +71,7 @@ class ServiceProcess:
 
     def wait_until(self, serving: bool) -> None:
         """Waits for its health service to say so."""
-        wanted = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
-        with grpc.insecure_channel(self.address) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            for response in stub.Watch(HealthCheckRequest(), timeout=TIMEOUT):
-                if response.status == wanted:
-                    return
+        wait_until(self.address, serving)
 
     def terminate(self) -> None:
         """Asks it to end, once: a second signal would not let it drain."""
@@ -79,6 +88,12 @@ class ServiceProcess:
             yield process
         finally:
             process.stop()
+
+    def kill(self) -> None:
+        """Ends it without a warning."""
+        self._terminated = True
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self.stop()
 
     def stop(self) -> int:
         """Ends it; returns its exit status."""
@@ -101,6 +116,49 @@ class ServiceProcess:
                 self._address.set_result(json.loads(line)["address"])
         if not self._address.done():
             self._address.set_exception(RuntimeError(f"{self.name} ended before it listened"))
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """PEM files of a certificate and its key."""
+
+    cert: Path
+    key: Path
+
+    @classmethod
+    def issue(cls, authority: trustme.CA, folder: Path, **attributes: Any) -> "Certificate":
+        issued = authority.issue_cert("localhost", "127.0.0.1", **attributes)
+        name = uuid.uuid4().hex
+        files = cls(folder / f"{name}.cert.pem", folder / f"{name}.key.pem")
+        files.cert.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        files.key.write_bytes(issued.private_key_pem.bytes())
+        return files
+
+    def tls(self, ca: Path) -> Tls:
+        return Tls(ca, self.cert, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class LockedGateway:
+    """A gateway that asks for a client certificate and an API key, and what opens it."""
+
+    process: ServiceProcess
+    authority: trustme.CA
+    ca: Path
+    tls: Tls
+    key: str
+
+    def client(self) -> Client:
+        return Client(self.process.address, tls=self.tls, api_key=self.key)
+
+    @property
+    def health_address(self) -> str:
+        lines = (json.loads(line) for line in self.process.log if '"health_address"' in line)
+        return str(next(lines)["health_address"])
+
+    @property
+    def port(self) -> int:
+        return int(self.process.address.rpartition(":")[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +228,38 @@ def stack() -> Iterator[Stack]:
     """The stack that most tests share."""
     with run_services("mha-mp1", max_batch_size=32) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def locked(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedGateway]:
+    """A further gateway in front of the shared services."""
+    folder = tmp_path_factory.mktemp("locked")
+    authority, key = trustme.CA(), "a key that is long enough"
+    ca, keys = folder / "ca.pem", folder / "keys.toml"
+    authority.cert_pem.write_to_path(ca)
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    keys.write_text(f'[[keys]]\nname = "friend"\nsha256 = "{digest}"\n')
+    own = Certificate.issue(authority, folder)
+    tls = {"tls_cert": own.cert, "tls_key": own.key, "tls_client_ca": ca}
+    flags = {"health_port": 0, "api_keys": keys, "receive_timeout": 2}
+    process = start_gateway(stack.tokenizer, stack.model, **tls, **flags)
+    try:
+        _ = process.address
+        friend = Certificate.issue(authority, folder).tls(ca)
+        gateway = LockedGateway(process, authority, ca, friend, key)
+        wait_until(gateway.health_address, serving=True)
+        yield gateway
+    finally:
+        process.stop()
+
+
+@pytest.fixture
+def own_gateway(stack: Stack) -> Iterator[ServiceProcess]:
+    """One more gateway in front of the shared services, for a test that ends it."""
+    gateway = start_gateway(stack.tokenizer, stack.model)
+    gateway.wait_until(serving=True)
+    yield gateway
+    gateway.stop()
 
 
 @pytest.fixture

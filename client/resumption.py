@@ -1,0 +1,273 @@
+"""A stream that goes on when its connection breaks: which call comes next, what of its answers is
+new, when to give up. Does no input or output, so that both clients share it, and tests need no
+network.
+
+While the gateway knows the stream, it is resumed behind the last event that arrived. A gateway that
+was restarted does not; then the same request is made again with the seed that was reported, which
+gives the same tokens, and what has been delivered is compared and left out.
+"""
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import grpc
+
+from client import results
+from client.errors import (
+    ChasquiError,
+    DeadlineExceededError,
+    ResourceExhaustedError,
+    StreamLostError,
+    UnavailableError,
+    UnreachableError,
+)
+from client.results import Delta, Event, Finished, Started
+from llama.v1 import chat_pb2
+
+# Seconds. A gateway keeps a stream without a reader for as long, unless it is set otherwise.
+RESUME_SECONDS = 30.0
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 1.0
+# What a Cancel may take, which nobody wants to wait for.
+CANCEL_SECONDS = 2.0
+
+StreamRequest = chat_pb2.ChatCompleteStreamRequest | chat_pb2.TextCompleteStreamRequest
+NextRequest = StreamRequest | chat_pb2.ResumeStreamRequest
+StreamResponse = (
+    chat_pb2.ChatCompleteStreamResponse
+    | chat_pb2.TextCompleteStreamResponse
+    | chat_pb2.ResumeStreamResponse
+)
+
+
+class ResumableStream:
+    """One stream of a client, over all calls that it takes.
+
+    After each call that fails, `pause_after` says how long to wait for the next one. With
+    `resume_seconds` 0 the stream has no name, and there is no next one. `clock` gives seconds of
+    arbitrary origin.
+    """
+
+    def __init__(
+        self,
+        request: StreamRequest,
+        timeout: float | None,
+        resume_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ended = False
+        self._request = request
+        self._resume_seconds = resume_seconds
+        self._clock = clock
+        self._timeout = timeout
+        self._deadline: float | None = None
+        self._answers = _Answers()
+        self._called = False
+        self._known = False  # to the gateway, as far as can be told from here
+        self._repeating = False
+        self._last = 0  # the number of the last event that arrived
+        self._lost_at: float | None = None
+        self._pause = FIRST_PAUSE
+        if resume_seconds:
+            self._name()
+
+    @property
+    def request_id(self) -> str:
+        """Its name at the gateway, which changes when it is begun anew; empty: it has none."""
+        return self._request.request_id
+
+    @property
+    def wants_cancel(self) -> bool:
+        """Whether the gateway may still work on it, though nobody reads it any more."""
+        return bool(self.request_id) and self._called and not self.ended
+
+    def next_request(self) -> NextRequest:
+        """What to send now; the first call begins the time that the stream may take."""
+        if not self._called and self._timeout is not None:
+            self._deadline = self._clock() + self._timeout
+        self._called = True
+        if not self._known:
+            return self._request
+        return chat_pb2.ResumeStreamRequest(request_id=self.request_id, after_sequence=self._last)
+
+    def time_left(self) -> float | None:
+        """Seconds that the next call may take."""
+        return None if self._deadline is None else max(0.0, self._deadline - self._clock())
+
+    def take(self, response: StreamResponse) -> Event | None:
+        """The event in what arrived, as far as it is new to the reader."""
+        if isinstance(response, chat_pb2.ResumeStreamResponse):
+            response = response.chat if response.HasField("chat") else response.text
+        if response.sequence != self._last + 1:
+            raise self._lost(f"event {response.sequence} came after event {self._last}")
+        self._last = response.sequence
+        self._known = True
+        self._lost_at, self._pause = None, FIRST_PAUSE
+        if isinstance(response, chat_pb2.ChatCompleteStreamResponse):
+            event = results.chat_event(response)
+        else:
+            event = results.text_event(response)
+        try:
+            return self._answers.take(event)
+        except _DifferentAnswerError as difference:
+            raise self._lost(str(difference)) from None
+
+    def end(self) -> None:
+        """The call ended as it should."""
+        self.ended = True
+
+    def pause_after(self, error: ChasquiError) -> float:
+        """Seconds to wait until the next call; raises where there is to be none."""
+        if not self.request_id:
+            self.ended = True
+        if self.ended or isinstance(error, DeadlineExceededError):
+            raise error
+        pause = 0.0
+        match error:
+            case UnreachableError() if self._known or self._repeating or error.request_id:
+                self._known = self._known or error.request_id is not None
+                pause = self._next_pause()
+            case UnavailableError() | ResourceExhaustedError() if self._waits_to_repeat:
+                pause = max(error.retry_after or 0.0, self._next_pause())
+            case ChasquiError(code=grpc.StatusCode.NOT_FOUND) if self._known:
+                self._repeat()
+            case ChasquiError(code=grpc.StatusCode.ALREADY_EXISTS) if self._repeating:
+                self._known = True  # the call that seemed to fail had begun it
+            case ChasquiError(code=grpc.StatusCode.OUT_OF_RANGE):
+                raise self._lost(error.message) from error
+            case _:
+                self.ended = True
+                raise error
+        self._check_time(pause, error)
+        return pause
+
+    @property
+    def _waits_to_repeat(self) -> bool:
+        return self._repeating and not self._known
+
+    def _next_pause(self) -> float:
+        pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        return pause
+
+    def _check_time(self, pause: float, error: ChasquiError) -> None:
+        now = self._clock()
+        if self._deadline is not None and now + pause >= self._deadline:
+            raise DeadlineExceededError("the call did not end within its timeout") from error
+        self._lost_at = now if self._lost_at is None else self._lost_at
+        if now + pause > self._lost_at + self._resume_seconds:
+            reason = f"it could not be resumed within {self._resume_seconds:g} seconds"
+            raise self._lost(f"{reason} ({error.message})") from error
+
+    def _repeat(self) -> None:
+        """The next call makes the same answers from their beginning."""
+        sampling = self._request.sampling
+        if self._last and not sampling.HasField("seed"):
+            greedy = sampling.HasField("temperature") and sampling.temperature == 0
+            seed = self._answers.seed(self._prompts, greedy=greedy)
+            if seed is None:
+                raise self._lost(
+                    "the gateway does not know it any more, and answers to several dialogs or "
+                    "prompts can only be repeated with a seed"
+                )
+            sampling.seed = seed
+        self._name()
+        self._answers.rewind()
+        self._known, self._repeating, self._last = False, True, 0
+
+    @property
+    def _prompts(self) -> int:
+        if isinstance(self._request, chat_pb2.ChatCompleteStreamRequest):
+            return len(self._request.dialogs)
+        return len(self._request.prompts) + len(self._request.prompt_ids)
+
+    def _name(self) -> None:
+        self._request.request_id = str(uuid.uuid4())
+
+    def _lost(self, reason: str) -> StreamLostError:
+        return StreamLostError(reason, self._answers.delivered_events)
+
+
+class _DifferentAnswerError(Exception):
+    """What was made again is not what had been delivered."""
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What the reader has of one answer, and how far the present run of the stream has come."""
+
+    started: Started
+    text: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    finished: bool = False
+    old_text: str = ""  # delivered by earlier runs
+    old_ids: int = 0
+    seen_text: int = 0
+    seen_ids: int = 0
+
+
+class _Answers:
+    """All answers of a stream; passes on of each what its reader does not have yet."""
+
+    def __init__(self) -> None:
+        self.delivered_events = 0
+        self._answers: dict[tuple[int, int], _Answer] = {}
+
+    def take(self, event: Event) -> Event | None:
+        """What is new in an event; raises where the rest differs from what was delivered."""
+        answer = self._answers.get((event.index, event.choice_index))
+        new: Event | None
+        match event:
+            case Started():
+                new = self._begin(event, answer)
+            case Delta() if answer is not None:
+                new = _new_part(event, answer)
+            case Finished() if answer is not None:
+                if answer.seen_text < len(answer.old_text) or answer.seen_ids < answer.old_ids:
+                    raise _DifferentAnswerError("an answer came out shorter when it was repeated")
+                new = None if answer.finished else event
+                answer.finished = True
+            case _:
+                raise _DifferentAnswerError("an answer came without its beginning")
+        self.delivered_events += new is not None
+        return new
+
+    def rewind(self) -> None:
+        """From here on, all answers are made again from their beginning."""
+        for answer in self._answers.values():
+            answer.old_text, answer.old_ids = "".join(answer.text), len(answer.ids)
+            answer.seen_text = answer.seen_ids = 0
+
+    def seed(self, prompts: int, *, greedy: bool) -> int | None:
+        """The one seed that gives all answers to so many prompts again, if there is one."""
+        for (_, choice), answer in self._answers.items():
+            if prompts == 1 or greedy:
+                return (answer.started.seed - choice) % 2**64
+        return None
+
+    def _begin(self, started: Started, answer: _Answer | None) -> Event | None:
+        if answer is None:
+            self._answers[started.index, started.choice_index] = _Answer(started)
+            return started
+        if started.fingerprint != answer.started.fingerprint:
+            raise _DifferentAnswerError(
+                f"the gateway serves another model now: fingerprint {started.fingerprint}, and it "
+                f"was {answer.started.fingerprint}"
+            )
+        return None
+
+
+def _new_part(delta: Delta, answer: _Answer) -> Delta | None:
+    old_text = answer.old_text[answer.seen_text : answer.seen_text + len(delta.text)]
+    old_ids = answer.ids[answer.seen_ids : min(answer.seen_ids + len(delta.tokens), answer.old_ids)]
+    if not delta.text.startswith(old_text) or old_ids != [
+        token.id for token in delta.tokens[: len(old_ids)]
+    ]:
+        raise _DifferentAnswerError("an answer came out differently when it was repeated")
+    answer.seen_text += len(delta.text)
+    answer.seen_ids += len(delta.tokens)
+    text, tokens = delta.text[len(old_text) :], delta.tokens[len(old_ids) :]
+    answer.text.append(text)
+    answer.ids += [token.id for token in tokens]
+    return replace(delta, text=text, tokens=tokens) if text or tokens else None

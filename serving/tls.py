@@ -1,0 +1,166 @@
+"""Certificates of servers and callers, read from PEM files, and again when the files change.
+
+A server asks for its files' state at every new connection, a caller whenever it makes a channel. A
+changed set of files is used only if it fits together: a half-written or mismatched one is logged,
+and the certificates in use stay.
+"""
+
+import os
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import structlog
+
+from serving.errors import StartError
+
+_log = structlog.stdlib.get_logger(__name__)
+
+# Of each file: when it was changed, its size, and which one it is, as links may be swapped.
+_Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files. `cert` is a chain, its own certificate first; `ca` is whom to trust."""
+
+    cert: Path | None
+    key: Path | None
+    ca: Path | None
+
+    def __iter__(self) -> Iterator[Path | None]:
+        return iter((self.cert, self.key, self.ca))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pem:
+    """What is in the files."""
+
+    cert: bytes | None
+    key: bytes | None
+    ca: bytes | None
+
+
+class ServerCertificates:
+    """What a server shows; with `ca`, callers must show a certificate signed by one of those.
+
+    Raises:
+        StartError: a file cannot be read, or is not what it should be.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = _WatchedFiles(files)
+        self._needs_client = files.ca is not None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        return grpc.dynamic_ssl_server_credentials(
+            _configuration(self._files.pem),
+            self._changed,  # type: ignore[arg-type]  # the stubs forget that None means no change
+            self._needs_client,
+        )
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC's own threads, before each handshake."""
+        return _configuration(self._files.pem) if self._files.refresh() else None
+
+
+class PeerCertificates:
+    """What a caller trusts and, where a server asks for it, shows.
+
+    Raises:
+        StartError: a file cannot be read, or is not what it should be.
+    """
+
+    def __init__(self, files: TlsFiles, name: str | None = None) -> None:
+        self._files = _WatchedFiles(files)
+        # The name that certificates must have, in place of the address that is connected to.
+        self.options = () if name is None else (("grpc.ssl_target_name_override", name),)
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Of the files as they are now."""
+        self._files.refresh()
+        pem = self._files.pem
+        return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
+
+
+class _WatchedFiles:
+    """The last contents of the files that fitted together."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._lock = threading.Lock()
+        self._seen = _stamp(files)
+        try:
+            self.pem = _read(files)
+        except ValueError as error:
+            raise StartError(str(error)) from error
+
+    def refresh(self) -> bool:
+        """Reads the files if they changed since the last look; True if `pem` is new."""
+        with self._lock:
+            stamp = _stamp(self._files)
+            if stamp == self._seen:
+                return False
+            self._seen = stamp
+            try:
+                self.pem = _read(self._files)
+            except ValueError as error:
+                _log.error("certificates not reloaded, the old ones stay", reason=str(error))
+                return False
+        _log.info("certificates reloaded", files=[str(path) for path in self._files if path])
+        return True
+
+
+def _configuration(pem: _Pem) -> grpc.ServerCertificateConfiguration:
+    pairs = [(pem.key, pem.cert)] if pem.key and pem.cert else []
+    return grpc.ssl_server_certificate_configuration(pairs, pem.ca)
+
+
+def _read(files: TlsFiles) -> _Pem:
+    """ValueError, with the name of the file, unless gRPC could use them."""
+    with _blaming(files.cert, files.key):
+        if files.cert and files.key:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # Without a password of its own, OpenSSL would ask for one on the terminal.
+            context.load_cert_chain(files.cert, files.key, password=_no_password)
+    with _blaming(files.ca):
+        if files.ca:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(files.ca)
+    contents = []
+    for path in files:
+        with _blaming(path):
+            contents.append(path.read_bytes() if path else None)
+    return _Pem(*contents)
+
+
+@contextmanager
+def _blaming(*paths: Path | None) -> Iterator[None]:
+    names = " and ".join(str(path) for path in paths if path)
+    try:
+        yield
+    except ssl.SSLError as error:
+        # Plain numbers of OpenSSL's where it has no words.
+        reason = (error.reason or "no PEM file of the right kind").replace("_", " ").lower()
+        raise ValueError(f"{names}: not usable as certificate or key: {reason}") from error
+    except OSError as error:
+        raise ValueError(f"{names}: cannot be read: {error.strerror}") from error
+
+
+def _no_password() -> str:
+    return ""
+
+
+def _stamp(files: TlsFiles) -> _Stamp:
+    return tuple(_file_stamp(path) if path else None for path in files)
+
+
+def _file_stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = os.stat(path)  # noqa: PTH116  # several times cheaper, and asked at each connection
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -1,0 +1,39 @@
+"""Keys that the command makes, and flags that contradict each other."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from client.commands import main
+from serving.keys import KeyRing
+
+
+def test_new_key_opens_with_the_entry_it_is_printed_with(tmp_path: Path) -> None:
+    printed = CliRunner().invoke(main, ["keys", "new", "--name", "ada"]).stdout
+    key, _, entry = printed.partition("\n\n")
+    file = tmp_path / "keys.toml"
+    file.write_text(entry[entry.index("[[keys]]") :])
+    ring = KeyRing(file, {"test.Echo": "generate"})
+    assert ring.authorize("/test.Echo/Say", [("authorization", f"Bearer {key}")]).name == "ada"
+    assert key not in entry
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--client_key", __file__, "--tls"], "--client_cert and --client_key belong together"),
+        (["--tls_name", "a"], "need --tls or --ca"),
+        (["--ca", "absent.pem"], "'absent.pem' does not exist"),
+    ],
+)
+def test_flags_that_do_not_fit_are_wrong_usage(flags: list[str], problem: str) -> None:
+    result = CliRunner().invoke(main, ["complete", "Llamas", *flags])
+    assert result.exit_code == 2
+    assert problem in result.stderr
+
+
+def test_name_that_no_file_could_hold_is_wrong_usage() -> None:
+    result = CliRunner().invoke(main, ["keys", "new", "--name", 'a"b'])
+    assert result.exit_code == 2
+    assert "1 to 64 letters" in result.stderr

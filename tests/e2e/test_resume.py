@@ -1,0 +1,214 @@
+"""Streams of the clients over connections that break and gateways that die."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from client import AsyncClient, Client, Delta, Event, Started, StreamLostError, TextOptions
+from llama.v1.model_pb2 import GetLoadRequest
+
+LONG: TextOptions = {"max_gen_len": 120, "ignore_eos": True, "logprobs": True}
+STREAMS = 31  # and one more
+
+
+@dataclass
+class Proxy:
+    """Passes bytes on, until it cuts all of its connections."""
+
+    address: str = ""
+    _writers: list[asyncio.StreamWriter] = field(default_factory=list)
+    _connections: list["asyncio.Task[None]"] = field(default_factory=list)
+
+    @property
+    def connections(self) -> int:
+        """How many there were."""
+        return len(self._connections)
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def end(self) -> None:
+        self.cut()
+        await asyncio.gather(*self._connections)
+
+    def connect(
+        self, target: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._connections.append(asyncio.create_task(self._connect(target, reader, writer)))
+
+    async def _connect(
+        self, target: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        host, port = target.rsplit(":", 1)
+        to_reader, to_writer = await asyncio.open_connection(host, int(port))
+        self._writers += [writer, to_writer]
+        await asyncio.gather(_pass_on(reader, to_writer), _pass_on(to_reader, writer))
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except OSError:  # it was cut
+        pass
+    finally:
+        writer.close()
+
+
+@pytest.fixture
+async def proxy(stack: Any) -> AsyncIterator[Proxy]:
+    """In front of the shared gateway."""
+    proxy = Proxy()
+    server = await asyncio.start_server(
+        lambda reader, writer: proxy.connect(stack.gateway.address, reader, writer), "127.0.0.1", 0
+    )
+    host, port = server.sockets[0].getsockname()
+    proxy.address = f"{host}:{port}"
+    yield proxy
+    server.close()
+    await proxy.end()
+
+
+async def test_named_streams_that_are_left_leave_nothing_behind(
+    stack: Any, model_service: Any
+) -> None:
+    async def leave(client: AsyncClient, number: int) -> None:
+        events = 0
+        async with aclosing(client.complete_stream(f"Stream {number}", **LONG)) as stream:
+            async for _event in stream:
+                events += 1
+                if events > number % 7:  # some while they wait, some in the middle
+                    break
+
+    async with AsyncClient(stack.gateway.address) as client:
+        await asyncio.gather(*(leave(client, number) for number in range(100)))
+        load = await model_service.GetLoad(GetLoadRequest())
+        while load.running_sequences or load.waiting_sequences:
+            load = await model_service.GetLoad(GetLoadRequest())
+    assert (load.free_blocks, load.outstanding_tokens) == (load.total_blocks, 0)
+
+
+@dataclass
+class Followed:
+    """What the reader of a stream saw."""
+
+    seed: int = 0
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    deltas: int = 0
+
+
+async def follow(
+    client: AsyncClient, prompt: str, at_delta: Callable[[Followed], None], **options: Any
+) -> Followed:
+    seen = Followed()
+    async with aclosing(client.complete_stream(prompt, **LONG, **options)) as events:
+        async for event in events:
+            match event:
+                case Started():
+                    seen.seed = event.seed
+                case Delta():
+                    seen.ids += [token.id for token in event.tokens]
+                    seen.text += event.text
+                    seen.deltas += 1
+                    at_delta(seen)
+    return seen
+
+
+async def undisturbed(client: AsyncClient, prompt: str, **options: Any) -> tuple[list[int], str]:
+    prediction = await client.complete(prompt, **LONG, **options)
+    return [token.id for token in prediction.tokens], prediction.text
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1, "seed": 3}])
+async def test_stream_goes_on_exactly_where_its_connection_was_cut(
+    proxy: Proxy, options: dict[str, Any]
+) -> None:
+    def cut(seen: Followed) -> None:
+        if seen.deltas in (3, 40):
+            proxy.cut()
+
+    async with AsyncClient(proxy.address) as client:
+        seen = await follow(client, "The", cut, **options)
+        assert proxy.connections > 1
+        assert (seen.ids, seen.text) == await undisturbed(client, "The", **options)
+
+
+async def test_synchronous_stream_goes_on_where_its_connection_was_cut(proxy: Proxy) -> None:
+    loop = asyncio.get_running_loop()
+
+    def read(client: Client) -> str:
+        text = ""
+        for event in client.complete_stream("The", temperature=0, **LONG):
+            if isinstance(event, Delta):
+                if not text:
+                    asyncio.run_coroutine_threadsafe(_cut(proxy), loop).result()
+                text += event.text
+        return text
+
+    with Client(proxy.address) as client:
+        text = await asyncio.to_thread(read, client)
+        assert proxy.connections > 1
+        assert text == (await asyncio.to_thread(client.complete, "The", temperature=0, **LONG)).text
+
+
+async def _cut(proxy: Proxy) -> None:
+    proxy.cut()
+
+
+def choice(number: int) -> dict[str, Any]:
+    """Greedy, with a seed of ours, or with one that the gateway draws."""
+    return [{"temperature": 0}, {"temperature": 1, "seed": number}, {"temperature": 1}][number % 3]
+
+
+def follow_all(
+    client: AsyncClient,
+) -> tuple[list["asyncio.Task[Followed]"], asyncio.Event]:
+    """Streams with a reader each; the event is set when all have some of their tokens."""
+    begun, all_begun = set[int](), asyncio.Event()
+
+    def run(number: int) -> "asyncio.Task[Followed]":
+        def note(_seen: Followed) -> None:
+            begun.add(number)
+            if len(begun) == STREAMS:
+                all_begun.set()
+
+        return asyncio.create_task(follow(client, f"Stream {number}", note, **choice(number)))
+
+    return [run(number) for number in range(STREAMS)], all_begun
+
+
+async def begin_two_prompts(client: AsyncClient) -> AsyncGenerator[Event, None]:
+    """One more stream, whose answers draw with a seed each; it has begun."""
+    stream = client.complete_stream_many(["One", "Two"], **LONG)
+    assert isinstance(await anext(stream), Started)
+    return stream
+
+
+async def test_streams_outlive_a_killed_gateway_without_losing_or_doubling_a_token(
+    own_gateway: Any,
+) -> None:
+    async with AsyncClient(own_gateway.address) as client:
+        streams, all_begun = follow_all(client)
+        await all_begun.wait()
+        unrepeatable = await begin_two_prompts(client)
+        assert not any(stream.done() for stream in streams)
+        own_gateway.kill()
+        with own_gateway.again():
+            seen = await asyncio.gather(*streams)
+            with pytest.raises(StreamLostError, match="can only be repeated with a seed"):
+                [event async for event in unrepeatable]
+            expected = await asyncio.gather(
+                *(
+                    undisturbed(client, f"Stream {number}", **{**choice(number), "seed": each.seed})
+                    for number, each in enumerate(seen)
+                )
+            )
+            assert [(each.ids, each.text) for each in seen] == expected

@@ -1,0 +1,101 @@
+"""TLS between the services, and clients that do not read."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2_grpc
+
+from gateway.backend import Backend
+from gateway.peer import connector
+from gateway.server import gateway_service
+from gateway.settings import GatewaySettings
+from llama.v1 import chat_pb2, chat_pb2_grpc
+from llama.v1.sampling_pb2 import FINISH_REASON_STOP
+from serving.server import Running, channel, running
+from tests.gateway.conftest import RunningGateway, ScriptedModel, StartGateway, StartServer
+from tokenizer_service.servicer import tokenizer_service
+from tokenizer_service.tokenizer import Tokenizer
+
+REQUEST = chat_pb2.TextCompleteStreamRequest(prompts=["Llamas"])
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> dict[str, Path]:
+    """Files of one authority, and of one certificate by it that names no address."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("inside.example")
+    files = {name: tmp_path / f"{name}.pem" for name in ("ca", "cert", "key")}
+    authority.cert_pem.write_to_path(files["ca"])
+    issued.cert_chain_pems[0].write_to_path(files["cert"])
+    issued.private_key_pem.write_to_path(files["key"])
+    return files
+
+
+async def test_services_inside_talk_mutual_tls(
+    pem: dict[str, Path],
+    tokenizer: Tokenizer,
+    model: ScriptedModel,
+    start_server: StartServer,
+    servers: AsyncExitStack,
+) -> None:
+    tls = {"tls_cert": pem["cert"], "tls_key": pem["key"], "tls_client_ca": pem["ca"]}
+    peers = {"peer_cert": pem["cert"], "peer_key": pem["key"], "peer_ca": pem["ca"]}
+    to_tokenizer, _ = await start_server(tokenizer_service(tokenizer), **tls)
+    to_model, _ = await start_server(model.service(), **tls)
+    named: Any = {**peers, "peer_name": "inside.example"}
+    settings = GatewaySettings(port=0, grace_period=0, **named)
+    backend = Backend(to_tokenizer, [to_model], connector(settings))
+    server: Running = await servers.enter_async_context(
+        running(settings, gateway_service(backend, settings))
+    )
+    async with channel(server.address) as to_gateway:
+        stub = chat_pb2_grpc.ChatServiceStub(to_gateway)
+        await RunningGateway(stub, health_pb2_grpc.HealthStub(to_gateway)).until(serving=True)
+        assert (await stub.GetModel(chat_pb2.GetModelRequest())).name == "scripted"
+
+
+async def test_client_that_stops_reading_loses_its_stream_at_the_bound(
+    start_gateway: StartGateway,
+    start_server: StartServer,
+    tokenizer_target: str,
+    model: ScriptedModel,
+) -> None:
+    address, _ = await start_server(model.service())
+    gateway = await start_gateway(tokenizer_target, address, max_unread_bytes=4096)
+    await gateway.until(serving=True)
+    call = gateway.stub.TextCompleteStream(REQUEST)
+    sequence = (await model.starts.get()).request_id
+    cancelled = asyncio.create_task(model.cancels.get())
+    while not cancelled.done():
+        model.tell(sequence, ids=[300] * 1000)
+        await asyncio.sleep(0)
+    assert cancelled.result() == sequence
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        async for _ in call:
+            pass
+    assert ended.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "reads too slowly" in str(ended.value.details())
+
+
+async def test_slow_but_steady_reader_gets_everything(
+    start_gateway: StartGateway,
+    start_server: StartServer,
+    tokenizer_target: str,
+    model: ScriptedModel,
+) -> None:
+    address, _ = await start_server(model.service())
+    gateway = await start_gateway(tokenizer_target, address, max_unread_bytes=4096)
+    await gateway.until(serving=True)
+    call: Any = gateway.stub.TextCompleteStream(REQUEST)
+    sequence = (await model.starts.get()).request_id
+    await call.read()
+    for _ in range(100):
+        model.tell(sequence, ids=[300] * 100)
+        assert (await call.read()).delta.text
+    model.tell(sequence, finish_reason=FINISH_REASON_STOP)
+    assert (await call.read()).finished.usage.completion_tokens == 10_000
