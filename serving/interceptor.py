@@ -1,4 +1,5 @@
-"""What every call of every service passes through: request id, errors to statuses, one log line.
+"""What every call of every service passes through: request id, errors to statuses, one log line,
+metrics and trace.
 
 gRPC calls `intercept_service` before it reads the request; the work is in the handler that it
 puts in the place of the service's own. That one is always a coroutine, also where the service's is
@@ -11,14 +12,16 @@ import contextlib
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from serving import request_id
+from serving import request_id, tracing
 from serving.errors import RequestError, to_status
+from serving.metrics import CallMetrics, MethodMetrics
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -37,9 +40,26 @@ _HANDLER_FACTORIES: dict[tuple[bool, bool], Callable[..., Handler]] = {
     (True, False): grpc.stream_unary_rpc_method_handler,
     (True, True): grpc.stream_stream_rpc_method_handler,
 }
+# As go-grpc-prometheus calls the kinds.
+_KINDS = {
+    (False, False): "unary",
+    (False, True): "server_stream",
+    (True, False): "client_stream",
+    (True, True): "bidi_stream",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    method: str
+    id: str
+    metrics: MethodMetrics
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
+    def __init__(self, metrics: CallMetrics) -> None:
+        self._metrics = metrics
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
@@ -48,20 +68,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:  # gRPC answers UNIMPLEMENTED
             return None
+        streams = handler.request_streaming, handler.response_streaming
         method = handler_call_details.method
-        call_id = request_id.from_metadata(handler_call_details.invocation_metadata)
+        metadata = handler_call_details.invocation_metadata
+        call_id = request_id.from_metadata(metadata)
+        call = _Call(method, call_id, self._metrics.method(method, _KINDS[streams]))
+        # A stream of requests is a session: what comes over it has traces of its own.
+        traced = not (handler.request_streaming or method.startswith(_INFRASTRUCTURE))
         parse = _checked(cast("Callable[[bytes], object]", handler.request_deserializer))
 
         async def respond(request: object, context: Context) -> object:
-            with structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}):
-                async with _answering(method, call_id, context):
+            with (
+                structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}),
+                tracing.call(method, metadata) if traced else contextlib.nullcontext(),
+            ):
+                async with _answering(call, context):
                     if not handler.request_streaming:
                         request = parse(cast("bytes", request))
                     return await _call(handler, request, context)
 
         # A request that does not parse must fail inside of `respond`. A single one arrives there as
         # bytes; of a stream, each is parsed while the service reads.
-        return _HANDLER_FACTORIES[handler.request_streaming, handler.response_streaming](
+        return _HANDLER_FACTORIES[streams](
             respond,
             request_deserializer=parse if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
@@ -83,10 +111,11 @@ async def _call(handler: Handler, request: object, context: Context) -> object:
 
 
 @contextlib.asynccontextmanager
-async def _answering(method: str, call_id: str, context: Context) -> AsyncIterator[None]:
+async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
     """Around the service's own work: ids out first, then errors to statuses, and the log line."""
     started = time.monotonic()
-    identity = ((request_id.METADATA_KEY, call_id),)
+    call.metrics.begin()
+    identity = ((request_id.METADATA_KEY, call.id),)
     code = grpc.StatusCode.OK
     try:
         context.set_trailing_metadata(identity)
@@ -102,17 +131,20 @@ async def _answering(method: str, call_id: str, context: Context) -> AsyncIterat
         raise
     except RequestError as error:
         code = error.code
+        call.metrics.refuse(error)
         status = to_status(error)
         details = (STATUS_DETAILS_KEY, status.SerializeToString())
         await context.abort(code, status.message, (*identity, details))
     except Exception:
         code = grpc.StatusCode.INTERNAL
-        _log.exception("call failed", method=method)
-        await context.abort(code, f"internal error, request id {call_id}", identity)
+        _log.exception("call failed", method=call.method)
+        await context.abort(code, f"internal error, request id {call.id}", identity)
     finally:
-        log = _log.debug if method.startswith(_INFRASTRUCTURE) else _log.info
-        seconds = round(time.monotonic() - started, 6)
-        log("call finished", method=method, code=code.name, seconds=seconds)
+        seconds = time.monotonic() - started
+        call.metrics.end(code, seconds)
+        tracing.end_call(code)
+        log = _log.debug if call.method.startswith(_INFRASTRUCTURE) else _log.info
+        log("call finished", method=call.method, code=code.name, seconds=round(seconds, 6))
 
 
 def _code_set_on(context: Context) -> grpc.StatusCode | None:

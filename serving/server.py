@@ -16,11 +16,14 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import Collector
 
+from serving import tracing
 from serving.errors import StartError
 from serving.health import Health
 from serving.interceptor import CallInterceptor
 from serving.logs import exit_with_error
+from serving.metrics import CallMetrics, exposed, registry_of
 from serving.settings import ServerSettings
 
 __all__ = ["Health", "Running", "Service", "channel", "running", "serve"]
@@ -34,13 +37,14 @@ class Service:
 
     `names` are its full gRPC names, for health and reflection. `run` is a task beside the server
     that sets the health and watches peers; its failure ends the server, its return does not.
-    `drain` lets the service's own long-lived streams finish.
+    `drain` lets the service's own long-lived streams finish. `collectors` are its own metrics.
     """
 
     names: Sequence[str]
     register: Callable[[grpc.aio.Server], None]
     run: Callable[[Health], Awaitable[None]] | None = None
     drain: Callable[[], Awaitable[None]] | None = None
+    collectors: Sequence[Collector] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +63,10 @@ async def serve(settings: ServerSettings, service: Service) -> None:
     """
     signalled = asyncio.create_task(_stop_signal())
     try:
-        async with running(settings, service) as server:
-            await asyncio.wait({signalled, server.background}, return_when=asyncio.FIRST_COMPLETED)
-            if server.background.done():
-                server.background.result()
+        async with tracing.exporting(settings, service.names[0]), running(settings, service) as on:
+            await asyncio.wait({signalled, on.background}, return_when=asyncio.FIRST_COMPLETED)
+            if on.background.done():
+                on.background.result()
     except StartError as error:
         exit_with_error(str(error))
     except Exception:
@@ -75,8 +79,9 @@ async def serve(settings: ServerSettings, service: Service) -> None:
 async def running(settings: ServerSettings, service: Service) -> AsyncIterator[Running]:
     """The server, listening; drained at the end of the block. Leaves signals alone."""
     state = Health(service.names, serving=service.run is None)
+    registry = registry_of(state, service.collectors)
     server = grpc.aio.server(
-        interceptors=[CallInterceptor()],
+        interceptors=[CallInterceptor(CallMetrics(registry))],
         options=[
             # Without this a second server on the same port would start, and share its connections.
             ("grpc.so_reuseport", 0),
@@ -94,17 +99,18 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
     names = (*service.names, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     address = _bind(server, settings)
-    await server.start()
-    _log.info("listening", address=address)
-    background = asyncio.create_task(_background(service, state))
-    try:
-        yield Running(address, background)
-    finally:
-        # With its background task the service has lost what its calls would need to finish.
-        grace = 0.0 if background.done() else settings.grace_period
-        await _stop(server, service, state, grace)
-        background.cancel()
-        await asyncio.wait({background})
+    with exposed(settings, registry):
+        await server.start()
+        _log.info("listening", address=address)
+        background = asyncio.create_task(_background(service, state))
+        try:
+            yield Running(address, background)
+        finally:
+            # With its background task the service has lost what its calls would need to finish.
+            grace = 0.0 if background.done() else settings.grace_period
+            await _stop(server, service, state, grace)
+            background.cancel()
+            await asyncio.wait({background})
 
 
 def channel(target: str) -> grpc.aio.Channel:

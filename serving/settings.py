@@ -52,6 +52,32 @@ class ServerSettings(BaseSettings):
     max_request_bytes: Annotated[
         int, Field(ge=1, le=2**31 - 1, description="bytes of the largest request message")
     ] = 4 * 1024 * 1024
+    metrics_host: Annotated[
+        str, Field(min_length=1, description="address of the HTTP port for Prometheus")
+    ] = "127.0.0.1"
+    metrics_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="HTTP port for Prometheus; 0 lets the system choose; default none",
+        ),
+    ] = None
+    otlp_endpoint: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://[^\s/]+$",
+            description="OTLP collector for traces, as http://HOST:4317; default none",
+        ),
+    ] = None
+    trace_ratio: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="part of the requests to trace; a caller's own decision goes before it",
+        ),
+    ] = 1.0
 
 
 S = TypeVar("S", bound=ServerSettings)
