@@ -26,6 +26,7 @@ from model_service.engine.sequence import (
     TokenLogprobs,
 )
 from model_service.engine.speculation import NgramDrafter, Speculation
+from model_service.engine.step_times import StepReport, StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class EngineLoad:
     completion_tokens: int
     drafted_tokens: int
     accepted_tokens: int  # of those
+    step_report: StepReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ class Engine:
         self._arrivals = itertools.count()
         self._ready: list[SequenceOutput] = []  # outputs that need no step
         self._steps = 0
+        self._step_times = StepTimes()
         self._prompt_tokens = 0
         self._completion_tokens = 0
 
@@ -151,9 +154,13 @@ class Engine:
             if chunk.sequence.first_step_at is None:
                 chunk.sequence.first_step_at = started
         plan, rows = plan_step(schedule)
+        planned = time.monotonic()
         logits = self._runner.execute(plan)
+        computed = time.monotonic()
         self._steps += 1
-        return outputs + self._advance(schedule, rows, logits, started)
+        outputs += self._advance(schedule, rows, logits, started)
+        self._step_times.note(len(schedule.chunks), started, planned, computed, time.monotonic())
+        return outputs
 
     def probe(self) -> None:
         """Sends one token through all shards; raises what a step would raise."""
@@ -174,6 +181,7 @@ class Engine:
             completion_tokens=self._completion_tokens,
             drafted_tokens=self._speculation.drafted,
             accepted_tokens=self._speculation.accepted,
+            step_report=self._step_times.report(),
         )
 
     def _advance(
