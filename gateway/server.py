@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from gateway.accounting import Accounting
 from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.completion import PlacedEvent, complete, fold
@@ -22,6 +23,7 @@ from gateway.messages import (
     text_event,
     text_prediction,
 )
+from gateway.metrics import RequestMetrics, StateMetrics
 from gateway.prompts import Encode, encode_dialogs, encode_texts, take_ids
 from gateway.request import (
     ChatRequest,
@@ -44,21 +46,31 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
     """The service as `serving` runs it. It needs no drain: its streams end with their answers."""
+    requests = RequestMetrics()
+    servicer = ChatServicer(backend, settings, requests)
 
     def register(server: grpc.aio.Server) -> None:
-        servicer = ChatServicer(backend, settings)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(servicer, server)
 
-    return Service(names=[SERVICE_NAME], register=register, run=backend.run)
+    state = StateMetrics(backend, servicer.admission)
+    return Service(
+        names=[SERVICE_NAME],
+        register=register,
+        run=backend.run,
+        collectors=[requests, state],
+    )
 
 
 class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
-    def __init__(self, backend: Backend, settings: GatewaySettings) -> None:
+    def __init__(
+        self, backend: Backend, settings: GatewaySettings, metrics: RequestMetrics
+    ) -> None:
         self._tokenizer = backend.tokenizer
         self._replicas = backend.replicas
         self._settings = settings
         self._limits = settings.request_limits
-        self._admission = Admission(settings.max_queued_sequences)
+        self.admission = Admission(settings.max_queued_sequences)
+        self._accounting = Accounting(metrics, log_peers=settings.log_peers)
 
     async def ChatComplete(
         self, request: chat_pb2.ChatCompleteRequest, context: Context
@@ -121,7 +133,13 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> chat_pb2.GetModelResponse:
         return model_response(self._replicas.model, self._replicas.ready_count, self._settings)
 
-    async def _chat(
+    def _chat(self, request: ChatRequest, context: Context) -> AsyncGenerator[PlacedEvent, None]:
+        return self._accounting.follow(self._chat_events(request, context), request, context)
+
+    def _text(self, request: TextRequest, context: Context) -> AsyncGenerator[PlacedEvent, None]:
+        return self._accounting.follow(self._text_events(request, context), request, context)
+
+    async def _chat_events(
         self, request: ChatRequest, context: Context
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
@@ -132,7 +150,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         }
         safe = {path: each for path, each in dialogs.items() if not has_special_tags(each)}
         chosen = options(request, model.context_length)
-        with self._admission.admit(len(safe) * chosen.n):
+        with self.admission.admit(len(safe) * chosen.n):
             encoded = await encode_dialogs(
                 safe,
                 self._encoder(context),
@@ -146,14 +164,14 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 async for event in events:
                     yield event
 
-    async def _text(
+    async def _text_events(
         self, request: TextRequest, context: Context
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
         vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
         _refuse(text_violations(request, self._limits, len(vocabulary)))
         chosen = options(request, model.context_length)
-        with self._admission.admit((len(request.prompts) + len(request.prompt_ids)) * chosen.n):
+        with self.admission.admit((len(request.prompts) + len(request.prompt_ids)) * chosen.n):
             if request.prompt_ids:
                 given = {f"prompt_ids[{i}]": list(p.ids) for i, p in enumerate(request.prompt_ids)}
                 prompts = take_ids(given, model.context_length)

@@ -30,6 +30,9 @@ class GatewaySettings(ServerSettings):
     max_choices: Annotated[
         int, Field(ge=1, description="answers to one dialog or prompt, the request's n")
     ] = 16
+    log_peers: Annotated[
+        bool, Field(description="show the addresses of callers in the access log")
+    ] = False
 
     @model_validator(mode="after")
     def _queue_holds_a_request(self) -> Self:

@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from llama.v1 import chat_pb2_grpc, model_pb2_grpc
 
@@ -29,6 +33,22 @@ TIMEOUT = 120.0  # seconds, on a busy machine
 _running: list["ServiceProcess"] = []
 
 
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """What a service told Prometheus."""
+
+    families: list[Metric]
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of the samples that have these labels; 0 where there is none."""
+        samples = (sample for family in self.families for sample in family.samples)
+        return sum(
+            sample.value
+            for sample in samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
 class ServiceProcess:
     """A service as a process; a thread reads what it logs."""
 
@@ -36,10 +56,13 @@ class ServiceProcess:
         self.name = name
         self.log: list[str] = []
         self._address: Future[str] = Future()
+        self._metrics_address: Future[str] = Future()
         self._terminated = False
         self._command, self._flags = command, flags
-        flags = {"port": 0, "log_format": "json", **flags}
-        arguments = [f"--{flag}={value}" for flag, value in flags.items()]
+        flags = {"port": 0, "metrics_port": 0, "log_format": "json", **flags}
+        arguments = [
+            f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()
+        ]
         self._process = subprocess.Popen(
             [sys.executable, *map(str, command), *arguments],
             stderr=subprocess.PIPE,
@@ -54,6 +77,12 @@ class ServiceProcess:
     def address(self) -> str:
         """Where it listens, as soon as it does."""
         return self._address.result(TIMEOUT)
+
+    def scrape(self) -> Scrape:
+        """Its metrics now."""
+        with urlopen(f"http://{self._metrics_address.result(TIMEOUT)}/metrics") as response:
+            text = response.read().decode()
+        return Scrape([*text_string_to_metric_families(text)])
 
     def wait_until(self, serving: bool) -> None:
         """Waits for its health service to say so."""
@@ -97,6 +126,8 @@ class ServiceProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.log.append(line)
+            if '"event": "serving metrics"' in line:
+                self._metrics_address.set_result(json.loads(line)["address"])
             if '"event": "listening"' in line:
                 self._address.set_result(json.loads(line)["address"])
         if not self._address.done():
@@ -112,8 +143,8 @@ class Stack:
     gateway: ServiceProcess
 
 
-def start_tokenizer() -> ServiceProcess:
-    flags = {"tokenizer_path": GOLDEN / "tokenizer.model"}
+def start_tokenizer(**flags: object) -> ServiceProcess:
+    flags = {"tokenizer_path": GOLDEN / "tokenizer.model", **flags}
     return ServiceProcess("tokenizer_service", "-m", "tokenizer_service", **flags)
 
 
@@ -144,17 +175,22 @@ def start_gateway(
 
 
 @contextmanager
-def run_services(checkpoint: str, shards: int = 1, **model_flags: object) -> Iterator[Stack]:
-    """All services on one checkpoint, until the block ends."""
+def run_services(
+    checkpoint: str,
+    shards: int = 1,
+    every: Mapping[str, object] = MappingProxyType({}),
+    **model_flags: object,
+) -> Iterator[Stack]:
+    """All services on one checkpoint, until the block ends; `every` is flags of each of them."""
     with ExitStack() as ending:
 
         def started(process: ServiceProcess) -> ServiceProcess:
             ending.callback(process.stop)
             return process
 
-        model = started(start_model(checkpoint, shards, **model_flags))
-        tokenizer = started(start_tokenizer())
-        gateway = started(start_gateway(tokenizer, model))
+        model = started(start_model(checkpoint, shards, **model_flags, **every))
+        tokenizer = started(start_tokenizer(**every))
+        gateway = started(start_gateway(tokenizer, model, **every))
         gateway.wait_until(serving=True)
         yield Stack(tokenizer, model, gateway)
 
@@ -170,6 +206,20 @@ def stack() -> Iterator[Stack]:
     """The stack that most tests share."""
     with run_services("mha-mp1", max_batch_size=32) as running:
         yield running
+
+
+@pytest.fixture
+def gateway_beside(stack: Stack) -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts a gateway with flags of its own, in front of the shared stack's services."""
+    with ExitStack() as ending:
+
+        def start(**flags: object) -> ServiceProcess:
+            gateway = start_gateway(stack.tokenizer, stack.model, **flags)
+            ending.callback(gateway.stop)
+            gateway.wait_until(serving=True)
+            return gateway
+
+        yield start
 
 
 @pytest.fixture
