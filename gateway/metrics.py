@@ -64,6 +64,11 @@ class RequestMetrics:
             ["finish_reason"],
             registry=None,
         )
+        self.failovers = Counter(
+            "chasqui_gateway_failovers_total",
+            "How often answers went on at another replica, because theirs was lost.",
+            registry=None,
+        )
         self.cancelled_tokens = Histogram(
             "chasqui_gateway_cancelled_after_tokens",
             "Tokens that answers had when their request was cancelled or its deadline passed.",
@@ -79,6 +84,7 @@ class RequestMetrics:
             self.cached_prompt_tokens,
             self.completion_tokens,
             self.finished,
+            self.failovers,
             self.cancelled_tokens,
         ):
             yield from metric.collect()
@@ -98,7 +104,7 @@ class StateMetrics:
 
     def collect(self) -> Iterable[Metric]:
         running = GaugeMetricFamily(
-            "chasqui_gateway_sequences", "Generations that run or wait, of all requests."
+            "chasqui_gateway_running_sequences", "Generations that run, of all requests."
         )
         running.add_metric((), self._admission.sequences)
         tokenizer = GaugeMetricFamily(

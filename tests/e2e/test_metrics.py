@@ -133,5 +133,5 @@ async def test_state_of_every_service_is_scraped(chat: Any, stack: Any) -> None:
     replica = {"replica": stack.model.address}
     assert gateway.value("chasqui_gateway_replica_ready", **replica) == 1
     assert gateway.value("chasqui_gateway_replica_outstanding_tokens", **replica) == 0
-    assert gateway.value("chasqui_gateway_sequences") == 0
+    assert gateway.value("chasqui_gateway_running_sequences") == 0
     assert gateway.value("chasqui_calls_in_flight", grpc_service="llama.v1.ChatService") == 0
