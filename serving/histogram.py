@@ -4,11 +4,10 @@ prometheus_client's, which takes a lock. One thread writes; others get snapshots
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):  # four per step: a frozen dataclass is slower to create
     """What a histogram has counted so far."""
 
     bounds: tuple[float, ...]

@@ -34,6 +34,10 @@ _log = structlog.stdlib.get_logger(__name__)
 
 DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
+_GO_NAMES = {code: code.name.title().replace("_", "") for code in grpc.StatusCode} | {
+    grpc.StatusCode.OK: "OK",
+    grpc.StatusCode.CANCELLED: "Canceled",
+}
 
 
 class CallMetrics:
@@ -103,6 +107,7 @@ class MethodMetrics:
         self._labels = labels
         self._started, self._in_flight, self._seconds = started, in_flight, seconds
         self._handled, self._refusals = handled, refusals
+        self._ended: dict[grpc.StatusCode, Counter] = {}
 
     def begin(self) -> None:
         self._started.inc()
@@ -116,13 +121,15 @@ class MethodMetrics:
     def end(self, code: grpc.StatusCode, seconds: float) -> None:
         self._in_flight.dec()
         self._seconds.observe(seconds)
-        self._handled.labels(*self._labels, go_name(code)).inc()
+        ended = self._ended.get(code)
+        if ended is None:
+            ended = self._ended[code] = self._handled.labels(*self._labels, go_name(code))
+        ended.inc()
 
 
 def go_name(code: grpc.StatusCode) -> str:
     """The status as Go, and so go-grpc-prometheus, writes it: OK, Canceled, InvalidArgument."""
-    special = {grpc.StatusCode.OK: "OK", grpc.StatusCode.CANCELLED: "Canceled"}
-    return special.get(code) or code.name.title().replace("_", "")
+    return _GO_NAMES[code]
 
 
 def registry_of(health: Health, collectors: Iterable[Collector]) -> CollectorRegistry:

@@ -19,6 +19,7 @@ TOKENIZER = "llama.v1.TokenizerService"
 MODEL = "llama.v1.ModelService"
 PROMPT = "The llama walks over the bridge"
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+UNSAMPLED = "11111111111111111111111111111111"
 
 
 @dataclass
@@ -49,14 +50,19 @@ def attributes(span: Span) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def collector(services: Callable[..., Any]) -> Iterator[Collector]:
-    """What the services sent of one call, a completion of 8 tokens below the caller's own span."""
+    """What the services sent of three calls, completions of 8 tokens; the first and second have a
+    trace of their caller's, which the caller does not sample for the second.
+    """
     found = Collector()
     server = grpc.server(ThreadPoolExecutor(4))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(found, server)
+    add_to_server: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    add_to_server(found, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with services("mha-mp1", every={"otlp_endpoint": f"http://127.0.0.1:{port}"}) as stack:
         complete(stack.gateway.address, ("traceparent", f"00-{TRACE}-{CALLER}-01"))
+        complete(stack.gateway.address, ("traceparent", f"00-{UNSAMPLED}-{CALLER}-00"))
+        complete(stack.gateway.address, ("traceparent", "no such thing"))
     yield found  # the services have ended, and sent all that they had
     server.stop(None)
 
@@ -97,6 +103,17 @@ def test_spans_tell_tokens_and_the_first_of_them(collector: Collector) -> None:
     assert trace[MODEL].start_time_unix_nano < event.time_unix_nano
     assert event.time_unix_nano < trace[MODEL].end_time_unix_nano
     assert attributes(trace[GATEWAY])["rpc.grpc.status_code"] == 0
+
+
+def test_callers_decision_not_to_sample_holds(collector: Collector) -> None:
+    assert not collector.trace(UNSAMPLED)
+
+
+def test_malformed_context_begins_a_trace_of_its_own(collector: Collector) -> None:
+    gateways = [span for _, span in collector.spans if span.name == f"{GATEWAY}/TextComplete"]
+    [own] = [span for span in gateways if span.trace_id.hex() != TRACE]
+    assert not own.parent_span_id
+    assert set(collector.trace(own.trace_id.hex())) == {GATEWAY, TOKENIZER, MODEL}
 
 
 def test_spans_hold_nothing_that_was_said(collector: Collector) -> None:
