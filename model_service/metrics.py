@@ -1,5 +1,5 @@
-"""What the model service tells Prometheus beyond its calls. It is all in the load report that the
-engine's thread publishes after each step: a scrape costs the engine nothing.
+"""What the model service tells Prometheus beyond its calls: the load report that the engine's
+thread publishes after each step, and its step times. A scrape costs the engine nothing.
 """
 
 import time
@@ -69,15 +69,16 @@ class EngineMetrics:
         yield from self._steps()
 
     def _steps(self) -> Iterable[Metric]:
-        report = self._engine.load.step_report
-        parts = {"schedule": report.schedule, "forward": report.forward, "sample": report.sample}
+        times = self._engine.step_times
         seconds = histogram_family(
             "chasqui_model_step_seconds",
             "Time of a step's parts. On CUDA, sample includes what is left of the forward.",
-            [((part,), snapshot) for part, snapshot in parts.items()],
+            [((part,), histogram.snapshot()) for part, histogram in times.parts.items()],
             "part",
         )
         rows = histogram_family(
-            "chasqui_model_step_sequences", "Sequences that a step serves.", [((), report.rows)]
+            "chasqui_model_step_sequences",
+            "Sequences that a step serves.",
+            [((), times.rows.snapshot())],
         )
         return seconds, rows

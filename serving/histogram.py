@@ -4,10 +4,11 @@ prometheus_client's, which takes a lock. One thread writes; others get snapshots
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Snapshot(NamedTuple):  # four per step: a frozen dataclass is slower to create
+@dataclass(frozen=True, slots=True)
+class Snapshot:
     """What a histogram has counted so far."""
 
     bounds: tuple[float, ...]

@@ -26,7 +26,7 @@ from model_service.engine.sequence import (
     TokenLogprobs,
 )
 from model_service.engine.speculation import NgramDrafter, Speculation
-from model_service.engine.step_times import StepReport, StepTimes
+from model_service.engine.step_times import StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,6 @@ class EngineLoad:
     completion_tokens: int
     drafted_tokens: int
     accepted_tokens: int  # of those
-    step_report: StepReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +94,7 @@ class Engine:
 
     def __init__(self, runner: ModelRunner, limits: EngineLimits) -> None:
         self.limits = limits
+        self.step_times = StepTimes()
         self._runner = runner
         self._pool = BlockPool(limits.blocks, limits.block_size)
         self._pace = Pace(limits.max_stall, limits.block_size, limits.max_step_tokens)
@@ -111,7 +111,6 @@ class Engine:
         self._arrivals = itertools.count()
         self._ready: list[SequenceOutput] = []  # outputs that need no step
         self._steps = 0
-        self._step_times = StepTimes()
         self._prompt_tokens = 0
         self._completion_tokens = 0
 
@@ -159,7 +158,7 @@ class Engine:
         computed = time.monotonic()
         self._steps += 1
         outputs += self._advance(schedule, rows, logits, started)
-        self._step_times.note(len(schedule.chunks), started, planned, computed, time.monotonic())
+        self.step_times.note(len(schedule.chunks), started, planned, computed, time.monotonic())
         return outputs
 
     def probe(self) -> None:
@@ -181,7 +180,6 @@ class Engine:
             completion_tokens=self._completion_tokens,
             drafted_tokens=self._speculation.drafted,
             accepted_tokens=self._speculation.accepted,
-            step_report=self._step_times.report(),
         )
 
     def _advance(

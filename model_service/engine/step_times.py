@@ -1,10 +1,8 @@
-"""How long steps take, and how many sequences they serve: observed in every step, so in the cheap
-histograms, and told in the load report.
+"""How long steps take, and how many sequences they serve. Noted in every step, so in the cheap
+histograms; whoever wants to know reads them from another thread, at no cost for the engine.
 """
 
-from typing import NamedTuple
-
-from serving.histogram import Histogram, Snapshot
+from serving.histogram import Histogram
 
 SECONDS = (
     *(0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003),
@@ -13,37 +11,21 @@ SECONDS = (
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-class StepReport(NamedTuple):  # one per step: a frozen dataclass is slower to create
-    """All steps since the start."""
-
-    schedule: Snapshot  # seconds, choosing tokens and putting the batch together
-    forward: Snapshot  # seconds, until the logits are there or, on CUDA, on their way
-    sample: Snapshot  # seconds, from logits to outputs; on CUDA with the rest of the forward
-    rows: Snapshot  # sequences in a step
-
-
 class StepTimes:
-    """What the engine notes about its steps."""
+    """All steps since the start. Only the engine writes."""
 
     def __init__(self) -> None:
-        self._schedule = Histogram(SECONDS)
-        self._forward = Histogram(SECONDS)
-        self._sample = Histogram(SECONDS)
-        self._rows = Histogram(ROWS)
+        # In seconds. On CUDA the forward ends with its logits on their way; what is left of it then
+        # is counted with what comes after, from logits to outputs.
+        self.parts = {name: Histogram(SECONDS) for name in ("schedule", "forward", "sample")}
+        self.rows = Histogram(ROWS)  # sequences in a step
+        self._schedule, self._forward, self._sample = self.parts.values()
 
     def note(
         self, rows: int, started: float, planned: float, computed: float, ended: float
     ) -> None:
-        """Takes a step of `rows` sequences, by the time.monotonic between its parts."""
+        """Takes a step of `rows` sequences, by the time.monotonic before, between and after."""
         self._schedule.observe(planned - started)
         self._forward.observe(computed - planned)
         self._sample.observe(ended - computed)
-        self._rows.observe(rows)
-
-    def report(self) -> StepReport:
-        return StepReport(
-            self._schedule.snapshot(),
-            self._forward.snapshot(),
-            self._sample.snapshot(),
-            self._rows.snapshot(),
-        )
+        self.rows.observe(rows)
