@@ -16,6 +16,11 @@ class Admission:
         self._max_sequences = max_sequences
         self._sequences = 0
 
+    @property
+    def sequences(self) -> int:
+        """Those that run or wait now."""
+        return self._sequences
+
     @contextmanager
     def admit(self, sequences: int) -> Iterator[None]:
         """Holds room for `sequences` while the context lasts; RESOURCE_EXHAUSTED without room."""

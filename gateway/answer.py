@@ -18,6 +18,7 @@ class Delta:
 
     text: str
     tokens: list[chat_pb2.Token]
+    completion_tokens: int = 0  # of the answer, this delta's included
 
 
 class Answer:
@@ -57,7 +58,7 @@ class Answer:
         if event.finish_reason and not self.stopped:
             text.append(self._stop.push(self._detokenizer.finish()))
             text.append(self._stop.finish())
-        return Delta("".join(text), tokens)
+        return Delta("".join(text), tokens, self.completion_tokens)
 
     def _push(self, token_id: int) -> str:
         text = self._detokenizer.push(token_id)

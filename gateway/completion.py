@@ -26,6 +26,7 @@ from llama.v1.sampling_pb2 import (
     FinishReason,
     SamplingParams,
 )
+from serving import tracing
 from serving.errors import RequestError, unavailable
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -55,6 +56,7 @@ class Finished:
 
     reason: "FinishReason.ValueType"
     usage: chat_pb2.Usage
+    resumed: int = 0
 
 
 Event = Started | Delta | Finished
@@ -181,6 +183,7 @@ def _start(
         prompt_logprobs=options.prompt_logprobs,
         top_logprobs=options.top_logprobs,
         stop_ids=[eos_id],
+        traceparent=tracing.traceparent(),
     )
 
 

@@ -160,6 +160,10 @@ class ReplicaPool:
         self._vocab_size = 0
 
     @property
+    def replicas(self) -> Sequence[Replica]:
+        return self._replicas
+
+    @property
     def ready_count(self) -> int:
         return sum(replica.ready for replica in self._replicas)
 

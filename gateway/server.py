@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from gateway.access import authorizer, connection_options
+from gateway.accounting import Accounting
 from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.completion import Event, Place, PlacedEvent, complete, fold
@@ -24,6 +25,7 @@ from gateway.messages import (
     text_event,
     text_prediction,
 )
+from gateway.metrics import RequestMetrics, StateMetrics
 from gateway.named_streams import NamedStreams, ResponseT
 from gateway.prompts import Encode, Prompt, encode_dialogs, encode_texts, take_ids
 from gateway.request import (
@@ -54,9 +56,10 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
     others end with their answers.
     """
     streams = NamedStreams(settings.stream_limits)
+    requests = RequestMetrics()
+    servicer = ChatServicer(backend, settings, streams, requests)
 
     def register(server: grpc.aio.Server) -> None:
-        servicer = ChatServicer(backend, settings, streams)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(servicer, server)
 
     async def run(health: Health) -> None:
@@ -72,29 +75,37 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
         drain=streams.drain,
         authorize=authorizer(settings),
         options=connection_options(settings),
+        collectors=[requests, StateMetrics(backend, servicer.admission)],
     )
 
 
 class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
-    def __init__(self, backend: Backend, settings: GatewaySettings, streams: NamedStreams) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        settings: GatewaySettings,
+        streams: NamedStreams,
+        metrics: RequestMetrics,
+    ) -> None:
         self._tokenizer = backend.tokenizer
         self._replicas = backend.replicas
         self._settings = settings
         self._limits = settings.request_limits
-        self._admission = Admission(settings.max_queued_sequences)
+        self.admission = Admission(settings.max_queued_sequences)
         self._streams = streams
+        self._accounting = Accounting(metrics, log_peers=settings.log_peers)
 
     async def ChatComplete(
         self, request: chat_pb2.ChatCompleteRequest, context: Context
     ) -> chat_pb2.ChatCompleteResponse:
-        async with aclosing(self._chat(request, context.time_remaining)) as events:
+        async with aclosing(self._chat(request, context)) as events:
             predictions = await fold(events)
         return chat_pb2.ChatCompleteResponse(predictions=map(chat_prediction, predictions))
 
     async def ChatCompleteStream(
         self, request: chat_pb2.ChatCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.ChatCompleteStreamResponse]:
-        made = _numbered(self._chat(request, context.time_remaining), chat_event)
+        made = _numbered(self._chat(request, context), chat_event)
         async with aclosing(self._named(request.request_id, made, context)) as events:
             async for event in events:
                 yield event
@@ -102,14 +113,14 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def TextComplete(
         self, request: chat_pb2.TextCompleteRequest, context: Context
     ) -> chat_pb2.TextCompleteResponse:
-        async with aclosing(self._text(request, context.time_remaining)) as events:
+        async with aclosing(self._text(request, context)) as events:
             predictions = await fold(events)
         return chat_pb2.TextCompleteResponse(predictions=map(text_prediction, predictions))
 
     async def TextCompleteStream(
         self, request: chat_pb2.TextCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.TextCompleteStreamResponse]:
-        made = _numbered(self._text(request, context.time_remaining), text_event)
+        made = _numbered(self._text(request, context), text_event)
         async with aclosing(self._named(request.request_id, made, context)) as events:
             async for event in events:
                 yield event
@@ -159,7 +170,15 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> chat_pb2.GetModelResponse:
         return model_response(self._replicas.model, self._replicas.ready_count, self._settings)
 
-    async def _chat(
+    def _chat(self, request: ChatRequest, context: Context) -> AsyncGenerator[PlacedEvent, None]:
+        events = self._chat_events(request, context.time_remaining)
+        return self._accounting.follow(events, request, context)
+
+    def _text(self, request: TextRequest, context: Context) -> AsyncGenerator[PlacedEvent, None]:
+        events = self._text_events(request, context.time_remaining)
+        return self._accounting.follow(events, request, context)
+
+    async def _chat_events(
         self, request: ChatRequest, time_remaining: TimeRemaining
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
@@ -170,7 +189,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         }
         safe = {path: each for path, each in dialogs.items() if not has_special_tags(each)}
         chosen = options(request, model.context_length)
-        with self._admission.admit(len(safe) * chosen.n):
+        with self.admission.admit(len(safe) * chosen.n):
             encoded = await encode_dialogs(
                 safe,
                 self._encoder(time_remaining),
@@ -184,14 +203,14 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 async for event in events:
                     yield event
 
-    async def _text(
+    async def _text_events(
         self, request: TextRequest, time_remaining: TimeRemaining
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
         vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
         _refuse(text_violations(request, self._limits, len(vocabulary)))
         chosen = options(request, model.context_length)
-        with self._admission.admit((len(request.prompts) + len(request.prompt_ids)) * chosen.n):
+        with self.admission.admit((len(request.prompts) + len(request.prompt_ids)) * chosen.n):
             if request.prompt_ids:
                 given = {f"prompt_ids[{i}]": list(p.ids) for i, p in enumerate(request.prompt_ids)}
                 prompts = take_ids(given, model.context_length)

@@ -84,6 +84,10 @@ class GatewaySettings(ServerSettings):
         ),
     ] = None
 
+    log_peers: Annotated[
+        bool, Field(description="show the addresses of callers in the access log")
+    ] = False
+
     @model_validator(mode="after")
     def _peer_tls_is_whole(self) -> Self:
         if (self.peer_cert is None) != (self.peer_key is None):

@@ -14,7 +14,7 @@ from gateway.detokenizer import Vocabulary
 from gateway.dialog import Segment
 from gateway.peer import Connect, PeerError, connected, follow_health, keep_session
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
-from serving import request_id
+from serving import request_id, tracing
 from serving.errors import RequestError, resource_exhausted, unavailable
 
 SERVICE = "llama.v1.TokenizerService"
@@ -78,7 +78,7 @@ class Tokenizer:
                 for each in segments
             ]
         )
-        call = self._stub.Encode(request, timeout=time_remaining(), metadata=_request_id())
+        call = self._stub.Encode(request, timeout=time_remaining(), metadata=_metadata())
         try:
             response = await call
         except grpc.aio.AioRpcError as error:
@@ -123,9 +123,11 @@ class Tokenizer:
         self._changed()
 
 
-def _request_id() -> tuple[tuple[str, str], ...]:
+def _metadata() -> tuple[tuple[str, str], ...]:
+    """By which the tokenizer service's log lines and spans are found with the request's."""
     current = request_id.current()
-    return () if current is None else ((request_id.METADATA_KEY, current),)
+    identity = () if current is None else ((request_id.METADATA_KEY, current),)
+    return (*identity, *tracing.metadata())
 
 
 def _unavailable() -> RequestError:

@@ -20,7 +20,9 @@ from llama.v1 import model_pb2, model_pb2_grpc
 from model_service.engine.sequence import SequenceOutput
 from model_service.engine.thread import EngineThread
 from model_service.messages import generation_request, token_event
+from model_service.metrics import EngineMetrics
 from model_service.replica import Replica
+from model_service.spans import SequenceSpans
 from serving.errors import RequestError, unavailable
 from serving.interceptor import Context
 from serving.server import Health, Service
@@ -63,6 +65,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
         self._loop = asyncio.get_running_loop()
         self._failure: asyncio.Future[Exception] = self._loop.create_future()
         self._engine = EngineThread(replica.engine(), self._deliver, self._fail)
+        self._spans = SequenceSpans()
 
     def stop(self) -> None:
         """Ends the engine's thread; call when no RPC is left."""
@@ -74,6 +77,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
             register=lambda server: model_pb2_grpc.add_ModelServiceServicer_to_server(self, server),
             run=self._run,
             drain=self._drain,
+            collectors=[EngineMetrics(self._engine, self._replica.info)],
         )
 
     async def Generate(
@@ -170,6 +174,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
             return
         stream.running.add(start.request_id)
         self._idle.clear()
+        self._spans.begin(request.request_id, start)
         self._engine.start(request)
 
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
@@ -179,6 +184,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
     def _dispatch(self, outputs: list[SequenceOutput]) -> None:
         events = defaultdict(list)
         for output in outputs:
+            self._spans.note(output)
             number, request_id = cast(tuple[int, str], output.request_id)  # as `_start` made it
             stream = self._streams.get(number)
             if stream is None:  # its caller has gone, and its sequences are cancelled

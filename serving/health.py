@@ -26,6 +26,10 @@ class Health(health_pb2_grpc.HealthServicer):
         self._closed = False
         self._changed = asyncio.Condition()
 
+    @property
+    def serving(self) -> bool:
+        return self._serving
+
     async def set_serving(self, serving: bool) -> None:
         """For all names at once. Without effect once the server drains."""
         async with self._changed:

@@ -1,5 +1,5 @@
 """What every call of every service passes through: who calls, request id, errors to statuses, one
-log line.
+log line, metrics and trace.
 
 gRPC calls `intercept_service` before it reads the request; the work is in the handler that it
 puts in the place of the service's own. That one is always a coroutine, also where the service's is
@@ -13,14 +13,16 @@ import contextlib
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from serving import caller, request_id
+from serving import caller, request_id, tracing
 from serving.errors import RequestError, to_status
+from serving.metrics import CallMetrics, MethodMetrics
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -33,6 +35,13 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"
 # Asked for every few seconds by orchestrators; logged at debug level only.
 _INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
 
+# As go-grpc-prometheus calls the kinds.
+_KINDS = {
+    (False, False): "unary",
+    (False, True): "server_stream",
+    (True, False): "client_stream",
+    (True, True): "bidi_stream",
+}
 # What a refusal may wait for a caller that does not read; gRPC then keeps it without us.
 _ABORT_SECONDS = 5.0
 
@@ -40,10 +49,20 @@ _ABORT_SECONDS = 5.0
 Authorize = Callable[[str, Iterable[tuple[str, str | bytes]]], caller.Caller]
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    method: str
+    id: str
+    metrics: MethodMetrics
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """`receive_timeout` is in seconds, for a single request to arrive."""
 
-    def __init__(self, receive_timeout: float, authorize: Authorize | None = None) -> None:
+    def __init__(
+        self, metrics: CallMetrics, receive_timeout: float, authorize: Authorize | None = None
+    ) -> None:
+        self._metrics = metrics
         self._receive_timeout = receive_timeout
         self._authorize = authorize
 
@@ -55,14 +74,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:  # gRPC answers UNIMPLEMENTED
             return None
+        streams = handler.request_streaming, handler.response_streaming
         method = handler_call_details.method
         metadata = handler_call_details.invocation_metadata
         call_id = request_id.from_metadata(metadata)
+        call = _Call(method, call_id, self._metrics.method(method, _KINDS[streams]))
+        # A stream of requests is a session: what comes over it has traces of its own.
+        traced = not (handler.request_streaming or method.startswith(_INFRASTRUCTURE))
         parse = _checked(cast("Callable[[bytes], object]", handler.request_deserializer))
 
         async def respond(requests: AsyncIterator[object], context: Context) -> object:
-            with structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}):
-                async with _answering(method, call_id, context):
+            with (
+                structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}),
+                tracing.call(method, metadata) if traced else contextlib.nullcontext(),
+            ):
+                async with _answering(call, context):
                     if self._authorize is not None:
                         caller.identify(self._authorize(method, metadata))
                     if handler.request_streaming:
@@ -111,10 +137,11 @@ async def _call(handler: Handler, request: object, context: Context) -> object:
 
 
 @contextlib.asynccontextmanager
-async def _answering(method: str, call_id: str, context: Context) -> AsyncIterator[None]:
+async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
     """Around the service's own work: ids out first, then errors to statuses, and the log line."""
     started = time.monotonic()
-    identity = ((request_id.METADATA_KEY, call_id),)
+    call.metrics.begin()
+    identity = ((request_id.METADATA_KEY, call.id),)
     code = grpc.StatusCode.OK
     try:
         context.set_trailing_metadata(identity)
@@ -130,19 +157,22 @@ async def _answering(method: str, call_id: str, context: Context) -> AsyncIterat
         raise
     except RequestError as error:
         code = error.code
+        call.metrics.refuse(error)
         status = to_status(error)
         details = (STATUS_DETAILS_KEY, status.SerializeToString())
         await _abort(context, code, status.message, (*identity, details))
     except Exception:
         code = grpc.StatusCode.INTERNAL
-        _log.exception("call failed", method=method)
-        await _abort(context, code, f"internal error, request id {call_id}", identity)
+        _log.exception("call failed", method=call.method)
+        await _abort(context, code, f"internal error, request id {call.id}", identity)
     finally:
+        seconds = time.monotonic() - started
+        call.metrics.end(code, seconds)
+        tracing.end_call(code)
         # Strangers could fill the log: who refuses them tells of it, seldom.
-        quiet = method.startswith(_INFRASTRUCTURE) or code is grpc.StatusCode.UNAUTHENTICATED
+        quiet = call.method.startswith(_INFRASTRUCTURE) or code is grpc.StatusCode.UNAUTHENTICATED
         log = _log.debug if quiet else _log.info
-        seconds = round(time.monotonic() - started, 6)
-        log("call finished", method=method, code=code.name, seconds=seconds)
+        log("call finished", method=call.method, code=code.name, seconds=round(seconds, 6))
 
 
 async def _abort(

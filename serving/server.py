@@ -17,12 +17,15 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import Collector
 
+from serving import tracing
 from serving.errors import StartError
 from serving.health import Health
 from serving.interceptor import Authorize, CallInterceptor
 from serving.limits import Option, server_options
 from serving.logs import exit_with_error
+from serving.metrics import CallMetrics, exposed, registry_of
 from serving.settings import ServerSettings
 from serving.tls import PeerCertificates, ServerCertificates, TlsFiles
 
@@ -39,7 +42,7 @@ class Service:
     that sets the health and watches peers; its failure ends the server, its return does not.
     `drain` lets the service's own long-lived streams finish. `authorize` says who makes a call, or
     refuses it; without it everybody may call everything. `options` are more of gRPC's, for its own
-    kind of callers.
+    kind of callers. `collectors` are its own metrics.
     """
 
     names: Sequence[str]
@@ -48,6 +51,7 @@ class Service:
     drain: Callable[[], Awaitable[None]] | None = None
     authorize: Authorize | None = None
     options: Sequence[Option] = ()
+    collectors: Sequence[Collector] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,10 @@ async def serve(settings: ServerSettings, service: Service) -> None:
     """
     signalled = asyncio.create_task(_stop_signal())
     try:
-        async with running(settings, service) as server:
-            await asyncio.wait({signalled, server.background}, return_when=asyncio.FIRST_COMPLETED)
-            if server.background.done():
-                server.background.result()
+        async with tracing.exporting(settings, service.names[0]), running(settings, service) as on:
+            await asyncio.wait({signalled, on.background}, return_when=asyncio.FIRST_COMPLETED)
+            if on.background.done():
+                on.background.result()
     except StartError as error:
         exit_with_error(str(error))
     except Exception:
@@ -82,8 +86,10 @@ async def serve(settings: ServerSettings, service: Service) -> None:
 async def running(settings: ServerSettings, service: Service) -> AsyncIterator[Running]:
     """The server, listening; drained at the end of the block. Leaves signals alone."""
     state = Health(service.names, serving=service.run is None)
+    registry = registry_of(state, service.collectors)
+    calls = CallMetrics(registry)
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(settings.receive_timeout, service.authorize)],
+        interceptors=[CallInterceptor(calls, settings.receive_timeout, service.authorize)],
         options=[*server_options(settings), *service.options],
     )
     service.register(server)
@@ -91,20 +97,21 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
     names = (*service.names, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     address = _bind(server, settings.host, settings.port, _credentials(settings, service))
-    health_server = await _health_server(settings, state)
-    await server.start()
-    _log.info("listening", address=address)
-    background = asyncio.create_task(_background(service, state))
-    try:
-        yield Running(address, background)
-    finally:
-        # With its background task the service has lost what its calls would need to finish.
-        grace = 0.0 if background.done() else settings.grace_period
-        await _stop(server, service, state, grace)
-        if health_server is not None:
-            await health_server.stop(None)
-        background.cancel()
-        await asyncio.wait({background})
+    with exposed(settings, registry):
+        health_server = await _health_server(settings, state, calls)
+        await server.start()
+        _log.info("listening", address=address)
+        background = asyncio.create_task(_background(service, state))
+        try:
+            yield Running(address, background)
+        finally:
+            # With its background task the service has lost what its calls would need to finish.
+            grace = 0.0 if background.done() else settings.grace_period
+            await _stop(server, service, state, grace)
+            if health_server is not None:
+                await health_server.stop(None)
+            background.cancel()
+            await asyncio.wait({background})
 
 
 def channel(target: str, certificates: PeerCertificates | None = None) -> grpc.aio.Channel:
@@ -169,11 +176,13 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-async def _health_server(settings: ServerSettings, state: Health) -> grpc.aio.Server | None:
+async def _health_server(
+    settings: ServerSettings, state: Health, calls: CallMetrics
+) -> grpc.aio.Server | None:
     """Health by itself, for orchestrators whose probes know neither TLS nor keys."""
     if settings.health_port is None:
         return None
-    interceptors = [CallInterceptor(settings.receive_timeout)]
+    interceptors = [CallInterceptor(calls, settings.receive_timeout)]
     server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     address = _bind(server, settings.host, settings.health_port)

@@ -85,6 +85,32 @@ class ServerSettings(BaseSettings):
             description="further port, without TLS, that serves health alone; default none",
         ),
     ] = None
+    metrics_host: Annotated[
+        str, Field(min_length=1, description="address of the HTTP port for Prometheus")
+    ] = "127.0.0.1"
+    metrics_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="HTTP port for Prometheus; 0 lets the system choose; default none",
+        ),
+    ] = None
+    otlp_endpoint: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://[^\s/]+$",
+            description="OTLP collector for traces, as http://HOST:4317; default none",
+        ),
+    ] = None
+    trace_ratio: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="part of the requests to trace; a caller's own decision goes before it",
+        ),
+    ] = 1.0
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:

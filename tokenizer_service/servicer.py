@@ -7,6 +7,7 @@ largest size takes most of a second and health checks must not wait for it.
 import asyncio
 
 import grpc
+from prometheus_client import Counter
 
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from llama.v1.sampling_pb2 import TokenIds
@@ -28,17 +29,27 @@ SERVICE_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].ful
 
 def tokenizer_service(tokenizer: Tokenizer) -> Service:
     """The service as `serving` runs it: healthy as soon as it listens, it waits for nobody."""
+    servicer = TokenizerServicer(tokenizer)
 
     def register(server: grpc.aio.Server) -> None:
-        servicer = TokenizerServicer(tokenizer)
         tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(servicer, server)
 
-    return Service(names=[SERVICE_NAME], register=register)
+    return Service(names=[SERVICE_NAME], register=register, collectors=servicer.metrics)
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._segments = Counter(
+            "chasqui_tokenizer_segments_total", "Segments encoded.", registry=None
+        )
+        self._bytes = Counter(
+            "chasqui_tokenizer_bytes_total", "Bytes of text encoded, in UTF-8.", registry=None
+        )
+        self._tokens = Counter(
+            "chasqui_tokenizer_tokens_total", "Tokens that they became.", registry=None
+        )
+        self.metrics = (self._segments, self._bytes, self._tokens)
         self._vocabulary = GetVocabularyResponse(
             pieces=tokenizer.vocabulary(),
             bos_id=tokenizer.bos_id,
@@ -63,9 +74,11 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     def _encode(self, request: EncodeRequest) -> EncodeResponse:
         encode = self._tokenizer.encode
-        return EncodeResponse(
-            segments=[TokenIds(ids=encode(s.text, s.bos, s.eos)) for s in request.segments]
-        )
+        segments = [TokenIds(ids=encode(s.text, s.bos, s.eos)) for s in request.segments]
+        self._segments.inc(len(segments))
+        self._bytes.inc(sum(len(segment.text.encode()) for segment in request.segments))
+        self._tokens.inc(sum(len(segment.ids) for segment in segments))
+        return EncodeResponse(segments=segments)
 
     def _decode(self, request: DecodeRequest) -> DecodeResponse:
         texts, violations = [], []

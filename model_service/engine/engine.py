@@ -26,6 +26,7 @@ from model_service.engine.sequence import (
     TokenLogprobs,
 )
 from model_service.engine.speculation import NgramDrafter, Speculation
+from model_service.engine.step_times import StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class Engine:
 
     def __init__(self, runner: ModelRunner, limits: EngineLimits) -> None:
         self.limits = limits
+        self.step_times = StepTimes()
         self._runner = runner
         self._pool = BlockPool(limits.blocks, limits.block_size)
         self._pace = Pace(limits.max_stall, limits.block_size, limits.max_step_tokens)
@@ -151,9 +153,13 @@ class Engine:
             if chunk.sequence.first_step_at is None:
                 chunk.sequence.first_step_at = started
         plan, rows = plan_step(schedule)
+        planned = time.monotonic()
         logits = self._runner.execute(plan)
+        computed = time.monotonic()
         self._steps += 1
-        return outputs + self._advance(schedule, rows, logits, started)
+        outputs += self._advance(schedule, rows, logits, started)
+        self.step_times.note(len(schedule.chunks), started, planned, computed, time.monotonic())
+        return outputs
 
     def probe(self) -> None:
         """Sends one token through all shards; raises what a step would raise."""

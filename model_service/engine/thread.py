@@ -1,7 +1,8 @@
 """The thread that owns the model and all engine state.
 
 Commands come in through one queue, outputs leave through one callback; nothing else is shared but
-the load report, an immutable value that the thread replaces after each turn.
+the load report, an immutable value that the thread replaces after each turn, and the step times,
+which may be read while they are written.
 """
 
 import gc
@@ -45,6 +46,7 @@ class EngineThread:
         """
         self.limits: EngineLimits = engine.limits
         self.load: EngineLoad = engine.load()
+        self.step_times = engine.step_times
         self.last_step_at = time.monotonic()
         self.answered = False  # whether a token has gone through all shards yet
         self._engine = engine

@@ -10,18 +10,22 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from client import Client, Tls
 from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc
@@ -43,6 +47,22 @@ def wait_until(address: str, serving: bool) -> None:
                 return
 
 
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """What a service told Prometheus."""
+
+    families: list[Metric]
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of the samples that have these labels; 0 where there is none."""
+        samples = (sample for family in self.families for sample in family.samples)
+        return sum(
+            sample.value
+            for sample in samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
 class ServiceProcess:
     """A service as a process; a thread reads what it logs."""
 
@@ -50,10 +70,13 @@ class ServiceProcess:
         self.name = name
         self.log: list[str] = []
         self._address: Future[str] = Future()
+        self._metrics_address: Future[str] = Future()
         self._terminated = False
         self._command, self._flags = command, flags
-        flags = {"port": 0, "log_format": "json", **flags}
-        arguments = [f"--{flag}={value}" for flag, value in flags.items()]
+        flags = {"port": 0, "metrics_port": 0, "log_format": "json", **flags}
+        arguments = [
+            f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()
+        ]
         self._process = subprocess.Popen(
             [sys.executable, *map(str, command), *arguments],
             stderr=subprocess.PIPE,
@@ -68,6 +91,12 @@ class ServiceProcess:
     def address(self) -> str:
         """Where it listens, as soon as it does."""
         return self._address.result(TIMEOUT)
+
+    def scrape(self) -> Scrape:
+        """Its metrics now."""
+        with urlopen(f"http://{self._metrics_address.result(TIMEOUT)}/metrics") as response:
+            text = response.read().decode()
+        return Scrape([*text_string_to_metric_families(text)])
 
     def wait_until(self, serving: bool) -> None:
         """Waits for its health service to say so."""
@@ -112,6 +141,8 @@ class ServiceProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.log.append(line)
+            if '"event": "serving metrics"' in line:
+                self._metrics_address.set_result(json.loads(line)["address"])
             if '"event": "listening"' in line:
                 self._address.set_result(json.loads(line)["address"])
         if not self._address.done():
@@ -170,8 +201,8 @@ class Stack:
     gateway: ServiceProcess
 
 
-def start_tokenizer() -> ServiceProcess:
-    flags = {"tokenizer_path": GOLDEN / "tokenizer.model"}
+def start_tokenizer(**flags: object) -> ServiceProcess:
+    flags = {"tokenizer_path": GOLDEN / "tokenizer.model", **flags}
     return ServiceProcess("tokenizer_service", "-m", "tokenizer_service", **flags)
 
 
@@ -202,17 +233,22 @@ def start_gateway(
 
 
 @contextmanager
-def run_services(checkpoint: str, shards: int = 1, **model_flags: object) -> Iterator[Stack]:
-    """All services on one checkpoint, until the block ends."""
+def run_services(
+    checkpoint: str,
+    shards: int = 1,
+    every: Mapping[str, object] = MappingProxyType({}),
+    **model_flags: object,
+) -> Iterator[Stack]:
+    """All services on one checkpoint, until the block ends; `every` is flags of each of them."""
     with ExitStack() as ending:
 
         def started(process: ServiceProcess) -> ServiceProcess:
             ending.callback(process.stop)
             return process
 
-        model = started(start_model(checkpoint, shards, **model_flags))
-        tokenizer = started(start_tokenizer())
-        gateway = started(start_gateway(tokenizer, model))
+        model = started(start_model(checkpoint, shards, **model_flags, **every))
+        tokenizer = started(start_tokenizer(**every))
+        gateway = started(start_gateway(tokenizer, model, **every))
         gateway.wait_until(serving=True)
         yield Stack(tokenizer, model, gateway)
 
@@ -254,12 +290,23 @@ def locked(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 
 @pytest.fixture
-def own_gateway(stack: Stack) -> Iterator[ServiceProcess]:
+def gateway_beside(stack: Stack) -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts a gateway with flags of its own, in front of the shared stack's services."""
+    with ExitStack() as ending:
+
+        def start(**flags: object) -> ServiceProcess:
+            gateway = start_gateway(stack.tokenizer, stack.model, **flags)
+            ending.callback(gateway.stop)
+            gateway.wait_until(serving=True)
+            return gateway
+
+        yield start
+
+
+@pytest.fixture
+def own_gateway(gateway_beside: Callable[..., ServiceProcess]) -> ServiceProcess:
     """One more gateway in front of the shared services, for a test that ends it."""
-    gateway = start_gateway(stack.tokenizer, stack.model)
-    gateway.wait_until(serving=True)
-    yield gateway
-    gateway.stop()
+    return gateway_beside()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import structlog
 from google.protobuf.wrappers_pb2 import StringValue
 
 from serving import logs, request_id
-from serving.errors import Violation, invalid_argument
+from serving.errors import Violation, invalid_argument, resource_exhausted
 from serving.server import Service, channel, running
 from serving.settings import ServerSettings
 
@@ -62,6 +62,8 @@ class Echo:
         match request.value:
             case "refuse":
                 raise invalid_argument([Violation("value", "must not be 'refuse'")])
+            case "exhaust":
+                raise resource_exhausted("the queue is full", "max_queued_sequences")
             case "boom":
                 raise RuntimeError("a secret of the server")
             case "hold":
@@ -120,7 +122,8 @@ async def servers() -> AsyncIterator[AsyncExitStack]:
 
 @pytest.fixture
 async def echo_channel(servers: AsyncExitStack, echo: Echo) -> AsyncIterator[grpc.aio.Channel]:
-    server = await servers.enter_async_context(running(ServerSettings(), echo.service()))
+    settings = ServerSettings(metrics_port=0)
+    server = await servers.enter_async_context(running(settings, echo.service()))
     async with channel(server.address) as to_server:
         yield to_server
 

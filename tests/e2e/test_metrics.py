@@ -1,0 +1,137 @@
+"""What the services tell Prometheus after traffic of known size."""
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from llama.v1.chat_pb2 import (
+    ROLE_USER,
+    ChatCompleteRequest,
+    Dialog,
+    Message,
+    TextCompleteRequest,
+    TextCompleteStreamRequest,
+)
+from llama.v1.sampling_pb2 import SamplingParams
+
+PROMPT = "The llama walks over the bridge"
+
+
+def exactly(tokens: int) -> SamplingParams:
+    """Greedy answers of so many tokens."""
+    return SamplingParams(temperature=0, max_gen_len=tokens, ignore_eos=True)
+
+
+class Difference:
+    """How much a service's metrics have grown since this was created."""
+
+    def __init__(self, service: Any) -> None:
+        self._service = service
+        self._before = service.scrape()
+
+    def __call__(self, name: str, **labels: str) -> float:
+        value: float = self._service.scrape().value(name, **labels)
+        return value - float(self._before.value(name, **labels))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Scrapes until it holds: an error reaches its client before it is counted."""
+    while not condition():
+        pass
+
+
+async def test_gateway_counts_answers_and_their_tokens(chat: Any, stack: Any) -> None:
+    gateway = Difference(stack.gateway)
+    dialogs = [Dialog(messages=[Message(role=ROLE_USER, content=text)]) for text in ("a", "bc")]
+    request = ChatCompleteRequest(dialogs=dialogs, sampling=exactly(8), n=2)
+    usages = [each.usage for each in (await chat.ChatComplete(request)).predictions]
+    ok = {"grpc_method": "ChatComplete", "grpc_code": "OK"}
+    assert gateway("grpc_server_handled_total", **ok) == 1
+    assert gateway("grpc_server_handling_seconds_count", grpc_method="ChatComplete") == 1
+    assert gateway("chasqui_gateway_request_seconds_count", grpc_code="OK") == 1
+    assert gateway("chasqui_gateway_finished_total", finish_reason="length") == 4
+    assert gateway("chasqui_gateway_time_to_first_token_seconds_count") == 4
+    for kind in ("prompt_tokens", "cached_prompt_tokens", "completion_tokens"):
+        used = sum(getattr(usage, kind) for usage in usages)
+        assert gateway(f"chasqui_gateway_{kind}_total", key="") == used
+    assert gateway("chasqui_gateway_completion_tokens_total") == 32
+
+
+async def test_model_counts_its_steps_and_what_they_computed(chat: Any, stack: Any) -> None:
+    model = Difference(stack.model)
+    request = TextCompleteRequest(prompts=[PROMPT], sampling=exactly(16))
+    [prediction] = (await chat.TextComplete(request)).predictions
+    cached = model("chasqui_model_cached_prompt_tokens_total")
+    assert cached == prediction.usage.cached_prompt_tokens
+    prompt_tokens = prediction.usage.prompt_tokens
+    assert model("chasqui_model_prompt_tokens_total") == prompt_tokens - cached
+    assert model("chasqui_model_completion_tokens_total") == 16
+    steps = model("chasqui_model_steps_total")
+    assert 0 < steps <= 17
+    for part in ("schedule", "forward", "sample"):
+        assert model("chasqui_model_step_seconds_count", part=part) == steps
+    assert model("chasqui_model_step_sequences_sum") == steps
+    now = stack.model.scrape()
+    assert now.value("chasqui_model_free_blocks") == now.value("chasqui_model_blocks") > 0
+    assert now.value("chasqui_model_running_sequences") == 0
+
+
+async def test_tokenizer_counts_texts_and_their_tokens(chat: Any, stack: Any) -> None:
+    tokenizer = Difference(stack.tokenizer)
+    request = TextCompleteRequest(prompts=[PROMPT, "größer"], sampling=exactly(1))
+    predictions = (await chat.TextComplete(request)).predictions
+    prompt_tokens = sum(prediction.usage.prompt_tokens for prediction in predictions)
+    assert tokenizer("chasqui_tokenizer_segments_total") == 2
+    assert tokenizer("chasqui_tokenizer_tokens_total") == prompt_tokens
+    assert tokenizer("chasqui_tokenizer_bytes_total") == len((PROMPT + "größer").encode())
+
+
+@pytest.mark.parametrize("echo", [False, True])
+async def test_each_delta_is_one_latency(chat: Any, stack: Any, echo: bool) -> None:
+    gateway = Difference(stack.gateway)
+    request = TextCompleteStreamRequest(prompts=[PROMPT], sampling=exactly(12), echo=echo)
+    events = [event async for event in chat.TextCompleteStream(request)]
+    deltas = [event for event in events if event.HasField("delta")][echo:]
+    assert gateway("chasqui_gateway_time_to_first_token_seconds_count") == 1
+    assert gateway("chasqui_gateway_inter_token_seconds_count") == len(deltas) - 1 > 0
+
+
+async def test_cancelled_stream_is_counted_with_the_tokens_it_had(chat: Any, stack: Any) -> None:
+    gateway = Difference(stack.gateway)
+    request = TextCompleteStreamRequest(prompts=[PROMPT], sampling=exactly(200))
+    stream = chat.TextCompleteStream(request)
+    while not (await stream.read()).HasField("delta"):
+        pass
+    stream.cancel()
+    until(lambda: gateway("chasqui_gateway_cancelled_after_tokens_count") == 1)
+    tokens = gateway("chasqui_gateway_cancelled_after_tokens_sum")
+    assert tokens == gateway("chasqui_gateway_completion_tokens_total")
+    assert 0 < tokens < 200
+    assert gateway("chasqui_gateway_request_seconds_count", grpc_code="Canceled") == 1
+
+
+async def test_refused_request_is_counted_though_it_made_nothing(chat: Any, stack: Any) -> None:
+    gateway = Difference(stack.gateway)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await chat.TextComplete(TextCompleteRequest())
+    until(lambda: gateway("grpc_server_handled_total", grpc_code="InvalidArgument") == 1)
+    assert gateway("chasqui_refusals_total", reason="invalid_argument") == 1
+    assert gateway("chasqui_gateway_request_seconds_count", grpc_code="InvalidArgument") == 1
+    assert gateway("chasqui_gateway_completion_tokens_total") == 0
+
+
+async def test_state_of_every_service_is_scraped(chat: Any, stack: Any) -> None:
+    await chat.TextComplete(TextCompleteRequest(prompts=[PROMPT], sampling=exactly(1)))
+    for service in (stack.gateway, stack.tokenizer, stack.model):
+        scrape = service.scrape()
+        assert scrape.value("chasqui_serving") == 1
+        assert scrape.value("process_resident_memory_bytes") > 1e7
+        assert scrape.value("process_open_fds") > 0
+    gateway = stack.gateway.scrape()
+    replica = {"replica": stack.model.address}
+    assert gateway.value("chasqui_gateway_replica_ready", **replica) == 1
+    assert gateway.value("chasqui_gateway_replica_outstanding_tokens", **replica) == 0
+    assert gateway.value("chasqui_gateway_running_sequences") == 0
+    assert gateway.value("chasqui_calls_in_flight", grpc_service="llama.v1.ChatService") == 0

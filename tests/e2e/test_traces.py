@@ -1,0 +1,121 @@
+"""Traces as an OTLP collector gets them."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from llama.v1 import chat_pb2_grpc
+from llama.v1.chat_pb2 import TextCompleteRequest
+from llama.v1.sampling_pb2 import SamplingParams
+
+GATEWAY = "llama.v1.ChatService"
+TOKENIZER = "llama.v1.TokenizerService"
+MODEL = "llama.v1.ModelService"
+PROMPT = "The llama walks over the bridge"
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+UNSAMPLED = "11111111111111111111111111111111"
+
+
+@dataclass
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """An OTLP collector that keeps what it gets."""
+
+    spans: list[tuple[str, Span]] = field(default_factory=list)  # with the service's name
+
+    def Export(self, request: Any, _context: Any) -> Any:
+        for resource in request.resource_spans:
+            [service] = [
+                attribute.value.string_value
+                for attribute in resource.resource.attributes
+                if attribute.key == "service.name"
+            ]
+            self.spans += [(service, span) for s in resource.scope_spans for span in s.spans]
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+    def trace(self, trace_id: str) -> dict[str, Span]:
+        """The spans of a trace, by service."""
+        return {s: span for s, span in self.spans if span.trace_id.hex() == trace_id}
+
+
+def attributes(span: Span) -> dict[str, Any]:
+    values = {each.key: each.value for each in span.attributes}
+    return {key: getattr(v, v.WhichOneof("value") or "") for key, v in values.items()}
+
+
+@pytest.fixture(scope="module")
+def collector(services: Callable[..., Any]) -> Iterator[Collector]:
+    """What the services sent of three calls, completions of 8 tokens; the first and second have a
+    trace of their caller's, which the caller does not sample for the second.
+    """
+    found = Collector()
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_to_server: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    add_to_server(found, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with services("mha-mp1", every={"otlp_endpoint": f"http://127.0.0.1:{port}"}) as stack:
+        complete(stack.gateway.address, ("traceparent", f"00-{TRACE}-{CALLER}-01"))
+        complete(stack.gateway.address, ("traceparent", f"00-{UNSAMPLED}-{CALLER}-00"))
+        complete(stack.gateway.address, ("traceparent", "no such thing"))
+    yield found  # the services have ended, and sent all that they had
+    server.stop(None)
+
+
+def complete(address: str, *metadata: tuple[str, str]) -> None:
+    sampling = SamplingParams(temperature=0, max_gen_len=8, ignore_eos=True)
+    with grpc.insecure_channel(address) as channel:
+        stub: Any = chat_pb2_grpc.ChatServiceStub(channel)
+        request = TextCompleteRequest(prompts=[PROMPT], sampling=sampling)
+        stub.TextComplete(request, metadata=metadata)
+
+
+def test_one_call_is_one_trace_over_all_services(collector: Collector) -> None:
+    trace = collector.trace(TRACE)
+    assert set(trace) == {GATEWAY, TOKENIZER, MODEL}
+    assert trace[GATEWAY].parent_span_id.hex() == CALLER
+    assert trace[TOKENIZER].parent_span_id == trace[GATEWAY].span_id
+    assert trace[MODEL].parent_span_id == trace[GATEWAY].span_id
+    names = {service: span.name for service, span in trace.items()}
+    assert names == {
+        GATEWAY: f"{GATEWAY}/TextComplete",
+        TOKENIZER: f"{TOKENIZER}/Encode",
+        MODEL: f"{MODEL}/Generate",
+    }
+
+
+def test_spans_tell_tokens_and_the_first_of_them(collector: Collector) -> None:
+    trace = collector.trace(TRACE)
+    for service in (GATEWAY, MODEL):
+        told = attributes(trace[service])
+        assert told["gen_ai.usage.input_tokens"] > 0
+        assert told["gen_ai.usage.cache_read.input_tokens"] == 0
+        assert told["gen_ai.usage.output_tokens"] == 8
+        [reason] = told["gen_ai.response.finish_reasons"].values
+        assert reason.string_value == "length"
+    [event] = trace[MODEL].events
+    assert event.name == "first token"
+    assert trace[MODEL].start_time_unix_nano < event.time_unix_nano
+    assert event.time_unix_nano < trace[MODEL].end_time_unix_nano
+    assert attributes(trace[GATEWAY])["rpc.grpc.status_code"] == 0
+
+
+def test_callers_decision_not_to_sample_holds(collector: Collector) -> None:
+    assert not collector.trace(UNSAMPLED)
+
+
+def test_malformed_context_begins_a_trace_of_its_own(collector: Collector) -> None:
+    gateways = [span for _, span in collector.spans if span.name == f"{GATEWAY}/TextComplete"]
+    [own] = [span for span in gateways if span.trace_id.hex() != TRACE]
+    assert not own.parent_span_id
+    assert set(collector.trace(own.trace_id.hex())) == {GATEWAY, TOKENIZER, MODEL}
+
+
+def test_spans_hold_nothing_that_was_said(collector: Collector) -> None:
+    assert collector.spans
+    assert not any("llama walks" in str(span) for _, span in collector.spans)
