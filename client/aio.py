@@ -16,8 +16,10 @@ from client.channel import DEFAULT_TARGET, channel_options
 from client.errors import from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
+from client.status import GatewayStatus, gateway_status
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
+from llama.v1.operator_pb2_grpc import OperatorServiceStub
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -35,6 +37,7 @@ class AsyncClient:
         self.target = target
         self._channel = grpc.aio.insecure_channel(target, channel_options(target))
         self._stub = ChatServiceStub(self._channel)
+        self._operator = OperatorServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -130,6 +133,13 @@ class AsyncClient:
         with self._readable_errors():
             response = await self._stub.GetModel(request, timeout=options.get("timeout"))
         return results.model(response)
+
+    async def get_status(self, **options: Unpack[CallOptions]) -> GatewayStatus:
+        """What the gateway sees: its replicas, their load, and what runs and waits."""
+        request = requests.get_status(options)
+        with self._readable_errors():
+            response = await self._operator.GetStatus(request, timeout=options.get("timeout"))
+        return gateway_status(response)
 
     async def _stream(
         self,

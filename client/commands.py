@@ -25,6 +25,7 @@ from client.load.command import bench
 from client.model_commands import model
 from client.requests import ChatOptions, TextOptions
 from client.results import Model
+from client.status_command import status
 from client.supervisor import (
     Deployment,
     Log,
@@ -76,6 +77,7 @@ def main() -> None:
 
 
 main.add_command(model)
+main.add_command(status)
 
 
 @main.command()

@@ -16,8 +16,10 @@ from client.channel import DEFAULT_TARGET, channel_options
 from client.errors import from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
+from client.status import GatewayStatus, gateway_status
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
+from llama.v1.operator_pb2_grpc import OperatorServiceStub
 
 Response_co = TypeVar("Response_co", covariant=True)
 Stream = Generator[Event, None, None]
@@ -41,6 +43,7 @@ class Client:
         self.target = target
         self._channel = grpc.insecure_channel(target, channel_options(target))
         self._stub = ChatServiceStub(self._channel)
+        self._operator = OperatorServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -134,6 +137,13 @@ class Client:
         with self._readable_errors():
             response = self._stub.GetModel(request, timeout=options.get("timeout"))
         return results.model(response)
+
+    def get_status(self, **options: Unpack[CallOptions]) -> GatewayStatus:
+        """What the gateway sees: its replicas, their load, and what runs and waits."""
+        request = requests.get_status(options)
+        with self._readable_errors():
+            response = self._operator.GetStatus(request, timeout=options.get("timeout"))
+        return gateway_status(response)
 
     def _stream(
         self,
