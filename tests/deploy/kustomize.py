@@ -3,6 +3,7 @@ generated ConfigMaps, strategic merge patches, images and the namespace. What it
 refuses, so that nothing passes by being overlooked.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -26,9 +27,9 @@ def build(folder: Path) -> list[Manifest]:
 
 def _apply(folder: Path, manifests: list[Manifest]) -> None:
     # In kustomize's order.
-    steps: dict[str, Callable[[Any], object]] = {
+    steps: dict[str, Callable[[Any], None]] = {
         "resources": lambda names: _add(folder, names, manifests),
-        "components": lambda names: [_apply(folder / name, manifests) for name in names],
+        "components": lambda names: _apply_components(folder, names, manifests),
         "configMapGenerator": lambda entries: _generate(entries, manifests),
         "patches": lambda entries: _patch(folder, entries, manifests),
         "namespace": lambda name: _place(name, manifests),
@@ -45,10 +46,20 @@ def _apply(folder: Path, manifests: list[Manifest]) -> None:
 def _add(folder: Path, names: list[str], manifests: list[Manifest]) -> None:
     for name in names:
         path = folder / name
-        found = build(path) if path.is_dir() else list(yaml.safe_load_all(path.read_text()))
+        found = build(path) if path.is_dir() else _load(path)
         for manifest in found:
             assert _identity(manifest) not in map(_identity, manifests), f"{path}: twice"
             manifests.append(manifest)
+
+
+def _apply_components(folder: Path, names: list[str], manifests: list[Manifest]) -> None:
+    for name in names:
+        _apply(folder / name, manifests)
+
+
+def _load(path: Path) -> list[Manifest]:
+    # By way of JSON, as anchors would else make one list or map of many.
+    return [json.loads(json.dumps(each)) for each in yaml.safe_load_all(path.read_text())]
 
 
 def _generate(entries: list[dict[str, Any]], manifests: list[Manifest]) -> None:
@@ -68,7 +79,7 @@ def _generate(entries: list[dict[str, Any]], manifests: list[Manifest]) -> None:
 def _patch(folder: Path, entries: list[dict[str, Any]], manifests: list[Manifest]) -> None:
     for entry in entries:
         assert entry.keys() == {"path"}, f"{entry} is not understood here"
-        for patch in yaml.safe_load_all((folder / entry["path"]).read_text()):
+        for patch in _load(folder / entry["path"]):
             _merge(_find(_identity(patch), manifests), patch)
 
 
@@ -86,11 +97,13 @@ def _merge(target: dict[str, Any], patch: Mapping[str, Any]) -> None:
 
 def _merge_list(target: list[Any], patch: list[Any], key: str) -> None:
     known = {element[key]: element for element in target}
+    added = []
     for element in patch:
         if element[key] in known:
             _merge(known[element[key]], element)
         else:
-            target.append(deepcopy(element))
+            added.append(deepcopy(element))
+    target[:0] = added  # in front, as kustomize does
 
 
 def _place(namespace: str, manifests: list[Manifest]) -> None:
