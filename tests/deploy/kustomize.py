@@ -14,7 +14,13 @@ import yaml
 Manifest = dict[str, Any]
 
 # By which key strategic merge tells the elements of a list; lists of anything else are replaced.
-MERGE_KEYS = {"containers": "name", "env": "name", "volumes": "name", "volumeMounts": "mountPath"}
+MERGE_KEYS = {
+    "containers": "name",
+    "env": "name",
+    "volumes": "name",
+    "volumeMounts": "mountPath",
+    "ports": "containerPort",
+}
 CLUSTER_WIDE = {"Namespace"}
 
 
