@@ -11,12 +11,11 @@ from typing import Protocol, Self, TypeVar, Unpack
 
 import grpc
 
-from client import requests, results
+from client import requests, results, status
 from client.channel import DEFAULT_TARGET, channel_options
 from client.errors import from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
-from client.status import GatewayStatus, gateway_status
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.operator_pb2_grpc import OperatorServiceStub
@@ -131,19 +130,19 @@ class Client:
             response = self._stub.RenderPrompt(request, timeout=options.get("timeout"))
         return results.rendered_prompt(response)
 
+    def get_status(self, **options: Unpack[CallOptions]) -> status.GatewayStatus:
+        """What the gateway sees: its replicas, their load, and what runs and waits."""
+        request = requests.get_status(options)
+        with self._readable_errors():
+            response = self._operator.GetStatus(request, timeout=options.get("timeout"))
+        return status.gateway_status(response)
+
     def get_model(self, **options: Unpack[CallOptions]) -> Model:
         """What is served: model, limits, defaults."""
         request = requests.get_model(options)
         with self._readable_errors():
             response = self._stub.GetModel(request, timeout=options.get("timeout"))
         return results.model(response)
-
-    def get_status(self, **options: Unpack[CallOptions]) -> GatewayStatus:
-        """What the gateway sees: its replicas, their load, and what runs and waits."""
-        request = requests.get_status(options)
-        with self._readable_errors():
-            response = self._operator.GetStatus(request, timeout=options.get("timeout"))
-        return gateway_status(response)
 
     def _stream(
         self,
