@@ -77,7 +77,6 @@ def main() -> None:
 
 
 main.add_command(model)
-main.add_command(status)
 
 
 @main.command()
@@ -212,6 +211,7 @@ def complete(text: str, target: str, n: int | None, **options: Unpack[TextOption
 
 
 main.add_command(bench)
+main.add_command(status)
 
 
 async def _serve_until_stopped(services: Supervisor) -> None:
