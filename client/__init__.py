@@ -28,6 +28,7 @@ from client.results import (
     TopLogprob,
     Usage,
 )
+from client.status import GatewayStatus, Load, Peer, PeerState, ReplicaInfo, ReplicaStatus
 from client.sync import Client
 
 __all__ = [
@@ -43,12 +44,18 @@ __all__ = [
     "Event",
     "FinishReason",
     "Finished",
+    "GatewayStatus",
     "InvalidRequestError",
     "Limits",
+    "Load",
     "Message",
     "Model",
+    "Peer",
+    "PeerState",
     "Prompt",
     "RenderedPrompt",
+    "ReplicaInfo",
+    "ReplicaStatus",
     "ResourceExhaustedError",
     "Sampling",
     "Started",

@@ -12,7 +12,7 @@ from typing import Protocol, Self, Unpack
 
 import grpc
 
-from client import requests, results
+from client import requests, results, status
 from client.channel import DEFAULT_TARGET, Tls, open_aio_channel, with_key
 from client.errors import from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
@@ -26,6 +26,7 @@ from client.resumption import (
 )
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
+from llama.v1.operator_pb2_grpc import OperatorServiceStub
 
 Stream = AsyncGenerator[Event, None]
 
@@ -57,7 +58,9 @@ class AsyncClient:
         self._resume_seconds = resume_seconds
         self._streams: set[ResumableStream] = set()  # that are being read
         self._channel = open_aio_channel(target, tls)
-        self._stub = ChatServiceStub(with_key(self._channel, api_key))
+        channel = with_key(self._channel, api_key)
+        self._stub = ChatServiceStub(channel)
+        self._operator = OperatorServiceStub(channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -145,6 +148,13 @@ class AsyncClient:
         with self._readable_errors():
             response = await self._stub.RenderPrompt(request, timeout=options.get("timeout"))
         return results.rendered_prompt(response)
+
+    async def get_status(self, **options: Unpack[CallOptions]) -> status.GatewayStatus:
+        """What the gateway sees: its replicas, their load, and what runs and waits."""
+        request = requests.get_status(options)
+        with self._readable_errors():
+            response = await self._operator.GetStatus(request, timeout=options.get("timeout"))
+        return status.gateway_status(response)
 
     async def get_model(self, **options: Unpack[CallOptions]) -> Model:
         """What is served: model, limits, defaults."""

@@ -27,6 +27,7 @@ from client.load.command import bench
 from client.model_commands import model
 from client.requests import ChatOptions, TextOptions
 from client.results import Model
+from client.status_command import status
 from client.supervisor import (
     Deployment,
     Log,
@@ -221,6 +222,7 @@ def complete(
 
 
 main.add_command(bench)
+main.add_command(status)
 
 
 async def _serve_until_stopped(services: Supervisor) -> None:

@@ -11,7 +11,7 @@ from typing import Literal, TypedDict, TypeVar
 from google.protobuf.message import Message as Protobuf
 
 from client.errors import Violation, invalid_request
-from llama.v1 import chat_pb2, sampling_pb2
+from llama.v1 import chat_pb2, operator_pb2, sampling_pb2
 
 Role = Literal["system", "user", "assistant"]
 ContextPolicy = Literal["reject", "drop_oldest_turns"]
@@ -159,6 +159,12 @@ def get_model(options: CallOptions) -> chat_pb2.GetModelRequest:
     """A request for what is served."""
     _refuse_unknown(options, CallOptions.__optional_keys__)
     return chat_pb2.GetModelRequest()
+
+
+def get_status(options: CallOptions) -> operator_pb2.GetStatusRequest:
+    """A request for what the gateway sees."""
+    _refuse_unknown(options, CallOptions.__optional_keys__)
+    return operator_pb2.GetStatusRequest()
 
 
 class _Refusals:

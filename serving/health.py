@@ -1,4 +1,5 @@
-"""grpc.health.v1 for one service: a single state under all of its names.
+"""grpc.health.v1 for one service: a single state under all of its names, and one name more, which
+is SERVING as long as anybody answers.
 
 Our own servicer, because the one of grpcio-health-checking forgets all watchers of a name as soon
 as one of them leaves, and its Watch streams outlive a drain, which would then always take the whole
@@ -15,12 +16,16 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from serving.errors import RequestError, unavailable
 
+# For whoever restarts what hangs: a gateway without a model is NOT_SERVING, and a restart would not
+# bring it one.
+LIVENESS = "liveness"
+
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class Health(health_pb2_grpc.HealthServicer):
     def __init__(self, names: Iterable[str], serving: bool) -> None:
-        self._names = {"", *names}
+        self._names = {"", LIVENESS, *names}
         self._serving = serving
         self._draining = False
         self._closed = False
@@ -83,4 +88,6 @@ class Health(health_pb2_grpc.HealthServicer):
     def _status(self, name: str) -> int:
         if name not in self._names:
             return HealthCheckResponse.SERVICE_UNKNOWN
+        if name == LIVENESS:
+            return HealthCheckResponse.SERVING
         return HealthCheckResponse.SERVING if self._serving else HealthCheckResponse.NOT_SERVING

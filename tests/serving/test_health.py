@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from serving.health import LIVENESS
 from serving.server import Health, Service, channel, running
 from serving.settings import ServerSettings
 
@@ -61,12 +62,21 @@ async def test_service_with_background_task_decides_when_it_is_healthy(start: St
     assert await status(stub, "test.B") == SERVING
 
 
+async def test_liveness_is_serving_whatever_the_service_says(start: Start) -> None:
+    async def run(health: Health) -> None:
+        await health.set_serving(False)
+
+    stub = await start(run)
+    assert await status(stub) == NOT_SERVING
+    assert await status(stub, LIVENESS) == SERVING
+
+
 async def test_unknown_name_is_not_found_and_says_which_are_known(start: Start) -> None:
     stub = await start()
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await status(stub, "test.C")
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
-    assert error.value.details() == "no service 'test.C' here; there are test.A, test.B"
+    assert error.value.details() == "no service 'test.C' here; there are liveness, test.A, test.B"
 
 
 async def test_watch_of_unknown_name_says_so_and_stays_open(start: Start) -> None:

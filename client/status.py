@@ -1,0 +1,133 @@
+"""What a gateway says of itself and of what is behind it, as frozen dataclasses.
+
+Names are the contract's; `protos/llama/v1/operator.proto` and `model.proto` say what each means.
+States that this client is too old to know read as PeerState.UNSPECIFIED.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+
+from llama.v1 import model_pb2, operator_pb2
+
+
+class PeerState(Enum):
+    """How a service behind the gateway does."""
+
+    UNSPECIFIED = operator_pb2.PEER_STATE_UNSPECIFIED
+    CONNECTING = operator_pb2.PEER_STATE_CONNECTING
+    SERVING = operator_pb2.PEER_STATE_SERVING
+    NOT_SERVING = operator_pb2.PEER_STATE_NOT_SERVING
+    REFUSED = operator_pb2.PEER_STATE_REFUSED
+
+
+_STATES: Mapping[int, PeerState] = {state.value: state for state in PeerState}
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A service behind the gateway; `reason` says why it does not serve."""
+
+    target: str
+    state: PeerState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """What a replica loaded."""
+
+    name: str
+    parameters: int
+    context_length: int
+    shards: int
+    dtype: str
+    quantization: str
+    device: str
+    fingerprint: str
+    max_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A replica's report; what it counts, it counts since its start."""
+
+    running_sequences: int
+    waiting_sequences: int
+    total_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    block_size: int
+    outstanding_tokens: int
+    steps: int
+    preemptions: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One replica; `sequences` and `outstanding_tokens` are those of the gateway that was asked."""
+
+    peer: Peer
+    info: ReplicaInfo | None
+    load: Load | None
+    load_age: timedelta | None
+    sequences: int
+    outstanding_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayStatus:
+    """What one gateway sees."""
+
+    tokenizer: Peer
+    replicas: tuple[ReplicaStatus, ...]
+    running_sequences: int
+    queued_sequences: int
+    detached_streams: int
+    uptime: timedelta
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are answered: the gateway's own health follows the same rule."""
+        peers = [replica.peer for replica in self.replicas]
+        return self.tokenizer.state is PeerState.SERVING and any(
+            peer.state is PeerState.SERVING for peer in peers
+        )
+
+
+def gateway_status(response: operator_pb2.GetStatusResponse) -> GatewayStatus:
+    return GatewayStatus(
+        tokenizer=_peer(response.tokenizer),
+        replicas=tuple(_replica(each) for each in response.replicas),
+        running_sequences=response.running_sequences,
+        queued_sequences=response.queued_sequences,
+        detached_streams=response.detached_streams,
+        uptime=response.uptime.ToTimedelta(),
+    )
+
+
+def _peer(peer: operator_pb2.Peer) -> Peer:
+    return Peer(peer.target, _STATES.get(peer.state, PeerState.UNSPECIFIED), peer.reason)
+
+
+def _replica(status: operator_pb2.ReplicaStatus) -> ReplicaStatus:
+    return ReplicaStatus(
+        peer=_peer(status.peer),
+        info=_info(status.info) if status.HasField("info") else None,
+        load=_load(status.load) if status.HasField("load") else None,
+        load_age=status.load_age.ToTimedelta() if status.HasField("load_age") else None,
+        sequences=status.sequences,
+        outstanding_tokens=status.outstanding_tokens,
+    )
+
+
+def _info(info: model_pb2.GetModelInfoResponse) -> ReplicaInfo:
+    return ReplicaInfo(**{name: getattr(info, name) for name in ReplicaInfo.__dataclass_fields__})
+
+
+def _load(load: model_pb2.GetLoadResponse) -> Load:
+    return Load(**{name: getattr(load, name) for name in Load.__dataclass_fields__})
