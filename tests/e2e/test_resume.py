@@ -12,6 +12,7 @@ from client import AsyncClient, Client, Delta, Event, Started, StreamLostError, 
 from llama.v1.model_pb2 import GetLoadRequest
 
 LONG: TextOptions = {"max_gen_len": 120, "ignore_eos": True, "logprobs": True}
+GREEDY: TextOptions = {**LONG, "temperature": 0}
 STREAMS = 31  # and one more
 
 
@@ -146,7 +147,7 @@ async def test_synchronous_stream_goes_on_where_its_connection_was_cut(proxy: Pr
 
     def read(client: Client) -> str:
         text = ""
-        for event in client.complete_stream("The", temperature=0, **LONG):
+        for event in client.complete_stream("The", **GREEDY):
             if isinstance(event, Delta):
                 if not text:
                     asyncio.run_coroutine_threadsafe(_cut(proxy), loop).result()
@@ -156,7 +157,7 @@ async def test_synchronous_stream_goes_on_where_its_connection_was_cut(proxy: Pr
     with Client(proxy.address) as client:
         text = await asyncio.to_thread(read, client)
         assert proxy.connections > 1
-        assert text == (await asyncio.to_thread(client.complete, "The", temperature=0, **LONG)).text
+        assert text == (await asyncio.to_thread(client.complete, "The", **GREEDY)).text
 
 
 async def _cut(proxy: Proxy) -> None:
