@@ -59,16 +59,20 @@ async def test_services_inside_talk_mutual_tls(
         assert (await stub.GetModel(chat_pb2.GetModelRequest())).name == "scripted"
 
 
+@pytest.mark.parametrize("name", ["", "named"])
 async def test_client_that_stops_reading_loses_its_stream_at_the_bound(
+    name: str,
     start_gateway: StartGateway,
     start_server: StartServer,
     tokenizer_target: str,
     model: ScriptedModel,
 ) -> None:
     address, _ = await start_server(model.service())
-    gateway = await start_gateway(tokenizer_target, address, max_unread_bytes=4096)
+    bounds = {"max_unread_bytes": 4096, "stream_buffer_bytes": 4096}
+    gateway = await start_gateway(tokenizer_target, address, **bounds)
     await gateway.until(serving=True)
-    call = gateway.stub.TextCompleteStream(REQUEST)
+    request = chat_pb2.TextCompleteStreamRequest(prompts=["Llamas"], request_id=name)
+    call = gateway.stub.TextCompleteStream(request)
     sequence = (await model.starts.get()).request_id
     cancelled = asyncio.create_task(model.cancels.get())
     while not cancelled.done():
