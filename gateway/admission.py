@@ -1,37 +1,319 @@
-"""The bound on what runs or waits at this gateway. Beyond it a request is turned away at once,
-before its text is encoded: a caller that knows can go elsewhere, one in an endless queue only times
-out.
+"""What runs at the replicas, what waits for its turn here, and what is turned away: at once, as a
+caller that knows can go elsewhere, and one in an endless queue only times out. The replicas get
+little more than they run at once, because their own queues know no keys: who is next is decided
+here (`gateway.fair_queue`).
 """
 
-from collections.abc import Iterator
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from gateway.fair_queue import Claim, FairQueue
+from gateway.pace import Pace
+from serving import caller
+from serving.caller import Caller
 from serving.errors import resource_exhausted
+
+# Beyond what the replicas run at once, this part of it more is given to them, so that none waits
+# for the gateway when a sequence ends.
+_AHEAD = 0.25
+# Bounds of what is told as the time to come again, in seconds.
+_LEAST_RETRY, _MOST_RETRY = 1.0, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of what runs or waits, of all requests together; None is without such a bound."""
+
+    max_sequences: int
+    max_tokens: int | None = None  # of prompts, and the most of answers
+    max_running: int | None = None  # sequences at the replicas; None: what they run, and a bit more
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of one generation, in tokens."""
+
+    prompt: int
+    max_answer: int
+
+
+@dataclass(slots=True)
+class _Use:
+    """What runs or waits."""
+
+    sequences: int = 0
+    tokens: int = 0
 
 
 class Admission:
-    """Counts the sequences of all requests, from their acceptance to their end."""
+    """Counts what runs and waits, and gives out turns; lives in one event loop."""
 
-    def __init__(self, max_sequences: int) -> None:
-        self._max_sequences = max_sequences
-        self._sequences = 0
+    def __init__(
+        self,
+        bounds: Bounds,
+        places: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`places` tells how many sequences the ready replicas run at once."""
+        self.clock = clock
+        self._bounds = bounds
+        self._places = places
+        self._use = _Use()
+        self._use_by_key: dict[str, _Use] = {}
+        self._queue = FairQueue()
+        self._turns: dict[Claim, Turn] = {}  # those that wait
+        self._running = 0
+        self._pace = Pace()
 
     @property
     def sequences(self) -> int:
-        """Those that run or wait now."""
-        return self._sequences
+        """Generations of all requests that have not ended."""
+        return self._use.sequences
+
+    @property
+    def running_sequences(self) -> int:
+        """Generations that a replica has."""
+        return self._running
+
+    @property
+    def queued_sequences(self) -> int:
+        """Generations that wait for their turn."""
+        return len(self._turns)
+
+    @property
+    def queued_tokens(self) -> Mapping[str, int]:
+        """The tokens that those will probably take, by the name of the caller's key."""
+        return self._queue.waiting_tokens
 
     @contextmanager
-    def admit(self, sequences: int) -> Iterator[None]:
-        """Holds room for `sequences` while the context lasts; RESOURCE_EXHAUSTED without room."""
-        if self._sequences + sequences > self._max_sequences:
-            raise resource_exhausted(
-                f"the queue is full: {self._sequences} of {self._max_sequences} sequences run or "
-                f"wait, and the request has {sequences}",
-                "max_queued_sequences",
-            )
-        self._sequences += sequences
+    def admit(
+        self, sequences: int, priority: int, time_remaining: float | None
+    ) -> Iterator["Admitted"]:
+        """Holds room for a request of the current caller while the context lasts.
+
+        RESOURCE_EXHAUSTED without room. `time_remaining` is what is left until the request's
+        deadline, in seconds; None is without one.
+        """
+        deadline = None if time_remaining is None else self.clock() + time_remaining
+        admitted = Admitted(self, caller.current(), priority, deadline)
         try:
-            yield
+            self.take_sequences(admitted, sequences)
+            yield admitted
         finally:
-            self._sequences -= sequences
+            self.give_back(admitted)
+
+    def take_sequences(self, admitted: "Admitted", sequences: int) -> None:
+        """Counts a request's sequences; RESOURCE_EXHAUSTED where they are too many."""
+        key = admitted.caller
+        own = self._use_by_key.get(key.name, _Use()).sequences
+        for bound, used, whose, subject in (
+            (self._bounds.max_sequences, self._use.sequences, "", "max_queued_sequences"),
+            (key.limits.max_sequences, own, " of this key", "key.max_sequences"),
+        ):
+            if bound is not None and used + sequences > bound:
+                raise resource_exhausted(
+                    f"the queue is full: {used} of {bound} sequences{whose} run or wait, and the "
+                    f"request has {sequences}",
+                    subject,
+                    self._retry_after(admitted),
+                )
+        self._add(admitted, sequences, 0)
+
+    def take_tokens(self, admitted: "Admitted", tokens: int) -> None:
+        """Counts a request's tokens; RESOURCE_EXHAUSTED where they are too many."""
+        key = admitted.caller
+        own = self._use_by_key[key.name].tokens
+        for bound, used, whose, subject in (
+            (self._bounds.max_tokens, self._use.tokens, "", "max_queued_tokens"),
+            (key.limits.max_tokens, own, " of this key", "key.max_tokens"),
+        ):
+            if bound is None or used + tokens <= bound:
+                continue
+            if tokens > bound:
+                raise resource_exhausted(
+                    f"the request may take {tokens} tokens, and all requests{whose} together "
+                    f"{bound}: ask for fewer answers, or shorter ones",
+                    subject,
+                    retry_after=None,
+                )
+            raise resource_exhausted(
+                f"the queue is full: {used} of {bound} tokens{whose} run or wait, and the request "
+                f"may take {tokens}",
+                subject,
+                self._retry_after(admitted),
+            )
+        self._add(admitted, 0, tokens)
+
+    def give_back(self, admitted: "Admitted") -> None:
+        """The request has ended."""
+        if admitted.use.sequences or admitted.use.tokens:
+            self._add(admitted, -admitted.use.sequences, -admitted.use.tokens)
+
+    def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list["Turn"]:
+        """A turn for each generation; RESOURCE_EXHAUSTED if the last came after the deadline."""
+        key = admitted.caller
+        claims = [
+            Claim(
+                key.name,
+                key.limits.weight,
+                admitted.priority,
+                size.prompt + self._pace.answer_tokens(size.max_answer),
+            )
+            for size in sizes
+        ]
+        self._refuse_if_late(admitted, claims)
+        turns = [Turn(self, claim, size) for claim, size in zip(claims, sizes, strict=True)]
+        for claim, turn in zip(claims, turns, strict=True):
+            self._turns[claim] = turn
+            self._queue.push(claim)
+        self._grant()
+        return turns
+
+    def withdraw(self, claim: Claim) -> None:
+        """A turn that has not come is no longer wanted."""
+        del self._turns[claim]
+        self._queue.remove(claim)
+        self._note(0)
+
+    def charge(self, claim: Claim, tokens: int) -> None:
+        """The replicas served tokens of a turn that has come."""
+        self._queue.charge(claim, tokens)
+        self._note(tokens)
+        # Another replica may have become ready since.
+        self._grant()
+
+    def end(self, claim: Claim, answer_tokens: int, unused_tokens: int) -> None:
+        """A turn that has come is over; `unused_tokens` were charged and not computed."""
+        self._pace.note_answer(answer_tokens)
+        self._queue.charge(claim, -unused_tokens)
+        self._queue.end(claim)
+        self._running -= 1
+        self._grant()
+
+    def _grant(self) -> None:
+        if not self._turns:
+            return
+        capacity, tokens = self._capacity(), 0
+        while self._turns and self._running < capacity:
+            claim = self._queue.pop()
+            turn = self._turns.pop(claim)
+            self._running += 1
+            self._queue.charge(claim, turn.size.prompt)
+            tokens += turn.size.prompt
+            turn.come()
+        self._note(tokens)
+
+    def _note(self, tokens: int) -> None:
+        self._pace.note(tokens, waiting=bool(self._turns), now=self.clock())
+
+    def _capacity(self) -> int:
+        if self._bounds.max_running is not None:
+            return self._bounds.max_running
+        # Without a replica one at a time goes on and is told so, and nobody waits for nothing.
+        return max(1, math.ceil(self._places() * (1 + _AHEAD)))
+
+    def _add(self, admitted: "Admitted", sequences: int, tokens: int) -> None:
+        name = admitted.caller.name
+        own = self._use_by_key.setdefault(name, _Use())
+        for use in (self._use, own, admitted.use):
+            use.sequences += sequences
+            use.tokens += tokens
+        if not own.sequences:
+            del self._use_by_key[name]
+
+    def _refuse_if_late(self, admitted: "Admitted", claims: Sequence[Claim]) -> None:
+        if admitted.deadline is None:
+            return
+        if not self._turns and self._running + len(claims) <= self._capacity():
+            return
+        wait = self._wait(admitted, sum(claim.tokens for claim in claims))
+        remaining = admitted.deadline - self.clock()
+        if wait is not None and wait > remaining:
+            raise resource_exhausted(
+                f"the queue is too long: the request would wait about {wait:.1f} seconds, and its "
+                f"deadline is in {max(remaining, 0):.1f}",
+                "deadline",
+                _bounded(wait - remaining),
+            )
+
+    def _wait(self, admitted: "Admitted", own_tokens: int) -> float | None:
+        """Seconds until the last of a request's turns; None as long as too little is known.
+
+        What is ahead in the fair order has to be served, and about one generation like its own,
+        so that a place gets free.
+        """
+        key = admitted.caller
+        ahead = self._queue.tokens_ahead(key.name, key.limits.weight, admitted.priority)
+        return self._pace.seconds(ahead + own_tokens, self.clock())
+
+    def _retry_after(self, admitted: "Admitted") -> float:
+        """When what would be served before the request now has been."""
+        wait = self._wait(admitted, 0)
+        return _LEAST_RETRY if wait is None else _bounded(wait)
+
+
+class Admitted:
+    """A request for which there is room."""
+
+    def __init__(
+        self, admission: Admission, caller: Caller, priority: int, deadline: float | None
+    ) -> None:
+        """`deadline` is a time of the admission's clock."""
+        self.caller = caller
+        self.priority = priority
+        self.deadline = deadline
+        self.use = _Use()
+        self._admission = admission
+
+    def queue(self, sizes: Sequence[Size]) -> list["Turn"]:
+        """A turn for each of the request's generations; RESOURCE_EXHAUSTED if they are too large,
+        or if they would wait longer than the deadline allows.
+        """
+        self._admission.take_tokens(self, sum(size.prompt + size.max_answer for size in sizes))
+        return self._admission.queue(self, sizes)
+
+
+class Turn:
+    """One generation's place: first in the queue, then at a replica.
+
+    It ends exactly once: by `leave` before it has come, by `end` after.
+    """
+
+    def __init__(self, admission: Admission, claim: Claim, size: Size) -> None:
+        self.size = size
+        # Done when the turn has come. Its callbacks run in the context of whoever added them.
+        self.has_come: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waited = 0.0  # seconds in the queue
+        self._admission = admission
+        self._claim = claim
+        self._arrived = admission.clock()
+        self._answer_tokens = 0
+
+    def come(self) -> None:
+        """For the one who gives out turns."""
+        self.waited = self._admission.clock() - self._arrived
+        self.has_come.set_result(None)
+
+    def leave(self) -> None:
+        """Gives up a turn that has not come."""
+        self._admission.withdraw(self._claim)
+        self.has_come.cancel()
+
+    def served(self, tokens: int) -> None:
+        """More of the answer was made."""
+        self._answer_tokens += tokens
+        self._admission.charge(self._claim, tokens)
+
+    def end(self, unused_prompt_tokens: int) -> None:
+        """The replica is done with it. The prompt was charged as a whole, and so many of its tokens
+        were not computed.
+        """
+        self._admission.end(self._claim, self._answer_tokens, unused_prompt_tokens)
+
+
+def _bounded(seconds: float) -> float:
+    return min(max(seconds, _LEAST_RETRY), _MOST_RETRY)

@@ -6,17 +6,19 @@ fold it. Whoever iterates `complete` must close it (contextlib.aclosing): that c
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from gateway.admission import Admitted, Size
 from gateway.answer import Answer, Delta
 from gateway.detokenizer import Vocabulary
 from gateway.dialog import UNSAFE_ERROR
+from gateway.generation import Generation, Outcome
 from gateway.prompts import Prompt
-from gateway.replicas import Deliver, ReplicaPool, RunningSequence
+from gateway.replicas import ReplicaPool
 from gateway.request import Options
 from gateway.unread import UnreadEvents
 from llama.v1 import chat_pb2, model_pb2
@@ -84,53 +86,57 @@ class _Request:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Generation:
-    prompt: Prompt
-    answer: Answer
-    sequence: RunningSequence
-
-
 async def complete(
     prompts: Sequence[Prompt | None],
     options: Options,
     vocabulary: Vocabulary,
     replicas: ReplicaPool,
-    arrived: float,
+    admitted: Admitted,
     *,
+    arrived: float,
     max_unread_bytes: int,
 ) -> AsyncGenerator[PlacedEvent, None]:
     """The events of `options.n` generations per prompt, interleaved; None is refused as unsafe.
 
-    `arrived` is the time.monotonic of the request's arrival; `max_unread_bytes` is for each answer.
+    Each runs when its turn comes. `arrived` is the time.monotonic of the request's arrival;
+    `max_unread_bytes` is for each answer.
 
     Raises:
         RequestError: among others, RESOURCE_EXHAUSTED where the events are taken too slowly.
     """
     model = replicas.model
     requests = [*_requests(prompts, options)]
+    starts = {
+        each.place: _start(each.prompt, each.seed, options, model.context_length, vocabulary.eos_id)
+        for each in requests
+        if each.prompt is not None
+    }
     made = UnreadEvents[Place](max_unread_bytes * len(requests))
-    running: dict[Place, _Generation] = {}
+    running: dict[Place, Generation] = {}
+    turns = iter(admitted.queue([*map(_size, starts.values())]))
     try:
         for each in requests:
             if (prompt := each.prompt) is not None:
-                start = _start(prompt, each.seed, options, model.context_length, vocabulary.eos_id)
-                sequence = replicas.start(start, _deliver_to(made, each.place))
                 answer = Answer(prompt.ids, options, vocabulary)
-                running[each.place] = _Generation(prompt, answer, sequence)
+                deliver = _deliver_to(made, each.place)
+                running[each.place] = Generation(
+                    answer, starts[each.place], next(turns), replicas, deliver
+                )
         for each in requests:
             yield each.place, _started(each, model.fingerprint)
             for event in _first_events(running.get(each.place), arrived):
                 yield each.place, event
         while running:
-            place, token_event = await made.get()
-            for event in _events(running[place], token_event, arrived):
+            place, outcome = await made.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            for event in _events(running[place], outcome, arrived):
                 yield place, event
-            if token_event.finish_reason:
+            if outcome.finish_reason:
                 del running[place]
     finally:
         for generation in running.values():
-            generation.sequence.cancel()
+            generation.cancel()
         made.close()
 
 
@@ -183,13 +189,18 @@ def _start(
         prompt_logprobs=options.prompt_logprobs,
         top_logprobs=options.top_logprobs,
         stop_ids=[eos_id],
+        priority=options.priority,
         traceparent=tracing.traceparent(),
     )
 
 
-def _deliver_to(made: UnreadEvents[Place], place: Place) -> Deliver:
-    def deliver(event: model_pb2.TokenEvent) -> None:
-        made.put(place, event)
+def _size(start: model_pb2.StartSequence) -> Size:
+    return Size(len(start.prompt_ids), start.sampling.max_gen_len)
+
+
+def _deliver_to(made: UnreadEvents[Place], place: Place) -> Callable[[Outcome], None]:
+    def deliver(outcome: Outcome) -> None:
+        made.put(place, outcome)
 
     return deliver
 
@@ -201,7 +212,7 @@ def _started(request: _Request, fingerprint: str) -> Started:
     return Started(usage, request.seed, fingerprint, request.prompt.dropped_turns)
 
 
-def _first_events(generation: _Generation | None, arrived: float) -> Iterator[Event]:
+def _first_events(generation: Generation | None, arrived: float) -> Iterator[Event]:
     """What is known before the model has made anything."""
     if generation is None:
         yield Delta(UNSAFE_ERROR, [])
@@ -211,7 +222,7 @@ def _first_events(generation: _Generation | None, arrived: float) -> Iterator[Ev
 
 
 def _events(
-    generation: _Generation, token_event: model_pb2.TokenEvent, arrived: float
+    generation: Generation, token_event: model_pb2.TokenEvent, arrived: float
 ) -> Iterator[Event]:
     if token_event.HasField("error"):
         raise _failure(token_event.error)
@@ -222,15 +233,17 @@ def _events(
         yield _finished(generation, token_event, arrived)
     elif generation.answer.stopped:
         # The sequence's last event, which tells its usage, is still to come.
-        generation.sequence.cancel()
+        generation.cancel()
 
 
-def _finished(generation: _Generation, last: model_pb2.TokenEvent, arrived: float) -> Finished:
+def _finished(generation: Generation, last: model_pb2.TokenEvent, arrived: float) -> Finished:
+    queued = Duration()
+    queued.FromNanoseconds(last.timings.queued.ToNanoseconds() + round(generation.waited * 1e9))
     usage = chat_pb2.Usage(
-        prompt_tokens=len(generation.prompt.ids),
+        prompt_tokens=generation.prompt_tokens,
         cached_prompt_tokens=last.cached_prompt_tokens,
         completion_tokens=generation.answer.completion_tokens,
-        queued=last.timings.queued,
+        queued=queued,
         prefill=last.timings.prefill,
         decode=last.timings.decode,
         compute=last.timings.compute,

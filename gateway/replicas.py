@@ -168,6 +168,12 @@ class ReplicaPool:
         return sum(replica.ready for replica in self._replicas)
 
     @property
+    def places(self) -> int:
+        """Sequences that the ready replicas run at once."""
+        infos = (replica.info for replica in self._replicas if replica.ready)
+        return sum(info.max_batch_size for info in infos if info is not None)
+
+    @property
     def model(self) -> model_pb2.GetModelInfoResponse:
         """What the ready replicas serve, all of them the same; UNAVAILABLE when there are none."""
         for replica in self._replicas:

@@ -11,6 +11,7 @@ from gateway import dialog
 from gateway.stop_strings import StopString
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
+from serving.caller import CallerLimits
 from serving.errors import Violation
 
 MAX_TOP_LOGPROBS = 20
@@ -19,6 +20,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
 
 # What absent fields mean; `max_gen_len` has a default too, which depends on the context length.
 SAMPLING_DEFAULTS = SamplingParams(
@@ -57,6 +59,22 @@ class RequestLimits:
     max_messages: int
     max_choices: int
     max_sequences: int  # of all requests, running or waiting
+    max_priority: int = MAX_PRIORITY
+
+    def within(self, key: CallerLimits) -> "RequestLimits":
+        """The same for a caller who may have less. What is above its bounds even alone would be
+        turned away for ever, but be told to try again.
+        """
+        max_sequences = self.max_sequences
+        if key.max_sequences is not None:
+            max_sequences = min(max_sequences, key.max_sequences)
+        return RequestLimits(
+            max_dialogs=min(self.max_dialogs, max_sequences),
+            max_messages=self.max_messages,
+            max_choices=self.max_choices,
+            max_sequences=max_sequences,
+            max_priority=min(self.max_priority, key.max_priority),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +87,7 @@ class Options:
     top_logprobs: int
     echo: bool = False
     n: int = 1  # answers to each dialog or prompt
+    priority: int = 0
 
     @property
     def prompt_logprobs(self) -> bool:
@@ -86,7 +105,9 @@ def options(request: ChatRequest | TextRequest, context_length: int) -> Options:
     del sampling.stop[:]
     echo = isinstance(request, TextRequest) and request.echo
     n = choices(request)
-    return Options(sampling, stop, request.logprobs, request.top_logprobs, echo, n)
+    return Options(
+        sampling, stop, request.logprobs, request.top_logprobs, echo, n, request.priority
+    )
 
 
 def choices(request: ChatRequest | TextRequest) -> int:
@@ -119,6 +140,7 @@ def chat_violations(
         *_context_policy_violations(request.context_policy),
         *_choices_violations(request, len(request.dialogs), limits),
         *_name_violations(request),
+        *_priority_violations(request.priority, limits),
     ]
 
 
@@ -140,6 +162,7 @@ def text_violations(
         *_logprobs_violations(request),
         *_choices_violations(request, len(request.prompts) + len(request.prompt_ids), limits),
         *_name_violations(request),
+        *_priority_violations(request.priority, limits),
     ]
 
 
@@ -194,6 +217,14 @@ def _choices_violations(
         rule = f"times the {prompts} dialogs or prompts must be at most {limits.max_sequences}"
         return [Violation("n", f"{rule}, not {prompts * n}")]
     return []
+
+
+def _priority_violations(priority: int, limits: RequestLimits) -> list[Violation]:
+    if MIN_PRIORITY <= priority <= limits.max_priority:
+        return []
+    return [
+        Violation("priority", f"must be {MIN_PRIORITY} to {limits.max_priority}, not {priority}")
+    ]
 
 
 def _count_violations(path: str, count: int, limit: int) -> list[Violation]:

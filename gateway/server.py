@@ -13,7 +13,7 @@ import grpc
 
 from gateway.access import authorizer, connection_options
 from gateway.accounting import Accounting
-from gateway.admission import Admission
+from gateway.admission import Admission, Admitted
 from gateway.backend import Backend
 from gateway.completion import Event, Place, PlacedEvent, complete, fold
 from gateway.dialog import drop_oldest_turns, has_special_tags, render
@@ -31,6 +31,7 @@ from gateway.prompts import Encode, Prompt, encode_dialogs, encode_texts, take_i
 from gateway.request import (
     ChatRequest,
     Options,
+    RequestLimits,
     TextRequest,
     chat_violations,
     options,
@@ -41,6 +42,7 @@ from gateway.request import (
 )
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2, chat_pb2_grpc
+from serving import caller
 from serving.errors import Violation, invalid_argument
 from serving.server import Health, Service
 
@@ -91,7 +93,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self._replicas = backend.replicas
         self._settings = settings
         self._limits = settings.request_limits
-        self.admission = Admission(settings.max_queued_sequences)
+        self.admission = Admission(settings.admission_bounds, lambda: backend.replicas.places)
         self._streams = streams
         self._accounting = Accounting(metrics, log_peers=settings.log_peers)
 
@@ -183,13 +185,14 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
         vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
-        _refuse(chat_violations(request, self._limits, len(vocabulary)))
+        _refuse(chat_violations(request, self._callers_limits(), len(vocabulary)))
         dialogs = {
             f"dialogs[{index}]": parse_dialog(each) for index, each in enumerate(request.dialogs)
         }
         safe = {path: each for path, each in dialogs.items() if not has_special_tags(each)}
         chosen = options(request, model.context_length)
-        with self.admission.admit(len(safe) * chosen.n):
+        sequences = len(safe) * chosen.n
+        with self.admission.admit(sequences, chosen.priority, time_remaining()) as admitted:
             encoded = await encode_dialogs(
                 safe,
                 self._encoder(time_remaining),
@@ -198,7 +201,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             )
             by_path = dict(zip(safe, encoded, strict=True))
             prompts = [by_path.get(path) for path in dialogs]
-            events = self._complete(prompts, chosen, arrived)
+            events = self._complete(prompts, chosen, admitted, arrived)
             async with aclosing(events):
                 async for event in events:
                     yield event
@@ -208,9 +211,10 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
         vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
-        _refuse(text_violations(request, self._limits, len(vocabulary)))
+        _refuse(text_violations(request, self._callers_limits(), len(vocabulary)))
         chosen = options(request, model.context_length)
-        with self.admission.admit((len(request.prompts) + len(request.prompt_ids)) * chosen.n):
+        sequences = (len(request.prompts) + len(request.prompt_ids)) * chosen.n
+        with self.admission.admit(sequences, chosen.priority, time_remaining()) as admitted:
             if request.prompt_ids:
                 given = {f"prompt_ids[{i}]": list(p.ids) for i, p in enumerate(request.prompt_ids)}
                 prompts = take_ids(given, model.context_length)
@@ -219,10 +223,13 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 prompts = await encode_texts(
                     texts, self._encoder(time_remaining), model.context_length
                 )
-            events = self._complete(prompts, chosen, arrived)
+            events = self._complete(prompts, chosen, admitted, arrived)
             async with aclosing(events):
                 async for event in events:
                     yield event
+
+    def _callers_limits(self) -> RequestLimits:
+        return self._limits.within(caller.current().limits)
 
     def _named(
         self, name: str, events: AsyncGenerator[ResponseT, None], context: Context
@@ -231,14 +238,19 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         return self._streams.open(name, events, context.time_remaining()) if name else events
 
     def _complete(
-        self, prompts: Sequence[Prompt | None], chosen: Options, arrived: float
+        self,
+        prompts: Sequence[Prompt | None],
+        chosen: Options,
+        admitted: Admitted,
+        arrived: float,
     ) -> AsyncGenerator[PlacedEvent, None]:
         return complete(
             prompts,
             chosen,
             self._tokenizer.vocabulary,
             self._replicas,
-            arrived,
+            admitted,
+            arrived=arrived,
             max_unread_bytes=self._settings.max_unread_bytes,
         )
 

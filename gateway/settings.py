@@ -5,6 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from gateway.admission import Bounds
 from gateway.named_streams import StreamLimits
 from gateway.request import RequestLimits
 from serving.settings import Port, ServerSettings
@@ -27,6 +28,21 @@ class GatewaySettings(ServerSettings):
     max_queued_sequences: Annotated[
         int, Field(ge=1, description="generations that may run or wait at once, of all requests")
     ] = 256
+    max_queued_tokens: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="prompt and answer tokens that those may take together; without it, any",
+        ),
+    ] = None
+    max_running_sequences: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="generations given to the replicas at once, while the others wait here; "
+            "without it, the replicas' max_batch_size and a quarter more",
+        ),
+    ] = None
     max_dialogs: Annotated[int, Field(ge=1, description="dialogs or prompts in one request")] = 64
     max_messages: Annotated[int, Field(ge=1, description="messages in one dialog")] = 1024
     max_choices: Annotated[
@@ -108,6 +124,14 @@ class GatewaySettings(ServerSettings):
     @property
     def model_target_list(self) -> list[str]:
         return self.model_targets.split(",")
+
+    @property
+    def admission_bounds(self) -> Bounds:
+        return Bounds(
+            max_sequences=self.max_queued_sequences,
+            max_tokens=self.max_queued_tokens,
+            max_running=self.max_running_sequences,
+        )
 
     @property
     def request_limits(self) -> RequestLimits:

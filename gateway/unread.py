@@ -7,7 +7,7 @@ import asyncio
 from collections import deque
 from typing import Generic, TypeVar
 
-from llama.v1 import model_pb2
+from gateway.generation import Outcome
 from serving.errors import RequestError, resource_exhausted
 
 Place = TypeVar("Place")
@@ -23,16 +23,16 @@ class UnreadEvents(Generic[Place]):
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._events: deque[tuple[Place, model_pb2.TokenEvent]] = deque()
+        self._events: deque[tuple[Place, Outcome]] = deque()
         self._arrived = asyncio.Event()
         self._task = asyncio.current_task()
         self._overrun = False
         self._closed = False
 
-    def put(self, place: Place, event: model_pb2.TokenEvent) -> None:
+    def put(self, place: Place, event: Outcome) -> None:
         if self._closed or self._overrun:
             return
-        self._bytes += event.ByteSize()
+        self._bytes += _size(event)
         if self._bytes > self._max_bytes and self._task is not None:
             self._overrun = True
             self._events.clear()
@@ -41,12 +41,12 @@ class UnreadEvents(Generic[Place]):
         self._events.append((place, event))
         self._arrived.set()
 
-    async def get(self) -> tuple[Place, model_pb2.TokenEvent]:
+    async def get(self) -> tuple[Place, Outcome]:
         while not self._events:
             self._arrived.clear()
             await self._arrived.wait()
         place, event = self._events.popleft()
-        self._bytes -= event.ByteSize()
+        self._bytes -= _size(event)
         return place, event
 
     def close(self) -> None:
@@ -62,3 +62,7 @@ class UnreadEvents(Generic[Place]):
             "for it"
         )
         return resource_exhausted(message, "max_unread_bytes")
+
+
+def _size(event: Outcome) -> int:
+    return 0 if isinstance(event, Exception) else event.ByteSize()

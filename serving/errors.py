@@ -65,8 +65,12 @@ def unavailable(message: str, retry_after: float = 1.0) -> RequestError:
     return RequestError(grpc.StatusCode.UNAVAILABLE, message, retry_after=retry_after)
 
 
-def resource_exhausted(message: str, quota_subject: str, retry_after: float = 1.0) -> RequestError:
-    """A bound was reached; `quota_subject` names it."""
+def resource_exhausted(
+    message: str, quota_subject: str, retry_after: float | None = 1.0
+) -> RequestError:
+    """A bound was reached; `quota_subject` names it. The same request may succeed after
+    `retry_after` seconds; None: never.
+    """
     return RequestError(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         message,

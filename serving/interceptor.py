@@ -11,6 +11,7 @@ the first has arrived: a stranger is refused at once, and nobody holds a call wi
 import asyncio
 import contextlib
 import inspect
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ _log = structlog.stdlib.get_logger(__name__)
 
 # Where gRPC's libraries look for a google.rpc.Status.
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+# From which gRPC's own retries take how many milliseconds to wait: "gRPC Retry Design", A6.
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 # Asked for every few seconds by orchestrators; logged at debug level only.
 _INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
@@ -160,7 +164,7 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         call.metrics.refuse(error)
         status = to_status(error)
         details = (STATUS_DETAILS_KEY, status.SerializeToString())
-        await _abort(context, code, status.message, (*identity, details))
+        await _abort(context, code, status.message, (*identity, details, *_pushback(error)))
     except Exception:
         code = grpc.StatusCode.INTERNAL
         _log.exception("call failed", method=call.method)
@@ -187,6 +191,12 @@ async def _abort(
             await context.abort(code, message, trailing_metadata)
     except TimeoutError:
         raise asyncio.CancelledError from None
+
+
+def _pushback(error: RequestError) -> tuple[tuple[str, str], ...]:
+    if error.retry_after is None:
+        return ()
+    return ((PUSHBACK_KEY, str(math.ceil(error.retry_after * 1000))),)
 
 
 def _code_set_on(context: Context) -> grpc.StatusCode | None:

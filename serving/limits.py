@@ -15,6 +15,9 @@ RESERVED_FILES = 256
 HANDSHAKE_MS = 10_000
 # gRPC refuses calls at random between a soft limit and a hard one; equal, they are one rule.
 METADATA_BYTES = 16 * 1024
+# Calls that Python has not seen yet. From 1,000 on gRPC would drop some at random, and say
+# CANCELLED, which tells a client nothing; a service refuses them with a reason.
+MAX_UNSEEN_CALLS = 20_000
 
 Option = tuple[str, int]
 
@@ -27,6 +30,8 @@ def server_options(settings: ServerSettings) -> list[Option]:
         ("grpc.max_receive_message_length", settings.max_request_bytes),
         ("grpc.max_metadata_size", METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+        ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
         ("grpc.max_allowed_incoming_connections", settings.max_connections or _room_for_files()),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),

@@ -185,7 +185,7 @@ class Usage(_message.Message):
     """Tokens generated, the end-of-sequence token not counted."""
     @_builtins.property
     def queued(self) -> _duration_pb2.Duration:
-        """Time from arrival at the model service to its first step."""
+        """Time spent waiting: at the gateway for its turn, then at the model service for its first step."""
 
     @_builtins.property
     def prefill(self) -> _duration_pb2.Duration:

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import grpc
+import psutil
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2_grpc
@@ -31,6 +32,7 @@ from client import Client, Tls
 from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 CONTEXT_LENGTH = 256  # of the golden cases
 TIMEOUT = 120.0  # seconds, on a busy machine
 
@@ -101,6 +103,12 @@ class ServiceProcess:
     def wait_until(self, serving: bool) -> None:
         """Waits for its health service to say so."""
         wait_until(self.address, serving)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Its memory; fails when it has died."""
+        resident: int = psutil.Process(self._process.pid).memory_info().rss
+        return resident
 
     def terminate(self) -> None:
         """Asks it to end, once: a second signal would not let it drain."""
@@ -307,6 +315,30 @@ def gateway_beside(stack: Stack) -> Iterator[Callable[..., ServiceProcess]]:
 def own_gateway(gateway_beside: Callable[..., ServiceProcess]) -> ServiceProcess:
     """One more gateway in front of the shared services, for a test that ends it."""
     return gateway_beside()
+
+
+@pytest.fixture
+def demo_services() -> Iterator[Callable[..., Stack]]:
+    """Starts a stack on the demonstration checkpoint, the gateway with flags of the test."""
+    files = {"ckpt_dir": DEMO, "tokenizer_path": DEMO / "tokenizer.model"}
+    with ExitStack() as ending:
+
+        def start(max_batch_size: int, **gateway_flags: object) -> Stack:
+            def started(process: ServiceProcess) -> ServiceProcess:
+                ending.callback(process.stop)
+                return process
+
+            command = ("-m", "model_service")
+            flags = {**files, "threads": 1, "max_batch_size": max_batch_size}
+            model = started(ServiceProcess("model_service", *command, **flags))
+            command = ("-m", "tokenizer_service")
+            flags = {"tokenizer_path": files["tokenizer_path"]}
+            tokenizer = started(ServiceProcess("tokenizer_service", *command, **flags))
+            gateway = started(start_gateway(tokenizer, model, **gateway_flags))
+            gateway.wait_until(serving=True)
+            return Stack(tokenizer, model, gateway)
+
+        yield start
 
 
 @pytest.fixture

@@ -170,6 +170,7 @@ def model_info(tokenizer: Tokenizer) -> model_pb2.GetModelInfoResponse:
         name="scripted",
         vocab_size=tokenizer.n_words,
         context_length=CONTEXT_LENGTH,
+        max_batch_size=64,
         fingerprint="weights",
         tokenizer_fingerprint=tokenizer.fingerprint,
     )

@@ -1,0 +1,140 @@
+"""Who is next when more generations are asked for than run at once: higher priority first, and at
+equal priority the key that was served least. The latter is the Virtual Token Counter of Sheng et
+al., "Fairness in Serving Large Language Models" (OSDI 2024), one for each level of priority. Knows
+no clock and no network, so that fairness can be tested as arithmetic.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claim:
+    """One generation that somebody asks for; each is equal to itself alone."""
+
+    key: str
+    weight: float  # its key's share, relative to the other keys'
+    priority: int
+    tokens: int  # of prompt and answer, as far as can be foreseen
+
+
+class FairQueue:
+    """Claims that wait, and what those that were taken out have been served since."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, _Level] = {}  # by priority
+
+    def __len__(self) -> int:
+        return sum(map(len, self._levels.values()))
+
+    @property
+    def waiting_tokens(self) -> Mapping[str, int]:
+        """The tokens of waiting claims, by key."""
+        tokens: dict[str, int] = {}
+        for level in self._levels.values():
+            for key, backlog in level.backlogs.items():
+                tokens[key] = tokens.get(key, 0) + backlog
+        return tokens
+
+    def push(self, claim: Claim) -> None:
+        self._levels.setdefault(claim.priority, _Level()).push(claim)
+
+    def pop(self) -> Claim:
+        """Takes the next in turn out; IndexError when nobody waits. Call `end` for it later."""
+        waiting = [priority for priority, level in self._levels.items() if len(level)]
+        if not waiting:
+            raise IndexError("nobody waits")
+        return self._levels[max(waiting)].pop()
+
+    def remove(self, claim: Claim) -> None:
+        """Takes a waiting claim out, which is then over."""
+        self._levels[claim.priority].remove(claim)
+        self._forget_if_idle(claim.priority)
+
+    def charge(self, claim: Claim, tokens: int) -> None:
+        """Counts tokens that a claim got after it was taken out; negative ones are given back."""
+        self._levels[claim.priority].charge(claim, tokens)
+
+    def end(self, claim: Claim) -> None:
+        """A claim that was taken out is over."""
+        self._levels[claim.priority].running -= 1
+        self._forget_if_idle(claim.priority)
+
+    def tokens_ahead(self, key: str, weight: float, priority: int) -> float:
+        """Tokens that waiting claims will be served before one that this key pushed now."""
+        higher = sum(
+            sum(level.backlogs.values()) for each, level in self._levels.items() if each > priority
+        )
+        level = self._levels.get(priority)
+        return higher + (level.tokens_ahead(key, weight) if level else 0)
+
+    def _forget_if_idle(self, priority: int) -> None:
+        # Who was served how much counts only among those who compete.
+        level = self._levels[priority]
+        if not len(level) and not level.running:
+            del self._levels[priority]
+
+
+class _Level:
+    """Claims of one priority."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.backlogs: dict[str, int] = {}  # tokens of waiting claims, by key
+        self._waiting: dict[str, dict[Claim, None]] = {}  # by key, each in order of arrival
+        self._served: dict[str, float] = {}  # the counters: tokens by weight, by key
+        self._weights: dict[str, float] = {}
+        self._last_key = ""  # that left the queue
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def push(self, claim: Claim) -> None:
+        key = claim.key
+        if key not in self._waiting:
+            self._served[key] = self._lifted(key)
+            self._waiting[key] = {}
+            self.backlogs[key] = 0
+        self._weights[key] = claim.weight
+        self._waiting[key][claim] = None
+        self.backlogs[key] += claim.tokens
+
+    def pop(self) -> Claim:
+        key = min(self._waiting, key=self._served.__getitem__)
+        claim = next(iter(self._waiting[key]))
+        self.remove(claim)
+        self.running += 1
+        return claim
+
+    def remove(self, claim: Claim) -> None:
+        key = claim.key
+        del self._waiting[key][claim]
+        self.backlogs[key] -= claim.tokens
+        if not self._waiting[key]:
+            del self._waiting[key], self.backlogs[key]
+            self._last_key = key
+
+    def charge(self, claim: Claim, tokens: int) -> None:
+        self._served[claim.key] += tokens / claim.weight
+
+    def tokens_ahead(self, key: str, weight: float) -> float:
+        """As in a fluid: while this key gets its backlog, each other one catches up with it."""
+        own = self.backlogs.get(key, 0)
+        until = self._lifted(key) + own / weight
+        others = (
+            min(backlog, max(0.0, until - self._served[other]) * self._weights[other])
+            for other, backlog in self.backlogs.items()
+            if other != key
+        )
+        return own + sum(others)
+
+    def _lifted(self, key: str) -> float:
+        """The counter of a key, as it is or as it would be if it came now: time in which it asked
+        for nothing gives it no right over those who wait.
+        """
+        served = self._served.get(key, 0.0)
+        if key in self._waiting:
+            return served
+        if self._waiting:
+            return max(served, min(self._served[other] for other in self._waiting))
+        return max(served, self._served.get(self._last_key, 0.0))
