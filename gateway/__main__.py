@@ -14,7 +14,9 @@ from serving.settings import parse
 
 async def run(settings: GatewaySettings) -> None:
     connect = connector(settings)
-    backend = Backend(settings.tokenizer_target, settings.model_target_list, connect)
+    backend = Backend(
+        settings.tokenizer_target, settings.model_target_list, settings.pool_options, connect
+    )
     await serve(settings, gateway_service(backend, settings))
 
 

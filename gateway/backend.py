@@ -5,21 +5,28 @@ the tokenizer service and at least one replica are ready, so that balancers go e
 import asyncio
 from collections.abc import Sequence
 
-from gateway.peer import Connect
+from gateway.peer import Connect, plaintext
+from gateway.pool_options import PoolOptions
 from gateway.replicas import ReplicaPool
 from gateway.tokenizer import Tokenizer
-from serving.server import Health, channel
+from serving.server import Health
 
 
 class Backend:
     """Sessions with all services; create it in the event loop that runs it."""
 
     def __init__(
-        self, tokenizer_target: str, model_targets: Sequence[str], connect: Connect = channel
+        self,
+        tokenizer_target: str,
+        model_targets: Sequence[str],
+        options: PoolOptions,
+        connect: Connect = plaintext,
     ) -> None:
         self._changed = asyncio.Event()
-        self.tokenizer = Tokenizer(tokenizer_target, self._changed.set, connect)
-        self.replicas = ReplicaPool(model_targets, self._changed.set, connect)
+        self.tokenizer = Tokenizer(
+            tokenizer_target, self._changed.set, connect, options.failover_timeout
+        )
+        self.replicas = ReplicaPool(model_targets, self._changed.set, options, connect)
 
     async def run(self, health: Health) -> None:
         """Keeps the sessions and the health; ends when cancelled."""

@@ -58,7 +58,7 @@ class Finished:
 
     reason: "FinishReason.ValueType"
     usage: chat_pb2.Usage
-    resumed: int = 0
+    resumed: int = 0  # how often it went on at another replica
 
 
 Event = Started | Delta | Finished
@@ -250,7 +250,7 @@ def _finished(generation: Generation, last: model_pb2.TokenEvent, arrived: float
         total=_since(arrived),
     )
     reason = FINISH_REASON_STOP_STRING if generation.answer.stopped else last.finish_reason
-    return Finished(reason, usage)
+    return Finished(reason, usage, generation.resumed)
 
 
 def _since(arrived: float) -> Duration:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from gateway.admission import Turn
 from gateway.answer import Answer
-from gateway.replicas import ReplicaPool, RunningSequence
+from gateway.replicas import ReplicaPool, ResumableSequence
 from llama.v1 import model_pb2
 
 # What comes of a generation: an event, or why there will be none.
@@ -31,7 +31,7 @@ class Generation:
         self._turn = turn
         self._replicas = replicas
         self._deliver = deliver
-        self._sequence: RunningSequence | None = None
+        self._sequence: ResumableSequence | None = None
         self._unreported_prompt_tokens = len(start.prompt_ids) if start.prompt_logprobs else 0
         self._computed = False
         self._ended = False
@@ -45,6 +45,11 @@ class Generation:
     def waited(self) -> float:
         """Seconds until its turn came."""
         return self._turn.waited
+
+    @property
+    def resumed(self) -> int:
+        """How often it went on at another replica."""
+        return 0 if self._sequence is None else self._sequence.resumed
 
     def cancel(self) -> None:
         """Asks for an early end. The last event of one that runs still comes."""

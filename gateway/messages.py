@@ -55,6 +55,7 @@ def chat_event(sequence: int, place: Place, event: Event) -> ChatCompleteStreamR
                 choice_index=place.choice,
                 finish_reason=event.reason,
                 usage=event.usage,
+                resumed=event.resumed,
             )
             response.finished.CopyFrom(finished)
     return response
@@ -87,6 +88,7 @@ def text_event(sequence: int, place: Place, event: Event) -> TextCompleteStreamR
                 choice_index=place.choice,
                 finish_reason=event.reason,
                 usage=event.usage,
+                resumed=event.resumed,
             )
             response.finished.CopyFrom(finished)
     return response
@@ -110,6 +112,7 @@ def chat_prediction(prediction: Prediction) -> ChatPrediction:
         tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
+        resumed=prediction.finished.resumed,
         seed=prediction.started.seed,
         fingerprint=prediction.started.fingerprint,
         dropped_turns=prediction.started.dropped_turns,
@@ -123,6 +126,7 @@ def text_prediction(prediction: Prediction) -> TextPrediction:
         tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
+        resumed=prediction.finished.resumed,
         seed=prediction.started.seed,
         fingerprint=prediction.started.fingerprint,
     )

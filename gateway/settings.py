@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from gateway.admission import Bounds
 from gateway.named_streams import StreamLimits
+from gateway.pool_options import PoolOptions
 from gateway.request import RequestLimits
 from serving.settings import Port, ServerSettings
 
@@ -22,9 +23,29 @@ class GatewaySettings(ServerSettings):
         str,
         Field(
             pattern=r"^[^\s,]+(,[^\s,]+)*$",
-            description="addresses of the model replicas' leaders, separated by commas",
+            description="addresses of the model replicas' leaders, separated by commas; a name "
+            "stands for all of its addresses",
         ),
     ] = "127.0.0.1:50053"
+    resolve_interval: Annotated[
+        float, Field(gt=0, description="seconds from one look at the names in DNS to the next")
+    ] = 5.0
+    replica_hang_timeout: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="seconds that a replica may leave a question for its load unanswered, and "
+            "a third of those that it may run sequences without a step; then it is lost",
+        ),
+    ] = 10.0
+    failover_timeout: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="seconds that a generation waits for another replica when its own is lost, "
+            "and a call for a tokenizer service that went away",
+        ),
+    ] = 30.0
     max_queued_sequences: Annotated[
         int, Field(ge=1, description="generations that may run or wait at once, of all requests")
     ] = 256
@@ -131,6 +152,14 @@ class GatewaySettings(ServerSettings):
             max_sequences=self.max_queued_sequences,
             max_tokens=self.max_queued_tokens,
             max_running=self.max_running_sequences,
+        )
+
+    @property
+    def pool_options(self) -> PoolOptions:
+        return PoolOptions(
+            hang_timeout=self.replica_hang_timeout,
+            failover_timeout=self.failover_timeout,
+            resolve_interval=self.resolve_interval,
         )
 
     @property

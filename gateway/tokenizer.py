@@ -12,13 +12,24 @@ import structlog
 
 from gateway.detokenizer import Vocabulary
 from gateway.dialog import Segment
-from gateway.peer import Connect, PeerError, connected, follow_health, keep_session
+from gateway.peer import (
+    FIRST_PAUSE,
+    Connect,
+    Peer,
+    UnfitPeerError,
+    connected,
+    follow_health,
+    keep_session,
+)
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from llama.v1.operator_pb2 import PEER_STATE_CONNECTING
 from serving import request_id, tracing
 from serving.errors import RequestError, resource_exhausted, unavailable
 
 SERVICE = "llama.v1.TokenizerService"
 MAX_SEGMENTS_PER_CALL = 4096  # the contract's limit
+# What a call gets whose server goes away.
+_CUT_OFF = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -26,19 +37,23 @@ _log = structlog.stdlib.get_logger(__name__)
 class Tokenizer:
     """A session with the tokenizer service; `changed` is called when `ready` may have changed."""
 
-    def __init__(self, target: str, changed: Callable[[], None], connect: Connect) -> None:
-        self._target = target
+    def __init__(
+        self, target: str, changed: Callable[[], None], connect: Connect, patience: float
+    ) -> None:
+        """`patience` is how long a call waits for the service to come back, in seconds."""
+        self.peer = Peer(target, self._followed)
         self._changed = changed
+        self._patience = patience
+        self._serving = asyncio.Event()
         self._connect = connect
         self._stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub | None = None  # while connected
         self._vocabulary: Vocabulary | None = None
         self._loaded = asyncio.Event()
-        self._serving = False
         self.fingerprint = ""
 
     @property
     def ready(self) -> bool:
-        return self._serving
+        return self.peer.serving
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -54,8 +69,8 @@ class Tokenizer:
 
     async def run(self) -> NoReturn:
         """Keeps a session; ends when cancelled."""
-        _log.info("connecting to tokenizer service", peer=self._target)
-        await keep_session(self._target, self._session)
+        _log.info("connecting to tokenizer service", peer=self.peer.target)
+        await keep_session(self.peer, self._session)
 
     async def encode(
         self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
@@ -70,37 +85,66 @@ class Tokenizer:
     async def _encode(
         self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
     ) -> list[list[int]]:
-        if self._stub is None or not self._serving:
-            raise _unavailable()
         request = tokenizer_pb2.EncodeRequest(
             segments=[
                 tokenizer_pb2.Segment(text=each.text, bos=each.bos, eos=each.eos)
                 for each in segments
             ]
         )
-        call = self._stub.Encode(request, timeout=time_remaining(), metadata=_metadata())
         try:
-            response = await call
-        except grpc.aio.AioRpcError as error:
-            raise _refusal(error) from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and not task.cancelling():
-                # The session has ended, and its channel with all calls.
-                raise _unavailable() from None
-            raise
-        finally:
-            call.cancel()
+            async with asyncio.timeout(self._patience):
+                response = await self._encode_when_ready(request, time_remaining)
+        except TimeoutError:
+            raise _unavailable() from None
         return [list(each.ids) for each in response.segments]
 
+    async def _encode_when_ready(
+        self,
+        request: tokenizer_pb2.EncodeRequest,
+        time_remaining: Callable[[], float | None],
+    ) -> tokenizer_pb2.EncodeResponse:
+        """Encoding has no effect but its answer, so it is simply tried again."""
+        while True:
+            await self._serving.wait()
+            call = self._connected_stub.Encode(
+                request, timeout=time_remaining(), metadata=_metadata()
+            )
+            try:
+                return await call
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _CUT_OFF:
+                    raise _refusal(error) from error
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # The session has ended, and its channel with all calls.
+            finally:
+                call.cancel()
+            await asyncio.sleep(FIRST_PAUSE)
+
+    @property
+    def _connected_stub(self) -> "tokenizer_pb2_grpc.TokenizerServiceAsyncStub":
+        if self._stub is None:
+            raise _unavailable()
+        return self._stub
+
+    def _followed(self) -> None:
+        if self.ready:
+            self._serving.set()
+        else:
+            self._serving.clear()
+        self._changed()
+
     async def _session(self) -> None:
-        async with connected(self._connect, self._target) as channel:
+        async with connected(self._connect, self.peer.target) as channel:
             self._stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
             self._take(await self._stub.GetVocabulary(tokenizer_pb2.GetVocabularyRequest()))
             try:
-                await follow_health(channel, SERVICE, self._set_serving)
+                await follow_health(channel, SERVICE, self.peer)
             finally:
-                self._set_serving(False)
+                # Before the channel is closed, so that no call is begun on it any more.
+                self.peer.become(PEER_STATE_CONNECTING, "the session broke")
 
     def _take(self, response: tokenizer_pb2.GetVocabularyResponse) -> None:
         if self._vocabulary is None:
@@ -112,15 +156,11 @@ class Tokenizer:
             self.fingerprint = response.fingerprint
             self._loaded.set()
         elif response.fingerprint != self.fingerprint:
-            raise PeerError(
+            raise UnfitPeerError(
                 f"serves another model file ({response.fingerprint[:12]}) than when this gateway "
                 f"started ({self.fingerprint[:12]}): restart the gateway to use it"
             )
-        _log.info("tokenizer service connected", peer=self._target, tokens=len(response.pieces))
-
-    def _set_serving(self, serving: bool) -> None:
-        self._serving = serving
-        self._changed()
+        _log.info("tokenizer service connected", peer=self.peer.target, tokens=len(response.pieces))
 
 
 def _metadata() -> tuple[tuple[str, str], ...]:
@@ -137,8 +177,6 @@ def _unavailable() -> RequestError:
 def _refusal(error: grpc.aio.AioRpcError) -> Exception:
     """What a failed Encode means for the request; any other failure is a bug."""
     match error.code():
-        case grpc.StatusCode.UNAVAILABLE:
-            return _unavailable()
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return RequestError(error.code(), "the deadline passed while the prompt was encoded")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:

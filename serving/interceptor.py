@@ -36,8 +36,8 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"
 # From which gRPC's own retries take how many milliseconds to wait: "gRPC Retry Design", A6.
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
-# Asked for every few seconds by orchestrators; logged at debug level only.
-_INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
+# Asked for every few seconds by orchestrators and gateways; logged at debug level only.
+_INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.", "/llama.v1.ModelService/GetLoad")
 
 # As go-grpc-prometheus calls the kinds.
 _KINDS = {

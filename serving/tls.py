@@ -5,6 +5,7 @@ changed set of files is used only if it fits together: a half-written or mismatc
 and the certificates in use stay.
 """
 
+import copy
 import os
 import ssl
 import threading
@@ -79,6 +80,14 @@ class PeerCertificates:
         self._files = _WatchedFiles(files)
         # The name that certificates must have, in place of the address that is connected to.
         self.options = () if name is None else (("grpc.ssl_target_name_override", name),)
+
+    def expecting(self, name: str | None) -> "PeerCertificates":
+        """The same for a server found under a name, which its certificate must have then."""
+        if name is None or self.options:
+            return self
+        expecting = copy.copy(self)
+        expecting.options = (("grpc.ssl_target_name_override", name),)
+        return expecting
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Of the files as they are now."""

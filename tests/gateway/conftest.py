@@ -47,7 +47,13 @@ class ScriptedModel(model_pb2_grpc.ModelServiceServicer):
     info: model_pb2.GetModelInfoResponse
     starts: asyncio.Queue[model_pb2.StartSequence] = field(default_factory=asyncio.Queue)
     cancels: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    load: model_pb2.GetLoadResponse = field(default_factory=model_pb2.GetLoadResponse)
+    awake: asyncio.Event = field(default_factory=asyncio.Event)  # else GetLoad does not answer
+    steps: bool = True
     _made: asyncio.Queue[model_pb2.GenerateResponse] = field(default_factory=asyncio.Queue)
+
+    def __post_init__(self) -> None:
+        self.awake.set()
 
     def tell(self, request_id: str, **event: Any) -> None:
         """Makes an event of a sequence."""
@@ -62,7 +68,9 @@ class ScriptedModel(model_pb2_grpc.ModelServiceServicer):
     async def GetLoad(
         self, _request: model_pb2.GetLoadRequest, _context: object
     ) -> model_pb2.GetLoadResponse:
-        return model_pb2.GetLoadResponse()
+        await self.awake.wait()
+        self.load.steps += self.steps
+        return self.load
 
     async def Generate(
         self, requests: AsyncIterator[model_pb2.GenerateRequest], _context: object
@@ -191,7 +199,7 @@ def start_gateway(servers: AsyncExitStack) -> StartGateway:
             model_targets=",".join(models),
             **settings,
         )
-        backend = Backend(chosen.tokenizer_target, chosen.model_target_list)
+        backend = Backend(chosen.tokenizer_target, chosen.model_target_list, chosen.pool_options)
         server = await servers.enter_async_context(
             running(chosen, gateway_service(backend, chosen))
         )

@@ -49,7 +49,7 @@ async def test_services_inside_talk_mutual_tls(
     to_model, _ = await start_server(model.service(), **tls)
     named: Any = {**peers, "peer_name": "inside.example"}
     settings = GatewaySettings(port=0, grace_period=0, **named)
-    backend = Backend(to_tokenizer, [to_model], connector(settings))
+    backend = Backend(to_tokenizer, [to_model], settings.pool_options, connector(settings))
     server: Running = await servers.enter_async_context(
         running(settings, gateway_service(backend, settings))
     )

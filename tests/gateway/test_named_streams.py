@@ -54,10 +54,11 @@ async def read(call: Any, count: int) -> list[TextCompleteStreamResponse]:
     """The next events of either kind of call, fewer at its end."""
     events: list[TextCompleteStreamResponse] = []
     while len(events) < count and (response := await call.read()) is not grpc.aio.EOF:
-        # The time that an answer took is all that may differ between two runs.
+        # The time that an answer waited and took is all that may differ between two runs.
         event = response.text if hasattr(response, "text") else response
         if event.HasField("finished"):
-            event.finished.usage.ClearField("total")
+            for name in ("queued", "total"):
+                event.finished.usage.ClearField(name)
         events.append(event)
     return events
 

@@ -231,7 +231,7 @@ async def test_failed_sequence_ends_the_call_and_cancels_its_neighbours(
     with pytest.raises(grpc.aio.AioRpcError, match="logits not finite") as failed:
         await call
     assert failed.value.code() is grpc.StatusCode.INTERNAL
-    assert second in {await model.cancels.get(), await model.cancels.get()}
+    assert await model.cancels.get() == second
 
 
 async def test_full_queue_refuses_at_once_and_takes_again_after_an_end(
@@ -258,24 +258,6 @@ async def test_full_queue_refuses_at_once_and_takes_again_after_an_end(
     accepted = gateway.stub.ChatComplete(request)
     assert (await model.starts.get()).request_id not in ids
     accepted.cancel()
-
-
-async def test_lost_replica_ends_its_calls_as_unavailable_and_is_used_again_when_back(
-    start_gateway: Any, start_server: Any, tokenizer_target: str, model: Any
-) -> None:
-    address, model_server = await start_server(model.service())
-    gateway = await start_gateway(tokenizer_target, address)
-    await gateway.until(serving=True)
-    call = gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]))
-    await model.starts.get()
-    await model_server.aclose()
-    with pytest.raises(grpc.aio.AioRpcError, match="the model replica was lost") as lost:
-        await call
-    assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert isinstance(details(lost)[0], RetryInfo)
-    await gateway.until(serving=False)
-    await start_server(model.service(), port=int(address.rpartition(":")[2]))
-    await gateway.until(serving=True)
 
 
 @pytest.mark.parametrize("missing", ["tokenizer", "model"])

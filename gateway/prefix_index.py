@@ -1,0 +1,62 @@
+"""What a replica's prefix cache probably holds, as its gateway knows it: the blocks of tokens that
+were sent there or made there lately. It is a guess that costs no call: a wrong one costs the
+replica the computation of a prompt that another has in its cache, and nothing else.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+BLOCK = 16  # tokens
+DIGEST_SIZE = 12  # bytes
+
+
+def block_digests(ids: Sequence[int]) -> list[bytes]:
+    """A name for each full block of `ids` that depends on all tokens up to the block's end."""
+    digests: list[bytes] = []
+    previous = b""
+    packed = array("I", ids)
+    for begin in range(0, len(ids) - BLOCK + 1, BLOCK):
+        block = packed[begin : begin + BLOCK].tobytes()
+        previous = hashlib.blake2b(previous + block, digest_size=DIGEST_SIZE).digest()
+        digests.append(previous)
+    return digests
+
+
+class PrefixIndex:
+    """The block digests used last, at most `capacity` of them."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._digests: OrderedDict[bytes, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def add(self, digests: Sequence[bytes]) -> None:
+        """Notes that these blocks, of one text and in its order, are used now."""
+        # The beginning is used last: like the replica, this forgets the end of a text first, as a
+        # block is of no use without those before it.
+        for digest in reversed(digests):
+            self._digests[digest] = None
+            self._digests.move_to_end(digest)
+        self._shrink()
+
+    def known_blocks(self, digests: Sequence[bytes]) -> int:
+        """How many blocks at the beginning of a text are known."""
+        for number, digest in enumerate(digests):
+            if digest not in self._digests:
+                return number
+        return len(digests)
+
+    def resize(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._shrink()
+
+    def clear(self) -> None:
+        self._digests.clear()
+
+    def _shrink(self) -> None:
+        while len(self._digests) > self._capacity:
+            self._digests.popitem(last=False)
