@@ -70,6 +70,7 @@ def token_event(request_id: str, output: SequenceOutput) -> model_pb2.TokenEvent
     event = model_pb2.TokenEvent(
         request_id=request_id,
         ids=output.ids,
+        cached_prompt_tokens=output.cached_prompt_tokens,
         logprobs=[entry.logprob for entry in output.logprobs],
         top=[_top(entry) for entry in output.logprobs]
         if any(e.top for e in output.logprobs)
@@ -77,7 +78,6 @@ def token_event(request_id: str, output: SequenceOutput) -> model_pb2.TokenEvent
     )
     if output.timings is not None:
         event.timings.CopyFrom(_timings(output.timings))
-        event.cached_prompt_tokens = output.cached_prompt_tokens
     match output.finish_reason:
         case None:
             pass

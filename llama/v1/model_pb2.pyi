@@ -209,7 +209,9 @@ class TokenEvent(_message.Message):
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Set on the last event of a sequence."""
     cached_prompt_tokens: _builtins.int
-    """Prompt tokens found in the cache at the first start; set on the last event."""
+    """Prompt tokens found in the cache at the first start; set on the first event that has ids, and
+    on the last event.
+    """
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New token ids; with prompt_logprobs, the first event of a sequence holds the prompt's ids in front.

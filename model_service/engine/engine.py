@@ -289,7 +289,7 @@ class Engine:
         if not made:
             return self._finish(sequence, FinishReason.LENGTH, ids, logprobs)
         sequence.last_token_at = now
-        if sequence.first_token_at is None:
+        if first := sequence.first_token_at is None:
             sequence.first_token_at = now
         stopped = made[-1][0] in request.stop_ids
         kept = made[:-1] if stopped else made
@@ -300,7 +300,8 @@ class Engine:
             return self._finish(sequence, FinishReason.STOP, ids, logprobs)
         if not sequence.generates:
             return self._finish(sequence, FinishReason.LENGTH, ids, logprobs)
-        return SequenceOutput(request.request_id, ids, logprobs)
+        cached = sequence.cached_prompt_tokens if first else 0
+        return SequenceOutput(request.request_id, ids, logprobs, cached_prompt_tokens=cached)
 
     def _prompt_output(
         self, sequence: Sequence

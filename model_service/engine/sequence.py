@@ -91,7 +91,8 @@ class SequenceOutput(NamedTuple):  # one per sequence and step: a dataclass is s
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per id, if asked for
     finish_reason: FinishReason | None = None
     timings: Timings | None = None  # with finish_reason
-    cached_prompt_tokens: int = 0  # with finish_reason: found in the cache at the first start
+    # With the first ids and with finish_reason: found in the cache at the first start.
+    cached_prompt_tokens: int = 0
     error: str = ""  # with REFUSED and FAILED
 
 
