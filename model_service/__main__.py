@@ -23,33 +23,40 @@ def main() -> None:
     configure(settings)
     try:
         replica = load_replica(settings.replica_options())
+        shards = distributed.Shards(settings.shard_timeout)
         if not replica.is_leader:
-            follow(replica)
+            follow(replica, shards)
             return
-        asyncio.run(lead(settings, replica))
+        asyncio.run(lead(settings, replica, shards))
+        try:
+            replica.runner.release_followers()
+        except RuntimeError as error:
+            raise shards.failure(error) from error
+    except distributed.ShardLostError as error:
+        exit_with_error(str(error))
     except StartError as error:
         # All ranks find the same fault; once on each machine is enough.
         if not distributed.first_on_machine():
             raise SystemExit(1) from None
         exit_with_error(str(error))
-    replica.runner.release_followers()
 
 
-async def lead(settings: ModelSettings, replica: Replica) -> None:
+async def lead(settings: ModelSettings, replica: Replica, shards: distributed.Shards) -> None:
     path = settings.tokenizer_path
-    server = ModelServer(replica, "" if path is None else tokenizer_fingerprint(path))
+    fingerprint = "" if path is None else tokenizer_fingerprint(path)
+    server = ModelServer(replica, fingerprint, shards)
     await serve(settings, server.service())
     server.stop()
 
 
-def follow(replica: Replica) -> None:
+def follow(replica: Replica, shards: distributed.Shards) -> None:
     # torchrun passes SIGTERM to every rank, but the leader still has sequences to finish.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, signal.SIG_IGN)
     try:
         replica.runner.follow()
     except RuntimeError as error:  # what torch.distributed raises when a peer is gone
-        raise StartError(f"lost the leader: {error}") from error
+        raise shards.failure(error) from error
 
 
 def tokenizer_fingerprint(path: Path) -> str:

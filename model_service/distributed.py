@@ -8,11 +8,15 @@ import atexit
 import contextlib
 import io
 import os
+from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from serving.errors import StartError
 
@@ -38,7 +42,11 @@ def initialize(device_type: str) -> torch.device:
         # Plans travel on the CPU (gloo) whatever the device of the weights.
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            store, rank, world_size = next(rendezvous("env://"))
+            # torchrun's store outlives a restart, with the addresses of the ranks that died.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            own = PrefixStore(attempt, store) if _alone_on_machine() else store
+            dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         # Else gloo's threads outlive the interpreter, and may abort the process at its end.
@@ -47,6 +55,57 @@ def initialize(device_type: str) -> torch.device:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
             fairscale_groups.initialize_model_parallel(dist.get_world_size())
     return torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+
+
+def _alone_on_machine() -> bool:
+    """Whether no other machine has shards: several count their restarts each for itself."""
+    return os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
+
+
+class ShardLostError(StartError):
+    """Another shard of this replica does not answer."""
+
+
+class Shards:
+    """The processes of a loaded replica, as each of them sees the others."""
+
+    def __init__(self, timeout: float) -> None:
+        """Waits until every rank is here; from then on, one that keeps the others waiting for
+        longer than `timeout` seconds makes their collectives raise RuntimeError.
+
+        Loading has no such bound, as the disks of the ranks may differ; gloo's is 30 minutes.
+        """
+        self._pids = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        self._pids[dist.get_rank()] = os.getpid()
+        dist.all_reduce(self._pids)
+        for group in (None, fairscale_groups.get_model_parallel_group()):
+            _set_pg_timeout(timedelta(seconds=timeout), group)
+
+    def failure(self, error: Exception) -> Exception:
+        """What a step's error means: a ShardLostError with those that are lost, or itself."""
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            return ShardLostError(self._describe_loss(error))
+        return error
+
+    def _describe_loss(self, error: Exception) -> str:
+        if local_world_size() < len(self._pids):
+            return f"lost a shard: {error}"  # no look at the processes of other machines
+        states = {rank: _state(int(pid)) for rank, pid in enumerate(self._pids)}
+        lost = [
+            f"rank {rank} (pid {self._pids[rank]}) {state}"
+            for rank, state in states.items()
+            if state is not None
+        ]
+        return f"lost a shard: {', '.join(lost) or error}"
+
+
+def _state(pid: int) -> str | None:
+    """Why a process of this machine does not answer, if that can be seen."""
+    try:
+        status = psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return "is gone"
+    return {psutil.STATUS_ZOMBIE: "is gone", psutil.STATUS_STOPPED: "is stopped"}.get(status)
 
 
 def first_on_machine() -> bool:

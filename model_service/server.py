@@ -17,6 +17,7 @@ import grpc
 import structlog
 
 from llama.v1 import model_pb2, model_pb2_grpc
+from model_service.distributed import Shards
 from model_service.engine.sequence import SequenceOutput
 from model_service.engine.thread import EngineThread
 from model_service.messages import generation_request, token_event
@@ -55,8 +56,9 @@ class _Stream:
 class ModelServer(model_pb2_grpc.ModelServiceServicer):
     """Serves one replica; `service` plugs it into a gRPC server."""
 
-    def __init__(self, replica: Replica, tokenizer_fingerprint: str) -> None:
+    def __init__(self, replica: Replica, tokenizer_fingerprint: str, shards: Shards) -> None:
         self._replica = replica
+        self._shards = shards
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._streams: dict[int, _Stream] = {}
         self._stream_numbers = itertools.count()
@@ -211,7 +213,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
         await health.set_serving(False)
         for stream in self._streams.values():
             stream.responses.put_nowait(unavailable("the replica has failed"))
-        raise self._failure.result()
+        raise self._shards.failure(self._failure.result())
 
     def _stalled(self) -> bool:
         return time.monotonic() - self._engine.last_step_at > STALL_LIMIT

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from model_service.engine.thread import PROBE_INTERVAL
 from model_service.replica import ReplicaOptions
 from serving.settings import Port, ServerSettings
 
@@ -76,6 +77,14 @@ class ModelSettings(ServerSettings):
         Literal["auto", "cpu", "cuda"],
         Field(description="auto is cuda where PyTorch finds a device"),
     ] = "auto"
+    shard_timeout: Annotated[
+        float,
+        Field(
+            ge=2 * PROBE_INTERVAL,
+            allow_inf_nan=False,
+            description="seconds that a shard may keep the others waiting; then the replica ends",
+        ),
+    ] = 20.0
     threads: Annotated[
         int | None,
         Field(
