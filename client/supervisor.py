@@ -1,4 +1,6 @@
-"""The services as child processes: started in order, watched, stopped in the opposite order.
+"""The services as child processes: started in order, watched, stopped in the opposite order. A
+replica of the model that dies is started again, as the gateway does without it meanwhile; whatever
+else dies ends them all.
 
 They share a process group of their own with a guard, a shell that waits for the end of its standard
 input. So Ctrl-C reaches the services only through here, and when this process is killed, the
@@ -12,6 +14,7 @@ import json
 import os
 import sys
 import threading
+import time
 from asyncio import FIRST_COMPLETED, Future
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections import deque
@@ -31,6 +34,10 @@ GUARD = "read _; kill -TERM 0"
 LOOPBACK = "127.0.0.1"
 LINES_KEPT = 200
 LINE_LIMIT = 1 << 20  # bytes
+# A replica that lived for so long is not counted as one that cannot live, in seconds.
+SETTLED = 60.0
+MOST_RESTARTS = 5  # in a row
+FIRST_PAUSE = 0.5  # seconds before the first restart; each further one waits twice as long
 # More than the services' grace period: what has not ended by then hangs.
 STOP_SECONDS = 60.0
 
@@ -57,14 +64,14 @@ class Deployment:
     def tokenizer_command(self) -> list[str]:
         return service_command("tokenizer_service", port=0, tokenizer_path=self.tokenizer_path)
 
-    def model_command(self) -> list[str]:
+    def model_command(self, port: int = 0) -> list[str]:
         launcher = ("torch.distributed.run", "--standalone", f"--nproc_per_node={self.shards}")
         # A model takes all cores unless told that it shares them.
         share = max(1, (os.cpu_count() or 1) // (self.shards * self.replicas))
         return service_command(
             "model_service",
             *(launcher if self.shards > 1 else ()),
-            port=0,
+            port=port,
             ckpt_dir=self.ckpt_dir,
             tokenizer_path=self.tokenizer_path,
             model_name=self.model_name,
@@ -133,6 +140,7 @@ class Supervisor:
         self._log = log
         self._guard: Process | None = None
         self._children: list[_Child] = []
+        self._replica_ports: dict[str, int] = {}  # by the names of replicas, once they listen
         self._ended: asyncio.Queue[_Child] = asyncio.Queue()
 
     async def start(self) -> str:
@@ -151,9 +159,18 @@ class Supervisor:
             watching.cancel()
 
     async def watch(self) -> NoReturn:
-        """Waits for the first service to end by itself; raises why it did."""
-        child = await self._ended.get()
-        raise SupervisorError(child.obituary())
+        """Starts replicas that end by themselves again; raises why any other service ended."""
+        restarts: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                child = await self._ended.get()
+                if child.name not in self._replica_ports or child.failures_in_a_row > MOST_RESTARTS:
+                    raise SupervisorError(child.obituary())
+                self._log(child.name, f"{child.obituary()}; it is started again")
+                restarts.add(asyncio.create_task(self._restart(child)))
+        finally:
+            for restart in restarts:
+                restart.cancel()
 
     async def stop(self) -> None:
         """Stops what runs. The gateway goes first, so that its answers can be finished."""
@@ -176,6 +193,8 @@ class Supervisor:
             for number in range(1, deployment.replicas + 1)
         ]
         targets = [await model.address for model in models]
+        ports = (int(target.rpartition(":")[2]) for target in targets)
+        self._replica_ports = dict(zip((model.name for model in models), ports, strict=True))
         command = deployment.gateway_command(await tokenizer.address, targets)
         gateway = await self._spawn("gateway", command, group)
         address = await gateway.address
@@ -194,6 +213,17 @@ class Supervisor:
         finally:
             serving.cancel()
         return address
+
+    async def _restart(self, child: "_Child") -> None:
+        """At the same address, where the gateway looks for it."""
+        failures = child.failures_in_a_row
+        await asyncio.sleep(FIRST_PAUSE * 2 ** (failures - 1))
+        command = self._deployment.model_command(self._replica_ports[child.name])
+        again = await self._spawn(child.name, command, cast("Process", self._guard).pid)
+        again.earlier_failures = failures
+        # In its place, as the order of the end is that of the list.
+        self._children.remove(again)
+        self._children[self._children.index(child)] = again
 
     async def _spawn(self, name: str, command: Sequence[str], group: int) -> "_Child":
         process = await asyncio.create_subprocess_exec(
@@ -224,13 +254,21 @@ class _Child:
         self.address: Future[str] = asyncio.get_running_loop().create_future()
         self.complaint: Future[str] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.create_task(self._follow(log, on_end))
-        self._name = name
+        self.name = name
+        self.earlier_failures = 0  # of those that it replaces, in a row
+        self._started_at = time.monotonic()
         self._process = process
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
 
     def obituary(self) -> str:
         reason = failure(list(self._lines))
-        return f"{self._name} ended with status {self._process.returncode}: {reason}"
+        return f"{self.name} ended with status {self._process.returncode}: {reason}"
+
+    @property
+    def failures_in_a_row(self) -> int:
+        """The end of the process itself included."""
+        settled = time.monotonic() - self._started_at > SETTLED
+        return 1 if settled else self.earlier_failures + 1
 
     def terminate(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -249,7 +287,7 @@ class _Child:
         async for line in cast("asyncio.StreamReader", self._process.stdout):
             text = line.decode(errors="replace").rstrip()
             self._lines.append(text)
-            log(self._name, text)
+            log(self.name, text)
             address = listening_address(text)
             if address is not None and not self.address.done():
                 self.address.set_result(address)

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from client import Client, UnreachableError
+from client.results import Finished
 from client.supervisor import (
     Deployment,
     Supervisor,
@@ -107,6 +108,26 @@ def test_a_service_that_dies_ends_the_others(serve: Serve, tmp_path: Path) -> No
     assert all_end(services)
     with Client(address) as client, pytest.raises(UnreachableError):
         client.get_model()
+
+
+def test_a_replica_that_dies_is_started_again_and_answers_go_on(
+    serve: Serve, tmp_path: Path
+) -> None:
+    with serve() as (process, address), Client(address) as client:
+        [model] = [each for each in descendants(process) if "model_service" in each.cmdline()]
+        stream = client.complete_stream("The", max_gen_len=200, ignore_eos=True)
+        next(stream)
+        model.kill()
+        *_, finished = stream
+        services = descendants(process)
+        process.terminate()
+        process.communicate()
+
+    assert isinstance(finished, Finished)
+    assert finished.usage.completion_tokens == 200
+    assert "model-1 ended with status -9" in (tmp_path / "log").read_text()
+    assert process.returncode == 0
+    assert all_end(services)
 
 
 def test_sigterm_stops_shards_and_replicas_cleanly(serve: Serve) -> None:
