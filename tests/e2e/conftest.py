@@ -6,10 +6,13 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -29,7 +32,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from client import Client, Tls
-from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc
+from llama.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
@@ -37,6 +40,7 @@ CONTEXT_LENGTH = 256  # of the golden cases
 TIMEOUT = 120.0  # seconds, on a busy machine
 
 _running: list["ServiceProcess"] = []
+_ended: deque["ServiceProcess"] = deque(maxlen=8)
 
 
 def wait_until(address: str, serving: bool) -> None:
@@ -115,6 +119,19 @@ class ServiceProcess:
         if not self._terminated:
             self._terminated = True
             self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)  # where a test has stopped it
+
+    def send(self, signum: signal.Signals, rank: int | None = None) -> None:
+        """Sends a signal to it, or to the process of one of its shards."""
+        if rank is None:
+            self._process.send_signal(signum)
+            return
+        [shard] = [
+            child
+            for child in psutil.Process(self._process.pid).children()
+            if child.environ().get("RANK") == str(rank)
+        ]
+        shard.send_signal(signum)
 
     @contextmanager
     def again(self) -> Iterator["ServiceProcess"]:
@@ -144,14 +161,15 @@ class ServiceProcess:
             self._reader.join()
             if self in _running:
                 _running.remove(self)
+            _ended.append(self)
 
     def _read(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.log.append(line)
-            if '"event": "serving metrics"' in line:
+            if '"event": "serving metrics"' in line and not self._metrics_address.done():
                 self._metrics_address.set_result(json.loads(line)["address"])
-            if '"event": "listening"' in line:
+            if '"event": "listening"' in line and not self._address.done():
                 self._address.set_result(json.loads(line)["address"])
         if not self._address.done():
             self._address.set_exception(RuntimeError(f"{self.name} ended before it listened"))
@@ -209,16 +227,25 @@ class Stack:
     gateway: ServiceProcess
 
 
+def unused_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
+
+
 def start_tokenizer(**flags: object) -> ServiceProcess:
     flags = {"tokenizer_path": GOLDEN / "tokenizer.model", **flags}
     return ServiceProcess("tokenizer_service", "-m", "tokenizer_service", **flags)
 
 
 def start_model(checkpoint: str, shards: int, **flags: object) -> ServiceProcess:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", shards)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--max_restarts", 2)
+    if shards > 1:
+        # The address must be the same after a restart.
+        flags = {"port": unused_port(), **flags}
     return ServiceProcess(
         "model_service",
-        *(torchrun if shards > 1 else ()),
+        *((*torchrun, "--nproc_per_node", shards) if shards > 1 else ()),
         *("-m", "model_service"),
         ckpt_dir=GOLDEN / "checkpoints" / checkpoint,
         tokenizer_path=GOLDEN / "tokenizer.model",
@@ -229,15 +256,69 @@ def start_model(checkpoint: str, shards: int, **flags: object) -> ServiceProcess
 
 
 def start_gateway(
-    tokenizer: ServiceProcess, model: ServiceProcess, **flags: object
+    tokenizer: ServiceProcess, *models: ServiceProcess, **flags: object
 ) -> ServiceProcess:
     return ServiceProcess(
         "gateway",
         *("-m", "gateway"),
         tokenizer_target=tokenizer.address,
-        model_targets=model.address,
+        model_targets=",".join(model.address for model in models),
         **flags,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """All services, serving, with several replicas and perhaps several gateways."""
+
+    tokenizer: ServiceProcess
+    models: list[ServiceProcess]
+    gateways: list[ServiceProcess]
+
+    @property
+    def gateway(self) -> ServiceProcess:
+        return self.gateways[0]
+
+    def wait_for_replicas(self, count: int) -> None:
+        """Waits until every gateway sees so many."""
+        for gateway in self.gateways:
+            with grpc.insecure_channel(gateway.address) as channel:
+                stub = chat_pb2_grpc.ChatServiceStub(channel)
+                # The session of a replica that serves is about to begin; nothing tells when it has.
+                while _replicas(stub) < count:
+                    time.sleep(0.05)
+
+
+def _replicas(stub: "chat_pb2_grpc.ChatServiceStub") -> int:
+    try:
+        return stub.GetModel(chat_pb2.GetModelRequest(), wait_for_ready=True).replicas
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            raise
+        return 0
+
+
+@contextmanager
+def run_fleet(
+    replicas: int, shards: int = 1, gateways: int = 1, **gateway_flags: object
+) -> Iterator[Fleet]:
+    """Replicas of one checkpoint behind gateways, until the block ends."""
+    with ExitStack() as ending:
+
+        def started(process: ServiceProcess) -> ServiceProcess:
+            ending.callback(process.stop)
+            return process
+
+        models = [
+            started(start_model("gqa-mp1", shards, max_batch_size=64)) for _ in range(replicas)
+        ]
+        tokenizer = started(start_tokenizer())
+        front = [
+            started(start_gateway(tokenizer, *models, **gateway_flags)) for _ in range(gateways)
+        ]
+        fleet = Fleet(tokenizer, models, front)
+        fleet.wait_for_replicas(replicas)
+        yield fleet
 
 
 @contextmanager
@@ -265,6 +346,12 @@ def run_services(
 def services() -> Callable[..., AbstractContextManager[Stack]]:
     """Starts a stack of its own for a test that asks for a certain one, or ends some of it."""
     return run_services
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Callable[..., AbstractContextManager[Fleet]]:
+    """Starts several replicas and gateways for a test that ends some of them."""
+    return run_fleet
 
 
 @pytest.fixture(scope="session")
@@ -375,5 +462,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     """Adds the last log lines of what runs to the report of a failure."""
     report = yield
     if report.failed:
-        report.sections += [(f"log of {each.name}", "".join(each.log[-20:])) for each in _running]
+        report.sections += [
+            (f"log of {each.name}", "".join(each.log[-20:])) for each in (*_ended, *_running)
+        ]
     return report

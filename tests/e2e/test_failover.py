@@ -1,0 +1,143 @@
+"""Replicas that die or hang under running streams: every stream ends as if nothing had happened."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+
+from llama.v1.chat_pb2 import TextCompleteStreamRequest, TextFinished
+from llama.v1.chat_pb2_grpc import ChatServiceStub
+from llama.v1.model_pb2 import GetLoadRequest
+from llama.v1.model_pb2_grpc import ModelServiceStub
+from llama.v1.sampling_pb2 import SamplingParams, TokenIds
+
+STREAMS = 64
+LENGTH = 220  # tokens; the prompts and these fit the context of 256
+RunFleet = Callable[..., AbstractContextManager[Any]]
+
+
+@dataclass
+class Answer:
+    """What a client got of one stream."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finished: TextFinished = field(default_factory=TextFinished)
+
+
+class Streams:
+    """All streams at once, half of them greedy and half sampled with a seed."""
+
+    def __init__(self, address: str) -> None:
+        self.answers = [Answer() for _ in range(STREAMS)]
+        self._address = address
+        self._grown = asyncio.Condition()
+
+    async def run(self) -> None:
+        """All of them to their ends."""
+        async with grpc.aio.insecure_channel(self._address) as channel:
+            stub = ChatServiceStub(channel)
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(STREAMS):
+                    tasks.create_task(self._follow(number, stub))
+
+    async def all_have(self, tokens: int) -> None:
+        """Waits until every stream has so many."""
+        async with self._grown:
+            await self._grown.wait_for(lambda: min(len(a.ids) for a in self.answers) >= tokens)
+
+    async def _follow(self, number: int, stub: Any) -> None:
+        answer = self.answers[number]
+        async for event in stub.TextCompleteStream(request(number)):
+            if event.HasField("delta"):
+                answer.ids += [token.id for token in event.delta.tokens]
+                answer.logprobs += [token.logprob for token in event.delta.tokens]
+                answer.text += event.delta.text
+                async with self._grown:
+                    self._grown.notify_all()
+            elif event.HasField("finished"):
+                answer.finished = event.finished
+
+
+def request(number: int) -> TextCompleteStreamRequest:
+    sampling = SamplingParams(ignore_eos=True, max_gen_len=LENGTH, temperature=0)
+    if number % 2:
+        sampling.temperature, sampling.seed = 0.9, number
+    prompt = [1, *(3 + (number * 7 + i * 5) % 500 for i in range(8 + number % 16))]
+    return TextCompleteStreamRequest(
+        prompt_ids=[TokenIds(ids=prompt)], sampling=sampling, logprobs=True
+    )
+
+
+async def undisturbed(fleet: Any) -> list[Answer]:
+    streams = Streams(fleet.gateway.address)
+    await streams.run()
+    return streams.answers
+
+
+def assert_same(answers: list[Answer], expected: list[Answer]) -> None:
+    """Exactly the same tokens and text; the usage is that of one whole answer."""
+    assert [each.ids for each in answers] == [each.ids for each in expected]
+    assert [each.text for each in answers] == [each.text for each in expected]
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        usage = answer.finished.usage
+        assert (usage.completion_tokens, len(answer.ids)) == (LENGTH, LENGTH)
+        assert usage.prompt_tokens == other.finished.usage.prompt_tokens
+        times = [usage.queued, usage.prefill, usage.decode]
+        assert sum(time.ToNanoseconds() for time in times) <= usage.total.ToNanoseconds()
+
+
+def resumed(answers: list[Answer]) -> int:
+    return sum(answer.finished.resumed for answer in answers)
+
+
+async def assert_all_serve(fleet: Any) -> None:
+    """Every replica is seen again, takes work, and holds no block when it is done."""
+    await asyncio.to_thread(fleet.wait_for_replicas, len(fleet.models))
+    await undisturbed(fleet)
+    for model in fleet.models:
+        async with grpc.aio.insecure_channel(model.address) as channel:
+            load = await ModelServiceStub(channel).GetLoad(GetLoadRequest())
+        assert load.completion_tokens > 0
+        assert (load.running_sequences, load.free_blocks) == (0, load.total_blocks)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+async def test_streams_outlive_two_of_three_replicas(fleet: RunFleet, end: signal.Signals) -> None:
+    with fleet(replicas=3, replica_hang_timeout=3) as running, contextlib.ExitStack() as back:
+        expected = await undisturbed(running)
+        streams = Streams(running.gateway.address)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(streams.run())
+            for number, tokens in enumerate((20, 80)):
+                await streams.all_have(tokens)
+                running.models[number].send(end)
+        assert_same(streams.answers, expected)
+        assert resumed(streams.answers) >= STREAMS / 2
+        for model in running.models[:2]:
+            if end == signal.SIGKILL:
+                back.enter_context(model.again())
+            else:
+                model.send(signal.SIGCONT)
+        await assert_all_serve(running)
+
+
+async def test_streams_outlive_a_shard_and_its_replica_comes_back(fleet: RunFleet) -> None:
+    with fleet(replicas=2, shards=2) as running:
+        expected = await undisturbed(running)
+        streams = Streams(running.gateway.address)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(streams.run())
+            await streams.all_have(20)
+            running.models[0].send(signal.SIGKILL, rank=1)
+        assert_same(streams.answers, expected)
+        assert resumed(streams.answers) >= STREAMS / 4
+        await assert_all_serve(running)
