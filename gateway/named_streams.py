@@ -50,6 +50,11 @@ class NamedStreams:
         self._ended: dict[_Key, int] = {}  # bytes kept, the stream that ended first in front
         self._draining = False
 
+    @property
+    def detached(self) -> int:
+        """How many run while no call reads them."""
+        return sum(stream.runs_unread for stream in self._streams.values())
+
     def open(
         self, name: str, events: AsyncGenerator[ResponseT, None], within: float | None
     ) -> AsyncGenerator[ResponseT, None]:

@@ -27,6 +27,7 @@ from gateway.messages import (
 )
 from gateway.metrics import RequestMetrics, StateMetrics
 from gateway.named_streams import NamedStreams, ResponseT
+from gateway.operator import OPERATOR_SERVICE_NAME, OperatorServicer
 from gateway.prompts import Encode, Prompt, encode_dialogs, encode_texts, take_ids
 from gateway.request import (
     ChatRequest,
@@ -41,7 +42,7 @@ from gateway.request import (
     text_violations,
 )
 from gateway.settings import GatewaySettings
-from llama.v1 import chat_pb2, chat_pb2_grpc
+from llama.v1 import chat_pb2, chat_pb2_grpc, operator_pb2_grpc
 from serving import caller
 from serving.errors import Violation, invalid_argument
 from serving.server import Health, Service
@@ -60,9 +61,11 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
     streams = NamedStreams(settings.stream_limits)
     requests = RequestMetrics()
     servicer = ChatServicer(backend, settings, streams, requests)
+    operator = OperatorServicer(backend, servicer.admission, streams)
 
     def register(server: grpc.aio.Server) -> None:
         chat_pb2_grpc.add_ChatServiceServicer_to_server(servicer, server)
+        operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
 
     async def run(health: Health) -> None:
         try:
@@ -71,7 +74,7 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
             await streams.close()
 
     return Service(
-        names=[SERVICE_NAME],
+        names=[SERVICE_NAME, OPERATOR_SERVICE_NAME],
         register=register,
         run=run,
         drain=streams.drain,

@@ -18,7 +18,7 @@ from gateway.backend import Backend
 from gateway.detokenizer import Vocabulary
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
-from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc
+from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc, operator_pb2_grpc
 from llama.v1.sampling_pb2 import FINISH_REASON_CANCELLED
 from serving.server import Service, channel, running
 from serving.settings import ServerSettings
@@ -103,6 +103,7 @@ class RunningGateway:
 
     stub: "chat_pb2_grpc.ChatServiceAsyncStub"  # a name for type checkers only
     health: Any
+    operator: "operator_pb2_grpc.OperatorServiceAsyncStub"
 
     async def until(self, serving: bool) -> None:
         """Waits for the gateway's health."""
@@ -205,7 +206,9 @@ def start_gateway(servers: AsyncExitStack) -> StartGateway:
         )
         to_gateway = await servers.enter_async_context(channel(server.address))
         stub = chat_pb2_grpc.ChatServiceStub(to_gateway)
-        return RunningGateway(stub, health_pb2_grpc.HealthStub(to_gateway))
+        health = health_pb2_grpc.HealthStub(to_gateway)
+        operator = operator_pb2_grpc.OperatorServiceStub(to_gateway)
+        return RunningGateway(stub, health, operator)
 
     return start
 

@@ -1,0 +1,73 @@
+"""What a gateway says of itself, in front of scripted replicas."""
+
+import asyncio
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from llama.v1.chat_pb2 import TextCompleteRequest, TextCompleteStreamRequest
+from llama.v1.operator_pb2 import (
+    PEER_STATE_CONNECTING,
+    PEER_STATE_REFUSED,
+    PEER_STATE_SERVING,
+    GetStatusRequest,
+    GetStatusResponse,
+)
+from llama.v1.sampling_pb2 import FINISH_REASON_STOP
+
+NOBODY = "127.0.0.1:1"
+
+
+async def status_when(
+    gateway: Any, wanted: Callable[[GetStatusResponse], bool]
+) -> GetStatusResponse:
+    """The first status that is as wanted."""
+    while True:
+        found: GetStatusResponse = await gateway.operator.GetStatus(GetStatusRequest())
+        if wanted(found):
+            return found
+
+
+async def test_status_tells_services_load_and_what_runs(gateway: Any, model: Any) -> None:
+    model.load.total_blocks = 64
+    call = asyncio.ensure_future(gateway.stub.TextComplete(TextCompleteRequest(prompts=["a", "b"])))
+    starts = [await model.starts.get() for _ in range(2)]
+    found = await status_when(gateway, lambda each: each.replicas[0].load.total_blocks == 64)
+    [replica] = found.replicas
+    assert found.tokenizer.state == replica.peer.state == PEER_STATE_SERVING
+    assert (replica.info.name, replica.peer.reason) == ("scripted", "")
+    assert (replica.sequences, found.running_sequences, found.queued_sequences) == (2, 2, 0)
+    assert replica.outstanding_tokens > sum(len(start.prompt_ids) for start in starts)
+    assert found.uptime.ToTimedelta() > replica.load_age.ToTimedelta()
+    for start in starts:
+        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+    await call
+    assert (await status_when(gateway, lambda _: True)).running_sequences == 0
+
+
+async def test_status_tells_why_a_replica_takes_no_work(
+    model: Any, start_gateway: Any, start_server: Any, tokenizer_target: str
+) -> None:
+    other = copy.deepcopy(model.info)
+    other.vocab_size += 1
+    unfit, _ = await start_server(type(model)(other).service())
+    gateway = await start_gateway(tokenizer_target, unfit, NOBODY)
+    found = await status_when(
+        gateway, lambda each: PEER_STATE_REFUSED in {one.peer.state for one in each.replicas}
+    )
+    peers = {replica.peer.target: replica.peer for replica in found.replicas}
+    assert list(peers) == sorted([unfit, NOBODY])
+    assert "its embedding has" in peers[unfit].reason
+    assert peers[NOBODY].state == PEER_STATE_CONNECTING
+    assert peers[NOBODY].reason
+    assert not found.replicas[0].HasField("load")
+
+
+async def test_status_counts_streams_whose_client_is_away(gateway: Any, model: Any) -> None:
+    request = TextCompleteStreamRequest(prompts=["Once"], request_id="kept")
+    call = gateway.stub.TextCompleteStream(request)
+    await model.starts.get()
+    assert (await status_when(gateway, lambda _: True)).detached_streams == 0
+    call.cancel()
+    found = await status_when(gateway, lambda each: each.detached_streams == 1)
+    assert found.running_sequences == 1
