@@ -10,8 +10,9 @@ from enum import Enum
 
 import click
 
+from client.channel import Access
 from client.errors import ChasquiError
-from client.flags import one_line_errors, target_setting
+from client.flags import access_settings, one_line_errors, target_setting
 from client.status import GatewayStatus, Peer, ReplicaStatus
 from client.sync import Client
 
@@ -22,15 +23,16 @@ NOTHING = "–"
 
 @click.command()
 @target_setting
+@access_settings
 @click.option("--watch", is_flag=True, help=f"Look every {INTERVAL:g} seconds, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per look.")
 @one_line_errors()
-def status(*, target: str, watch: bool, as_json: bool) -> None:
+def status(*, target: str, access: Access, watch: bool, as_json: bool) -> None:
     """Show a gateway's replicas, load and health.
 
     Exit status: 0 if it serves, 1 if not.
     """
-    with Client(target) as client:
+    with Client(target, tls=access.tls, api_key=access.api_key) as client:
         serving = _watch(client, as_json=as_json) if watch else _show(client, as_json=as_json)
     sys.exit(0 if serving else 1)
 

@@ -16,7 +16,7 @@ from tests.deploy.kustomize import Manifest, pod_templates
 # The oldest with `sleep` in preStop, and the newest that is known.
 VERSIONS = ["1.30", kubernetes_validate.latest_version()]
 # Kubernetes has no schema for these; for the pods that they start it has.
-CUSTOM_KINDS = {"LeaderWorkerSet"}
+CUSTOM_KINDS = {"LeaderWorkerSet", "PodMonitor"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -70,16 +70,32 @@ def test_torchrun_is_started_with_flags_that_it_has(
             assert arguments.shutdown_timeout > grace
 
 
-def test_probes_ask_the_port_that_the_service_listens_on(
-    pods: list[Pod], read_settings: ReadSettings
-) -> None:
+def test_probes_ask_a_port_that_answers_them(pods: list[Pod], read_settings: ReadSettings) -> None:
     for pod in pods:
-        port = read_settings(pod.service, pod.environment).port
+        settings = read_settings(pod.service, pod.environment)
+        # Kubernetes' probes know no TLS.
+        port = settings.port if settings.tls_cert is None else settings.health_port
         probes = [value for name, value in pod.container.items() if name.endswith("Probe")]
         assert bool(probes) == (pod.component != "model-worker")
         for probe in probes:
             assert probe["grpc"]["port"] == port
             assert probe["grpc"].get("service", "") in {"", LIVENESS}
+
+
+def test_metrics_port_is_the_one_that_prometheus_looks_for(
+    pods: list[Pod], read_settings: ReadSettings
+) -> None:
+    for pod in pods:
+        ports = {port["name"]: port["containerPort"] for port in pod.container.get("ports", [])}
+        assert ports.get("metrics") == read_settings(pod.service, pod.environment).metrics_port
+
+
+def test_files_that_settings_name_are_in_volumes(pods: list[Pod]) -> None:
+    for pod in pods:
+        mounts = [f"{mount['mountPath']}/" for mount in pod.container["volumeMounts"]]
+        for name, value in pod.environment.items():
+            if value.startswith("/") and not value.startswith("/demo/"):
+                assert value.startswith(tuple(mounts)), f"{name}={value}"
 
 
 def test_gateway_without_a_model_is_not_restarted(pods: list[Pod]) -> None:
