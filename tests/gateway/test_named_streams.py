@@ -57,6 +57,7 @@ async def read(call: Any, count: int) -> list[TextCompleteStreamResponse]:
         # The time that an answer took is all that may differ between two runs.
         event = response.text if hasattr(response, "text") else response
         if event.HasField("finished"):
+            event.finished.usage.ClearField("queued")
             event.finished.usage.ClearField("total")
         events.append(event)
     return events
