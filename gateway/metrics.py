@@ -104,14 +104,25 @@ class StateMetrics:
 
     def collect(self) -> Iterable[Metric]:
         running = GaugeMetricFamily(
-            "chasqui_gateway_running_sequences", "Generations that run, of all requests."
+            "chasqui_gateway_running_sequences", "Generations that a replica has."
         )
-        running.add_metric((), self._admission.sequences)
+        running.add_metric((), self._admission.running_sequences)
+        queued = GaugeMetricFamily(
+            "chasqui_gateway_queued_sequences", "Generations that wait here for their turn."
+        )
+        queued.add_metric((), self._admission.queued_sequences)
+        tokens = GaugeMetricFamily(
+            "chasqui_gateway_queued_tokens",
+            "Tokens that those will probably take, by the name of the caller's key.",
+            labels=["key"],
+        )
+        for key, count in self._admission.queued_tokens.items():
+            tokens.add_metric([key], count)
         tokenizer = GaugeMetricFamily(
             "chasqui_gateway_tokenizer_ready", "1 while the tokenizer service can be used, else 0."
         )
         tokenizer.add_metric((), self._backend.tokenizer.ready)
-        return [running, tokenizer, *self._replicas()]
+        return [running, queued, tokens, tokenizer, *self._replicas()]
 
     def _replicas(self) -> Iterable[Metric]:
         ready = GaugeMetricFamily(
