@@ -11,7 +11,9 @@ from serving.settings import parse
 
 
 async def run(settings: GatewaySettings) -> None:
-    backend = Backend(settings.tokenizer_target, settings.model_target_list)
+    backend = Backend(
+        settings.tokenizer_target, settings.model_target_list, settings.safety_options
+    )
     await serve(settings, gateway_service(backend, settings))
 
 

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -55,6 +55,7 @@ class Finished:
 
     reason: "FinishReason.ValueType"
     usage: chat_pb2.Usage
+    safety_categories: tuple[str, ...] = ()
 
 
 Event = Started | Delta | Finished
@@ -74,11 +75,24 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """The answer to a dialog or text that the model must not see."""
+
+    text: str
+    reason: "FinishReason.ValueType"
+    safety_categories: tuple[str, ...] = ()
+
+
+# Meta's, for a dialog that could pass for part of the prompt format.
+SPECIAL_TAGS_REFUSAL = Refusal(UNSAFE_ERROR, FINISH_REASON_UNSAFE)
+
+
+@dataclass(frozen=True, slots=True)
 class _Request:
-    """One generation as it is asked for; a prompt that is None is refused as unsafe."""
+    """One generation as it is asked for."""
 
     place: Place
-    prompt: Prompt | None
+    prompt: Prompt | Refusal
     seed: int
 
 
@@ -89,31 +103,46 @@ class _Generation:
     sequence: RunningSequence
 
 
+@dataclass(frozen=True, slots=True)
+class Generations:
+    """The generations of a request that run now."""
+
+    running: dict[Place, _Generation] = field(default_factory=dict)
+
+    def cancel(self, place: Place) -> None:
+        """Ends one, if it runs; its last event still comes."""
+        if place in self.running:
+            self.running[place].sequence.cancel()
+
+
 async def complete(
-    prompts: Sequence[Prompt | None],
+    prompts: Sequence[Prompt | Refusal],
     options: Options,
     vocabulary: Vocabulary,
     replicas: ReplicaPool,
+    *,
     arrived: float,
+    generations: Generations,
 ) -> AsyncGenerator[PlacedEvent, None]:
-    """The events of `options.n` generations per prompt, interleaved; None is refused as unsafe.
+    """The events of `options.n` generations per prompt, interleaved; a refusal is its own answer.
 
-    `arrived` is the time.monotonic of the request's arrival.
+    `arrived` is the time.monotonic of the request's arrival. `generations`, empty before, holds
+    those that run while it lasts.
     """
     model = replicas.model
     requests = [*_requests(prompts, options)]
     made: asyncio.Queue[tuple[Place, model_pb2.TokenEvent]] = asyncio.Queue()
-    running: dict[Place, _Generation] = {}
+    running = generations.running
     try:
         for each in requests:
-            if (prompt := each.prompt) is not None:
+            if isinstance(prompt := each.prompt, Prompt):
                 start = _start(prompt, each.seed, options, model.context_length, vocabulary.eos_id)
                 sequence = replicas.start(start, _deliver_to(made, each.place))
                 answer = Answer(prompt.ids, options, vocabulary)
                 running[each.place] = _Generation(prompt, answer, sequence)
         for each in requests:
             yield each.place, _started(each, model.fingerprint)
-            for event in _first_events(running.get(each.place), arrived):
+            for event in _first_events(each, running.get(each.place), arrived):
                 yield each.place, event
         while running:
             place, token_event = await made.get()
@@ -147,7 +176,7 @@ async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
     ]
 
 
-def _requests(prompts: Sequence[Prompt | None], options: Options) -> Iterator[_Request]:
+def _requests(prompts: Sequence[Prompt | Refusal], options: Options) -> Iterator[_Request]:
     """Each answer has a seed of its own, so that it can be repeated alone."""
     for index, prompt in enumerate(prompts):
         first_seed = _seed(options.sampling)
@@ -186,18 +215,22 @@ def _deliver_to(made: asyncio.Queue[tuple[Place, model_pb2.TokenEvent]], place: 
 
 
 def _started(request: _Request, fingerprint: str) -> Started:
-    if request.prompt is None:
+    if isinstance(request.prompt, Refusal):
         return Started(chat_pb2.Usage(), request.seed, fingerprint, dropped_turns=0)
     usage = chat_pb2.Usage(prompt_tokens=len(request.prompt.ids))
     return Started(usage, request.seed, fingerprint, request.prompt.dropped_turns)
 
 
-def _first_events(generation: _Generation | None, arrived: float) -> Iterator[Event]:
+def _first_events(
+    request: _Request, generation: _Generation | None, arrived: float
+) -> Iterator[Event]:
     """What is known before the model has made anything."""
-    if generation is None:
-        yield Delta(UNSAFE_ERROR, [])
-        yield Finished(FINISH_REASON_UNSAFE, chat_pb2.Usage(total=_since(arrived)))
-    elif (echo := generation.answer.echo()).text:
+    if isinstance(refusal := request.prompt, Refusal):
+        if refusal.text:
+            yield Delta(refusal.text, [])
+        usage = chat_pb2.Usage(total=_since(arrived))
+        yield Finished(refusal.reason, usage, refusal.safety_categories)
+    elif generation is not None and (echo := generation.answer.echo()).text:
         yield echo
 
 

@@ -54,6 +54,7 @@ def chat_event(sequence: int, place: Place, event: Event) -> ChatCompleteStreamR
                 choice_index=place.choice,
                 finish_reason=event.reason,
                 usage=event.usage,
+                safety_categories=event.safety_categories,
             )
             response.finished.CopyFrom(finished)
     return response
@@ -86,6 +87,7 @@ def text_event(sequence: int, place: Place, event: Event) -> TextCompleteStreamR
                 choice_index=place.choice,
                 finish_reason=event.reason,
                 usage=event.usage,
+                safety_categories=event.safety_categories,
             )
             response.finished.CopyFrom(finished)
     return response
@@ -98,6 +100,7 @@ def chat_prediction(prediction: Prediction) -> ChatPrediction:
         tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
+        safety_categories=prediction.finished.safety_categories,
         seed=prediction.started.seed,
         fingerprint=prediction.started.fingerprint,
         dropped_turns=prediction.started.dropped_turns,
@@ -111,6 +114,7 @@ def text_prediction(prediction: Prediction) -> TextPrediction:
         tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
+        safety_categories=prediction.finished.safety_categories,
         seed=prediction.started.seed,
         fingerprint=prediction.started.fingerprint,
     )

@@ -13,7 +13,16 @@ import grpc
 
 from gateway.admission import Admission
 from gateway.backend import Backend
-from gateway.completion import PlacedEvent, complete, fold
+from gateway.classifier import Subject
+from gateway.completion import (
+    SPECIAL_TAGS_REFUSAL,
+    Generations,
+    PlacedEvent,
+    Refusal,
+    complete,
+    fold,
+)
+from gateway.detokenizer import text_of
 from gateway.dialog import drop_oldest_turns, has_special_tags, render
 from gateway.messages import (
     chat_event,
@@ -22,9 +31,10 @@ from gateway.messages import (
     text_event,
     text_prediction,
 )
-from gateway.prompts import Encode, encode_dialogs, encode_texts, take_ids
+from gateway.prompts import Encode, Prompt, encode_dialogs, encode_texts, take_ids
 from gateway.request import (
     ChatRequest,
+    Options,
     TextRequest,
     chat_violations,
     options,
@@ -32,6 +42,7 @@ from gateway.request import (
     render_violations,
     text_violations,
 )
+from gateway.safety import Guard
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2, chat_pb2_grpc
 from serving.errors import Violation, invalid_argument
@@ -56,6 +67,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     def __init__(self, backend: Backend, settings: GatewaySettings) -> None:
         self._tokenizer = backend.tokenizer
         self._replicas = backend.replicas
+        self._classifier = backend.classifier
         self._settings = settings
         self._limits = settings.request_limits
         self._admission = Admission(settings.max_queued_sequences)
@@ -140,8 +152,9 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 drop_oldest_turns=_drops(request.context_policy),
             )
             by_path = dict(zip(safe, encoded, strict=True))
-            prompts = [by_path.get(path) for path in dialogs]
-            events = complete(prompts, chosen, vocabulary, self._replicas, arrived)
+            prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in dialogs]
+            subjects = [*dialogs.values()]
+            events = await self._begin(prompts, subjects, chosen, context, arrived=arrived)
             async with aclosing(events):
                 async for event in events:
                     yield event
@@ -160,10 +173,38 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             else:
                 texts = {f"prompts[{i}]": text for i, text in enumerate(request.prompts)}
                 prompts = await encode_texts(texts, self._encoder(context), model.context_length)
-            events = complete(prompts, chosen, vocabulary, self._replicas, arrived)
+            subjects = [*request.prompts]
+            if self._classifier is not None and request.prompt_ids:
+                subjects = [text_of(prompt.ids, vocabulary) for prompt in prompts]
+            events = await self._begin(prompts, subjects, chosen, context, arrived=arrived)
             async with aclosing(events):
                 async for event in events:
                     yield event
+
+    async def _begin(
+        self,
+        prompts: Sequence[Prompt | Refusal],
+        subjects: Sequence[Subject],
+        chosen: Options,
+        context: Context,
+        *,
+        arrived: float,
+    ) -> AsyncGenerator[PlacedEvent, None]:
+        """The events of a request's generations; `subjects` are what its prompts were made of."""
+        guard = None
+        if self._classifier is not None:
+            guard = Guard(self._classifier, subjects, chosen, context.time_remaining)
+            prompts = await guard.check(prompts)
+        generations = Generations()
+        events = complete(
+            prompts,
+            chosen,
+            self._tokenizer.vocabulary,
+            self._replicas,
+            arrived=arrived,
+            generations=generations,
+        )
+        return events if guard is None else guard.watch(events, generations.cancel)
 
     def _encoder(self, context: Context) -> Encode:
         """Encoding within what is left of the caller's deadline."""

@@ -1,0 +1,157 @@
+"""The gateway's side of the safety service: one `Classify` at a time, within its time, and what it
+means that there is none. Closed, a request that nobody can judge fails; open, it goes on unjudged,
+which is logged once per outage and counted. No text of anybody is ever logged here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+import grpc
+import structlog
+
+from gateway import dialog
+from gateway.dialog import Message
+from gateway.peer import follow_health, keep_session
+from llama.v1 import chat_pb2, safety_pb2, safety_pb2_grpc
+from serving import request_id
+from serving.errors import RequestError, unavailable
+from serving.server import channel
+
+SERVICE = "llama.v1.SafetyService"
+
+_ROLES = {
+    dialog.SYSTEM: chat_pb2.ROLE_SYSTEM,
+    dialog.USER: chat_pb2.ROLE_USER,
+    dialog.ASSISTANT: chat_pb2.ROLE_ASSISTANT,
+}
+
+# What is judged: the last message of a dialog, or a text.
+Subject = Sequence[Message] | str
+TimeRemaining = Callable[[], float | None]
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetyOptions:
+    """How a gateway has its dialogs and answers judged."""
+
+    target: str
+    on_failure: Literal["closed", "open"]
+    timeout: float  # seconds for one judgement
+    chunk: int  # characters of an answer that are judged, and then shown, together
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the classifier found; `categories` are its own words, none where it found nothing."""
+
+    unsafe: bool
+    categories: tuple[str, ...] = ()
+
+
+SAFE = Judgement(unsafe=False)
+
+
+class Classifier:
+    """A session with a safety service; `changed` is called when `ready` may have changed."""
+
+    def __init__(self, options: SafetyOptions, changed: Callable[[], None]) -> None:
+        self.unjudged = 0  # judgements that open mode went on without
+        self.chunk = options.chunk
+        self._target = options.target
+        self._timeout = options.timeout
+        self._open = options.on_failure == "open"
+        self._changed = changed
+        self._channel = channel(options.target)
+        self._stub = safety_pb2_grpc.SafetyServiceStub(self._channel)
+        self._serving = False
+        self._unjudged_before_outage: int | None = None  # while there is one
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be answered: judged, or without where that is allowed."""
+        return self._serving or self._open
+
+    async def run(self) -> NoReturn:
+        """Keeps a session; ends when cancelled."""
+        _log.info("connecting to safety service", peer=self._target)
+        try:
+            await keep_session(self._target, self._session)
+        finally:
+            await self._channel.close()
+
+    async def judge(self, subject: Subject, time_remaining: TimeRemaining) -> Judgement:
+        """What the classifier says; without its answer UNAVAILABLE if closed, SAFE if open."""
+        if not self._serving:
+            return self._without_answer("the safety classifier is not available", "not connected")
+        remaining = time_remaining()
+        expires = remaining is not None and remaining <= self._timeout
+        call = self._stub.Classify(
+            _request(subject),
+            timeout=remaining if expires else self._timeout,
+            metadata=_request_id(),
+        )
+        try:
+            response = await call
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                if expires:  # the caller's doing, which must not switch the classifier off
+                    message = "the deadline passed while the safety classifier was asked"
+                    raise RequestError(error.code(), message) from error
+                message = f"the safety classifier did not answer within {self._timeout:g} seconds"
+                return self._without_answer(message, error.code().name)
+            message = "the safety classifier is not available"
+            return self._without_answer(message, error.code().name)
+        finally:
+            call.cancel()
+        return self._answer(response)
+
+    def _answer(self, response: safety_pb2.ClassifyResponse) -> Judgement:
+        if response.verdict not in (safety_pb2.VERDICT_SAFE, safety_pb2.VERDICT_UNSAFE):
+            return self._without_answer("the safety classifier gave no verdict", "no verdict")
+        self._end_outage()
+        if response.verdict == safety_pb2.VERDICT_SAFE:
+            return SAFE
+        return Judgement(unsafe=True, categories=tuple(response.categories))
+
+    def _without_answer(self, message: str, reason: str) -> Judgement:
+        if self._unjudged_before_outage is None:
+            self._unjudged_before_outage = self.unjudged
+            allowed = "unjudged" if self._open else "refused"
+            _log.error("no judgements", peer=self._target, reason=reason, requests=allowed)
+        if not self._open:
+            raise unavailable(message)
+        self.unjudged += 1
+        return SAFE
+
+    def _end_outage(self) -> None:
+        if self._unjudged_before_outage is not None:
+            missed = self.unjudged - self._unjudged_before_outage
+            _log.info("judgements again", peer=self._target, missed=missed)
+            self._unjudged_before_outage = None
+
+    async def _session(self) -> None:
+        await self._channel.channel_ready()
+        _log.info("safety service connected", peer=self._target)
+        try:
+            await follow_health(self._channel, SERVICE, self._set_serving)
+        finally:
+            self._set_serving(False)
+
+    def _set_serving(self, serving: bool) -> None:
+        self._serving = serving
+        self._changed()
+
+
+def _request(subject: Subject) -> safety_pb2.ClassifyRequest:
+    if isinstance(subject, str):
+        return safety_pb2.ClassifyRequest(text=subject)
+    messages = [chat_pb2.Message(role=_ROLES[each.role], content=each.content) for each in subject]
+    return safety_pb2.ClassifyRequest(dialog=chat_pb2.Dialog(messages=messages))
+
+
+def _request_id() -> tuple[tuple[str, str], ...]:
+    current = request_id.current()
+    return () if current is None else ((request_id.METADATA_KEY, current),)
