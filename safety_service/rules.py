@@ -67,9 +67,13 @@ class Rules:
 
     async def judge(self, messages: Sequence[Message], _time_remaining: TimeRemaining) -> Judgement:
         """Judges the last message alone."""
-        text = normalized(messages[-1].content)
-        found = tuple(name for name, pattern in self.patterns.items() if pattern.search(text))
+        found = self.find(messages[-1].content)
         return Judgement(bool(found), found)
+
+    def find(self, text: str) -> tuple[str, ...]:
+        """The categories of which a text holds something."""
+        seen = normalized(text)
+        return tuple(name for name, pattern in self.patterns.items() if pattern.search(seen))
 
 
 def normalized(text: str) -> str:

@@ -97,6 +97,7 @@ class RunningGateway:
 
     stub: "chat_pb2_grpc.ChatServiceAsyncStub"  # a name for type checkers only
     health: Any
+    address: str
 
     async def until(self, serving: bool) -> None:
         """Waits for the gateway's health."""
@@ -202,7 +203,7 @@ def start_gateway(servers: AsyncExitStack) -> StartGateway:
         )
         to_gateway = await servers.enter_async_context(channel(server.address))
         stub = chat_pb2_grpc.ChatServiceStub(to_gateway)
-        return RunningGateway(stub, health_pb2_grpc.HealthStub(to_gateway))
+        return RunningGateway(stub, health_pb2_grpc.HealthStub(to_gateway), server.address)
 
     return start
 
