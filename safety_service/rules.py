@@ -34,17 +34,16 @@ class _Category(BaseModel):
 _FILE = TypeAdapter(dict[str, _Category])
 
 # Soft hyphens, joiners, marks of direction: what splits a word for a program and not for a reader.
-_FORMAT_CHARACTERS = "".join(
-    each for each in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(each) == "Cf"
+_INVISIBLE = dict.fromkeys(
+    code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) == "Cf"
 )
-_INVISIBLE = re.compile(f"[{_FORMAT_CHARACTERS}]")
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What is looked for, by category."""
 
-    patterns: Mapping[str, re.Pattern[str]]
+    patterns: Mapping[str, Sequence[re.Pattern[str]]]
 
     @classmethod
     def read(cls, path: Path | None = None) -> "Rules":
@@ -73,29 +72,39 @@ class Rules:
     def find(self, text: str) -> tuple[str, ...]:
         """The categories of which a text holds something."""
         seen = normalized(text)
-        return tuple(name for name, pattern in self.patterns.items() if pattern.search(seen))
+        return tuple(
+            name
+            for name, patterns in self.patterns.items()
+            if any(pattern.search(seen) for pattern in patterns)
+        )
 
 
 def normalized(text: str) -> str:
     """The text as rules see it."""
-    folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold()
+    if text.isascii():
+        return text.casefold()
+    folded = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).casefold()
     return unicodedata.normalize("NFKC", folded)  # folding can undo what the first made one
 
 
-def _compile(file: str, category: str, rules: _Category) -> re.Pattern[str]:
-    """All rules of a category as one expression."""
-    alternatives = [_whole_words(term) for term in rules.terms]
+def _compile(file: str, category: str, rules: _Category) -> list[re.Pattern[str]]:
+    """All terms of a category as one expression, then its patterns."""
+    compiled = [re.compile("|".join(map(_whole_words, rules.terms)))] if rules.terms else []
     for index, pattern in enumerate(rules.patterns):
         try:
-            alternatives.append(f"(?:{re.compile(pattern).pattern})")
+            compiled.append(re.compile(pattern))
         except re.error as error:
             raise StartError(f"{file}: {category}.patterns.{index}: {error}") from error
-    if not alternatives:
+    if not compiled:
         raise StartError(f"{file}: {category}: needs terms or patterns")
-    return re.compile("|".join(alternatives))
+    return compiled
 
 
 def _whole_words(term: str) -> str:
-    # Not \b, which would never match in front of a term that begins with a sign.
     words = r"\s+".join(map(re.escape, normalized(term).split()))
-    return rf"(?<!\w){words}(?!\w)"
+    # What comes before is looked at behind the first character, as `re` quickly skips whatever
+    # cannot begin a match only where the expression begins with a character. Not by \b, which
+    # would never match in front of a term that begins with a sign.
+    first = re.match(r"\\?.", words)
+    start = first.end() if first else 0
+    return rf"{words[:start]}(?<!\w.){words[start:]}(?!\w)"
