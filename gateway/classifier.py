@@ -3,6 +3,7 @@ means that there is none. Closed, a request that nobody can judge fails; open, i
 which is logged once per outage and counted. No text of anybody is ever logged here.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
@@ -29,6 +30,8 @@ _ROLES = {
 # What is judged: the last message of a dialog, or a text.
 Subject = Sequence[Message] | str
 TimeRemaining = Callable[[], float | None]
+
+_UNAVAILABLE = "the safety classifier is not available"
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -83,30 +86,41 @@ class Classifier:
             await self._channel.close()
 
     async def judge(self, subject: Subject, time_remaining: TimeRemaining) -> Judgement:
-        """What the classifier says; without its answer UNAVAILABLE if closed, SAFE if open."""
-        if not self._serving:
-            return self._without_answer("the safety classifier is not available", "not connected")
-        remaining = time_remaining()
+        """What the classifier says; without its answer UNAVAILABLE if closed, SAFE if open.
+
+        Closed, a service that restarts costs a pause: it is waited for as long as one judgement may
+        take. Open, nothing is waited for that is known to be away.
+        """
+        if self._open and not self._serving:
+            return self._without_answer(_UNAVAILABLE, "not connected")
+        loop, remaining = asyncio.get_running_loop(), time_remaining()
         expires = remaining is not None and remaining <= self._timeout
-        call = self._stub.Classify(
-            _request(subject),
-            timeout=remaining if expires else self._timeout,
-            metadata=_request_id(),
-        )
-        try:
-            response = await call
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                if expires:  # the caller's doing, which must not switch the classifier off
-                    message = "the deadline passed while the safety classifier was asked"
-                    raise RequestError(error.code(), message) from error
-                message = f"the safety classifier did not answer within {self._timeout:g} seconds"
-                return self._without_answer(message, error.code().name)
-            message = "the safety classifier is not available"
-            return self._without_answer(message, error.code().name)
-        finally:
-            call.cancel()
-        return self._answer(response)
+        ends = loop.time() + (remaining if remaining is not None and expires else self._timeout)
+        request, lost = _request(subject), False
+        while True:
+            call = self._stub.Classify(
+                request,
+                timeout=ends - loop.time(),
+                metadata=_request_id(),
+                wait_for_ready=not self._open,
+            )
+            try:
+                return self._answer(await call)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or self._open or lost:
+                    return self._failed(error, expires=expires)
+                lost = True
+            finally:
+                call.cancel()
+
+    def _failed(self, error: grpc.aio.AioRpcError, *, expires: bool) -> Judgement:
+        message = _UNAVAILABLE
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if expires:  # the caller's doing, which must not switch the classifier off
+                message = "the deadline passed while the safety classifier was asked"
+                raise RequestError(error.code(), message) from error
+            message = f"the safety classifier did not answer within {self._timeout:g} seconds"
+        return self._without_answer(message, error.code().name)
 
     def _answer(self, response: safety_pb2.ClassifyResponse) -> Judgement:
         if response.verdict not in (safety_pb2.VERDICT_SAFE, safety_pb2.VERDICT_UNSAFE):

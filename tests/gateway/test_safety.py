@@ -219,10 +219,10 @@ async def test_deadline_and_cancellation_reach_the_classifier(start_guarded: Any
 async def test_closed_gateway_refuses_until_the_classifier_is_back(
     start_guarded: Any, start_server: Any, rules: Any
 ) -> None:
-    gateway = await start_guarded()
+    gateway = await start_guarded(safety_timeout=0.2)
     await gateway.safety_server.aclose()
     await gateway.until(serving=False)
-    with pytest.raises(grpc.aio.AioRpcError, match="safety classifier is not avail") as refused:
+    with pytest.raises(grpc.aio.AioRpcError, match="safety classifier") as refused:
         await gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]))
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
     status: Any = from_call(refused.value)  # type: ignore[arg-type]  # made for grpc.Call
@@ -237,16 +237,36 @@ async def test_closed_gateway_refuses_until_the_classifier_is_back(
 async def test_closed_gateway_ends_a_stream_that_nobody_judges_and_its_sequence(
     start_guarded: Any, model: Any, tokenizer: Tokenizer
 ) -> None:
-    gateway = await start_guarded()
+    gateway = await start_guarded(safety_timeout=0.2)
     call = gateway.stub.ChatCompleteStream(ChatCompleteStreamRequest(dialogs=[dialog()]))
     start = await model.starts.get()
     await gateway.safety_server.aclose()
     await gateway.until(serving=False)
     say(model, start.request_id, HARMLESS, tokenizer)
-    with pytest.raises(grpc.aio.AioRpcError, match="safety classifier is not avail") as ended:
+    with pytest.raises(grpc.aio.AioRpcError, match="safety classifier") as ended:
         _ = [event async for event in call]
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
     assert await model.cancels.get() == start.request_id
+
+
+async def test_classifier_that_restarts_costs_a_closed_gateways_stream_a_pause(
+    start_guarded: Any, start_server: Any, model: Any, rules: Any, tokenizer: Tokenizer
+) -> None:
+    held = HeldClassifier()
+    held.verdicts.put_nowait(SAFE)
+    gateway = await start_guarded(held, safety_timeout=30)
+    call = gateway.stub.ChatCompleteStream(ChatCompleteStreamRequest(dialogs=[dialog()]))
+    start = await model.starts.get()
+    say(model, start.request_id, HARMLESS, tokenizer, finish_reason=FINISH_REASON_STOP)
+    for _ in range(2):
+        await held.asked.get()
+    await gateway.safety_server.aclose()  # while it judges the first chunk
+    await gateway.until(serving=False)
+    port = int(gateway.safety_target.rpartition(":")[2])
+    await start_server(safety_service(rules), port=port)
+    events = [event async for event in call]
+    assert shown(events) == HARMLESS
+    assert events[-1].finished.finish_reason == FINISH_REASON_STOP
 
 
 async def test_open_gateway_goes_on_unjudged_and_says_so_once(

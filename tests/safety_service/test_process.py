@@ -19,9 +19,11 @@ from llama.v1.safety_pb2_grpc import SafetyServiceStub
 def test_dialogs_and_texts_are_judged_and_health_is_told(target: str) -> None:
     said = [Message(role=ROLE_USER, content="Hi"), Message(role=ROLE_ASSISTANT, content="csam")]
     with grpc.insecure_channel(target) as channel:
-        stub, health = SafetyServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        stub = SafetyServiceStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         judged = stub.Classify(ClassifyRequest(dialog=Dialog(messages=said)))
-        assert (judged.verdict, judged.categories) == (VERDICT_UNSAFE, ["child_sexual_abuse"])
+        assert judged.verdict == VERDICT_UNSAFE
+        assert list(judged.categories) == ["child_sexual_abuse"]
         assert stub.Classify(ClassifyRequest(text="Hello")).verdict == VERDICT_SAFE
         state = health.Check(HealthCheckRequest(service="llama.v1.SafetyService"))
         assert state.status == HealthCheckResponse.SERVING
