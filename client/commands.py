@@ -110,6 +110,11 @@ main.add_command(keys)
 @setting("quantize", help="auto, none, int8 or int4.")
 @setting("device", help="auto, cpu or cuda.")
 @setting(
+    "safety",
+    is_flag=True,
+    help="Have a safety service judge dialogs and answers, by the rules that come with it.",
+)
+@setting(
     "log_file",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where the services' logs go.  [default: stderr]",
@@ -124,6 +129,7 @@ def serve(
     replicas: int,
     host: str,
     port: int,
+    safety: bool,
     log_file: Path | None,
     **model_settings: object,
 ) -> None:
@@ -141,6 +147,7 @@ def serve(
         replicas=replicas,
         host=host,
         port=port,
+        safety=safety,
         model_settings=model_settings,
     )
     with _log_to(log_file) as log:

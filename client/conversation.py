@@ -31,6 +31,7 @@ Ctrl-C        stop the running answer"""
 _ENDINGS = {
     FinishReason.LENGTH: "cut off: the answer reached its length limit",
     FinishReason.CANCELLED: "stopped",
+    FinishReason.SAFETY: "ended by the safety classifier",
 }
 
 
@@ -88,7 +89,8 @@ class Conversation:
         if not answer and finish_reason is FinishReason.STOP:
             _note("(the answer is empty)")
         # A refused question would have every later one refused, too, and a turn needs an answer.
-        if answer and finish_reason is not FinishReason.UNSAFE:
+        refused = finish_reason in (FinishReason.UNSAFE, FinishReason.SAFETY)
+        if answer and not refused:
             self._turns += [user, {"role": "assistant", "content": answer}]
 
     def ask_for_choices(self, question: str, n: int) -> None:

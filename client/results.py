@@ -23,6 +23,7 @@ class FinishReason(Enum):
     STOP_STRING = sampling_pb2.FINISH_REASON_STOP_STRING
     UNSAFE = sampling_pb2.FINISH_REASON_UNSAFE
     CANCELLED = sampling_pb2.FINISH_REASON_CANCELLED
+    SAFETY = sampling_pb2.FINISH_REASON_SAFETY
 
 
 _FINISH_REASONS: Mapping[int, FinishReason] = {reason.value: reason for reason in FinishReason}
@@ -75,6 +76,7 @@ class ChatPrediction:
     fingerprint: str
     dropped_turns: int
     choice_index: int
+    safety_categories: tuple[str, ...] = ()
 
     @property
     def message(self) -> Message:
@@ -93,6 +95,7 @@ class TextPrediction:
     seed: int
     fingerprint: str
     choice_index: int
+    safety_categories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,7 @@ class Finished:
     choice_index: int
     finish_reason: FinishReason
     usage: Usage
+    safety_categories: tuple[str, ...] = ()
 
 
 Event = Started | Delta | Finished
@@ -181,6 +185,7 @@ def chat_prediction(prediction: chat_pb2.ChatPrediction) -> ChatPrediction:
         fingerprint=prediction.fingerprint,
         dropped_turns=prediction.dropped_turns,
         choice_index=prediction.choice_index,
+        safety_categories=tuple(prediction.safety_categories),
     )
 
 
@@ -193,6 +198,7 @@ def text_prediction(prediction: chat_pb2.TextPrediction) -> TextPrediction:
         seed=prediction.seed,
         fingerprint=prediction.fingerprint,
         choice_index=prediction.choice_index,
+        safety_categories=tuple(prediction.safety_categories),
     )
 
 
@@ -211,10 +217,7 @@ def chat_event(response: chat_pb2.ChatCompleteStreamResponse) -> Event:
         delta = response.delta
         tokens = _tokens(delta.tokens)
         return Delta(delta.dialog_index, delta.choice_index, delta.text, tokens)
-    finished = response.finished
-    reason = _finish_reason(finished.finish_reason)
-    usage = _usage(finished.usage)
-    return Finished(finished.dialog_index, finished.choice_index, reason, usage)
+    return _finished(response.finished, response.finished.dialog_index)
 
 
 def text_event(response: chat_pb2.TextCompleteStreamResponse) -> Event:
@@ -231,10 +234,7 @@ def text_event(response: chat_pb2.TextCompleteStreamResponse) -> Event:
         delta = response.delta
         tokens = _tokens(delta.tokens)
         return Delta(delta.prompt_index, delta.choice_index, delta.text, tokens)
-    finished = response.finished
-    reason = _finish_reason(finished.finish_reason)
-    usage = _usage(finished.usage)
-    return Finished(finished.prompt_index, finished.choice_index, reason, usage)
+    return _finished(response.finished, response.finished.prompt_index)
 
 
 def rendered_prompt(response: chat_pb2.RenderPromptResponse) -> RenderedPrompt:
@@ -269,6 +269,16 @@ def model(response: chat_pb2.GetModelResponse) -> Model:
             max_choices=limits.max_choices,
         ),
         sampling_defaults=_sampling(response.sampling_defaults),
+    )
+
+
+def _finished(finished: chat_pb2.ChatFinished | chat_pb2.TextFinished, index: int) -> Finished:
+    return Finished(
+        index=index,
+        choice_index=finished.choice_index,
+        finish_reason=_finish_reason(finished.finish_reason),
+        usage=_usage(finished.usage),
+        safety_categories=tuple(finished.safety_categories),
     )
 
 

@@ -59,6 +59,7 @@ class Deployment:
     replicas: int = 1
     host: str = LOOPBACK
     port: int = 0
+    safety: bool = False  # whether dialogs and answers are judged, by the rules that ship
     model_settings: Mapping[str, object] = field(default_factory=dict)
 
     def tokenizer_command(self) -> list[str]:
@@ -79,13 +80,19 @@ class Deployment:
             **self.model_settings,
         )
 
-    def gateway_command(self, tokenizer: str, models: Sequence[str]) -> list[str]:
+    def safety_command(self) -> list[str]:
+        return service_command("safety_service", port=0)
+
+    def gateway_command(
+        self, tokenizer: str, models: Sequence[str], safety: str | None = None
+    ) -> list[str]:
         return service_command(
             "gateway",
             host=self.host,
             port=self.port,
             tokenizer_target=tokenizer,
             model_targets=",".join(models),
+            safety_target=safety,
         )
 
 
@@ -192,10 +199,14 @@ class Supervisor:
             await self._spawn(f"model-{number}", deployment.model_command(), group)
             for number in range(1, deployment.replicas + 1)
         ]
+        safety = None
+        if deployment.safety:
+            child = await self._spawn("safety", deployment.safety_command(), group)
+            safety = await child.address
         targets = [await model.address for model in models]
         ports = (int(target.rpartition(":")[2]) for target in targets)
         self._replica_ports = dict(zip((model.name for model in models), ports, strict=True))
-        command = deployment.gateway_command(await tokenizer.address, targets)
+        command = deployment.gateway_command(await tokenizer.address, targets, safety)
         gateway = await self._spawn("gateway", command, group)
         address = await gateway.address
         serving = asyncio.create_task(_until_serving(address))

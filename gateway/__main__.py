@@ -13,9 +13,12 @@ from serving.settings import parse
 
 
 async def run(settings: GatewaySettings) -> None:
-    connect = connector(settings)
     backend = Backend(
-        settings.tokenizer_target, settings.model_target_list, settings.pool_options, connect
+        settings.tokenizer_target,
+        settings.model_target_list,
+        settings.pool_options,
+        connector(settings),
+        settings.safety_options,
     )
     await serve(settings, gateway_service(backend, settings))
 

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -59,6 +59,7 @@ class Finished:
     reason: "FinishReason.ValueType"
     usage: chat_pb2.Usage
     resumed: int = 0  # how often it went on at another replica
+    safety_categories: tuple[str, ...] = ()
 
 
 Event = Started | Delta | Finished
@@ -78,16 +79,41 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """The answer to a dialog or text that the model must not see."""
+
+    text: str
+    reason: "FinishReason.ValueType"
+    safety_categories: tuple[str, ...] = ()
+
+
+# Meta's, for a dialog that could pass for part of the prompt format.
+SPECIAL_TAGS_REFUSAL = Refusal(UNSAFE_ERROR, FINISH_REASON_UNSAFE)
+
+
+@dataclass(frozen=True, slots=True)
 class _Request:
-    """One generation as it is asked for; a prompt that is None is refused as unsafe."""
+    """One generation as it is asked for."""
 
     place: Place
-    prompt: Prompt | None
+    prompt: Prompt | Refusal
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Generations:
+    """The generations of a request that run or wait now."""
+
+    running: dict[Place, Generation] = field(default_factory=dict)
+
+    def cancel(self, place: Place) -> None:
+        """Ends one, if it runs; its last event still comes."""
+        if place in self.running:
+            self.running[place].cancel()
+
+
 async def complete(
-    prompts: Sequence[Prompt | None],
+    prompts: Sequence[Prompt | Refusal],
     options: Options,
     vocabulary: Vocabulary,
     replicas: ReplicaPool,
@@ -95,11 +121,13 @@ async def complete(
     *,
     arrived: float,
     max_unread_bytes: int,
+    generations: Generations,
 ) -> AsyncGenerator[PlacedEvent, None]:
-    """The events of `options.n` generations per prompt, interleaved; None is refused as unsafe.
+    """The events of `options.n` generations per prompt, interleaved; a refusal is its own answer.
 
     Each runs when its turn comes. `arrived` is the time.monotonic of the request's arrival;
-    `max_unread_bytes` is for each answer.
+    `max_unread_bytes` is for each answer. `generations`, empty before, holds those that
+    run while it lasts.
 
     Raises:
         RequestError: among others, RESOURCE_EXHAUSTED where the events are taken too slowly.
@@ -109,14 +137,14 @@ async def complete(
     starts = {
         each.place: _start(each.prompt, each.seed, options, model.context_length, vocabulary.eos_id)
         for each in requests
-        if each.prompt is not None
+        if isinstance(each.prompt, Prompt)
     }
     made = UnreadEvents[Place](max_unread_bytes * len(requests))
-    running: dict[Place, Generation] = {}
+    running = generations.running
     turns = iter(admitted.queue([*map(_size, starts.values())]))
     try:
         for each in requests:
-            if (prompt := each.prompt) is not None:
+            if isinstance(prompt := each.prompt, Prompt):
                 answer = Answer(prompt.ids, options, vocabulary)
                 deliver = _deliver_to(made, each.place)
                 running[each.place] = Generation(
@@ -124,7 +152,7 @@ async def complete(
                 )
         for each in requests:
             yield each.place, _started(each, model.fingerprint)
-            for event in _first_events(running.get(each.place), arrived):
+            for event in _first_events(each, running.get(each.place), arrived):
                 yield each.place, event
         while running:
             place, outcome = await made.get()
@@ -161,7 +189,7 @@ async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
     ]
 
 
-def _requests(prompts: Sequence[Prompt | None], options: Options) -> Iterator[_Request]:
+def _requests(prompts: Sequence[Prompt | Refusal], options: Options) -> Iterator[_Request]:
     """Each answer has a seed of its own, so that it can be repeated alone."""
     for index, prompt in enumerate(prompts):
         first_seed = _seed(options.sampling)
@@ -206,18 +234,22 @@ def _deliver_to(made: UnreadEvents[Place], place: Place) -> Callable[[Outcome], 
 
 
 def _started(request: _Request, fingerprint: str) -> Started:
-    if request.prompt is None:
+    if isinstance(request.prompt, Refusal):
         return Started(chat_pb2.Usage(), request.seed, fingerprint, dropped_turns=0)
     usage = chat_pb2.Usage(prompt_tokens=len(request.prompt.ids))
     return Started(usage, request.seed, fingerprint, request.prompt.dropped_turns)
 
 
-def _first_events(generation: Generation | None, arrived: float) -> Iterator[Event]:
+def _first_events(
+    request: _Request, generation: Generation | None, arrived: float
+) -> Iterator[Event]:
     """What is known before the model has made anything."""
-    if generation is None:
-        yield Delta(UNSAFE_ERROR, [])
-        yield Finished(FINISH_REASON_UNSAFE, chat_pb2.Usage(total=_since(arrived)))
-    elif (echo := generation.answer.echo()).text:
+    if isinstance(refusal := request.prompt, Refusal):
+        if refusal.text:
+            yield Delta(refusal.text, [])
+        usage = chat_pb2.Usage(total=_since(arrived))
+        yield Finished(refusal.reason, usage, safety_categories=refusal.safety_categories)
+    elif generation is not None and (echo := generation.answer.echo()).text:
         yield echo
 
 

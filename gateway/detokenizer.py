@@ -91,3 +91,9 @@ class Detokenizer:
     def finish(self) -> str:
         """What an unfinished character leaves when no byte follows it."""
         return self._utf8.decode(b"", final=True)
+
+
+def text_of(ids: Iterable[int], vocabulary: Vocabulary) -> str:
+    """What `ids` decode to."""
+    detokenizer = Detokenizer(vocabulary)
+    return "".join(map(detokenizer.push, ids)) + detokenizer.finish()

@@ -56,6 +56,7 @@ def chat_event(sequence: int, place: Place, event: Event) -> ChatCompleteStreamR
                 finish_reason=event.reason,
                 usage=event.usage,
                 resumed=event.resumed,
+                safety_categories=event.safety_categories,
             )
             response.finished.CopyFrom(finished)
     return response
@@ -89,6 +90,7 @@ def text_event(sequence: int, place: Place, event: Event) -> TextCompleteStreamR
                 finish_reason=event.reason,
                 usage=event.usage,
                 resumed=event.resumed,
+                safety_categories=event.safety_categories,
             )
             response.finished.CopyFrom(finished)
     return response
@@ -113,6 +115,7 @@ def chat_prediction(prediction: Prediction) -> ChatPrediction:
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
         resumed=prediction.finished.resumed,
+        safety_categories=prediction.finished.safety_categories,
         seed=prediction.started.seed,
         fingerprint=prediction.started.fingerprint,
         dropped_turns=prediction.started.dropped_turns,
@@ -127,6 +130,7 @@ def text_prediction(prediction: Prediction) -> TextPrediction:
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
         resumed=prediction.finished.resumed,
+        safety_categories=prediction.finished.safety_categories,
         seed=prediction.started.seed,
         fingerprint=prediction.started.fingerprint,
     )

@@ -15,7 +15,18 @@ from gateway.access import authorizer, connection_options
 from gateway.accounting import Accounting
 from gateway.admission import Admission, Admitted
 from gateway.backend import Backend
-from gateway.completion import Event, Place, PlacedEvent, complete, fold
+from gateway.classifier import Subject
+from gateway.completion import (
+    SPECIAL_TAGS_REFUSAL,
+    Event,
+    Generations,
+    Place,
+    PlacedEvent,
+    Refusal,
+    complete,
+    fold,
+)
+from gateway.detokenizer import text_of
 from gateway.dialog import drop_oldest_turns, has_special_tags, render
 from gateway.messages import (
     chat_event,
@@ -41,6 +52,7 @@ from gateway.request import (
     request_id_violations,
     text_violations,
 )
+from gateway.safety import Guard
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2, chat_pb2_grpc, operator_pb2_grpc
 from serving import caller
@@ -94,6 +106,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> None:
         self._tokenizer = backend.tokenizer
         self._replicas = backend.replicas
+        self._classifier = backend.classifier
         self._settings = settings
         self._limits = settings.request_limits
         self.admission = Admission(settings.admission_bounds, lambda: backend.replicas.places)
@@ -203,8 +216,12 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 drop_oldest_turns=_drops(request.context_policy),
             )
             by_path = dict(zip(safe, encoded, strict=True))
-            prompts = [by_path.get(path) for path in dialogs]
-            events = self._complete(prompts, chosen, admitted, arrived)
+            prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in dialogs]
+            subjects = [*dialogs.values()]
+            lasting = _lasting(request, time_remaining)
+            events = await self._begin(
+                prompts, subjects, chosen, admitted, lasting, arrived=arrived
+            )
             async with aclosing(events):
                 async for event in events:
                     yield event
@@ -226,7 +243,13 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 prompts = await encode_texts(
                     texts, self._encoder(time_remaining), model.context_length
                 )
-            events = self._complete(prompts, chosen, admitted, arrived)
+            subjects = [*request.prompts]
+            if self._classifier is not None and request.prompt_ids:
+                subjects = [text_of(prompt.ids, vocabulary) for prompt in prompts]
+            lasting = _lasting(request, time_remaining)
+            events = await self._begin(
+                prompts, subjects, chosen, admitted, lasting, arrived=arrived
+            )
             async with aclosing(events):
                 async for event in events:
                     yield event
@@ -240,14 +263,23 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         """The events by way of a named stream, if there is a name."""
         return self._streams.open(name, events, context.time_remaining()) if name else events
 
-    def _complete(
+    async def _begin(
         self,
-        prompts: Sequence[Prompt | None],
+        prompts: Sequence[Prompt | Refusal],
+        subjects: Sequence[Subject],
         chosen: Options,
         admitted: Admitted,
+        time_remaining: TimeRemaining,
+        *,
         arrived: float,
     ) -> AsyncGenerator[PlacedEvent, None]:
-        return complete(
+        """The events of a request's generations; `subjects` are what its prompts were made of."""
+        guard = None
+        if self._classifier is not None:
+            guard = Guard(self._classifier, subjects, chosen, time_remaining)
+            prompts = await guard.check(prompts)
+        generations = Generations()
+        events = complete(
             prompts,
             chosen,
             self._tokenizer.vocabulary,
@@ -255,7 +287,9 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             admitted,
             arrived=arrived,
             max_unread_bytes=self._settings.max_unread_bytes,
+            generations=generations,
         )
+        return events if guard is None else guard.watch(events, generations.cancel)
 
     def _encoder(self, time_remaining: TimeRemaining) -> Encode:
         """Encoding within what is left of the caller's deadline."""
@@ -271,6 +305,11 @@ async def _numbered(
         async for place, event in events:
             sequence += 1
             yield message(sequence, place, event)
+
+
+def _lasting(request: ChatRequest | TextRequest, time_remaining: TimeRemaining) -> TimeRemaining:
+    """What is left while answers are made: a named stream outlives the call that began it."""
+    return (lambda: None) if getattr(request, "request_id", "") else time_remaining
 
 
 def _refuse(violations: Sequence[Violation]) -> None:

@@ -1,7 +1,7 @@
 """The gateway's settings; each is a flag and a CHASQUI_* variable."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,7 @@ from gateway.admission import Bounds
 from gateway.named_streams import StreamLimits
 from gateway.pool_options import PoolOptions
 from gateway.request import RequestLimits
+from gateway.safety_options import SafetyOptions
 from serving.settings import Port, ServerSettings
 
 
@@ -133,6 +134,28 @@ class GatewaySettings(ServerSettings):
             raise ValueError("--peer_cert, --peer_key and --peer_name need --peer_ca")
         return self
 
+    safety_target: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="address of a safety service, which then judges every dialog, text and "
+            "answer; none: nothing is judged",
+        ),
+    ] = None
+    safety_on_failure: Annotated[
+        Literal["closed", "open"],
+        Field(
+            description="what happens while the safety service does not answer: closed refuses "
+            "with UNAVAILABLE, open goes on unjudged"
+        ),
+    ] = "closed"
+    safety_timeout: Annotated[
+        float, Field(gt=0, description="seconds that the safety service has for one judgement")
+    ] = 5.0
+    safety_chunk: Annotated[
+        int, Field(ge=1, description="characters of an answer that are judged, then shown, at once")
+    ] = 200
+
     @model_validator(mode="after")
     def _queue_holds_a_request(self) -> Self:
         if self.max_dialogs > self.max_queued_sequences:
@@ -177,4 +200,16 @@ class GatewaySettings(ServerSettings):
             grace=self.stream_grace,
             buffer_bytes=self.stream_buffer_bytes,
             ended_bytes=self.ended_streams_bytes,
+        )
+
+    @property
+    def safety_options(self) -> SafetyOptions | None:
+        """None where nothing is judged."""
+        if self.safety_target is None:
+            return None
+        return SafetyOptions(
+            target=self.safety_target,
+            on_failure=self.safety_on_failure,
+            timeout=self.safety_timeout,
+            chunk=self.safety_chunk,
         )

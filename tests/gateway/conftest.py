@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import structlog
 from grpc_health.v1 import health_pb2_grpc
@@ -20,6 +21,8 @@ from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc, operator_pb2_grpc
 from llama.v1.sampling_pb2 import FINISH_REASON_CANCELLED
+from safety_service.rules import Rules
+from safety_service.servicer import Classifier, safety_service
 from serving.server import Service, channel, running
 from serving.settings import ServerSettings
 from tokenizer_service.servicer import tokenizer_service
@@ -104,6 +107,16 @@ class RunningGateway:
     stub: "chat_pb2_grpc.ChatServiceAsyncStub"  # a name for type checkers only
     health: Any
     operator: "operator_pb2_grpc.OperatorServiceAsyncStub"
+    address: str
+
+    @classmethod
+    def on(cls, to_gateway: grpc.aio.Channel, address: str) -> "RunningGateway":
+        return cls(
+            stub=chat_pb2_grpc.ChatServiceStub(to_gateway),
+            health=health_pb2_grpc.HealthStub(to_gateway),
+            operator=operator_pb2_grpc.OperatorServiceStub(to_gateway),
+            address=address,
+        )
 
     async def until(self, serving: bool) -> None:
         """Waits for the gateway's health."""
@@ -132,6 +145,10 @@ class Log:
         while (entry := await self._entries.get())["event"] != event:
             pass
         return entry
+
+    def rest(self) -> list[MutableMapping[str, Any]]:
+        """The entries that nobody waited for."""
+        return [self._entries.get_nowait() for _ in range(self._entries.qsize())]
 
 
 StartServer = Callable[..., Awaitable[tuple[str, AsyncExitStack]]]
@@ -200,15 +217,17 @@ def start_gateway(servers: AsyncExitStack) -> StartGateway:
             model_targets=",".join(models),
             **settings,
         )
-        backend = Backend(chosen.tokenizer_target, chosen.model_target_list, chosen.pool_options)
+        backend = Backend(
+            chosen.tokenizer_target,
+            chosen.model_target_list,
+            chosen.pool_options,
+            safety=chosen.safety_options,
+        )
         server = await servers.enter_async_context(
             running(chosen, gateway_service(backend, chosen))
         )
         to_gateway = await servers.enter_async_context(channel(server.address))
-        stub = chat_pb2_grpc.ChatServiceStub(to_gateway)
-        health = health_pb2_grpc.HealthStub(to_gateway)
-        operator = operator_pb2_grpc.OperatorServiceStub(to_gateway)
-        return RunningGateway(stub, health, operator)
+        return RunningGateway.on(to_gateway, server.address)
 
     return start
 
@@ -225,3 +244,47 @@ async def gateway(
     started = await start_gateway(tokenizer_target, address)
     await started.until(serving=True)
     return started
+
+
+@dataclass
+class GuardedGateway:
+    """A gateway under test whose dialogs and answers are judged."""
+
+    stub: "chat_pb2_grpc.ChatServiceAsyncStub"
+    until: Callable[..., Awaitable[None]]
+    safety_target: str
+    safety_server: AsyncExitStack  # ends the safety service
+
+
+StartGuarded = Callable[..., Awaitable[GuardedGateway]]
+
+
+@pytest.fixture
+def rules(tmp_path: Path) -> Rules:
+    """Finds what no test says by accident."""
+    path = tmp_path / "rules.toml"
+    path.write_text('[spitting]\nterms = ["spit", "two words"]\n[weapons]\nterms = ["bomb"]\n')
+    return Rules.read(path)
+
+
+@pytest.fixture
+def start_guarded(
+    start_gateway: StartGateway,
+    start_server: StartServer,
+    tokenizer_target: str,
+    model: ScriptedModel,
+    rules: Rules,
+) -> StartGuarded:
+    """Starts a gateway in front of `model` and of a real safety service, by default of `rules`."""
+
+    async def start(
+        classifier: Classifier = rules, replica: ScriptedModel = model, **settings: Any
+    ) -> GuardedGateway:
+        target, server = await start_server(safety_service(classifier))
+        address, _ = await start_server(replica.service())
+        settings = {"safety_chunk": 10, **settings}
+        gateway = await start_gateway(tokenizer_target, address, safety_target=target, **settings)
+        await gateway.until(serving=True)
+        return GuardedGateway(gateway.stub, gateway.until, target, server)
+
+    return start

@@ -8,13 +8,12 @@ from typing import Any
 import grpc
 import pytest
 import trustme
-from grpc_health.v1 import health_pb2_grpc
 
 from gateway.backend import Backend
 from gateway.peer import connector
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
-from llama.v1 import chat_pb2, chat_pb2_grpc
+from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 from serving.server import Running, channel, running
 from tests.gateway.conftest import RunningGateway, ScriptedModel, StartGateway, StartServer
@@ -54,9 +53,9 @@ async def test_services_inside_talk_mutual_tls(
         running(settings, gateway_service(backend, settings))
     )
     async with channel(server.address) as to_gateway:
-        stub = chat_pb2_grpc.ChatServiceStub(to_gateway)
-        await RunningGateway(stub, health_pb2_grpc.HealthStub(to_gateway)).until(serving=True)
-        assert (await stub.GetModel(chat_pb2.GetModelRequest())).name == "scripted"
+        gateway = RunningGateway.on(to_gateway, server.address)
+        await gateway.until(serving=True)
+        assert (await gateway.stub.GetModel(chat_pb2.GetModelRequest())).name == "scripted"
 
 
 @pytest.mark.parametrize("name", ["", "named"])

@@ -1,0 +1,147 @@
+"""A classifier that is a language model: Llama Guard (Inan et al., 2023), behind a gateway of this
+kind that serves it. The prompt is that of its model card, the answer "safe", or "unsafe" and a line
+of categories. The model was trained on this wording: change the policy by its file, nothing else.
+"""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NoReturn
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+from llama.v1 import chat_pb2, chat_pb2_grpc
+from llama.v1.sampling_pb2 import SamplingParams
+from safety_service.servicer import ASSISTANT, SYSTEM, Judgement, Message, TimeRemaining
+from serving import request_id
+from serving.errors import StartError, unavailable
+from serving.server import Health, channel
+
+# "unsafe", a line break and all the categories of a policy like the one that ships.
+_MAX_ANSWER_TOKENS = 32
+_SECONDS_BETWEEN_SESSIONS = 1.0
+
+# Its own marks in a message would end the conversation, or the prompt, before its end.
+_MARKS = re.compile(
+    r"\[/?INST\]|<</?SYS>>|<(?:BEGIN|END) (?:CONVERSATION|UNSAFE CONTENT CATEGORIES)>"
+)
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+def read_policy(path: Path | None = None) -> str:
+    """The categories as the prompt has them, by default those of the model card; StartError."""
+    source = path or resources.files("safety_service") / "llama_guard_policy.txt"
+    try:
+        policy = source.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"cannot read the policy {path}: {error}") from error
+    if not policy:
+        raise StartError(f"the policy {path} is empty")
+    return policy
+
+
+def render(policy: str, messages: Sequence[Message]) -> str:
+    """The prompt that asks for a judgement of the last message; the gateway adds BOS."""
+    author = _author(messages[-1])
+    turns = "".join(
+        f"{_author(each)}: {_MARKS.sub('', each.content).strip()}\n\n" for each in messages
+    )
+    return (
+        f"[INST] Task: Check if there is unsafe content in '{author}' messages in conversations "
+        "according our safety policy with the below categories.\n\n"
+        f"<BEGIN UNSAFE CONTENT CATEGORIES>\n{policy}\n<END UNSAFE CONTENT CATEGORIES>\n\n"
+        f"<BEGIN CONVERSATION>\n\n{turns}<END CONVERSATION>\n\n"
+        f"Provide your safety assessment for {author} in the above conversation:\n"
+        "- First line must read 'safe' or 'unsafe'.\n"
+        "- If unsafe, a second line must include a comma-separated list of violated categories. "
+        "[/INST]"
+    )
+
+
+def parse(answer: str) -> Judgement | None:
+    """What an answer says; None where it is no judgement."""
+    verdict, _, rest = answer.strip().partition("\n")
+    match verdict.strip().lower():
+        case "safe":
+            return Judgement(unsafe=False)
+        case "unsafe":
+            named = rest.strip().partition("\n")[0].split(",")
+            return Judgement(True, tuple(each.strip() for each in named if each.strip()))
+    return None
+
+
+class LlamaGuard:
+    """Asks the gateway at `target`; create it in the event loop that runs it."""
+
+    def __init__(self, target: str, policy: str) -> None:
+        self._target = target
+        self._policy = policy
+        self._channel = channel(target)
+        self._stub = chat_pb2_grpc.ChatServiceStub(self._channel)
+
+    async def run(self, health: Health) -> NoReturn:
+        """Keeps the health that of the gateway; ends when cancelled."""
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        request = HealthCheckRequest(service="llama.v1.ChatService")
+        logged: grpc.StatusCode | None = None
+        try:
+            while True:
+                call = stub.Watch(request, wait_for_ready=True)  # type: ignore[attr-defined]  # not in the stubs
+                try:
+                    async for response in call:
+                        logged = None
+                        await health.set_serving(response.status == HealthCheckResponse.SERVING)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not logged:
+                        _log.error("guard lost", peer=self._target, reason=error.code().name)
+                    logged = error.code()
+                finally:
+                    call.cancel()
+                await health.set_serving(False)
+                await asyncio.sleep(_SECONDS_BETWEEN_SESSIONS)
+        finally:
+            await self._channel.close()
+
+    async def judge(self, messages: Sequence[Message], time_remaining: TimeRemaining) -> Judgement:
+        """Judges the last message, in as much of the dialog before it as fits; UNAVAILABLE.
+
+        Llama Guard knows no system messages: they are left out.
+        """
+        turns = [each for each in messages if each.role != SYSTEM] or messages[-1:]
+        while True:
+            try:
+                return await self._ask(turns, time_remaining)
+            except grpc.aio.AioRpcError as error:
+                # The prompt is too long; nothing else about it can be wrong.
+                too_long = error.code() is grpc.StatusCode.INVALID_ARGUMENT
+                if not too_long or len(turns) <= 2:
+                    reason = error.code().name
+                    raise unavailable(f"the guard model gave no answer: {reason}") from error
+            turns = turns[2 * max(1, len(turns) // 4) :]
+
+    async def _ask(self, messages: Sequence[Message], time_remaining: TimeRemaining) -> Judgement:
+        request = chat_pb2.TextCompleteRequest(
+            prompts=[render(self._policy, messages)],
+            sampling=SamplingParams(temperature=0, max_gen_len=_MAX_ANSWER_TOKENS),
+        )
+        current = request_id.current()
+        metadata = () if current is None else ((request_id.METADATA_KEY, current),)
+        call = self._stub.TextComplete(request, timeout=time_remaining(), metadata=metadata)
+        try:
+            response = await call
+        finally:
+            call.cancel()
+        judgement = parse(response.predictions[0].generation)
+        if judgement is None:
+            raise unavailable("the guard model's answer is neither safe nor unsafe")
+        return judgement
+
+
+def _author(message: Message) -> str:
+    return "Agent" if message.role == ASSISTANT else "User"

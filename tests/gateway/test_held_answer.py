@@ -1,0 +1,109 @@
+"""What is shown of an answer, whatever its deltas, its chunks, and the time that verdicts take."""
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.answer import Delta
+from gateway.classifier import SAFE, Judgement
+from gateway.completion import Event, Finished
+from gateway.dialog import ASSISTANT, USER, Message
+from gateway.held_answer import HeldAnswer
+from llama.v1 import chat_pb2
+from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY, FINISH_REASON_STOP
+
+END = Finished(FINISH_REASON_STOP, chat_pb2.Usage(completion_tokens=3))
+PIECES = st.lists(st.sampled_from(["", " ", "a", " two", "words more", "é", "\n"]), max_size=40)
+CHUNKS = st.integers(1, 30)
+# After which deltas a verdict arrives, if one is awaited.
+ARRIVALS = st.lists(st.booleans(), min_size=40, max_size=40)
+
+
+def tokens_of(piece: str) -> list[chat_pb2.Token]:
+    """A token for each byte: characters are cut, as byte tokens cut them."""
+    return [chat_pb2.Token(bytes=bytes([each])) for each in piece.encode()]
+
+
+def run(
+    held: HeldAnswer, pieces: Sequence[str], arrivals: Sequence[bool], unsafe_word: str = "\0"
+) -> list[Event]:
+    """All that is shown; a judgement is asked for as the gateway does, one at a time."""
+    shown: list[Event] = []
+    judged: str | None = None
+
+    def judge() -> None:
+        nonlocal judged
+        subject = held.due()
+        if subject is not None:
+            judged = subject if isinstance(subject, str) else subject[-1].content
+
+    def answer() -> None:
+        nonlocal judged
+        if judged is not None:
+            unsafe, judged = unsafe_word in judged, None
+            shown.extend(held.judged(Judgement(True, ("x",)) if unsafe else SAFE))
+            judge()
+
+    for piece, arrives in zip(pieces, arrivals, strict=False):
+        shown += held.take(Delta(piece, tokens_of(piece)))
+        judge()
+        if arrives:
+            answer()
+    shown += held.take(END)
+    judge()
+    while judged is not None:
+        answer()
+    return shown
+
+
+def text(events: Sequence[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+@given(PIECES, CHUNKS, ARRIVALS, st.booleans())
+def test_all_of_a_safe_answer_is_shown_in_order(
+    pieces: list[str], chunk: int, arrivals: list[bool], logprobs: bool
+) -> None:
+    events = run(HeldAnswer("text", chunk, logprobs=logprobs), pieces, arrivals)
+    tokens = [token for event in events if isinstance(event, Delta) for token in event.tokens]
+    assert text(events) == "".join(pieces)
+    assert tokens == tokens_of("".join(pieces))
+    assert [event for event in events if not isinstance(event, Delta)] == [END]
+    assert events[-1] == END
+
+
+@given(PIECES, CHUNKS, ARRIVALS, st.booleans())
+def test_unsafe_word_is_never_shown(
+    pieces: list[str], chunk: int, arrivals: list[bool], logprobs: bool
+) -> None:
+    said = [*pieces[:20], " bo", "mb", *pieces[20:]]
+    events = run(HeldAnswer("", chunk, logprobs=logprobs), said, [*arrivals, True, True], "bomb")
+    tokens = [token for event in events if isinstance(event, Delta) for token in event.tokens]
+    assert "bomb" not in text(events)
+    assert b"bomb" not in b"".join(token.bytes for token in tokens)
+    assert "".join(said).startswith(text(events))
+    assert events[-1] == Finished(FINISH_REASON_SAFETY, END.usage, safety_categories=("x",))
+
+
+def test_chunk_ends_in_front_of_a_space() -> None:
+    held = HeldAnswer([Message(USER, "?")], 6, logprobs=False)
+    for piece in ("seven", "teen"):
+        held.take(Delta(piece, []))
+        assert held.due() is None
+    held.take(Delta(" llam", []))
+    assert held.due() == [Message(USER, "?"), Message(ASSISTANT, "seventeen")]
+
+
+def test_chunk_without_a_space_is_judged_when_it_is_twice_as_long() -> None:
+    held = HeldAnswer("of ", 4, logprobs=False)
+    held.take(Delta("sevente", []))
+    assert held.due() is None
+    held.take(Delta("en", []))
+    assert held.due() == "of seventeen"
+
+
+def test_empty_answer_needs_no_judgement() -> None:
+    held = HeldAnswer("text", 4, logprobs=False)
+    assert held.take(END) == [END]
+    assert held.due() is None
