@@ -121,7 +121,7 @@ async def test_streams_outlive_two_of_three_replicas(fleet: RunFleet, end: signa
                 await streams.all_have(tokens)
                 running.models[number].send(end)
         assert_same(streams.answers, expected)
-        assert resumed(streams.answers) >= STREAMS / 2
+        assert resumed(streams.answers) >= STREAMS / 4
         for model in running.models[:2]:
             if end == signal.SIGKILL:
                 back.enter_context(model.again())

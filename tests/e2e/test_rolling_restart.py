@@ -1,12 +1,13 @@
 """Every process is restarted, one after the other, under load that never pauses: no call fails.
 
-The clients do what gRPC's own libraries do when told: they know both gateways and retry a call that
-was refused as UNAVAILABLE before it had an answer.
+The clients do what gRPC's own libraries do when told: they know both gateways, call those whose
+health service says SERVING, and retry a call that ended as UNAVAILABLE before it had an answer.
 """
 
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +21,7 @@ from llama.v1.sampling_pb2 import SamplingParams
 WORKERS = 6
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": "llama.v1.ChatService"},
     "methodConfig": [
         {
             "name": [{"service": "llama.v1.ChatService"}],
@@ -46,7 +48,10 @@ class Load:
 
     async def run(self) -> None:
         """Raises what the first failed call raised."""
-        options = [("grpc.service_config", json.dumps(SERVICE_CONFIG))]
+        options = [
+            ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+            ("grpc.max_reconnect_backoff_ms", 1000),  # as our own client
+        ]
         async with grpc.aio.insecure_channel(self._target, options) as channel:
             stub = ChatServiceStub(channel)
             async with asyncio.TaskGroup() as tasks:
@@ -79,6 +84,13 @@ class Load:
                 self._answered.notify_all()
 
 
+def until_clients_have_found(gateway: Any) -> None:
+    """Clients come back to an address a moment after it answers; only then may the next one go."""
+    labels = {"grpc_service": "llama.v1.ChatService", "grpc_method": "TextComplete"}
+    while not gateway.scrape().value("grpc_server_handled_total", **labels):
+        time.sleep(0.05)
+
+
 async def test_no_call_fails_while_every_process_is_restarted(
     fleet: Callable[..., AbstractContextManager[Any]],
 ) -> None:
@@ -93,4 +105,6 @@ async def test_no_call_fails_while_every_process_is_restarted(
                 await asyncio.to_thread(restarted.wait_until, serving=True)
                 await asyncio.to_thread(running.wait_for_replicas, 2)
                 await load.goes_on()
+                if process in running.gateways:
+                    await asyncio.to_thread(until_clients_have_found, restarted)
             load.stop()

@@ -79,11 +79,13 @@ def launch(golden: Path) -> Iterator[Start]:
         process.popen.wait(timeout=30)
 
 
-def generate(target: grpc.Channel, case: dict[str, Any]) -> Iterator[model_pb2.TokenEvent]:
+def generate(
+    target: grpc.Channel, case: dict[str, Any], **sampling: Any
+) -> Iterator[model_pb2.TokenEvent]:
     start = model_pb2.StartSequence(
         request_id="a",
         prompt_ids=case["prompt_ids"],
-        sampling=sampling_pb2.SamplingParams(temperature=0, max_gen_len=32),
+        sampling=sampling_pb2.SamplingParams(**{"temperature": 0, "max_gen_len": 32, **sampling}),
         stop_ids=[2],
     )
     requests = iter([model_pb2.GenerateRequest(start=start)])
@@ -107,15 +109,38 @@ def test_shards_answer_and_sigterm_lets_a_stream_finish(
     assert '"event": "stopped"' in log
 
 
-def test_a_shard_that_dies_ends_the_replica(launch: Start, cases: Any) -> None:
-    process = launch(shards=2)
-    target = process.serving()
+def shard(process: Process, rank: int) -> psutil.Process:
     children = psutil.Process(process.popen.pid).children()
-    follower = max(children, key=lambda child: int(child.environ()["RANK"]))
+    [found] = [each for each in children if each.environ().get("RANK") == str(rank)]
+    return found
+
+
+def test_a_shard_that_dies_ends_the_replica_and_the_log_names_it(launch: Start, cases: Any) -> None:
+    process = launch(shards=2)
+    events = generate(process.serving(), cases("gqa")[0], ignore_eos=True, max_gen_len=200)
+    next(events)
+    follower = shard(process, 1)
     follower.kill()
     with pytest.raises(grpc.RpcError) as error:
-        list(generate(target, cases("gqa")[0]))
+        list(events)
     assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+    status, log = process.end()
+    assert status == 1
+    assert f"lost a shard: rank 1 (pid {follower.pid}) is gone" in log
+    assert "failed (exitcode: -9) local_rank: 1" in log  # torchrun's
+
+
+def test_a_shard_that_hangs_ends_the_replica_within_the_bound(launch: Start, cases: Any) -> None:
+    process = launch("--shard_timeout=10", shards=2)
+    events = generate(process.serving(), cases("gqa")[0], ignore_eos=True, max_gen_len=200)
+    next(events)
+    follower = shard(process, 1)
+    follower.suspend()
+    with pytest.raises(grpc.RpcError) as error:
+        list(events)
+    assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert process.wait_for(f"lost a shard: rank 1 (pid {follower.pid}) is stopped")
+    follower.resume()
     assert process.end()[0] == 1
 
 
