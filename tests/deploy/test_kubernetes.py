@@ -179,7 +179,7 @@ def _validate(manifest: str, version: str) -> None:
 
 
 def _selectors(value: Any) -> Iterator[Manifest]:
-    """All label selectors below a value."""
+    """All selectors of pods below a value."""
     if isinstance(value, list):
         for each in value:
             yield from _selectors(each)
@@ -187,6 +187,8 @@ def _selectors(value: Any) -> Iterator[Manifest]:
         if value.keys() & {"matchLabels", "matchExpressions"}:
             yield value
         for name, each in value.items():
+            if name == "namespaceSelector":
+                continue
             plain = name == "selector" and not each.keys() & {"matchLabels", "matchExpressions"}
             yield from [{"matchLabels": each}] if plain else _selectors(each)
 
