@@ -273,6 +273,8 @@ class Admitted:
         """A turn for each of the request's generations; RESOURCE_EXHAUSTED if they are too large,
         or if they would wait longer than the deadline allows.
         """
+        if not sizes:  # all of it is refused: it takes nothing, and need not wait
+            return []
         self._admission.take_tokens(self, sum(size.prompt + size.max_answer for size in sizes))
         return self._admission.queue(self, sizes)
 

@@ -100,6 +100,12 @@ async def test_request_that_never_fits_is_not_told_to_try_again() -> None:
     assert r.value.retry_after is None
 
 
+async def test_request_without_generations_takes_nothing_and_waits_for_nothing() -> None:
+    house = House(Bounds(max_sequences=1, max_tokens=10))
+    house.queue("a")
+    assert house.enter("b", sequences=0).queue([]) == []
+
+
 async def test_everything_is_given_back_when_requests_end() -> None:
     house = House()
     turns = house.queue("a", count=3)
