@@ -17,6 +17,8 @@ from llama.v1.model_pb2 import GetLoadRequest
 from llama.v1.model_pb2_grpc import ModelServiceStub
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
 
+pytestmark = pytest.mark.alone
+
 STREAMS = 64
 LENGTH = 220  # tokens; the prompts and these fit the context of 256
 RunFleet = Callable[..., AbstractContextManager[Any]]

@@ -21,6 +21,8 @@ from llama.v1.chat_pb2 import TextCompleteRequest
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.sampling_pb2 import SamplingParams
 
+pytestmark = pytest.mark.alone
+
 CLIENTS = 2000
 BOUND = 60.0  # seconds, for an answer or a refusal; and the clients' deadline
 GROWTH = 48 * 1024 * 1024  # bytes that a process may have more after the second wave

@@ -11,6 +11,8 @@ import pytest
 from client import AsyncClient, Client, Delta, Event, Started, StreamLostError, TextOptions
 from llama.v1.model_pb2 import GetLoadRequest
 
+pytestmark = pytest.mark.alone
+
 LONG: TextOptions = {"max_gen_len": 120, "ignore_eos": True, "logprobs": True}
 GREEDY: TextOptions = {**LONG, "temperature": 0}
 STREAMS = 31  # and one more

@@ -13,10 +13,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
+import pytest
 
 from llama.v1.chat_pb2 import TextCompleteRequest, TextCompleteStreamRequest
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.sampling_pb2 import SamplingParams
+
+pytestmark = pytest.mark.alone
 
 WORKERS = 6
 SERVICE_CONFIG = {

@@ -29,6 +29,8 @@ from client.commands import main
 from llama.v1 import chat_pb2
 from tests.e2e.conftest import TIMEOUT, Certificate, LockedGateway
 
+pytestmark = pytest.mark.alone
+
 METHODS = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].methods
 HALF_OPEN = 10_000
 DAY = datetime.timedelta(days=1)
