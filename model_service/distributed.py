@@ -90,6 +90,9 @@ class Shards:
     def _describe_loss(self, error: Exception) -> str:
         if local_world_size() < len(self._pids):
             return f"lost a shard: {error}"  # no look at the processes of other machines
+        # A process that is being killed closes its connections a moment before it is gone.
+        others = [int(pid) for pid in self._pids if pid != os.getpid()]
+        psutil.wait_procs([psutil.Process(pid) for pid in others if psutil.pid_exists(pid)], 1.0)
         states = {rank: _state(int(pid)) for rank, pid in enumerate(self._pids)}
         lost = [
             f"rank {rank} (pid {self._pids[rank]}) {state}"

@@ -31,6 +31,10 @@ from serving.tls import PeerCertificates, ServerCertificates, TlsFiles
 
 __all__ = ["Health", "Running", "Service", "channel", "running", "serve"]
 
+# Seconds from NOT_SERVING to the end of the listener: gRPC's core cancels a call that arrives while
+# it shuts down before any handler sees it, so whoever follows health gets the time to leave.
+FAREWELL = 0.5
+
 _log = structlog.stdlib.get_logger(__name__)
 
 
@@ -219,6 +223,7 @@ async def _stop(server: grpc.aio.Server, service: Service, state: Health, grace:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + grace
     await state.drain()
+    await asyncio.sleep(min(FAREWELL, grace))
     try:
         if service.drain is not None:
             async with asyncio.timeout_at(deadline):

@@ -1,7 +1,8 @@
 """Every process is restarted, one after the other, under load that never pauses: no call fails.
 
 The clients do what gRPC's own libraries do when told: they know both gateways, call those whose
-health service says SERVING, and retry a call that ended as UNAVAILABLE before it had an answer.
+health service says SERVING, wait while none does, and retry a call that ended as UNAVAILABLE before
+it had an answer.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ SERVICE_CONFIG = {
     "methodConfig": [
         {
             "name": [{"service": "llama.v1.ChatService"}],
+            # The only tokenizer service is restarted, too: no gateway serves for a moment.
+            "waitForReady": True,
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.1s",
