@@ -156,7 +156,6 @@ class Accounting:
         metrics.prompt_tokens.labels(key).inc(cost.prompt_tokens)
         metrics.cached_prompt_tokens.labels(key).inc(cost.cached_prompt_tokens)
         metrics.completion_tokens.labels(key).inc(cost.completion_tokens)
-        metrics.failovers.inc(cost.resumed)
         for reason, count in cost.finish_reasons.items():
             metrics.finished.labels(reason).inc(count)
         if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):

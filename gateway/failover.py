@@ -43,6 +43,7 @@ class ResumableSequence:
         """Only replicas with this `fingerprint` run it: others would go on differently."""
         self.fingerprint = fingerprint
         self.resumed = 0  # how often it went on after its replica was lost
+        self.lost = False  # its replica was, and it has no other yet
         self._start = start
         self._deliver = deliver
         self._placement = placement
@@ -53,7 +54,6 @@ class ResumableSequence:
         self._replica: Replica | None = None
         self._running: RunningSequence | None = None
         self._restarts = 0
-        self._lost = False
         self._cancelled = self._ended = False
         self._clock = _Clock()
 
@@ -64,8 +64,8 @@ class ResumableSequence:
 
     def run_at(self, replica: Replica) -> None:
         """Begins there, or goes on."""
-        self.resumed += self._lost
-        self._lost = False
+        self.resumed += self.lost
+        self.lost = False
         self._clock.begin()
         self._replica = replica
         self._running = replica.start(self._remainder(), self._call_id, self._take)
@@ -132,7 +132,7 @@ class ResumableSequence:
         if replica is not None and replica.info is not None:
             replica.refused()
         else:
-            self._lost = True
+            self.lost = True
         if self._cancelled:
             self._end_cancelled()
         elif self._restarts == MOST_RESTARTS:

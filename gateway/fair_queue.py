@@ -29,10 +29,10 @@ class FairQueue:
 
     @property
     def waiting_tokens(self) -> Mapping[str, int]:
-        """The tokens of waiting claims, by key."""
+        """The tokens of waiting claims, by key; may be asked from any thread."""
         tokens: dict[str, int] = {}
-        for level in self._levels.values():
-            for key, backlog in level.backlogs.items():
+        for level in [*self._levels.values()]:
+            for key, backlog in [*level.backlogs.items()]:
                 tokens[key] = tokens.get(key, 0) + backlog
         return tokens
 

@@ -5,11 +5,13 @@ between tokens, which is observed with every token and therefore kept in the che
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from gateway.admission import Admission
 from gateway.backend import Backend
+from gateway.named_streams import NamedStreams
+from llama.v1.operator_pb2 import PEER_STATE_UNSPECIFIED, PeerState
 from serving import histogram
 from serving.metrics import histogram_family
 
@@ -20,6 +22,12 @@ INTER_TOKEN_SECONDS = (
 )
 REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 CANCELLED_TOKENS = (0, 1, 4, 16, 64, 256, 1024, 4096)
+
+_STATES = {
+    state: name.removeprefix("PEER_STATE_").lower()
+    for name, state in PeerState.items()
+    if state != PEER_STATE_UNSPECIFIED
+}
 
 
 class RequestMetrics:
@@ -64,11 +72,6 @@ class RequestMetrics:
             ["finish_reason"],
             registry=None,
         )
-        self.failovers = Counter(
-            "chasqui_gateway_failovers_total",
-            "How often answers went on at another replica, because theirs was lost.",
-            registry=None,
-        )
         self.cancelled_tokens = Histogram(
             "chasqui_gateway_cancelled_after_tokens",
             "Tokens that answers had when their request was cancelled or its deadline passed.",
@@ -84,7 +87,6 @@ class RequestMetrics:
             self.cached_prompt_tokens,
             self.completion_tokens,
             self.finished,
-            self.failovers,
             self.cancelled_tokens,
         ):
             yield from metric.collect()
@@ -96,11 +98,12 @@ class RequestMetrics:
 
 
 class StateMetrics:
-    """How the gateway is now, read when Prometheus asks."""
+    """How the gateway is now, read when Prometheus asks; that is in a thread of its own."""
 
-    def __init__(self, backend: Backend, admission: Admission) -> None:
+    def __init__(self, backend: Backend, admission: Admission, streams: NamedStreams) -> None:
         self._backend = backend
         self._admission = admission
+        self._streams = streams
 
     def collect(self) -> Iterable[Metric]:
         running = GaugeMetricFamily(
@@ -122,13 +125,27 @@ class StateMetrics:
             "chasqui_gateway_tokenizer_ready", "1 while the tokenizer service can be used, else 0."
         )
         tokenizer.add_metric((), self._backend.tokenizer.ready)
-        return [running, queued, tokens, tokenizer, *self._replicas()]
+        detached = GaugeMetricFamily(
+            "chasqui_gateway_detached_streams", "Named streams that run while no call reads them."
+        )
+        detached.add_metric((), self._streams.detached)
+        failovers = CounterMetricFamily(
+            "chasqui_gateway_failovers",
+            "How often sequences went on at another replica, because theirs was lost.",
+        )
+        failovers.add_metric((), self._backend.replicas.failovers)
+        return [running, queued, tokens, tokenizer, detached, failovers, *self._replicas()]
 
     def _replicas(self) -> Iterable[Metric]:
         ready = GaugeMetricFamily(
             "chasqui_gateway_replica_ready",
             "1 while the replica takes work, else 0.",
             labels=["replica"],
+        )
+        states = GaugeMetricFamily(
+            "chasqui_gateway_replica_state",
+            "1 of the state that the replica is in, 0 of the others.",
+            labels=["replica", "state"],
         )
         outstanding = GaugeMetricFamily(
             "chasqui_gateway_replica_outstanding_tokens",
@@ -137,5 +154,8 @@ class StateMetrics:
         )
         for replica in self._backend.replicas.replicas:
             ready.add_metric([replica.target], replica.ready)
+            current = replica.peer.state
+            for state, name in _STATES.items():
+                states.add_metric([replica.target, name], state == current)
             outstanding.add_metric([replica.target], replica.outstanding_tokens)
-        return ready, outstanding
+        return ready, states, outstanding

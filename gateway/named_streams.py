@@ -52,8 +52,8 @@ class NamedStreams:
 
     @property
     def detached(self) -> int:
-        """How many run while no call reads them."""
-        return sum(stream.runs_unread for stream in self._streams.values())
+        """How many run while no call reads them; may be asked from any thread."""
+        return sum(stream.runs_unread for stream in [*self._streams.values()])
 
     def open(
         self, name: str, events: AsyncGenerator[ResponseT, None], within: float | None

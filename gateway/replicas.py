@@ -33,6 +33,7 @@ class ReplicaPool:
         connect: Connect,
     ) -> None:
         """`changed` is called when `ready_count` may have changed."""
+        self.failovers = 0  # how often sequences went on at another replica
         self._options = options
         self._connect = connect
         self._discovery = Discovery(targets)
@@ -45,12 +46,15 @@ class ReplicaPool:
 
     @property
     def replicas(self) -> list[Replica]:
-        """Those that are named or found, and those that still finish what they run, by address."""
+        """Those that are named or found, and those that still finish what they run, by address;
+        may be asked from any thread.
+        """
         return sorted(self._all, key=lambda replica: replica.target)
 
     @property
     def _all(self) -> list[Replica]:
-        return [replica for replica, _ in self._members.values()]
+        # Copied first: other threads look, too, while members come and go.
+        return [replica for replica, _ in [*self._members.values()]]
 
     @property
     def ready_count(self) -> int:
@@ -132,6 +136,7 @@ class ReplicaPool:
         if replica is None:
             return False
         replica.prefixes.add(digests)
+        self.failovers += sequence.lost
         sequence.run_at(replica)
         return True
 

@@ -92,7 +92,7 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
         drain=streams.drain,
         authorize=authorizer(settings),
         options=connection_options(settings),
-        collectors=[requests, StateMetrics(backend, servicer.admission)],
+        collectors=[requests, StateMetrics(backend, servicer.admission, streams)],
     )
 
 

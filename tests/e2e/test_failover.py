@@ -124,6 +124,8 @@ async def test_streams_outlive_two_of_three_replicas(fleet: RunFleet, end: signa
                 running.models[number].send(end)
         assert_same(streams.answers, expected)
         assert resumed(streams.answers) >= STREAMS / 4
+        failovers = running.gateway.scrape().value("chasqui_gateway_failovers_total")
+        assert failovers == resumed(streams.answers)
         for model in running.models[:2]:
             if end == signal.SIGKILL:
                 back.enter_context(model.again())
@@ -142,4 +144,6 @@ async def test_streams_outlive_a_shard_and_its_replica_comes_back(fleet: RunFlee
             running.models[0].send(signal.SIGKILL, rank=1)
         assert_same(streams.answers, expected)
         assert resumed(streams.answers) >= STREAMS / 4
+        failovers = running.gateway.scrape().value("chasqui_gateway_failovers_total")
+        assert failovers == resumed(streams.answers)
         await assert_all_serve(running)

@@ -8,6 +8,7 @@ import pytest
 
 from llama.v1.chat_pb2 import (
     ROLE_USER,
+    CancelRequest,
     ChatCompleteRequest,
     Dialog,
     Message,
@@ -57,6 +58,34 @@ async def test_gateway_counts_answers_and_their_tokens(chat: Any, stack: Any) ->
         used = sum(getattr(usage, kind) for usage in usages)
         assert gateway(f"chasqui_gateway_{kind}_total", key="") == used
     assert gateway("chasqui_gateway_completion_tokens_total") == 32
+
+
+def test_tokens_are_counted_by_the_name_of_the_key(locked: Any) -> None:
+    gateway = Difference(locked.process)
+    with locked.client() as friend:
+        answer = friend.complete(PROMPT, max_gen_len=3, ignore_eos=True)
+    for kind in ("prompt_tokens", "cached_prompt_tokens", "completion_tokens"):
+        used = getattr(answer.usage, kind)
+        assert gateway(f"chasqui_gateway_{kind}_total", key="friend") == used
+        assert gateway(f"chasqui_gateway_{kind}_total", key="") == 0
+
+
+async def test_named_streams_without_a_reader_are_counted(chat: Any, stack: Any) -> None:
+    def detached() -> float:
+        return float(stack.gateway.scrape().value("chasqui_gateway_detached_streams"))
+
+    # More sequences than run at once: the stream outlasts the scrapes.
+    sampling = exactly(200)
+    request = TextCompleteStreamRequest(
+        request_id="left", prompts=[PROMPT] * 64, sampling=sampling, n=4
+    )
+    stream = chat.TextCompleteStream(request)
+    await stream.read()
+    assert detached() == 0
+    stream.cancel()
+    until(lambda: detached() == 1)
+    await chat.Cancel(CancelRequest(request_id="left"))
+    assert detached() == 0
 
 
 async def test_model_counts_its_steps_and_what_they_computed(chat: Any, stack: Any) -> None:
@@ -132,6 +161,8 @@ async def test_state_of_every_service_is_scraped(chat: Any, stack: Any) -> None:
     gateway = stack.gateway.scrape()
     replica = {"replica": stack.model.address}
     assert gateway.value("chasqui_gateway_replica_ready", **replica) == 1
+    assert gateway.value("chasqui_gateway_replica_state", **replica, state="serving") == 1
+    assert gateway.value("chasqui_gateway_replica_state", **replica) == 1
     assert gateway.value("chasqui_gateway_replica_outstanding_tokens", **replica) == 0
     assert gateway.value("chasqui_gateway_running_sequences") == 0
     assert gateway.value("chasqui_calls_in_flight", grpc_service="llama.v1.ChatService") == 0
