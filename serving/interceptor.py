@@ -90,11 +90,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def respond(requests: AsyncIterator[object], context: Context) -> object:
             with (
                 structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}),
-                tracing.call(method, metadata) if traced else contextlib.nullcontext(),
+                contextlib.ExitStack() as span,
             ):
                 async with _answering(call, context):
                     if self._authorize is not None:
                         caller.identify(self._authorize(method, metadata))
+                    if traced:  # a stranger's traceparent would add to others' traces
+                        span.enter_context(tracing.call(method, metadata))
                     if handler.request_streaming:
                         return await _call(handler, requests, context)
                     request = parse(await self._only_one(context))

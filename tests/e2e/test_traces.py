@@ -1,8 +1,10 @@
 """Traces as an OTLP collector gets them."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,6 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from llama.v1 import chat_pb2_grpc
 from llama.v1.chat_pb2 import TextCompleteRequest
 from llama.v1.sampling_pb2 import SamplingParams
+from tests.e2e.conftest import Stack, start_gateway
 
 GATEWAY = "llama.v1.ChatService"
 TOKENIZER = "llama.v1.TokenizerService"
@@ -20,6 +23,8 @@ MODEL = "llama.v1.ModelService"
 PROMPT = "The llama walks over the bridge"
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 UNSAMPLED = "11111111111111111111111111111111"
+FRIENDS, STRANGERS = "22222222222222222222222222222222", "33333333333333333333333333333333"
+KEY = "a key that is long enough"
 
 
 @dataclass
@@ -49,9 +54,12 @@ def attributes(span: Span) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def collector(services: Callable[..., Any]) -> Iterator[Collector]:
+def collector(
+    services: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Collector]:
     """What the services sent of three calls, completions of 8 tokens; the first and second have a
-    trace of their caller's, which the caller does not sample for the second.
+    trace of their caller's, which the caller does not sample for the second. Further, of a call to
+    a gateway that asks for keys, and of another that has none.
     """
     found = Collector()
     server = grpc.server(ThreadPoolExecutor(4))
@@ -59,10 +67,12 @@ def collector(services: Callable[..., Any]) -> Iterator[Collector]:
     add_to_server(found, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    with services("mha-mp1", every={"otlp_endpoint": f"http://127.0.0.1:{port}"}) as stack:
+    every = {"otlp_endpoint": f"http://127.0.0.1:{port}"}
+    with services("mha-mp1", every=every) as stack:
         complete(stack.gateway.address, ("traceparent", f"00-{TRACE}-{CALLER}-01"))
         complete(stack.gateway.address, ("traceparent", f"00-{UNSAMPLED}-{CALLER}-00"))
         complete(stack.gateway.address, ("traceparent", "no such thing"))
+        call_with_and_without_key(stack, tmp_path_factory.mktemp("keys") / "keys.toml", every)
     yield found  # the services have ended, and sent all that they had
     server.stop(None)
 
@@ -73,6 +83,21 @@ def complete(address: str, *metadata: tuple[str, str]) -> None:
         stub: Any = chat_pb2_grpc.ChatServiceStub(channel)
         request = TextCompleteRequest(prompts=[PROMPT], sampling=sampling)
         stub.TextComplete(request, metadata=metadata)
+
+
+def call_with_and_without_key(stack: Stack, keys: Path, every: dict[str, str]) -> None:
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    keys.write_text(f'[[keys]]\nname = "friend"\nsha256 = "{digest}"\n')
+    gateway = start_gateway(stack.tokenizer, stack.model, api_keys=keys, **every)
+    try:
+        gateway.wait_until(serving=True)
+        authorization = ("authorization", f"Bearer {KEY}")
+        parent = f"00-{FRIENDS}-{CALLER}-01"
+        complete(gateway.address, ("traceparent", parent), authorization)
+        with pytest.raises(grpc.RpcError):
+            complete(gateway.address, ("traceparent", parent.replace(FRIENDS, STRANGERS)))
+    finally:
+        gateway.stop()
 
 
 def test_one_call_is_one_trace_over_all_services(collector: Collector) -> None:
@@ -109,9 +134,14 @@ def test_callers_decision_not_to_sample_holds(collector: Collector) -> None:
     assert not collector.trace(UNSAMPLED)
 
 
+def test_strangers_call_joins_no_trace(collector: Collector) -> None:
+    assert set(collector.trace(FRIENDS)) == {GATEWAY, TOKENIZER, MODEL}
+    assert not collector.trace(STRANGERS)
+
+
 def test_malformed_context_begins_a_trace_of_its_own(collector: Collector) -> None:
     gateways = [span for _, span in collector.spans if span.name == f"{GATEWAY}/TextComplete"]
-    [own] = [span for span in gateways if span.trace_id.hex() != TRACE]
+    [own] = [span for span in gateways if span.trace_id.hex() not in {TRACE, FRIENDS}]
     assert not own.parent_span_id
     assert set(collector.trace(own.trace_id.hex())) == {GATEWAY, TOKENIZER, MODEL}
 
