@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from llama.v1 import chat_pb2
+from llama.v1 import chat_pb2, operator_pb2
 from tests.e2e.conftest import Stack
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
@@ -34,6 +34,7 @@ DOCUMENTED = {
 }
 METHODS = [
     *chat_pb2.DESCRIPTOR.services_by_name["ChatService"].methods,
+    *operator_pb2.DESCRIPTOR.services_by_name["OperatorService"].methods,
     health_pb2.DESCRIPTOR.services_by_name["Health"].methods_by_name["Check"],
 ]
 
