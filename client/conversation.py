@@ -66,7 +66,7 @@ class Conversation:
     def ask(self, question: str) -> None:
         """Prints the answer while it is made. Ctrl-C ends it; what there is of it stays."""
         user: Message = {"role": "user", "content": question}
-        finish_reason = FinishReason.CANCELLED
+        finish_reason, categories = FinishReason.CANCELLED, tuple[str, ...]()
         deltas: list[Delta] = []
         dialog = self._dialog(first_turn=self._dropped_turns)
         with closing(self._client.chat_stream([*dialog, user], **self._options)) as stream:
@@ -79,10 +79,10 @@ class Conversation:
                             deltas.append(event)
                         case Finished():
                             finish_reason = event.finish_reason
+                            categories = event.safety_categories
             except KeyboardInterrupt:
                 pass  # leaving the stream cancels it
-        if finish_reason in _ENDINGS:
-            _note(f"({_ENDINGS[finish_reason]})")
+        _note_ending(finish_reason, categories)
         if self._options.get("logprobs"):
             _show([token for delta in deltas for token in delta.tokens])
         answer = "".join(delta.text for delta in deltas)
@@ -162,8 +162,15 @@ def print_choices(stream: Iterator[Event], n: int) -> None:
         match event:
             case Started():
                 _note(f"(answer {event.choice_index + 1} of {n}, seed {event.seed})")
-            case Finished() if event.finish_reason in _ENDINGS:
-                _note(f"({_ENDINGS[event.finish_reason]})")
+            case Finished():
+                _note_ending(event.finish_reason, event.safety_categories)
+
+
+def _note_ending(reason: FinishReason, categories: Sequence[str]) -> None:
+    """Says why an answer ended, where that is not plain to see, and what a classifier found."""
+    if reason in _ENDINGS:
+        found = f": {', '.join(categories)}" if categories else ""
+        _note(f"({_ENDINGS[reason]}{found})")
 
 
 def in_turn(stream: Iterator[Event]) -> Iterator[Event]:

@@ -76,6 +76,7 @@ class ChatPrediction:
     fingerprint: str
     dropped_turns: int
     choice_index: int
+    resumed: int = 0
     safety_categories: tuple[str, ...] = ()
 
     @property
@@ -95,6 +96,7 @@ class TextPrediction:
     seed: int
     fingerprint: str
     choice_index: int
+    resumed: int = 0
     safety_categories: tuple[str, ...] = ()
 
 
@@ -128,6 +130,7 @@ class Finished:
     choice_index: int
     finish_reason: FinishReason
     usage: Usage
+    resumed: int = 0
     safety_categories: tuple[str, ...] = ()
 
 
@@ -185,6 +188,7 @@ def chat_prediction(prediction: chat_pb2.ChatPrediction) -> ChatPrediction:
         fingerprint=prediction.fingerprint,
         dropped_turns=prediction.dropped_turns,
         choice_index=prediction.choice_index,
+        resumed=prediction.resumed,
         safety_categories=tuple(prediction.safety_categories),
     )
 
@@ -198,6 +202,7 @@ def text_prediction(prediction: chat_pb2.TextPrediction) -> TextPrediction:
         seed=prediction.seed,
         fingerprint=prediction.fingerprint,
         choice_index=prediction.choice_index,
+        resumed=prediction.resumed,
         safety_categories=tuple(prediction.safety_categories),
     )
 
@@ -278,6 +283,7 @@ def _finished(finished: chat_pb2.ChatFinished | chat_pb2.TextFinished, index: in
         choice_index=finished.choice_index,
         finish_reason=_finish_reason(finished.finish_reason),
         usage=_usage(finished.usage),
+        resumed=finished.resumed,
         safety_categories=tuple(finished.safety_categories),
     )
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from client import AsyncClient, Client, Delta, Event, Finished, FinishReason, Message, Started
 from client.conversation import in_turn
-from client.results import Usage, chat_prediction
+from client.results import Usage, chat_event, chat_prediction, text_prediction
 from llama.v1 import chat_pb2
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -73,6 +73,18 @@ def test_prompt_tokens_from_the_cache_are_told() -> None:
 
     assert prediction.usage.cached_prompt_tokens == 8
     assert prediction.choice_index == 2
+
+
+def test_results_tell_of_lost_replicas_and_of_the_classifiers_findings() -> None:
+    found: dict[str, Any] = {"resumed": 2, "safety_categories": ["weapons"]}
+    finished = chat_pb2.ChatCompleteStreamResponse(finished=chat_pb2.ChatFinished(**found))
+    for result in (
+        chat_prediction(chat_pb2.ChatPrediction(**found)),
+        text_prediction(chat_pb2.TextPrediction(**found)),
+        chat_event(finished),
+    ):
+        assert not isinstance(result, Started | Delta)
+        assert (result.resumed, result.safety_categories) == (2, ("weapons",))
 
 
 @given(st.data())
