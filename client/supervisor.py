@@ -28,6 +28,9 @@ import grpc
 
 from client.channel import channel_options
 
+# How variables begin that each service needs for itself: with one for all they would not find each
+# other (TLS), or share a port.
+OF_ONE_SERVICE = ("CHASQUI_TLS_", "CHASQUI_PEER_", "CHASQUI_HEALTH_PORT", "CHASQUI_METRICS_PORT")
 # The distribution's extras, each with a module that it alone brings.
 EXTRAS = {"serving": "grpc_health", "tokenizer": "sentencepiece", "model": "torch"}
 GUARD = "read _; kill -TERM 0"
@@ -153,6 +156,7 @@ class Supervisor:
     async def start(self) -> str:
         """Starts the services, waits until the gateway is SERVING, returns its address."""
         _require_extras()
+        _refuse_variables_of_one_service()
         self._guard = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", GUARD, stdin=PIPE, process_group=0
         )
@@ -344,6 +348,15 @@ def _require_extras() -> None:
             f"the services are not installed here: install chasqui with its extras "
             f"{', '.join(missing)}, as pip install '.[all]' does in the source tree, or start the "
             "services elsewhere and name their --target"
+        )
+
+
+def _refuse_variables_of_one_service() -> None:
+    given = sorted(name for name in os.environ if name.startswith(OF_ONE_SERVICE))
+    if given:
+        raise SupervisorError(
+            f"{', '.join(given)} would hold for all services, and each needs its own: unset them, "
+            "or start the services one by one"
         )
 
 
