@@ -11,6 +11,7 @@ import yaml
 
 from gateway.settings import GatewaySettings
 from model_service.settings import ModelSettings
+from safety_service.__main__ import SafetySettings
 from serving.settings import ENV_PREFIX, ServerSettings, parse
 from tests.deploy.kustomize import Manifest, build, pod_templates
 from tokenizer_service.__main__ import TokenizerSettings
@@ -19,10 +20,13 @@ ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
+# What a component builds on.
+NEEDS = {"safety-security": ["safety", "security"]}
 
 SERVICES: dict[str, type[ServerSettings]] = {
     "gateway": GatewaySettings,
     "tokenizer": TokenizerSettings,
+    "safety": SafetySettings,
     "model": ModelSettings,
 }
 # What the images read besides the services' settings.
@@ -58,11 +62,12 @@ ReadSettings = Callable[[str, dict[str, str]], ServerSettings]
 def manifests(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Manifest]:
-    """Each overlay as it is, and the demonstration with each component."""
+    """Each overlay as it is, and the demonstration with each component and what that needs."""
     overlay, _, component = request.param.partition(" + ")
+    components = [*NEEDS.get(component, []), component] if component else []
     kustomization = {
         "resources": [str(KUBERNETES / "overlays" / overlay)],
-        "components": [str(KUBERNETES / "components" / component)] if component else [],
+        "components": [str(KUBERNETES / "components" / name) for name in components],
     }
     folder = tmp_path_factory.mktemp("overlay")
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))

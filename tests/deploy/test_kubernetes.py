@@ -144,7 +144,11 @@ def test_gateway_finds_its_services_by_name(
     }
     [gateway] = [pod for pod in pods if pod.component == "gateway"]
     assert gateway.environment["CHASQUI_MODEL_TARGETS"].startswith("dns:///")
-    for target in ("CHASQUI_TOKENIZER_TARGET", "CHASQUI_MODEL_TARGETS"):
+    variables = {"CHASQUI_TOKENIZER_TARGET", "CHASQUI_MODEL_TARGETS", "CHASQUI_SAFETY_TARGET"}
+    assert ("safety" in {pod.component for pod in pods}) == (
+        "CHASQUI_SAFETY_TARGET" in gateway.environment
+    )
+    for target in variables & gateway.environment.keys():
         name, _, port = gateway.environment[target].removeprefix("dns:///").rpartition(":")
         assert ports[name] == int(port)
         component = name.removeprefix("chasqui-")
