@@ -10,6 +10,17 @@ from serving.settings import ENV_PREFIX
 from tests.deploy.conftest import IMAGE_VARIABLES, ROOT, SERVICES
 
 DOCUMENT = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+# What a deployment does not change, or changes by a further file, as files need mounts.
+COMPOSES_OWN = {"CHASQUI_HOST", "CHASQUI_PORT", "CHASQUI_DEVICE", "CHASQUI_HEALTH_PORT"}
+FILES = {
+    *("CHASQUI_TLS_CERT", "CHASQUI_TLS_KEY", "CHASQUI_TLS_CLIENT_CA", "CHASQUI_API_KEYS"),
+    *("CHASQUI_PEER_CA", "CHASQUI_PEER_CERT", "CHASQUI_PEER_KEY", "CHASQUI_PEER_NAME"),
+    *("CHASQUI_RULES", "CHASQUI_GUARD_POLICY"),
+}
+# Bounds on what strangers cost; they reach the gateway alone.
+OF_STRANGERS = {
+    *("CHASQUI_MAX_CONNECTIONS", "CHASQUI_MAX_CONCURRENT_STREAMS", "CHASQUI_RECEIVE_TIMEOUT"),
+}
 OURS = {name: DOCUMENT["services"][name] for name in SERVICES}
 
 
@@ -25,6 +36,13 @@ def test_service_runs_without_privileges_on_a_read_only_file_system(name: str) -
 def test_variables_are_settings_of_the_service(name: str) -> None:
     known = {ENV_PREFIX + field.upper() for field in SERVICES[name].model_fields}
     assert OURS[name]["environment"].keys() <= known | IMAGE_VARIABLES
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_setting_passes_through_that_is_not_composes_own(name: str) -> None:
+    known = {ENV_PREFIX + field.upper() for field in SERVICES[name].model_fields}
+    left_out = COMPOSES_OWN | FILES | (set() if name == "gateway" else OF_STRANGERS)
+    assert known - left_out <= OURS[name]["environment"].keys()
 
 
 @pytest.mark.parametrize("name", OURS)
