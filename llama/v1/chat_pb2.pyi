@@ -201,7 +201,9 @@ class Usage(_message.Message):
 
     @_builtins.property
     def compute(self) -> _duration_pb2.Duration:
-        """This request's share of model time: each step's time, split over the tokens it computed."""
+        """This request's share of model time: each step's time, split over the tokens it computed. What lost
+        replicas spent on it is not known.
+        """
 
     def __init__(
         self,
@@ -469,8 +471,9 @@ class ChatCompleteStreamRequest(_message.Message):
     request_id: _builtins.str
     """Names the stream, so that ResumeStream and Cancel can find it: 1 to 128 of A-Z, a-z, 0-9, ".", "_"
     and "-", best a random UUID (AIP-155). Named, it runs on for a grace time when its connection
-    breaks; ALREADY_EXISTS while the caller has another stream of this name. Absent: a broken
-    connection cancels it.
+    breaks, and the call's deadline holds until its first event alone. ALREADY_EXISTS while the caller
+    has another stream of this name, running or ended. Absent: a broken connection or a passed deadline
+    cancels it.
     """
     @_builtins.property
     def dialogs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dialog]:
@@ -800,8 +803,9 @@ class TextCompleteStreamRequest(_message.Message):
     request_id: _builtins.str
     """Names the stream, so that ResumeStream and Cancel can find it: 1 to 128 of A-Z, a-z, 0-9, ".", "_"
     and "-", best a random UUID (AIP-155). Named, it runs on for a grace time when its connection
-    breaks; ALREADY_EXISTS while the caller has another stream of this name. Absent: a broken
-    connection cancels it.
+    breaks, and the call's deadline holds until its first event alone. ALREADY_EXISTS while the caller
+    has another stream of this name, running or ended. Absent: a broken connection or a passed deadline
+    cancels it.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -114,14 +114,16 @@ class ChatServiceServicer(object):
     def ResumeStream(self, request, context):
         """Goes on with a stream whose connection broke, from the event after the last one that arrived.
         NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
-        the events asked for are no longer kept.
+        the events asked for are no longer kept, or not made yet. A call that reads the stream until then
+        ends with ABORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends a named stream, connected or not. What it used is free within one step. NOT_FOUND as above.
+        """Ends a named stream, connected or not, and forgets it; a call that reads it ends with CANCELLED.
+        What it used is free within one step. NOT_FOUND as above.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,10 +46,13 @@ class ChatServiceStub:
     ResumeStream: _grpc.UnaryStreamMultiCallable[_chat_pb2.ResumeStreamRequest, _chat_pb2.ResumeStreamResponse]
     """Goes on with a stream whose connection broke, from the event after the last one that arrived.
     NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
-    the events asked for are no longer kept.
+    the events asked for are no longer kept, or not made yet. A call that reads the stream until then
+    ends with ABORTED.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_chat_pb2.CancelRequest, _chat_pb2.CancelResponse]
-    """Ends a named stream, connected or not. What it used is free within one step. NOT_FOUND as above."""
+    """Ends a named stream, connected or not, and forgets it; a call that reads it ends with CANCELLED.
+    What it used is free within one step. NOT_FOUND as above.
+    """
     RenderPrompt: _grpc.UnaryUnaryMultiCallable[_chat_pb2.RenderPromptRequest, _chat_pb2.RenderPromptResponse]
     """The exact token ids and text that a dialog becomes. Spends no model time."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_chat_pb2.GetModelRequest, _chat_pb2.GetModelResponse]
@@ -73,10 +76,13 @@ class ChatServiceAsyncStub(ChatServiceStub):
     ResumeStream: _aio.UnaryStreamMultiCallable[_chat_pb2.ResumeStreamRequest, _chat_pb2.ResumeStreamResponse]  # type: ignore[assignment]
     """Goes on with a stream whose connection broke, from the event after the last one that arrived.
     NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
-    the events asked for are no longer kept.
+    the events asked for are no longer kept, or not made yet. A call that reads the stream until then
+    ends with ABORTED.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_chat_pb2.CancelRequest, _chat_pb2.CancelResponse]  # type: ignore[assignment]
-    """Ends a named stream, connected or not. What it used is free within one step. NOT_FOUND as above."""
+    """Ends a named stream, connected or not, and forgets it; a call that reads it ends with CANCELLED.
+    What it used is free within one step. NOT_FOUND as above.
+    """
     RenderPrompt: _aio.UnaryUnaryMultiCallable[_chat_pb2.RenderPromptRequest, _chat_pb2.RenderPromptResponse]  # type: ignore[assignment]
     """The exact token ids and text that a dialog becomes. Spends no model time."""
     GetModel: _aio.UnaryUnaryMultiCallable[_chat_pb2.GetModelRequest, _chat_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -127,7 +133,8 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_chat_pb2.ResumeStreamResponse], _abc.AsyncIterator[_chat_pb2.ResumeStreamResponse]]:
         """Goes on with a stream whose connection broke, from the event after the last one that arrived.
         NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
-        the events asked for are no longer kept.
+        the events asked for are no longer kept, or not made yet. A call that reads the stream until then
+        ends with ABORTED.
         """
 
     @_abc_1.abstractmethod
@@ -136,7 +143,9 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.CancelResponse, _abc.Awaitable[_chat_pb2.CancelResponse]]:
-        """Ends a named stream, connected or not. What it used is free within one step. NOT_FOUND as above."""
+        """Ends a named stream, connected or not, and forgets it; a call that reads it ends with CANCELLED.
+        What it used is free within one step. NOT_FOUND as above.
+        """
 
     @_abc_1.abstractmethod
     def RenderPrompt(
