@@ -70,7 +70,9 @@ def test_tokens_are_counted_by_the_name_of_the_key(locked: Any) -> None:
         assert gateway(f"chasqui_gateway_{kind}_total", key="") == 0
 
 
-async def test_named_streams_without_a_reader_are_counted(chat: Any, stack: Any) -> None:
+async def test_named_streams_without_a_reader_are_counted(
+    chat: Any, stack: Any, idle_load: Any
+) -> None:
     def detached() -> float:
         return float(stack.gateway.scrape().value("chasqui_gateway_detached_streams"))
 
@@ -86,6 +88,7 @@ async def test_named_streams_without_a_reader_are_counted(chat: Any, stack: Any)
     until(lambda: detached() == 1)
     await chat.Cancel(CancelRequest(request_id="left"))
     assert detached() == 0
+    await idle_load()
 
 
 async def test_model_counts_its_steps_and_what_they_computed(chat: Any, stack: Any) -> None:
