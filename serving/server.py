@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from serving import tracing
 from serving.errors import StartError
+from serving.garbage import keep_what_is_loaded
 from serving.health import Health
 from serving.interceptor import Authorize, CallInterceptor
 from serving.limits import Option, server_options
@@ -75,6 +76,7 @@ async def serve(settings: ServerSettings, service: Service) -> None:
     signalled = asyncio.create_task(_stop_signal())
     try:
         async with tracing.exporting(settings, service.names[0]), running(settings, service) as on:
+            keep_what_is_loaded()
             await asyncio.wait({signalled, on.background}, return_when=asyncio.FIRST_COMPLETED)
             if on.background.done():
                 on.background.result()

@@ -108,10 +108,14 @@ class ServiceProcess:
         """Waits for its health service to say so."""
         wait_until(self.address, serving)
 
+    def inspect(self) -> psutil.Process:
+        """To look at it from outside."""
+        return psutil.Process(self._process.pid)
+
     @property
     def resident_bytes(self) -> int:
         """Its memory; fails when it has died."""
-        resident: int = psutil.Process(self._process.pid).memory_info().rss
+        resident: int = self.inspect().memory_info().rss
         return resident
 
     def terminate(self) -> None:
@@ -127,9 +131,7 @@ class ServiceProcess:
             self._process.send_signal(signum)
             return
         [shard] = [
-            child
-            for child in psutil.Process(self._process.pid).children()
-            if child.environ().get("RANK") == str(rank)
+            child for child in self.inspect().children() if child.environ().get("RANK") == str(rank)
         ]
         shard.send_signal(signum)
 
