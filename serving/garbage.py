@@ -1,7 +1,7 @@
 """Python's cyclic garbage collector in a server. By itself it makes a full collection only when
 what became old since the last one is a quarter of all that is old. A server loads so much that this
-takes tens of thousands of objects: memory grows for many minutes by garbage that outlived the young
-generations, and a full collection walks all that never goes.
+takes tens of thousands of objects: garbage that outlived the young generations stays for many
+minutes, and a full collection walks all that never goes.
 """
 
 import gc
