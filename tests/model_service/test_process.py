@@ -1,5 +1,6 @@
 """The model service as a process, alone and under torchrun."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -74,8 +75,10 @@ def launch(golden: Path) -> Iterator[Start]:
 
     yield launch
     for process in started:
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launched = psutil.Process(process.popen.pid)
+            for each in (*launched.children(recursive=True), launched):
+                each.kill()
         process.popen.wait(timeout=30)
 
 
