@@ -1,18 +1,21 @@
 """What the way through gRPC costs: python -m bench.service
 
-The same prompts go to an engine in this process and, through the gateway's TextCompleteStream, to
-services on the same machine, in turn, round after round. Compared are tokens per second while all
-streams decode, and answer tokens over the time from the first request to the last token. The second
-has the prompts in it, which an engine takes in one step when all are there at once, and bit by bit
-when they arrive one after the other.
+The same prompts go to an engine in a process of its own and, through the gateway's
+TextCompleteStream, to services on the same machine; in turn, round after round. Only one of the two
+exists at a time: a second set of weights in memory slows the first. Compared are tokens per second
+while all streams decode, and answer tokens over the time from the first request to the last token.
+The second has the prompts in it, which an engine takes in one step when all are there at once, and
+bit by bit when they arrive one after the other.
 """
 
 import argparse
 import asyncio
+import multiprocessing
 import random
 import struct
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,14 +23,13 @@ from typing import Self
 import grpc
 
 from bench.checkpoint import ensure_checkpoint
-from bench.engine.session import FIRST_ORDINARY_ID, Session, Variant
+from bench.engine.session import FIRST_ORDINARY_ID, Session, Variant, session
 from bench.report import RESULTS, Row, make_report, result_folder, write_report
 from bench.shapes import SHAPES
 from bench.summary import summarize
 from client.supervisor import Deployment, in_background
 from demo.checkpoint import CHECKPOINT, TOKENIZER
 from llama.v1 import chat_pb2, chat_pb2_grpc, sampling_pb2
-from model_service.replica import load_replica
 
 Prompts = Sequence[tuple[int, ...]]
 
@@ -80,17 +82,25 @@ def main() -> None:
             "draft_tokens": 0,
         },
     )
-    direct = Session(load_replica(variant.options(most, length)))
-    rows = []
-    with in_background(services, log=lambda _name, _line: None) as address:
-        for streams in args.streams:
-            row = _measure(direct, address, shape.config.vocab_size, streams, args)
-            rows.append(row)
-            print(row)
+    source = random.Random(0)
+    prompts = [
+        _prompts(source, each, args.prompt, shape.config.vocab_size) for each in args.streams
+    ]
+    engine: list[list[Rates]] = []
+    service: list[list[Rates]] = []
+    for number in range(args.rounds):
+        engine.append(in_a_process(variant, prompts, args.answer))
+        with in_background(services, log=lambda _name, _line: None) as address:
+            service.append(asyncio.run(_through_grpc(address, prompts, args.answer)))
+        print(f"round {number + 1}: engine {engine[-1]}, service {service[-1]}", flush=True)
+    rows = [
+        _compared(streams, args, [each[i] for each in engine], [each[i] for each in service])
+        for i, streams in enumerate(args.streams)
+    ]
     report = make_report("service", rows, (), {"shape": args.shape, "quantize": args.quantize})
     result = result_folder(report, args.results) / args.shape
     write_report(report, result)
-    print(result / "result.md")
+    print(*rows, result / "result.md", sep="\n")
 
 
 def made_up_tokenizer(vocab_size: int) -> bytes:
@@ -108,26 +118,24 @@ def made_up_tokenizer(vocab_size: int) -> bytes:
     return bytes(model)
 
 
-def _measure(
-    direct: Session, address: str, vocab_size: int, streams: int, args: argparse.Namespace
+def _prompts(source: random.Random, count: int, length: int, vocab_size: int) -> Prompts:
+    return [
+        tuple(source.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(length))
+        for _ in range(count)
+    ]
+
+
+def _compared(
+    streams: int, args: argparse.Namespace, engine: Sequence[Rates], service: Sequence[Rates]
 ) -> Row:
-    source = random.Random(streams)
-    engine, service = [], []
-    for _ in range(args.rounds + 1):
-        prompts = [
-            tuple(source.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(args.prompt))
-            for _ in range(streams)
-        ]
-        engine.append(_through_engine(direct, prompts, args.answer))
-        service.append(asyncio.run(_through_grpc(address, prompts, args.answer)))
-    rounds = list(zip(engine[1:], service[1:], strict=True))
+    rounds = list(zip(engine, service, strict=True))
     ratios = summarize([b.decode / a.decode for a, b in rounds])
     return Row(
         "service",
         {"streams": streams, "prompt_tokens": args.prompt, "answer_tokens": args.answer},
         {
-            "engine_tokens_per_s": summarize([a.decode for a, _ in rounds]).median,
-            "service_tokens_per_s": summarize([b.decode for _, b in rounds]).median,
+            "engine_tokens_per_s": summarize([a.decode for a in engine]).median,
+            "service_tokens_per_s": summarize([b.decode for b in service]).median,
             "ratio": ratios.median,
             "low": ratios.low,
             "high": ratios.high,
@@ -136,7 +144,23 @@ def _measure(
     )
 
 
-def _through_engine(direct: Session, prompts: Prompts, answer: int) -> Rates:
+def in_a_process(variant: Variant, prompts: Sequence[Prompts], answer: int) -> list[Rates]:
+    """`through_engine` in a process that ends with it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(through_engine, variant, prompts, answer).result()
+
+
+def through_engine(variant: Variant, prompts: Sequence[Prompts], answer: int) -> list[Rates]:
+    """The rates of each group of prompts, after one uncounted pass of all."""
+    most, length = max(map(len, prompts)), len(prompts[0][0]) + answer
+    with session(variant.options(most, length)) as direct:
+        for each in prompts:
+            _through_session(direct, each, answer)
+        return [_through_session(direct, each, answer) for each in prompts]
+
+
+def _through_session(direct: Session, prompts: Prompts, answer: int) -> Rates:
     started = time.perf_counter()
     arrivals: dict[int, list[float]] = {
         direct.add(prompt, answer, logprobs=True): [] for prompt in prompts
@@ -149,13 +173,21 @@ def _through_engine(direct: Session, prompts: Prompts, answer: int) -> Rates:
     return Rates.of(started, [*arrivals.values()])
 
 
-async def _through_grpc(address: str, prompts: Prompts, answer: int) -> Rates:
-    """Each prompt on a stream of its own."""
+async def _through_grpc(address: str, prompts: Sequence[Prompts], answer: int) -> list[Rates]:
+    """As `through_engine`, each prompt on a stream of its own."""
     async with grpc.aio.insecure_channel(address) as channel:
         await channel.channel_ready()
         stub = chat_pb2_grpc.ChatServiceStub(channel)
-        started = time.perf_counter()
-        arrivals = await asyncio.gather(*(_stream(stub, prompt, answer) for prompt in prompts))
+        for each in prompts:
+            await _through_streams(stub, each, answer)
+        return [await _through_streams(stub, each, answer) for each in prompts]
+
+
+async def _through_streams(
+    stub: "chat_pb2_grpc.ChatServiceAsyncStub", prompts: Prompts, answer: int
+) -> Rates:
+    started = time.perf_counter()
+    arrivals = await asyncio.gather(*(_stream(stub, prompt, answer) for prompt in prompts))
     if {len(times) for times in arrivals} != {answer}:
         raise RuntimeError(f"answers of other lengths than {answer} tokens")
     return Rates.of(started, arrivals)
