@@ -26,7 +26,7 @@ chat: env ## start all services on the demonstration checkpoint and talk; ASK="â
 	@$(BIN)/chasqui chat --serve $(if $(ASK),--ask "$(ASK)")
 
 test: env ## run all tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/pytest -m alone
 
 lint: env ## formatting, types, import rules, proto style, stale generated code

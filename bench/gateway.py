@@ -35,9 +35,11 @@ class Latencies:
 
     first_token: list[float] = field(default_factory=list)
     inter_token: list[float] = field(default_factory=list)
+    arrivals: int = 0
 
     def take(self, sent: float, arrivals: Sequence[float]) -> None:
         """One stream's: when it was asked for, and when its tokens came."""
+        self.arrivals += len(arrivals)
         self.first_token.append(arrivals[0] - sent)
         self.inter_token += [b - a for a, b in itertools.pairwise(arrivals)]
 
@@ -104,7 +106,11 @@ async def _measure(
     return Row(
         "gateway",
         {"streams": streams, "prompt_tokens": args.prompt, "answer_tokens": args.answer},
-        {"cpu_us_per_token": cpu / tokens * 1e6, **_compared(direct, through)},
+        {
+            "cpu_us_per_token": cpu / tokens * 1e6,
+            "tokens_per_message": tokens / through.arrivals,
+            **_compared(direct, through),
+        },
     )
 
 
@@ -158,7 +164,7 @@ async def _stream(
     answer: int,
     latencies: Latencies,
 ) -> None:
-    """One stream through the gateway; a text delta is a token, as whole pieces arrive."""
+    """One stream through the gateway. Tokens that came in one delta count once, as one arrival."""
     request = chat_pb2.TextCompleteStreamRequest(
         prompt_ids=[sampling_pb2.TokenIds(ids=prompt)], sampling=_sampling(answer)
     )

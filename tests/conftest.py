@@ -1,8 +1,10 @@
 """Settings of all tests."""
 
 import os
+import signal
 
 import hypothesis
+import pytest
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -11,3 +13,12 @@ hypothesis.settings.load_profile("untimed")
 # The servers that tests start take their settings from the test and from nowhere else.
 for name in [name for name in os.environ if name.startswith("CHASQUI_")]:
     del os.environ[name]
+
+# A shell that runs the tests in the background has interrupts ignored, and what is ignored stays so
+# in every child: no command under test would hear of Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first, so that no worker waits for it alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -149,7 +149,7 @@ async def asks_wrongly(caller: Caller) -> None:
 
 async def asks_more_than_the_context(caller: Caller) -> None:
     """Found by the tokenizer only, so behind a queue that may be full."""
-    dialog = _user_says(caller.text(30) * 40)
+    dialog = _user_says("llama " * 1000)
     await caller.chat.ChatComplete(chat_pb2.ChatCompleteRequest(dialogs=[dialog]))
 
 

@@ -54,8 +54,6 @@ class Deployment:
 # Meta's answers, the checkpoint that serves them, and on how many shards.
 SERVED = [
     ("mha", "mha-mp1", 1),
-    ("mha", "mha-mp1", 2),
-    ("mha", "mha-mp2", 1),
     ("mha", "mha-mp2", 2),
     ("gqa", "gqa-mp2", 1),
     ("gqa", "gqa-mp4", 2),

@@ -121,6 +121,7 @@ async def soak(stack: Stack) -> tuple[Outcomes, dict[str, Resident]]:
     return outcomes, {name: each.after(WARM_UP) for name, each in samples.items()}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(SECONDS + 3 * TIMEOUT)
 async def test_mixed_load_leaves_nothing_behind(soaked: Stack) -> None:
     outcomes, memory = await soak(soaked)

@@ -23,7 +23,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
-from client import AsyncClient, ChasquiError, Client, Tls, UnreachableError
+from client import AsyncClient, ChasquiError, Client, Delta, Tls, UnreachableError
 from client.channel import open_aio_channel, open_channel
 from client.commands import main
 from llama.v1 import chat_pb2
@@ -193,9 +193,11 @@ async def test_friend_is_served_by_both_clients(locked: LockedGateway) -> None:
     address = locked.process.address
     async with AsyncClient(address, tls=locked.tls, api_key=locked.key) as friend:
         answer = await friend.complete("Llamas", max_gen_len=2)
-        deltas = [event async for event in friend.complete_stream("Llamas", max_gen_len=2)]
+        events = [event async for event in friend.complete_stream("Llamas", max_gen_len=2)]
     with locked.client() as client:
-        assert len(list(client.complete_stream("Llamas", max_gen_len=2))) == len(deltas)
+        again = list(client.complete_stream("Llamas", max_gen_len=2))
+    texts = ["".join(e.text for e in each if isinstance(e, Delta)) for each in (events, again)]
+    assert texts[0] == texts[1]
     assert answer.usage.completion_tokens <= 2
 
 
