@@ -3,7 +3,7 @@
 import asyncio
 
 from gateway.backend import Backend
-from gateway.peer import connector
+from gateway.connect import connector
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
 from serving import core_log, logs

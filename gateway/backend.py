@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Sequence
 
 from gateway.classifier import Classifier
-from gateway.peer import Connect, plaintext
+from gateway.connect import Connect, plaintext
 from gateway.pool_options import PoolOptions
 from gateway.replicas import ReplicaPool
 from gateway.safety_options import SafetyOptions

@@ -12,12 +12,20 @@ import grpc
 import structlog
 
 from gateway import dialog
+from gateway.connect import Connect, connected
 from gateway.dialog import Message
-from gateway.peer import FIRST_PAUSE, Connect, Peer, connected, follow_health, keep_session
+from gateway.peer import (
+    FIRST_PAUSE,
+    Peer,
+    SessionEndedError,
+    answer,
+    call_metadata,
+    follow_health,
+    keep_session,
+)
 from gateway.safety_options import SafetyOptions
 from llama.v1 import chat_pb2, safety_pb2, safety_pb2_grpc
 from llama.v1.operator_pb2 import PEER_STATE_CONNECTING
-from serving import request_id, tracing
 from serving.errors import RequestError, unavailable
 
 SERVICE = "llama.v1.SafetyService"
@@ -56,13 +64,11 @@ class Classifier:
     ) -> None:
         self.unjudged = 0  # judgements that open mode went on without
         self.chunk = options.chunk
-        self.peer = Peer(options.target, self._followed)
+        self.peer = Peer(options.target, changed)
         self._timeout = options.timeout
         self._open = options.on_failure == "open"
-        self._changed = changed
         self._connect = connect
         self._stub: safety_pb2_grpc.SafetyServiceAsyncStub | None = None  # while connected
-        self._serving = asyncio.Event()
         self._unjudged_before_outage: int | None = None  # while there is one
 
     @property
@@ -90,7 +96,7 @@ class Classifier:
         while True:
             try:
                 async with asyncio.timeout_at(ends):
-                    await self._serving.wait()
+                    await self.peer.until_serving()
             except TimeoutError:
                 return self._failed(grpc.StatusCode.DEADLINE_EXCEEDED, expires=expires)
             found = await self._classify(request, ends - loop.time())
@@ -107,19 +113,13 @@ class Classifier:
         """The service's answer, or the status that came instead."""
         if self._stub is None:
             return grpc.StatusCode.UNAVAILABLE
-        call = self._stub.Classify(request, timeout=seconds, metadata=_metadata())
+        call = self._stub.Classify(request, timeout=seconds, metadata=call_metadata())
         try:
-            return await call
+            return await answer(call)
         except grpc.aio.AioRpcError as error:
             return error.code()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # The session has ended, and its channel with all calls.
+        except SessionEndedError:
             return grpc.StatusCode.UNAVAILABLE
-        finally:
-            call.cancel()
 
     def _failed(self, code: grpc.StatusCode, *, expires: bool) -> Judgement:
         message = _UNAVAILABLE
@@ -164,23 +164,9 @@ class Classifier:
                 self._stub = None
                 self.peer.become(PEER_STATE_CONNECTING, "the session broke")
 
-    def _followed(self) -> None:
-        if self.peer.serving:
-            self._serving.set()
-        else:
-            self._serving.clear()
-        self._changed()
-
 
 def _request(subject: Subject) -> safety_pb2.ClassifyRequest:
     if isinstance(subject, str):
         return safety_pb2.ClassifyRequest(text=subject)
     messages = [chat_pb2.Message(role=_ROLES[each.role], content=each.content) for each in subject]
     return safety_pb2.ClassifyRequest(dialog=chat_pb2.Dialog(messages=messages))
-
-
-def _metadata() -> tuple[tuple[str, str], ...]:
-    """By which the safety service's log lines and spans are found with the request's."""
-    current = request_id.current()
-    identity = () if current is None else ((request_id.METADATA_KEY, current),)
-    return (*identity, *tracing.metadata())

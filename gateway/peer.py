@@ -3,17 +3,14 @@ long as it lasts and begun anew when it breaks, for ever. Only cancelling, or a 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from collections.abc import Awaitable, Callable
+from typing import NoReturn, TypeVar
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from gateway.settings import GatewaySettings
 from llama.v1.operator_pb2 import (
     PEER_STATE_CONNECTING,
     PEER_STATE_NOT_SERVING,
@@ -21,13 +18,13 @@ from llama.v1.operator_pb2 import (
     PEER_STATE_SERVING,
     PeerState,
 )
-from serving.server import channel
-from serving.tls import PeerCertificates, TlsFiles
+from serving import request_id, tracing
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
-# Shorter than the longest pause, after which a session counts as one that had begun.
-CONNECT_SECONDS = 4.0
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -40,22 +37,35 @@ class UnfitPeerError(PeerError):
     """The peer is another one than this gateway needs."""
 
 
-@dataclass(slots=True)
-class Peer:
-    """A service behind this gateway and how it does; `changed` is called at each change of that."""
+class SessionEndedError(PeerError):
+    """The session that a call belonged to, and its channel, ended before the call did."""
 
-    target: str
-    changed: Callable[[], None]
-    state: "PeerState.ValueType" = PEER_STATE_CONNECTING
-    reason: str = "not connected yet"  # why it does not serve; empty while it does
+
+class Peer:
+    """A service behind this gateway and how it does."""
+
+    def __init__(self, target: str, changed: Callable[[], None]) -> None:
+        """`changed` is called at each change of how it does."""
+        self.target = target
+        self.state: PeerState.ValueType = PEER_STATE_CONNECTING
+        self.reason = "not connected yet"  # why it does not serve; empty while it does
+        self._changed = changed
+        self._serves = asyncio.Event()
 
     @property
     def serving(self) -> bool:
-        return self.state == PEER_STATE_SERVING
+        return self._serves.is_set()
+
+    async def until_serving(self) -> None:
+        await self._serves.wait()
 
     def become(self, state: "PeerState.ValueType", reason: str = "") -> None:
         self.state, self.reason = state, reason
-        self.changed()
+        if state == PEER_STATE_SERVING:
+            self._serves.set()
+        else:
+            self._serves.clear()
+        self._changed()
 
     def told(self, *, serving: bool) -> None:
         """What its health service said."""
@@ -63,45 +73,6 @@ class Peer:
             self.become(PEER_STATE_SERVING)
         else:
             self.become(PEER_STATE_NOT_SERVING, "takes no work: it starts, drains or is stalled")
-
-
-class Connect(Protocol):
-    """Makes channels."""
-
-    def __call__(self, target: str, name: str | None = None) -> grpc.aio.Channel:
-        """A new one to a target, which was found under this name if it is an address of one."""
-
-
-def plaintext(target: str, name: str | None = None) -> grpc.aio.Channel:  # noqa: ARG001
-    return channel(target)
-
-
-def connector(settings: GatewaySettings) -> Connect:
-    """How this gateway connects to the services behind it."""
-    if settings.peer_ca is None:
-        return plaintext
-    files = TlsFiles(settings.peer_cert, settings.peer_key, settings.peer_ca)
-    certificates = PeerCertificates(files, settings.peer_name)
-
-    def connect(target: str, name: str | None = None) -> grpc.aio.Channel:
-        return channel(target, certificates.expecting(name))
-
-    return connect
-
-
-@asynccontextmanager
-async def connected(
-    connect: Connect, target: str, name: str | None = None
-) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel for one session; a new one each time, as certificates may have changed meanwhile.
-
-    Where it cannot connect in time, the first call on it fails with the reason.
-    """
-    async with connect(target, name) as new:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await new.channel_ready()
-        yield new
 
 
 async def keep_session(peer: Peer, session: Callable[[], Awaitable[None]]) -> NoReturn:
@@ -140,6 +111,31 @@ async def follow_health(channel: grpc.aio.Channel, service: str, peer: Peer) -> 
     finally:
         call.cancel()
     raise PeerError("the health stream ended")
+
+
+async def answer(call: grpc.aio.UnaryUnaryCall[RequestT, ResponseT]) -> ResponseT:
+    """What a unary call gets; with its task, the call ends.
+
+    Raises:
+        grpc.aio.AioRpcError: it failed.
+        SessionEndedError: its channel was closed under it.
+    """
+    try:
+        return await call
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise SessionEndedError("the session ended") from None
+    finally:
+        call.cancel()
+
+
+def call_metadata() -> tuple[tuple[str, str], ...]:
+    """By which the peer's log lines and spans are found with those of the request."""
+    current = request_id.current()
+    identity = () if current is None else ((request_id.METADATA_KEY, current),)
+    return (*identity, *tracing.metadata())
 
 
 def _reasons(group: ExceptionGroup[Exception]) -> list[str]:

@@ -14,7 +14,8 @@ from typing import NoReturn
 import grpc
 import structlog
 
-from gateway.peer import Connect, Peer, PeerError, connected, follow_health, keep_session
+from gateway.connect import Connect, connected
+from gateway.peer import Peer, PeerError, follow_health, keep_session
 from gateway.prefix_index import BLOCK, PrefixIndex
 from llama.v1 import model_pb2, model_pb2_grpc
 from llama.v1.operator_pb2 import PEER_STATE_CONNECTING, PEER_STATE_NOT_SERVING

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import structlog
 
 from gateway.choice import choose
+from gateway.connect import Connect
 from gateway.discovery import Discovery
 from gateway.failover import ResumableSequence
-from gateway.peer import Connect, UnfitPeerError
+from gateway.peer import UnfitPeerError
 from gateway.pool_options import PoolOptions
 from gateway.prefix_index import block_digests
 from gateway.replica import Deliver, Replica

@@ -5,25 +5,27 @@ service that comes back with another model file is not used.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import grpc
 import structlog
 
+from gateway.connect import Connect, connected
 from gateway.detokenizer import Vocabulary
 from gateway.dialog import Segment
 from gateway.peer import (
     FIRST_PAUSE,
-    Connect,
     Peer,
+    SessionEndedError,
     UnfitPeerError,
-    connected,
+    answer,
+    call_metadata,
     follow_health,
     keep_session,
 )
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from llama.v1.operator_pb2 import PEER_STATE_CONNECTING
-from serving import request_id, tracing
 from serving.errors import RequestError, resource_exhausted, unavailable
 
 SERVICE = "llama.v1.TokenizerService"
@@ -41,10 +43,8 @@ class Tokenizer:
         self, target: str, changed: Callable[[], None], connect: Connect, patience: float
     ) -> None:
         """`patience` is how long a call waits for the service to come back, in seconds."""
-        self.peer = Peer(target, self._followed)
-        self._changed = changed
+        self.peer = Peer(target, changed)
         self._patience = patience
-        self._serving = asyncio.Event()
         self._connect = connect
         self._stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub | None = None  # while connected
         self._vocabulary: Vocabulary | None = None
@@ -105,22 +105,16 @@ class Tokenizer:
     ) -> tokenizer_pb2.EncodeResponse:
         """Encoding has no effect but its answer, so it is simply tried again."""
         while True:
-            await self._serving.wait()
+            await self.peer.until_serving()
             call = self._connected_stub.Encode(
-                request, timeout=time_remaining(), metadata=_metadata()
+                request, timeout=time_remaining(), metadata=call_metadata()
             )
-            try:
-                return await call
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in _CUT_OFF:
-                    raise _refusal(error) from error
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                # The session has ended, and its channel with all calls.
-            finally:
-                call.cancel()
+            with suppress(SessionEndedError):
+                try:
+                    return await answer(call)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() not in _CUT_OFF:
+                        raise _refusal(error) from error
             await asyncio.sleep(FIRST_PAUSE)
 
     @property
@@ -128,13 +122,6 @@ class Tokenizer:
         if self._stub is None:
             raise _unavailable()
         return self._stub
-
-    def _followed(self) -> None:
-        if self.ready:
-            self._serving.set()
-        else:
-            self._serving.clear()
-        self._changed()
 
     async def _session(self) -> None:
         async with connected(self._connect, self.peer.target) as channel:
@@ -161,13 +148,6 @@ class Tokenizer:
                 f"started ({self.fingerprint[:12]}): restart the gateway to use it"
             )
         _log.info("tokenizer service connected", peer=self.peer.target, tokens=len(response.pieces))
-
-
-def _metadata() -> tuple[tuple[str, str], ...]:
-    """By which the tokenizer service's log lines and spans are found with the request's."""
-    current = request_id.current()
-    identity = () if current is None else ((request_id.METADATA_KEY, current),)
-    return (*identity, *tracing.metadata())
 
 
 def _unavailable() -> RequestError:

@@ -10,7 +10,7 @@ import pytest
 import trustme
 
 from gateway.backend import Backend
-from gateway.peer import connector
+from gateway.connect import connector
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2

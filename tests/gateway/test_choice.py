@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from gateway.choice import choose
-from gateway.peer import plaintext
+from gateway.connect import plaintext
 from gateway.prefix_index import BLOCK, block_digests
 from gateway.replica import Replica
 from llama.v1.model_pb2 import GetLoadResponse, GetModelInfoResponse, StartSequence
