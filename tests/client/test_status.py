@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import Run
-from tests.e2e.conftest import ServiceProcess
+from tests.e2e.processes import ServiceProcess
 
 NOBODY = "127.0.0.1:1"
 

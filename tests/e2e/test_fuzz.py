@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llama.v1 import chat_pb2, operator_pb2
-from tests.e2e.conftest import Stack
+from tests.e2e.deployments import Stack
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 # docs/api.md; DEADLINE_EXCEEDED and CANCELLED are a caller's doing, and so a fault here.

@@ -1,13 +1,20 @@
 """Services that end and come back; each test has its own, as it ends some of them."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
-from llama.v1.chat_pb2 import TextCompleteRequest, TextCompleteStreamRequest, TextPrediction
+from llama.v1.chat_pb2 import (
+    GetModelRequest,
+    TextCompleteRequest,
+    TextCompleteStreamRequest,
+    TextPrediction,
+)
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams
 
@@ -37,6 +44,27 @@ def test_restarted_model_service_is_used_again_and_repeats_a_seeded_answer(own: 
             own.gateway.wait_until(serving=True)
             after = continue_text(stub)
     assert (after.generation, after.fingerprint) == (before.generation, before.fingerprint)
+
+
+def local_ports(address: str) -> set[int]:
+    """Of this process's connections to a server."""
+    own = psutil.Process().net_connections("tcp4")
+    port = int(address.rpartition(":")[2])
+    return {each.laddr.port for each in own if each.raddr and each.raddr.port == port}
+
+
+def test_old_connection_is_replaced_and_no_call_notices(
+    gateway_beside: Callable[..., Any],
+) -> None:
+    address = gateway_beside(max_connection_age=1).address
+    with grpc.insecure_channel(address) as channel:
+        stub = ChatServiceStub(channel)
+        stub.GetModel(GetModelRequest())
+        first = local_ports(address)
+        while local_ports(address) & first:
+            stub.GetModel(GetModelRequest())
+            time.sleep(0.05)  # between calls; the connection ages by itself
+        assert stub.GetModel(GetModelRequest()).replicas == 1
 
 
 def test_running_stream_finishes_while_the_gateway_drains(own: Any) -> None:

@@ -15,9 +15,10 @@ import pytest
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.operator_pb2 import GetStatusRequest, GetStatusResponse
 from llama.v1.operator_pb2_grpc import OperatorServiceStub
-from tests.e2e.conftest import TIMEOUT, Stack, start_gateway, start_model, start_tokenizer
+from tests.e2e.deployments import Stack
 from tests.e2e.memory import Resident, watch_memory, with_shards
 from tests.e2e.mixed_load import KINDS, Outcomes, mixed_load
+from tests.e2e.processes import TIMEOUT, start_gateway, start_model, start_tokenizer
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "120"))
 WARM_UP = min(60.0, SECONDS / 2)

@@ -27,7 +27,8 @@ from client import AsyncClient, ChasquiError, Client, Delta, Tls, UnreachableErr
 from client.channel import open_aio_channel, open_channel
 from client.commands import main
 from llama.v1 import chat_pb2
-from tests.e2e.conftest import TIMEOUT, Certificate, LockedGateway
+from tests.e2e.deployments import Certificate, LockedGateway
+from tests.e2e.processes import TIMEOUT
 
 pytestmark = pytest.mark.alone
 

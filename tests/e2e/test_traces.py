@@ -15,7 +15,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from llama.v1 import chat_pb2_grpc
 from llama.v1.chat_pb2 import TextCompleteRequest
 from llama.v1.sampling_pb2 import SamplingParams
-from tests.e2e.conftest import Stack, start_gateway
+from tests.e2e.deployments import Stack
+from tests.e2e.processes import start_gateway
 
 GATEWAY = "llama.v1.ChatService"
 TOKENIZER = "llama.v1.TokenizerService"
