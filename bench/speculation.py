@@ -2,7 +2,8 @@
 
 Two texts: dialogs whose last turn asks an earlier question again, so that the answer repeats; and
 single questions, answered at temperature 1 from the whole distribution, which repeat nothing. Each
-is answered with and without drafts in turn, round after round, and the tokens must be equal.
+is answered with and without drafts in turn, round after round, and the tokens must be equal. The
+ratio is the median of the rounds' ratios: a round's two halves meet the machine in the same minute.
 """
 
 import argparse
@@ -73,13 +74,14 @@ def _measure(
     engines = {drafts: _engine(streams, drafts) for drafts in (0, DRAFT_TOKENS)}
     rates: dict[int, list[float]] = {drafts: [] for drafts in engines}
     answers = {}
-    for _ in range(rounds + 1):  # the first is not counted
-        for drafts, engine in engines.items():
-            answers[drafts], tokens, seconds = _answer(engine, prompts, sampling)
+    for number in range(rounds + 1):  # the first is not counted
+        for drafts in sorted(engines, reverse=number % 2 == 0):
+            answers[drafts], tokens, seconds = _answer(engines[drafts], prompts, sampling)
             rates[drafts].append(tokens / seconds)
     if answers[0] != answers[DRAFT_TOKENS]:
         raise AssertionError("drafts changed an answer")
     without, with_drafts = (summarize(rates[drafts][1:]) for drafts in engines)
+    ratios = summarize([b / a for a, b in zip(*(r[1:] for r in rates.values()), strict=True)])
     load = engines[DRAFT_TOKENS].load()
     return Row(
         "speculation",
@@ -87,9 +89,9 @@ def _measure(
         {
             "without_tokens_per_s": without.median,
             "with_tokens_per_s": with_drafts.median,
-            "ratio": with_drafts.median / without.median,
-            "low": min(b / a for a, b in zip(*(r[1:] for r in rates.values()), strict=True)),
-            "high": max(b / a for a, b in zip(*(r[1:] for r in rates.values()), strict=True)),
+            "ratio": ratios.median,
+            "low": ratios.low,
+            "high": ratios.high,
             "drafted": load.drafted_tokens,
             "accepted": load.accepted_tokens,
         },
