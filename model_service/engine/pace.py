@@ -17,9 +17,6 @@ CONTRAST_EVERY = 8
 # Prompt tokens that steps take however much they cost, so that prompts get on; half as many where
 # that is the other number tried on purpose.
 FLOOR = 4
-# Prompt tokens that steps take however much they cost, so that prompts get on; half as many where
-# that is the other number tried on purpose.
-FLOOR = 4
 LEAST_COST = 1e-6  # decode-only steps per prompt token: where noise hides the cost
 
 
