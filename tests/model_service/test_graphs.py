@@ -74,9 +74,10 @@ def test_padding_changes_no_logits_and_no_block_of_a_sequence(
     plain.plan(spans)
     expected = network(tokens, positions, rows, plain)
     logits = graphs.forward(spans, tokens, positions, rows)
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    # Products of another number of rows add in another order.
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     for ours, theirs in zip(caches(padded), caches(plain), strict=True):
-        torch.testing.assert_close(ours[:, 1:], theirs[:, 1:], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours[:, 1:], theirs[:, 1:], atol=1e-4, rtol=1e-4)
 
 
 def test_only_the_wanted_rows_come_back(pair: Any) -> None:
