@@ -14,11 +14,11 @@ from model_service.model.attention import SequenceSpan
 from model_service.replica import ReplicaOptions, load_replica
 
 
-class Count(TorchDispatchMode):
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is called of torch.distributed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(

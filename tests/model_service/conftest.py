@@ -139,15 +139,18 @@ class FixedSdpaAttention(SdpaAttention):
 MakeAttention = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def flashinfer() -> Iterator[Any]:
-    """FlashInfer's stand-in, in its place while the backend is imported."""
-    sys.modules["flashinfer"] = flashinfer_double  # type: ignore[assignment]
-    yield flashinfer_double
-    del sys.modules["flashinfer"]
+    """FlashInfer's stand-in, in its place while a module's tests run."""
+    backend = "model_service.model.flashinfer_attention"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flashinfer", flashinfer_double)
+        patch.delitem(sys.modules, backend, raising=False)
+        yield flashinfer_double
+        sys.modules.pop(backend, None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def backends(flashinfer: Any) -> dict[str, MakeAttention]:
     """Both backends by name, each made from the cache's shape, the query heads and a dtype."""
     module = importlib.import_module("model_service.model.flashinfer_attention")

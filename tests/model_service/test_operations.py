@@ -18,8 +18,8 @@ TOKENS, QUERIES, KEYS, HEAD_DIM, DIM = 5, 4, 2, 8, 16
 
 @pytest.fixture(params=["plain", "fused"])
 def operations(request: Any, flashinfer: Any) -> Operations:
-    make = {"plain": PlainOperations, "fused": FusedOperations}[request.param]
-    return make(rotary_frequencies(HEAD_DIM, 64))
+    rotary = rotary_frequencies(HEAD_DIM, 64)
+    return PlainOperations(rotary) if request.param == "plain" else FusedOperations(rotary)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
