@@ -10,7 +10,8 @@ import atexit
 import bisect
 import logging
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -144,10 +145,10 @@ class GraphRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-        # A communicator is only taken down once no graph holds its kernels: handlers run in
-        # reverse order, so these graphs go before the process group does.
-        atexit.register(self._release)
+        # Who replays a graph keeps it. A communicator is only taken down once no graph holds its
+        # kernels: handlers run in reverse order, so these go before the process group does.
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        atexit.register(_release, self._graphs)
 
     def __call__(self, run: Run) -> Run:
         # Once outside of the graph: kernels are compiled and loaded, libraries make their handles.
@@ -161,12 +162,13 @@ class GraphRecorder:
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
             run()
-        self._graphs.append(graph)
+        self._graphs.add(graph)
         return graph.replay
 
-    def _release(self) -> None:
-        for graph in self._graphs:
-            graph.reset()
+
+def _release(graphs: Iterable[torch.cuda.CUDAGraph]) -> None:
+    for graph in graphs:
+        graph.reset()
 
 
 def record_decode(

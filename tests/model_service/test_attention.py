@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from model_service.model.attention import SequenceSpan, narrowed
+from model_service.model.attention import SdpaAttention, SequenceSpan, narrowed
+from model_service.model.backends import make_attention
 from tests.model_service.conftest import CACHE, HEADS, spread
 
 KV_HEADS, HEAD_DIM = CACHE.kv_heads, CACHE.head_dim
@@ -80,6 +81,13 @@ def test_a_cache_of_eight_bits_changes_attention_by_its_rounding(backends: Any, 
 def test_what_eight_bits_cannot_hold_becomes_their_largest() -> None:
     wide = torch.tensor([1e9, -500.0, 448.0, 0.5])
     assert narrowed(wide, torch.float8_e4m3fn).float().tolist() == [448.0, -448.0, 448.0, 0.5]
+
+
+def test_without_a_gpu_the_reference_attends() -> None:
+    backend = make_attention(
+        CACHE, torch.float32, torch.device("cpu"), torch.float32, heads=HEADS, max_batch_size=4
+    )
+    assert isinstance(backend, SdpaAttention)
 
 
 def test_a_step_in_any_order_is_attended(backends: Any) -> None:

@@ -103,6 +103,18 @@ def test_buckets_reach_the_largest_batch_and_waste_little(most: int) -> None:
         assert size - below - 1 <= max(7, size // 8)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_warm_up_touches_no_block_of_a_sequence(network: Any, pair: Any, rows: int) -> None:
+    limits = load(max_batch_size=rows, max_step_tokens=300, block_size=SHAPE.block_size).limits
+    backend = filled(pair[0])
+    before = [cache.clone() for cache in caches(backend)]
+    runner = ModelRunner(network, backend, PlanChannel(), CPU)
+    warm_up(runner, limits)
+    for cache, as_it_was in zip(caches(backend), before, strict=True):
+        assert torch.equal(cache[:, 1:], as_it_was[:, 1:])
+        assert not torch.equal(cache[:, 0], as_it_was[:, 0])
+
+
 @pytest.mark.parametrize("name", ["sdpa", "flashinfer"])
 def test_golden_cases_in_padded_steps(
     backends: Any, cases: Any, request_for: Any, run: Any, name: str
