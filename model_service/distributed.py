@@ -54,6 +54,14 @@ def initialize(device_type: str) -> torch.device:
     if not fairscale_groups.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
             fairscale_groups.initialize_model_parallel(dist.get_world_size())
+        if device_type == "cuda" and dist.get_world_size() > 1:
+            # NCCL makes a communicator when its group is first used: so here, before memory is
+            # measured and graphs are recorded. Binding the device in init_process_group would do
+            # that, too, but also for the default group and fairscale's groups of one rank each,
+            # which nobody uses on the device.
+            dist.all_reduce(
+                torch.zeros(1, device="cuda"), group=fairscale_groups.get_model_parallel_group()
+            )
     return torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
 
 

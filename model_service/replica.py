@@ -16,10 +16,13 @@ from model_service.arithmetic import Arithmetic, choose_arithmetic, choose_devic
 from model_service.engine.engine import Engine, EngineLimits
 from model_service.engine.plan_channel import LEADER, PlanChannel
 from model_service.engine.runner import ModelRunner
+from model_service.engine.warm_up import warm_up
 from model_service.memory import MemoryPlan, cache_tokens
-from model_service.model.attention import CacheShape, SdpaAttention
+from model_service.model.attention import CacheShape
+from model_service.model.backends import make_attention
 from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.config import ModelConfig
+from model_service.model.graphs import record_decode
 from model_service.model.network import load_network
 from model_service.model.quantization import Quantization
 from model_service.model.weights import packing
@@ -140,7 +143,24 @@ def load_replica(options: ReplicaOptions) -> Replica:
         dtype=dtype,
         device=device,
     )
-    runner = ModelRunner(network, SdpaAttention(cache, dtype, device), PlanChannel(), device)
+    attention = make_attention(
+        cache,
+        dtype,
+        device,
+        dtype,
+        heads=config.n_heads // shards,
+        max_batch_size=limits.max_batch_size,
+    )
+    graphs = record_decode(
+        network,
+        attention,
+        max_batch_size=limits.max_batch_size,
+        context_length=limits.context_length,
+        device=device,
+    )
+    runner = ModelRunner(network, attention, PlanChannel(), device, graphs)
+    if device.type == "cuda":
+        warm_up(runner, limits)
     info = ModelInfo(
         name=options.model_name or options.ckpt_dir.resolve().name,
         parameters=checkpoint.parameters,

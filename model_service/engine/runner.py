@@ -13,6 +13,7 @@ from model_service.engine.block_pool import PROBE_BLOCK
 from model_service.engine.plan import StepPlan
 from model_service.engine.plan_channel import PlanChannel
 from model_service.model.attention import AttentionBackend, SequenceSpan
+from model_service.model.graphs import DecodeGraphs
 from model_service.model.network import Transformer
 
 PROBE = StepPlan(
@@ -31,11 +32,14 @@ class ModelRunner:
         attention: AttentionBackend,
         channel: PlanChannel,
         device: torch.device,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
+        """Takes over the parts of one rank; with `graphs`, decode steps are replayed from them."""
         self._network = network
         self._attention = attention
         self._channel = channel
         self._device = device
+        self._graphs = graphs
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
@@ -47,6 +51,10 @@ class ModelRunner:
         """Leader: one token through all shards, to see that they answer; touches no sequence."""
         self.execute(PROBE)
 
+    def warm_up(self, plan: StepPlan) -> torch.Tensor:
+        """Every rank: runs a step that nobody sends; all must run the same ones, in one order."""
+        return self._forward(plan)
+
     def release_followers(self) -> None:
         """Leader: lets every follower return from `follow`."""
         self._channel.send(np.empty(0, dtype=np.int32))
@@ -57,13 +65,15 @@ class ModelRunner:
             self._forward(StepPlan.decode(vector))
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
-        self._attention.plan(plan.spans)
-        logits: torch.Tensor = self._network(
-            self._index(plan.tokens),
-            self._index(plan.positions),
-            self._index(plan.logit_rows),
-            self._attention,
+        tokens, positions, logit_rows = (
+            self._index(values) for values in (plan.tokens, plan.positions, plan.logit_rows)
         )
+        if self._graphs is not None:
+            replayed = self._graphs.forward(plan.spans, tokens, positions, logit_rows)
+            if replayed is not None:
+                return replayed
+        self._attention.plan(plan.spans)
+        logits: torch.Tensor = self._network(tokens, positions, logit_rows, self._attention)
         return logits
 
     def _index(self, values: Sequence[int] | np.ndarray) -> torch.Tensor:

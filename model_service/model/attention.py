@@ -48,6 +48,8 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """Writes the tokens' keys and values, then attends their queries over the cache.
 
+        The arguments need not be contiguous, but their last two dimensions are.
+
         Args:
             layer: whose part of the cache.
             query: [num_tokens, heads, head_dim].
@@ -57,6 +59,21 @@ class AttentionBackend(Protocol):
         Returns:
             [num_tokens, heads, head_dim].
         """
+
+
+def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values in the cache's dtype.
+
+    Into 8 bits without a scale: e4m3 has as fine a relative step at 2^-6 as at 448, so a scale
+    would move, not lessen, the error of what lies between, and would have to be calibrated. What
+    lies beyond becomes 448; of that, older PyTorch's conversion alone would make a NaN.
+    """
+    if x.dtype == dtype:
+        return x
+    if dtype.itemsize == 1:
+        most = torch.finfo(dtype).max
+        x = x.clamp(-most, most)
+    return x.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +102,24 @@ class SdpaAttention:
     into a buffer that all layers use, those of one token (decode) together, padded to the longest.
     """
 
-    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: CacheShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Allocates the cache; `kv_dtype` is how it holds keys and values, if not in `dtype`."""
         slots = shape.blocks * shape.block_size
         size = (shape.layers, slots, shape.kv_heads, shape.head_dim)
+        self._kv_dtype = kv_dtype or dtype
+        # Copying by indices is not there for 8-bit floats, but for bytes it is.
+        held = torch.uint8 if self._kv_dtype.itemsize == 1 else self._kv_dtype
         # Not zeroed: nobody reads a slot before its token is written, and untouched memory is free.
-        self._keys = torch.empty(size, dtype=dtype, device=device)
-        self._values = torch.empty(size, dtype=dtype, device=device)
+        self._keys = torch.empty(size, dtype=held, device=device)
+        self._values = torch.empty(size, dtype=held, device=device)
         # Where `_copied` puts keys and values; a new buffer in each layer would cost page faults.
-        self._buffers = [torch.empty(0, *size[2:], dtype=dtype, device=device) for _ in range(2)]
+        self._buffers = [torch.empty(0, *size[2:], dtype=held, device=device) for _ in range(2)]
         self._block_size = shape.block_size
         self._dtype = dtype
         self._device = device
@@ -120,16 +147,23 @@ class SdpaAttention:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        keys.index_copy_(0, self._new_slots, key)
-        values.index_copy_(0, self._new_slots, value)
+        keys.index_copy_(0, self._new_slots, self._held(key))
+        values.index_copy_(0, self._new_slots, self._held(value))
         output = torch.empty_like(query)
         for group in self._groups:
             if isinstance(group.slots, slice):
                 selected = keys[group.slots], values[group.slots]
             else:
                 selected = self._copied(keys, values, group.slots)
-            output[group.rows] = _attend(query[group.rows], *selected, group)
+            key, value = (self._read(each) for each in selected)
+            output[group.rows] = _attend(query[group.rows], key, value, group)
         return output
+
+    def _held(self, x: torch.Tensor) -> torch.Tensor:
+        return narrowed(x, self._kv_dtype).view(self._keys.dtype)
+
+    def _read(self, held: torch.Tensor) -> torch.Tensor:
+        return held.view(self._kv_dtype).to(self._dtype)
 
     def _copied(
         self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor

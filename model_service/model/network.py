@@ -6,6 +6,7 @@ forward on its shard; fairscale's layers do the all-reduces.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from model_service.model.attention import AttentionBackend
-from model_service.model.config import ROPE_THETA, ModelConfig
+from model_service.model.config import ModelConfig
+from model_service.model.operations import Operations, make_operations
 from model_service.model.weights import Pack
 
 # Weights that multiply the same input stand in one matrix, and need one pass over it: each name
@@ -62,31 +64,21 @@ def _sum_over_shards(x: torch.Tensor) -> torch.Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (Zhang and Sennrich, 2019), in float32."""
+    """The weight of a norm; operations compute it."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer of a step takes beside its input."""
 
-def rotary_frequencies(head_dim: int, length: int) -> torch.Tensor:
-    """Unit complex numbers [length, head_dim / 2] that rotate a pair of features at each position.
-
-    RoPE (Su et al., 2021), as `precompute_freqs_cis` in Meta's llama/model.py.
-    """
-    inverse = 1.0 / (ROPE_THETA ** (torch.arange(0, head_dim, 2).float() / head_dim))
-    angles = torch.outer(torch.arange(length).float(), inverse)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Rotates x [tokens, heads, head_dim] by rotary [tokens, head_dim / 2], neighbours in pairs."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotary.unsqueeze(1)).flatten(-2).type_as(x)
+    rotation: torch.Tensor  # of the operations, for the step's positions
+    operations: Operations
+    backend: AttentionBackend
 
 
 class Attention(nn.Module):
@@ -103,14 +95,12 @@ class Attention(nn.Module):
         self.wqkv = _column_parallel(config.dim, projections)
         self.wo = _row_parallel(config.n_heads * config.head_dim, config.dim)
 
-    def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor, backend: AttentionBackend
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         heads = _multiply(x, self.wqkv).view(len(x), -1, self.head_dim)
         value = heads[:, -self.kv_heads :]
-        rotated = apply_rotary(heads[:, : -self.kv_heads], rotary)
+        rotated = step.operations.rotate(heads[:, : -self.kv_heads], self.heads, step.rotation)
         query, key = rotated[:, : self.heads], rotated[:, self.heads :]
-        attended = backend.attend(self.layer, query, key, value)
+        attended = step.backend.attend(self.layer, query, key, value)
         return _sum_over_shards(_multiply(attended.flatten(1), self.wo))
 
 
@@ -122,9 +112,9 @@ class FeedForward(nn.Module):
         self.w13 = _column_parallel(config.dim, 2 * config.hidden_dim)
         self.w2 = _row_parallel(config.hidden_dim, config.dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = _multiply(x, self.w13).chunk(2, dim=-1)
-        return _sum_over_shards(_multiply(F.silu(gate) * up, self.w2))
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        gated = step.operations.gate(_multiply(x, self.w13))
+        return _sum_over_shards(_multiply(gated, self.w2))
 
 
 class TransformerBlock(nn.Module):
@@ -136,20 +126,33 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor, backend: AttentionBackend
-    ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, backend)
-        output: torch.Tensor = x + self.feed_forward(self.ffn_norm(x))
-        return output
+        self, x: torch.Tensor, residual: torch.Tensor | None, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer adds to the residual stream, and the stream up to there.
+
+        The sum is left to the next norm, which reads both anyway.
+        """
+        x, residual = _normed(self.attention_norm, x, residual, step)
+        x, residual = _normed(self.ffn_norm, self.attention(x, step), residual, step)
+        return self.feed_forward(x, step), residual
+
+
+def _normed(
+    norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, step: Step
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of the residual stream with x added, and the stream; x alone is its beginning."""
+    if residual is None:
+        return step.operations.norm(x, norm.weight, norm.eps), x
+    return step.operations.add_norm(x, residual, norm.weight, norm.eps)
 
 
 class Transformer(nn.Module):
     """One rank's shard of the network; its weights are loaded, never initialized."""
 
-    rotary: torch.Tensor
-
-    def __init__(self, config: ModelConfig, context_length: int) -> None:
+    def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
+        self._operations = operations
+        self.vocab_size = config.vocab_size
         self.tok_embeddings = _on_meta(
             ParallelEmbedding(config.vocab_size, config.dim, init_method=_uninitialized)
         )
@@ -158,34 +161,42 @@ class Transformer(nn.Module):
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = _on_meta(_output_layer(config))
-        frequencies = rotary_frequencies(config.head_dim, context_length)
-        self.register_buffer("rotary", frequencies, persistent=False)
 
     @torch.inference_mode()
     def forward(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        logit_rows: torch.Tensor,
+        logit_rows: torch.Tensor | None,
         backend: AttentionBackend,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One step over a flat batch.
 
         Args:
             tokens: token ids [num_tokens], sequence after sequence.
             positions: position of each token in its own sequence [num_tokens].
-            logit_rows: indices into the batch of the tokens whose logits are wanted [num_logits].
+            logit_rows: indices into the batch of the tokens whose logits are wanted [num_logits];
+                None: all of them.
             backend: holds the cache, and the plan of this step.
+            out: where the logits go, instead of into memory of their own.
 
         Returns:
             Logits [num_logits, vocab] in float32, equal on all ranks.
         """
+        step = Step(self._operations.rotation(positions), self._operations, backend)
         x = self.tok_embeddings(tokens)  # [num_tokens, dim]
-        rotary = self.rotary[positions]
+        residual: torch.Tensor | None = None
         for layer in self.layers:
-            x = layer(x, rotary, backend)
-        logits: torch.Tensor = self.output(self.norm(x[logit_rows]))
-        return logits.float()
+            x, residual = layer(x, residual, step)
+        if logit_rows is not None:
+            if not len(logit_rows):  # shards have nothing to gather
+                return torch.empty(0, self.vocab_size, device=x.device)
+            x, residual = x[logit_rows], None if residual is None else residual[logit_rows]
+        x, _ = _normed(self.norm, x, residual, step)
+        logits: torch.Tensor = self.output(x)
+        return logits.float() if out is None else out.copy_(logits)
 
 
 def _output_layer(config: ModelConfig) -> nn.Module:
@@ -220,7 +231,7 @@ def load_network(
         dtype: of everything else.
         device: where it runs.
     """
-    network = Transformer(config, context_length)
+    network = Transformer(config, make_operations(config, context_length, dtype, device))
     for name, weight in _join(weights):
         layer = network.get_submodule(name)
         del layer.weight

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from bench.export.layout import gguf_name, halves_from_pairs, hf_name, hf_weight, pairs_from_halves
 from bench.shapes import SHAPES
-from model_service.model.network import apply_rotary, rotary_frequencies
+from model_service.model.operations import apply_rotary, rotary_frequencies
 
 HEADS, HEAD_DIM, DIM = 4, 8, 16
 

@@ -1,14 +1,17 @@
 """Engines on the golden checkpoints, in this process, and what Meta's code answered on them."""
 
 import dataclasses
+import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import (
@@ -17,7 +20,14 @@ from model_service.engine.sequence import (
     SamplingParams,
     SequenceOutput,
 )
+from model_service.model.attention import (
+    AttentionBackend,
+    CacheShape,
+    SdpaAttention,
+    SequenceSpan,
+)
 from model_service.replica import ReplicaOptions, load_replica
+from tests.model_service import flashinfer_double
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EOS = 2
@@ -110,3 +120,60 @@ def run() -> Run:
         return answers
 
     return until_done
+
+
+CPU = torch.device("cpu")
+HEADS = 4  # query heads of `CACHE`
+CACHE = CacheShape(layers=1, blocks=25, block_size=4, kv_heads=2, head_dim=8)
+
+
+class FixedSdpaAttention(SdpaAttention):
+    """Decode at a fixed batch size, on the CPU: what a step changes may lie anywhere."""
+
+    def fixed_batches(
+        self, sizes: Sequence[int], context_length: int
+    ) -> dict[int, AttentionBackend]:
+        return dict.fromkeys(sizes, self)
+
+
+MakeAttention = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def flashinfer() -> Iterator[Any]:
+    """FlashInfer's stand-in, in its place while a module's tests run."""
+    backend = "model_service.model.flashinfer_attention"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flashinfer", flashinfer_double)
+        patch.delitem(sys.modules, backend, raising=False)
+        yield flashinfer_double
+        sys.modules.pop(backend, None)
+
+
+@pytest.fixture(scope="module")
+def backends(flashinfer: Any) -> dict[str, MakeAttention]:
+    """Both backends by name, each made from the cache's shape, the query heads and a dtype."""
+    module = importlib.import_module("model_service.model.flashinfer_attention")
+
+    def sdpa(shape: CacheShape, heads: int, kv_dtype: torch.dtype = torch.float32) -> Any:
+        return FixedSdpaAttention(shape, torch.float32, CPU, kv_dtype)
+
+    def on_flashinfer(shape: CacheShape, heads: int, kv_dtype: torch.dtype = torch.float32) -> Any:
+        return module.FlashInferAttention(
+            shape, torch.float32, CPU, kv_dtype, heads=heads, max_batch_size=8
+        )
+
+    return {"sdpa": sdpa, "flashinfer": on_flashinfer}
+
+
+def spread(
+    lengths: Sequence[int], queries: Sequence[int], shape: CacheShape, seed: int
+) -> list[SequenceSpan]:
+    """Sequences of these lengths over blocks in random order; block 0 is nobody's."""
+    free = (
+        torch.randperm(shape.blocks - 1, generator=torch.Generator().manual_seed(seed)) + 1
+    ).tolist()
+    return [
+        SequenceSpan(query, length, [free.pop() for _ in range(-(-length // shape.block_size))])
+        for length, query in zip(lengths, queries, strict=True)
+    ]

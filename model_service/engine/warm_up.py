@@ -1,0 +1,51 @@
+"""The first steps of a rank, before it serves: they compile and load every kernel it will need.
+
+All of their sequences lie in the probe block alone, so they need no cache and touch none.
+"""
+
+import logging
+import time
+
+import numpy as np
+
+from model_service.engine.block_pool import PROBE_BLOCK
+from model_service.engine.engine import EngineLimits
+from model_service.engine.plan import StepPlan
+from model_service.engine.runner import ModelRunner
+from model_service.model.attention import SequenceSpan
+
+_log = logging.getLogger(__name__)
+
+
+def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
+    """Runs the steps of `warm_up_plans`; every rank at the same time."""
+    for name, plan in warm_up_plans(limits).items():
+        started = time.monotonic()
+        # Reading the sum waits for the device.
+        runner.warm_up(plan).sum().item()
+        _log.info("warm-up, %s: %.1f s", name, time.monotonic() - started)
+
+
+def warm_up_plans(limits: EngineLimits) -> dict[str, StepPlan]:
+    """By name, the largest step of each kind: prompts, decode, and both in one."""
+    rows = limits.max_batch_size
+    return {
+        "prompts": _plan(limits, 0, limits.max_step_tokens),
+        "decode": _plan(limits, rows, 0),
+        # As much of each as a step holds, and at least one.
+        "both": _plan(limits, max(1, rows // 2), max(2, limits.max_step_tokens - rows // 2)),
+    }
+
+
+def _plan(limits: EngineLimits, rows: int, prompt_tokens: int) -> StepPlan:
+    """`rows` decoding sequences of full length, then whole prompts, the last as long as is left."""
+    length = limits.context_length
+    # A context beyond one block takes the same block again.
+    table = (PROBE_BLOCK,) * -(-length // limits.block_size)
+    whole, left = divmod(prompt_tokens, length)
+    spans = [SequenceSpan(1, length, table)] * rows
+    spans += [SequenceSpan(prompt, prompt, table) for prompt in [length] * whole + [left] if prompt]
+    ends = np.cumsum([span.query_length for span in spans], dtype=np.int32)
+    return StepPlan(
+        tuple(spans), tokens=np.zeros(rows + prompt_tokens, dtype=np.int32), logit_rows=ends - 1
+    )

@@ -1,0 +1,132 @@
+"""What stands between the matrix products and attention: norms, rotary embedding, SwiGLU's gate.
+
+`PlainOperations` is Meta's arithmetic in PyTorch and runs everywhere; `FusedOperations` does the
+same in one FlashInfer kernel each, in float32 inside, and writes over its inputs. The network does
+not know which it has.
+"""
+
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from model_service.model.backends import can_use_flashinfer
+from model_service.model.config import ROPE_THETA, ModelConfig
+
+
+class Operations(Protocol):
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root mean square normalization (Zhang and Sennrich, 2019) of x [tokens, dim]."""
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + residual, both [tokens, dim], and that sum; may use up both."""
+
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        """What `rotate` needs for tokens at these positions [tokens]; once per step."""
+
+    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding of heads [tokens, heads, head_dim], neighbouring features in pairs.
+
+        The first `queries` heads are queries, the others keys. May use up `heads`.
+        """
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(first half) x second half of x [tokens, 2 x hidden]: SwiGLU (Shazeer, 2020)."""
+
+
+def make_operations(
+    config: ModelConfig, context_length: int, dtype: torch.dtype, device: torch.device
+) -> Operations:
+    """The fastest that compute in `dtype` on `device`, for positions below `context_length`."""
+    if dtype == torch.float32:
+        # Whoever asks for float32 wants what Meta's code gives: no product may round its factors
+        # to TF32, which keeps 10 bits of 23, wherever in the process that was allowed.
+        torch.set_float32_matmul_precision("highest")
+    rotary = rotary_frequencies(config.head_dim, context_length)
+    if can_use_flashinfer(dtype, device, config.head_dim):
+        return FusedOperations(rotary.to(device))
+    return PlainOperations(rotary.to(device))
+
+
+def rotary_frequencies(head_dim: int, length: int) -> torch.Tensor:
+    """Unit complex numbers [length, head_dim / 2] that rotate a pair of features at each position.
+
+    RoPE (Su et al., 2021), as `precompute_freqs_cis` in Meta's llama/model.py.
+    """
+    inverse = 1.0 / (ROPE_THETA ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    angles = torch.outer(torch.arange(length).float(), inverse)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Rotates x [tokens, heads, head_dim] by rotary [tokens, head_dim / 2], neighbours in pairs."""
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotary.unsqueeze(1)).flatten(-2).type_as(x)
+
+
+class PlainOperations:
+    """PyTorch's, on any device; in float32 exactly Meta's arithmetic."""
+
+    def __init__(self, rotary: torch.Tensor) -> None:
+        self._rotary = rotary
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = residual + x
+        return self.norm(total, weight, eps), total
+
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        return self._rotary[positions]
+
+    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # the others need it
+        return apply_rotary(heads, rotation)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class FusedOperations:
+    """FlashInfer's kernels, for float16 and bfloat16 on CUDA."""
+
+    def __init__(self, rotary: torch.Tensor) -> None:
+        import flashinfer  # noqa: PLC0415  # an optional extra
+
+        self._kernels = flashinfer
+        # Cosines, then sines [length, head_dim], in float32 as the kernel takes them.
+        self._angles = torch.cat([rotary.real, rotary.imag], dim=-1).contiguous()
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        normed: torch.Tensor = self._kernels.rmsnorm(x, weight, eps)
+        return normed
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._kernels.fused_add_rmsnorm(x, residual, weight, eps)
+        return x, residual
+
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions
+
+    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:
+        # Not "neox": that rotates halves of a head, Meta's neighbours.
+        self._kernels.apply_rope_with_cos_sin_cache_inplace(
+            rotation,
+            heads[:, :queries],
+            heads[:, queries:],
+            heads.shape[-1],
+            self._angles,
+            is_neox=False,
+        )
+        return heads
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        gated: torch.Tensor = self._kernels.silu_and_mul(x)
+        return gated
