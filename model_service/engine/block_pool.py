@@ -8,7 +8,7 @@ is never handed out: the probe step writes there. When no sequence runs, all oth
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-PROBE_BLOCK = 0
+from model_service.model.attention import PROBE_BLOCK
 
 
 class BlockPool:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from model_service.engine.block_pool import PROBE_BLOCK
 from model_service.engine.plan import StepPlan
 from model_service.engine.plan_channel import PlanChannel
-from model_service.model.attention import AttentionBackend, SequenceSpan
+from model_service.model.attention import PROBE_BLOCK, AttentionBackend, SequenceSpan
 from model_service.model.graphs import DecodeGraphs
 from model_service.model.network import Transformer
 

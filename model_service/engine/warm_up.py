@@ -8,11 +8,10 @@ import time
 
 import numpy as np
 
-from model_service.engine.block_pool import PROBE_BLOCK
 from model_service.engine.engine import EngineLimits
 from model_service.engine.plan import StepPlan
 from model_service.engine.runner import ModelRunner
-from model_service.model.attention import SequenceSpan
+from model_service.model.attention import PROBE_BLOCK, SequenceSpan
 
 _log = logging.getLogger(__name__)
 

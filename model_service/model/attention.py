@@ -13,6 +13,9 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+# No sequence ever owns it: steps that are not for a sequence write there.
+PROBE_BLOCK = 0
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpan:

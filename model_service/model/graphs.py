@@ -16,8 +16,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from model_service.engine.block_pool import PROBE_BLOCK
-from model_service.model.attention import AttentionBackend, SequenceSpan
+from model_service.model.attention import PROBE_BLOCK, AttentionBackend, SequenceSpan
 from model_service.model.network import Transformer
 
 _log = logging.getLogger(__name__)

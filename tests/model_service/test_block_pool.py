@@ -2,7 +2,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from model_service.engine.block_pool import PROBE_BLOCK, BlockPool
+from model_service.engine.block_pool import BlockPool
+from model_service.model.attention import PROBE_BLOCK
 
 names = st.integers(0, 20).map(lambda number: b"%d" % number)
 
