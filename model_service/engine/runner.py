@@ -47,6 +47,10 @@ class ModelRunner:
         """Leader: one token through all shards, to see that they answer; touches no sequence."""
         self.execute(PROBE)
 
+    def warm_up(self, plan: StepPlan) -> torch.Tensor:
+        """Every rank: runs a step that nobody sends; all must run the same ones, in one order."""
+        return self._forward(plan)
+
     def release_followers(self) -> None:
         """Leader: lets every follower return from `follow`."""
         self._channel.send(np.empty(0, dtype=np.int32))
