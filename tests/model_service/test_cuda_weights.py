@@ -1,6 +1,7 @@
 """Weights where only a CUDA device can show that they are right; elsewhere all is skipped."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ DTYPES = {
 CASES = [(name, dtype) for name, dtypes in DTYPES.items() for dtype in dtypes]
 # Outputs and inputs: tiles of both widths, a row that 256 does not divide, 7B's longest rows.
 SHAPES = [(4096, 512), (12288, 256), (272, 1376), (128, 11008)]
+
+
+@pytest.fixture
+def kernels() -> Any:
+    """Only there where Triton is."""
+    return importlib.import_module("model_service.model.kernels")
 
 
 def random_matrix(*size: int, seed: int = 1) -> torch.Tensor:
@@ -61,23 +68,23 @@ def test_a_row_is_the_same_among_others(name: Any, dtype: torch.dtype) -> None:
         assert (alone - together[:rows]).norm() <= bound * alone.norm(), rows
 
 
-def test_four_bit_codes_lie_where_the_layout_says() -> None:
+def test_four_bit_codes_lie_where_the_layout_says(kernels: Any) -> None:
     quantized = Int4Weight.quantize(random_matrix(64, 1376))
     swapped = quantized.codes << 4 | quantized.codes >> 4
     tiles = torch._convert_weight_to_int4pack(swapped, weights_cuda.tinygemm_inner_tiles(1376))
     assert torch.equal(weights_cuda.tinygemm_codes(tiles), quantized.unpacked_codes())
     scales = weights_cuda.tinygemm_scales(quantized)
     plain = weights_cuda.dequantize_tinygemm(tiles, scales)
-    torch.testing.assert_close(weights_cuda.kernels.unpack_int4(tiles, scales), plain)
+    torch.testing.assert_close(kernels.unpack_int4(tiles, scales), plain)
 
 
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no fp8"
 )
-def test_rows_become_the_codes_of_the_definition() -> None:
+def test_rows_become_the_codes_of_the_definition(kernels: Any) -> None:
     x = random_matrix(6, 5000).bfloat16()
     x[1], x[2, 7], x[3, 100] = 0.0, torch.nan, torch.inf
-    codes, scales = weights_cuda.kernels.fp8_rows(x)
+    codes, scales = kernels.fp8_rows(x)
     expected, expected_scales = fp8_rows(x)
     torch.testing.assert_close(scales, expected_scales, equal_nan=True)
     values, exact = (each.float()[[0, 1, 4, 5]] for each in (codes, expected))
