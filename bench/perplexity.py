@@ -31,6 +31,7 @@ def main() -> None:
         ("bfloat16", "none"),
         ("float32", "int8"),
         ("float32", "int4"),
+        ("float32", "fp8"),
     ):
         options = ReplicaOptions(
             CHECKPOINT,

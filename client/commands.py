@@ -107,7 +107,7 @@ main.add_command(keys)
 @setting("max_seq_len", type=int, help="Most tokens of prompt and answer.  [default: 512]")
 @setting("max_batch_size", type=int, help="Most sequences that run at once.  [default: 8]")
 @setting("dtype", help="auto, float32, bfloat16 or float16.")
-@setting("quantize", help="auto, none, int8 or int4.")
+@setting("quantize", help="auto, none, int8, int4 or fp8.")
 @setting("device", help="auto, cpu or cuda.")
 @setting(
     "safety",

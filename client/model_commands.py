@@ -32,7 +32,7 @@ def model() -> None:
 @click.option(
     "--quantize",
     "quantization",
-    type=click.Choice(["int8", "int4"]),
+    type=click.Choice(["int8", "int4", "fp8"]),
     default="int8",
     show_default=True,
     help="Form of the linear layers' weights.",

@@ -1,4 +1,7 @@
-"""What a shard needs and what the machine has, compared before anything is allocated."""
+"""What a shard needs and what the machine has, compared before anything is allocated.
+
+On CUDA `step_memory.py` replaces the estimate of what a step takes by a measurement.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,40 +26,55 @@ class MemoryPlan:
     weights: int
     kv_cache: int
     kv_tokens: int  # tokens that the cache holds
+    working: int = WORKING_MEMORY  # what a step takes beside them, at most
 
     def __str__(self) -> str:
         return (
-            f"weights {_size(self.weights)}, "
-            f"KV cache {_size(self.kv_cache)} = {self.kv_tokens:,} tokens"
+            f"weights {readable_size(self.weights)}, "
+            f"KV cache {readable_size(self.kv_cache)} = {self.kv_tokens:,} tokens"
         )
 
-    def check(self, device: torch.device, shards_on_device: int) -> None:
-        """Raises StartError when `shards_on_device` shards of this size do not fit."""
-        needed = (self.weights + self.kv_cache + WORKING_MEMORY) * shards_on_device
-        free = free_memory(device)
+    def check(
+        self, device: torch.device, shards_on_device: int, *, weights_are_there: bool = False
+    ) -> None:
+        """Raises StartError when `shards_on_device` shards of this size do not fit.
+
+        Args:
+            device: where.
+            shards_on_device: that take their memory from it.
+            weights_are_there: whether they were allocated already.
+        """
+        needed = (self.weights + self.kv_cache + self.working) * shards_on_device
+        free = free_memory(device) + (self.weights * shards_on_device if weights_are_there else 0)
         if needed > free:
             shards = f"{shards_on_device} shards" if shards_on_device > 1 else "the model"
             raise StartError(
-                f"{shards} would need {_size(needed)} on {device} ({self}, working memory "
-                f"{_size(WORKING_MEMORY)}), but {_size(free)} are free. "
-                "To fix: lower --kv_cache_tokens, "
-                "--max_batch_size or --max_seq_len, choose a smaller --dtype, or spread the model "
-                "over more machines or GPUs with torchrun"
+                f"{shards} would need {readable_size(needed)} on {device} ({self}, working memory "
+                f"{readable_size(self.working)}), but {readable_size(free)} are free. "
+                "To fix: lower --kv_cache_tokens, --max_batch_size, --max_step_tokens or "
+                "--max_seq_len, choose a smaller --dtype, or spread the model over more machines "
+                "or GPUs with torchrun"
             )
 
 
 def cache_tokens(
-    device: torch.device, shards_on_device: int, *, weights: int, bytes_per_token: int
+    device: torch.device,
+    shards_on_device: int,
+    *,
+    weights: int,
+    bytes_per_token: int,
+    working: int = WORKING_MEMORY,
 ) -> int:
-    """Tokens for which this shard's cache may take memory, before anything is allocated.
+    """Tokens for which this shard's cache may take memory.
 
     Args:
         device: of this shard.
         shards_on_device: that take their memory from the same device.
-        weights: bytes of this shard's.
+        weights: bytes of this shard's that are still to be allocated.
         bytes_per_token: of this shard's cache.
+        working: bytes that a step takes beside weights and cache.
     """
-    left = free_memory(device) / shards_on_device - weights - WORKING_MEMORY
+    left = free_memory(device) / shards_on_device - weights - working
     return max(0, int(left * CACHE_SHARE[device.type])) // bytes_per_token
 
 
@@ -81,5 +99,6 @@ def _free_in_cgroup(folder: Path = Path("/sys/fs/cgroup")) -> int:
     return limit - used + int(statistics.get("inactive_file", 0))
 
 
-def _size(size: int) -> str:
+def readable_size(size: int) -> str:
+    """A number of bytes for people."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"

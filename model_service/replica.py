@@ -17,15 +17,17 @@ from model_service.engine.engine import Engine, EngineLimits
 from model_service.engine.plan_channel import LEADER, PlanChannel
 from model_service.engine.runner import ModelRunner
 from model_service.engine.warm_up import warm_up
-from model_service.memory import MemoryPlan, cache_tokens
-from model_service.model.attention import CacheShape
+from model_service.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, readable_size
+from model_service.model.attention import AttentionBackend, CacheShape
 from model_service.model.backends import make_attention
 from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.config import ModelConfig
 from model_service.model.graphs import record_decode
 from model_service.model.network import load_network
+from model_service.model.packing import packing
 from model_service.model.quantization import Quantization
-from model_service.model.weights import packing
+from model_service.model.source import WeightSource
+from model_service.step_memory import step_memory
 from serving.errors import StartError
 
 _log = logging.getLogger(__name__)
@@ -54,7 +56,9 @@ class ReplicaOptions:
     block_size: int = 16  # tokens per block of the cache
     # On CUDA float16, as Meta's code; on the CPU bfloat16 where it computes in it, else float32.
     dtype: str = "auto"
-    quantize: str = "auto"  # none, int8 or int4; auto: as the checkpoint is stored
+    quantize: str = "auto"  # none, int8, int4 or fp8; auto: as the checkpoint is stored
+    kv_cache_dtype: str = "auto"  # fp8, or that of the activations
+    lookahead: str = "auto"  # launch a step before the last one's tokens are read: on for CUDA
     device: str = "auto"  # cuda where there is one
     threads: int | None = None
     verify_checkpoint: bool = True
@@ -90,87 +94,89 @@ class Replica:
         return Engine(self.runner, self.limits)
 
 
-def load_replica(options: ReplicaOptions) -> Replica:
+def load_replica(options: ReplicaOptions, source: WeightSource | None = None) -> Replica:
     """Loads this rank's shard of the checkpoint.
+
+    Args:
+        options: how.
+        source: weights to take instead of the checkpoint in `options.ckpt_dir`.
 
     Raises:
         StartError: the checkpoint, the machine or the options do not allow it; the message says
-            what to change. Raised on every rank, before anything large is allocated.
+            what to change. Raised on every rank, before anything large is allocated; only on CUDA,
+            where a step's memory is measured with the weights in place, it may come after them.
     """
     device_type = choose_device(options.device)
-    checkpoint = open_checkpoint(options.ckpt_dir, verify=options.verify_checkpoint)
+    if source is None:
+        source = open_checkpoint(options.ckpt_dir, verify=options.verify_checkpoint)
     device = distributed.initialize(device_type)
     shards, rank = dist.get_world_size(), dist.get_rank()
-    config = checkpoint.config
+    config = source.config
     _check_shards(config, shards)
-    small = checkpoint.shard_parameters(shards) < SMALL_MODEL
+    small = source.shard_parameters(shards) < SMALL_MODEL
     arithmetic = choose_arithmetic(
-        device_type,
+        device,
         options.dtype,
         config.quantization if options.quantize == "auto" else options.quantize,
+        options.kv_cache_dtype,
         small=small,
     )
     arithmetic.check(config, shards)
-    dtype = arithmetic.dtype
     distributed.use_threads(options.threads or (1 if small else None))
 
-    weights = arithmetic.shard_bytes(checkpoint, shards)
-    neighbours = 1 if device.type == "cuda" else distributed.local_world_size()
-    token = _cache_shape(config, shards, blocks=1, block_size=1).bytes(dtype)
-    affordable = distributed.least(
-        cache_tokens(device, neighbours, weights=weights, bytes_per_token=token)
-    )
-    limits = _limits(options, config, affordable)
-    cache = _cache_shape(config, shards, limits.blocks + PROBE_BLOCKS, limits.block_size)
-    memory = MemoryPlan(
-        weights=weights,
-        kv_cache=cache.bytes(dtype),
-        kv_tokens=limits.blocks * limits.block_size,
-    )
+    layout = _Layout(options, config, shards, arithmetic, device)
+    weights = arithmetic.shard_bytes(source, shards)
+    limits = layout.limits(weights=weights)
+    memory = layout.memory(limits, weights)
     if rank == LEADER:
-        _log.info("%s: %s", options.ckpt_dir, _summary(checkpoint, shards, arithmetic, memory))
-    memory.check(device, neighbours)
+        _log.info("%s: %s", options.ckpt_dir, _summary(source, shards, arithmetic, memory))
+    memory.check(device, layout.neighbours)
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
 
     network = load_network(
         config,
         limits.context_length,
-        checkpoint.read_shard(
-            rank, shards, dtype if arithmetic.quantization == "none" else torch.float32, device
-        ),
-        pack=packing(arithmetic.quantization, dtype, device),
-        dtype=dtype,
+        source.read_shard(rank, shards, arithmetic.read_dtype, device),
+        pack=packing(arithmetic.quantization, arithmetic.dtype, device),
+        dtype=arithmetic.dtype,
         device=device,
     )
-    attention = make_attention(
-        cache,
-        dtype,
-        device,
-        dtype,
-        heads=config.n_heads // shards,
-        max_batch_size=limits.max_batch_size,
-    )
-    graphs = record_decode(
-        network,
-        attention,
-        max_batch_size=limits.max_batch_size,
-        context_length=limits.context_length,
-        device=device,
-    )
-    runner = ModelRunner(network, attention, PlanChannel(), device, graphs)
+
+    def make_runner(blocks: int, *, recorded: bool) -> ModelRunner:
+        attention = layout.attention(blocks + PROBE_BLOCKS)
+        graphs = None
+        if recorded:
+            graphs = record_decode(
+                network,
+                attention,
+                max_batch_size=limits.max_batch_size,
+                context_length=limits.context_length,
+                device=device,
+            )
+        return ModelRunner(network, attention, PlanChannel(), device, graphs)
+
+    if device.type == "cuda":
+        working = step_memory(lambda: make_runner(0, recorded=False), limits, device)
+        limits = layout.limits(weights=0, working=working)
+        memory = layout.memory(limits, weights, working)
+        if rank == LEADER:
+            step = readable_size(working)
+            _log.info("%s: a step takes up to %s; %s", options.ckpt_dir, step, memory)
+        memory.check(device, layout.neighbours, weights_are_there=True)
+    runner = make_runner(limits.blocks, recorded=True)
     if device.type == "cuda":
         warm_up(runner, limits)
     info = ModelInfo(
         name=options.model_name or options.ckpt_dir.resolve().name,
-        parameters=checkpoint.parameters,
+        parameters=source.parameters,
         vocab_size=config.vocab_size,
         context_length=limits.context_length,
         shards=shards,
         dtype=arithmetic.dtype_name,
         quantization=arithmetic.quantization,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        fingerprint=_fingerprint(checkpoint, shards, arithmetic),
+        fingerprint=_fingerprint(source, shards, arithmetic),
         max_batch_size=limits.max_batch_size,
     )
     return Replica(info, limits, runner, is_leader=rank == LEADER)
@@ -185,17 +191,65 @@ def _check_shards(config: ModelConfig, shards: int) -> None:
         )
 
 
-def _cache_shape(config: ModelConfig, shards: int, blocks: int, block_size: int) -> CacheShape:
-    return CacheShape(
-        layers=config.n_layers,
-        blocks=blocks,
-        block_size=block_size,
-        kv_heads=config.kv_heads // shards,
-        head_dim=config.head_dim,
-    )
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How one rank's memory divides."""
+
+    options: ReplicaOptions
+    config: ModelConfig
+    shards: int
+    arithmetic: Arithmetic
+    device: torch.device
+
+    @property
+    def neighbours(self) -> int:
+        """Shards that take their memory from the same device."""
+        return 1 if self.device.type == "cuda" else distributed.local_world_size()
+
+    def limits(self, *, weights: int, working: int = WORKING_MEMORY) -> EngineLimits:
+        """The engine's limits, with a cache of what all ranks have memory for.
+
+        Args:
+            weights: bytes of this rank's that are still to be allocated.
+            working: bytes that a step takes.
+        """
+        token = self._cache(blocks=1, block_size=1).bytes(self.arithmetic.kv_dtype)
+        affordable = cache_tokens(
+            self.device, self.neighbours, weights=weights, bytes_per_token=token, working=working
+        )
+        return _limits(self.options, self.config, self.device.type, distributed.least(affordable))
+
+    def memory(
+        self, limits: EngineLimits, weights: int, working: int = WORKING_MEMORY
+    ) -> MemoryPlan:
+        cache = self._cache(limits.blocks + PROBE_BLOCKS, limits.block_size)
+        size = cache.bytes(self.arithmetic.kv_dtype)
+        return MemoryPlan(weights, size, limits.blocks * limits.block_size, working)
+
+    def attention(self, blocks: int) -> AttentionBackend:
+        """A backend with a new cache of `blocks` blocks."""
+        return make_attention(
+            self._cache(blocks, self.options.block_size),
+            self.arithmetic.dtype,
+            self.device,
+            self.arithmetic.kv_dtype,
+            heads=self.config.n_heads // self.shards,
+            max_batch_size=self.options.max_batch_size,
+        )
+
+    def _cache(self, blocks: int, block_size: int) -> CacheShape:
+        return CacheShape(
+            layers=self.config.n_layers,
+            blocks=blocks,
+            block_size=block_size,
+            kv_heads=self.config.kv_heads // self.shards,
+            head_dim=self.config.head_dim,
+        )
 
 
-def _limits(options: ReplicaOptions, config: ModelConfig, affordable: int) -> EngineLimits:
+def _limits(
+    options: ReplicaOptions, config: ModelConfig, device_type: str, affordable: int
+) -> EngineLimits:
     """The engine's limits; `affordable` is how many tokens the cache has memory for."""
     most = MOST_CACHE * options.max_batch_size * options.max_seq_len
     # Where not even one sequence is affordable, the memory check says so with its numbers.
@@ -215,15 +269,18 @@ def _limits(options: ReplicaOptions, config: ModelConfig, affordable: int) -> En
         prefix_cache=options.prefix_cache,
         max_stall=options.max_stall,
         draft_tokens=options.draft_tokens,
+        # On the CPU a step is over when it has been launched.
+        lookahead=device_type == "cuda"
+        if options.lookahead == "auto"
+        else options.lookahead == "on",
     )
 
 
-def _summary(
-    checkpoint: Checkpoint, shards: int, arithmetic: Arithmetic, memory: MemoryPlan
-) -> str:
-    files = len(checkpoint.files)
+def _summary(source: WeightSource, shards: int, arithmetic: Arithmetic, memory: MemoryPlan) -> str:
+    files = len(source.files) if isinstance(source, Checkpoint) else 0
+    stored = f"{files} file{'s' * (files > 1)}, " if files else ""
     return (
-        f"{_count(checkpoint.parameters)}, {files} file{'s' * (files > 1)}, {arithmetic}, "
+        f"{_count(source.parameters)}, {stored}{arithmetic}, "
         f"{shards} shard{'s, each' if shards > 1 else ','} {memory}"
     )
 
@@ -236,6 +293,6 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def _fingerprint(checkpoint: Checkpoint, shards: int, arithmetic: Arithmetic) -> str:
-    identity = f"{checkpoint.fingerprint()} {shards} {arithmetic}"
+def _fingerprint(source: WeightSource, shards: int, arithmetic: Arithmetic) -> str:
+    identity = f"{source.fingerprint()} {shards} {arithmetic}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -53,24 +53,38 @@ class ModelSettings(ServerSettings):
             ge=0,
             le=64,
             description="most tokens to guess ahead in a step, for sequences that repeat their "
-            "text; answers do not depend on it; 0 turns it off",
+            "text; answers do not depend on it; 0 turns it off; none with lookahead",
         ),
     ] = 8
+    lookahead: Annotated[
+        Literal["auto", "on", "off"],
+        Field(
+            description="launch a step before the last one's tokens are read; answers do not "
+            "depend on it; auto is on for CUDA"
+        ),
+    ] = "auto"
     block_size: Annotated[
         int, Field(ge=1, le=256, description="tokens per block of the KV cache")
     ] = 16
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(
-            description="auto is float16 on CUDA, as in Meta's code; on the CPU bfloat16 where it "
-            "computes in it, else float32"
+            description="auto is float16 on CUDA, as in Meta's code, and bfloat16 around int4 and "
+            "fp8 weights; on the CPU bfloat16 where it computes in it, else float32"
         ),
     ] = "auto"
     quantize: Annotated[
-        Literal["auto", "none", "int8", "int4"],
+        Literal["auto", "none", "int8", "int4", "fp8"],
         Field(
-            description="weights of linear layers; auto is as the checkpoint stores them; the "
-            "arithmetic around them is then float32"
+            description="weights of linear layers; auto is as the checkpoint stores them; on the "
+            "CPU the arithmetic around them is then float32"
+        ),
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8"],
+        Field(
+            description="keys and values in the cache; auto is as they are computed, fp8 takes "
+            "half or a quarter of the memory and rounds them"
         ),
     ] = "auto"
     device: Annotated[

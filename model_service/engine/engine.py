@@ -42,6 +42,7 @@ class EngineLimits:
     prefix_cache: bool  # whether keys and values outlive the sequence that computed them
     max_stall: float  # longest step while sequences decode, in steps without prompt tokens
     draft_tokens: int  # most guesses for a sequence in a step
+    lookahead: bool = False  # whether a step is launched before the last one's tokens are read
 
     def check(self, request: GenerationRequest) -> None:
         """Raises ValueError, naming the rule, when no engine with these limits takes `request`."""

@@ -1,4 +1,5 @@
-"""The first steps of a rank, before it serves: they compile and load every kernel it will need.
+"""The first steps of a rank, before it serves: they compile and load every kernel it will need,
+and show how much memory a step takes.
 
 All of their sequences lie in the probe block alone, so they need no cache and touch none.
 """
@@ -29,6 +30,7 @@ def warm_up_plans(limits: EngineLimits) -> dict[str, StepPlan]:
     """By name, the largest step of each kind: prompts, decode, and both in one."""
     rows = limits.max_batch_size
     return {
+        # With logits for every token, as `prompt_logprobs` wants them.
         "prompts": _plan(limits, 0, limits.max_step_tokens),
         "decode": _plan(limits, rows, 0),
         # As much of each as a step holds, and at least one.
@@ -44,7 +46,9 @@ def _plan(limits: EngineLimits, rows: int, prompt_tokens: int) -> StepPlan:
     whole, left = divmod(prompt_tokens, length)
     spans = [SequenceSpan(1, length, table)] * rows
     spans += [SequenceSpan(prompt, prompt, table) for prompt in [length] * whole + [left] if prompt]
-    ends = np.cumsum([span.query_length for span in spans], dtype=np.int32)
+    tokens = rows + prompt_tokens
     return StepPlan(
-        tuple(spans), tokens=np.zeros(rows + prompt_tokens, dtype=np.int32), logit_rows=ends - 1
+        tuple(spans),
+        tokens=np.zeros(tokens, dtype=np.int32),
+        logit_rows=np.arange(tokens, dtype=np.int32),
     )

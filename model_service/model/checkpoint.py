@@ -6,11 +6,13 @@ weights in memory however large the files are. Llama 2 splits `tok_embeddings` o
 """
 
 import hashlib
+import os
 import pickle
 import re
 import struct
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +20,8 @@ import torch
 
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig, read_params
 from model_service.model.errors import CheckpointError
-from model_service.model.quantization import FORMATS, GROUP_SIZE, Int4Weight, Int8Weight
+from model_service.model.quantization import FORMATS, FP8, GROUP_SIZE, QuantizedWeight
+from model_service.model.upload import Upload
 
 SPLIT_DIMENSION = {
     "tok_embeddings": 1,
@@ -36,9 +39,11 @@ DERIVED = {"rope.freqs"}
 FLOAT_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 FETCH_AGAIN = "copy or download it again"
 READABLE = "make it a file that this user may read"
+_CHECKSUM_THREADS = 16
+_READ_BYTES = 2**22
 
 
-StoredWeight = torch.Tensor | Int8Weight | Int4Weight
+StoredWeight = torch.Tensor | QuantizedWeight
 
 
 def is_linear(name: str) -> bool:
@@ -77,27 +82,38 @@ class Checkpoint:
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of `rank` among `shards`, one parameter at a time, in the network's order."""
+        upload = Upload(device)
         for name, shape in self.config.parameter_shapes().items():
             dimension = split_dimension(name)
             if dimension is None:
-                weight = self.files[0][name].narrow(0, 0, *shape)
+                weight = torch.empty(shape, dtype=dtype, device=device)
+                upload.copy(self.files[0][name].narrow(0, 0, *shape), weight)
             else:
                 size = shape[dimension] // shards
-                weight = self._join(name, dimension, rank * size, (rank + 1) * size)
-            yield name, weight.to(device=device, dtype=dtype, copy=True).contiguous()
+                own = [*shape]
+                own[dimension] = size
+                weight = torch.empty(own, dtype=dtype, device=device)
+                self._read(name, dimension, rank * size, weight, upload)
+            yield name, weight
 
-    def _join(self, name: str, dimension: int, start: int, end: int) -> torch.Tensor:
-        """Elements `start` to `end` of a parameter along `dimension`, from whichever files."""
-        pieces = []
+    def _read(
+        self, name: str, dimension: int, start: int, weight: torch.Tensor, upload: Upload
+    ) -> None:
+        """Fills `weight` with a parameter's elements from `start` on along `dimension`."""
+        end = start + weight.shape[dimension]
         offset = 0
         for file in self.files:
             part = file[name]
             size = part.shape[dimension]
             low, high = max(start, offset), min(end, offset + size)
             if low < high:
-                pieces.append(part.narrow(dimension, low - offset, high - low))
+                target = weight.narrow(dimension, low - start, high - low)
+                if isinstance(part, torch.Tensor):
+                    upload.copy(part.narrow(dimension, low - offset, high - low), target)
+                else:  # half or a quarter of the bytes, if the device dequantizes them
+                    moved = part.moved(upload.moved)
+                    target.copy_(moved.narrow(dimension, low - offset, high - low))
             offset += size
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dimension)
 
     def fingerprint(self) -> str:
         """SHA-256 of the shape and of each tensor's checksum, hexadecimal.
@@ -173,7 +189,8 @@ def _check_archive(path: Path, *, verify: bool) -> None:
     """Raises CheckpointError unless `path` is a whole zip archive, with `verify` undamaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() if verify else None
+            names = archive.namelist()
+        damaged = _damaged(path, names) if verify else None
     except zipfile.BadZipFile:
         raise CheckpointError(
             path,
@@ -184,6 +201,32 @@ def _check_archive(path: Path, *, verify: bool) -> None:
         raise CheckpointError(path, f"cannot be read: {error.strerror}", READABLE) from error
     if damaged is not None:
         raise CheckpointError(path, f"is damaged: {damaged} fails its checksum", FETCH_AGAIN)
+
+
+def _damaged(path: Path, names: list[str]) -> str | None:
+    """The first of the tensors `names` that fails its checksum.
+
+    Several threads, as one computes checksums more slowly than a good disk reads. What they read
+    stays in the page cache, where loading finds it.
+    """
+    threads = min(_CHECKSUM_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        shares = [names[i::threads] for i in range(threads)]
+        found = pool.map(_first_damaged, [path] * threads, shares)
+        damaged = {name for name in found if name is not None}
+    return next((name for name in names if name in damaged), None)
+
+
+def _first_damaged(path: Path, names: list[str]) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            try:
+                with archive.open(name) as record:
+                    while record.read(_READ_BYTES):
+                        pass
+            except zipfile.BadZipFile:
+                return name
+    return None
 
 
 def _open_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -256,8 +299,9 @@ def _expected_tensors(
             expected[name] = (shape, FLOAT_TYPES)
             continue
         outputs, inputs = shape
-        if config.quantization == "int8":
-            parts = {"": ((outputs, inputs), torch.int8), ".scales": ((outputs,), torch.float32)}
+        if config.quantization != "int4":
+            codes = FP8 if config.quantization == "fp8" else torch.int8
+            parts = {"": ((outputs, inputs), codes), ".scales": ((outputs,), torch.float32)}
         else:
             groups = ((outputs, inputs // GROUP_SIZE), torch.float32)
             parts = {

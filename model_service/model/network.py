@@ -27,9 +27,9 @@ from model_service.model.config import ModelConfig
 from model_service.model.operations import Operations, make_operations
 from model_service.model.weights import Pack
 
-# Weights that multiply the same input stand in one matrix, and need one pass over it: each name
-# maps to the matrix that it completes, or to None while others follow.
-_JOINED = {"wq": None, "wk": None, "wv": "wqkv", "w1": None, "w3": "w13"}
+# Weights that multiply the same input stand in one matrix, one below the other, and need one pass
+# over it.
+_JOINED = {"wq": "wqkv", "wk": "wqkv", "wv": "wqkv", "w1": "w13", "w3": "w13"}
 
 
 def _uninitialized(weight: torch.Tensor) -> torch.Tensor:
@@ -232,7 +232,7 @@ def load_network(
         device: where it runs.
     """
     network = Transformer(config, make_operations(config, context_length, dtype, device))
-    for name, weight in _join(weights):
+    for name, weight in _join(network, weights):
         layer = network.get_submodule(name)
         del layer.weight
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
@@ -242,13 +242,22 @@ def load_network(
     return network.eval().to(device)
 
 
-def _join(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights by the names of this network's layers."""
-    parts: list[torch.Tensor] = []
+def _join(
+    network: Transformer, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights by the names of this network's layers; a joined one is allocated once."""
+    joined: torch.Tensor | None = None
+    filled = 0
     for parameter, weight in weights:
         layer, _, name = parameter.removesuffix(".weight").rpartition(".")
-        parts.append(weight)
-        joined = _JOINED.get(name, name)
-        if joined is not None:
-            yield f"{layer}.{joined}".lstrip("."), parts[0] if len(parts) == 1 else torch.cat(parts)
-            parts.clear()
+        if name not in _JOINED:
+            yield f"{layer}.{name}".lstrip("."), weight
+            continue
+        target = f"{layer}.{_JOINED[name]}"
+        if joined is None:
+            joined = weight.new_empty(network.get_parameter(f"{target}.weight").shape)
+        joined[filled : filled + len(weight)] = weight
+        filled += len(weight)
+        if filled == len(joined):
+            yield target, joined
+            joined, filled = None, 0

@@ -4,16 +4,20 @@ Quantizing what was dequantized gives the same codes again. So a quantized check
 any other, as numbers, and a network that quantizes them holds exactly what the file holds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 
 GROUP_SIZE = 32  # neighbours of one row that share the scale of their 4-bit codes
+FP8 = torch.float8_e4m3fn
 _INT4_MAX = 15
+_FP8_MAX = torch.finfo(FP8).max  # 448
+
+Move = Callable[[torch.Tensor], torch.Tensor]  # a tensor of a file to where it is wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,54 @@ class Int8Weight:
     def shape(self) -> torch.Size:
         return self.codes.shape
 
+    def moved(self, move: Move) -> Self:
+        """The same weight, each of its tensors moved by `move`."""
+        return type(self)(move(self.codes), move(self.scales))
+
     def narrow(self, dimension: int, start: int, length: int) -> torch.Tensor:
         """Like Tensor.narrow, dequantized to float32."""
-        codes = self.codes.narrow(dimension, start, length).float()
-        scales = self.scales.narrow(0, start, length) if dimension == 0 else self.scales
-        return codes * scales.unsqueeze(1)
+        return _narrow_scaled(self.codes, self.scales, dimension, start, length)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """weight = codes × scales, with codes of 4 bits of exponent and 3 of mantissa (e4m3).
+
+    The format of Micikevicius et al., FP8 Formats for Deep Learning (2022), without infinities.
+
+    Attributes:
+        codes: [outputs, inputs] float8_e4m3fn, -448 to 448.
+        scales: [outputs] float32.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor) -> Self:
+        """One scale per output: its largest weight becomes ±448."""
+        return cls(*fp8_rows(weight))
+
+    @classmethod
+    def from_file(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """The parameter `name` as `stored` gave it."""
+        return cls(tensors[name], tensors[f"{name}.scales"])
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors that a file holds for the parameter `name`."""
+        return {name: self.codes, f"{name}.scales": self.scales}
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def moved(self, move: Move) -> Self:
+        """The same weight, each of its tensors moved by `move`."""
+        return type(self)(move(self.codes), move(self.scales))
+
+    def narrow(self, dimension: int, start: int, length: int) -> torch.Tensor:
+        """Like Tensor.narrow, dequantized to float32."""
+        return _narrow_scaled(self.codes, self.scales, dimension, start, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +146,10 @@ class Int4Weight:
         """[outputs, inputs] uint8."""
         return torch.stack((self.codes & _INT4_MAX, self.codes >> 4), dim=-1).flatten(1)
 
+    def moved(self, move: Move) -> Self:
+        """The same weight, each of its tensors moved by `move`."""
+        return type(self)(move(self.codes), move(self.scales), move(self.minima))
+
     def narrow(self, dimension: int, start: int, length: int) -> torch.Tensor:
         """Like Tensor.narrow, dequantized to float32."""
         if dimension == 0:
@@ -112,7 +163,29 @@ class Int4Weight:
         return (groups * self.scales.unsqueeze(2) + self.minima.unsqueeze(2)).flatten(1)
 
 
-FORMATS: Mapping[Quantization, type[Int8Weight] | type[Int4Weight]] = {
+def fp8_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [rows, columns] as e4m3 codes and one float32 scale per row [rows].
+
+    A row's largest value becomes ±448, so nothing overflows; a row of zeros gets the scale 0. A row
+    that holds NaN or an infinity holds NaN afterwards.
+    """
+    wide = matrix.float()
+    scales = wide.abs().amax(dim=1) / _FP8_MAX
+    divisors = torch.where(scales == 0, 1.0, scales)
+    return (wide / divisors.unsqueeze(1)).to(FP8), scales
+
+
+def _narrow_scaled(
+    codes: torch.Tensor, scales: torch.Tensor, dimension: int, start: int, length: int
+) -> torch.Tensor:
+    part = codes.narrow(dimension, start, length).float()
+    return part * (scales.narrow(0, start, length) if dimension == 0 else scales).unsqueeze(1)
+
+
+QuantizedWeight = Int8Weight | Int4Weight | Fp8Weight
+
+FORMATS: Mapping[Quantization, type[QuantizedWeight]] = {
     "int8": Int8Weight,
     "int4": Int4Weight,
+    "fp8": Fp8Weight,
 }

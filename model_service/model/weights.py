@@ -1,9 +1,10 @@
-"""How linear layers hold their weights: plain, packed for the CPU's matrix kernels, or quantized.
+"""How linear layers hold their weights on the CPU: packed for its matrix kernels, or quantized.
 
 fairscale's layers keep their weight in an attribute and multiply by it with `F.linear`. A
 `PackedWeight` stands in that attribute; PyTorch hands such a call over to it (the
 `__torch_function__` protocol), so no layer knows in which form its weights are held. Each format is
-one function here that packs one weight.
+one function that packs one weight: here the CPU's, in `weights_cuda.py` the GPU's; `packing.py`
+chooses.
 """
 
 import functools
@@ -15,7 +16,13 @@ from typing import Any
 
 import torch
 
-from model_service.model.quantization import GROUP_SIZE, Int4Weight, Int8Weight, Quantization
+from model_service.model.quantization import (
+    GROUP_SIZE,
+    Fp8Weight,
+    Int4Weight,
+    Int8Weight,
+    fp8_rows,
+)
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,7 +33,7 @@ _PREPACK_FROM = 2**20  # elements
 _LEVELS = 127 if torch.cpu._is_vnni_supported() else 63  # noqa: SLF001  # the only way to ask
 _ZERO_POINT = _LEVELS + 1
 # With more rows the 4-bit kernel is slower than the 8-bit one; without AVX-512 it always is.
-_INT4_ROWS = 2 if torch.cpu._is_avx512_supported() else 0  # noqa: SLF001
+INT4_ROWS = 2 if torch.cpu._is_avx512_supported() else 0  # noqa: SLF001
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,30 +64,9 @@ class PackedWeight:
 Pack = Callable[[torch.Tensor], torch.Tensor | PackedWeight]
 
 
-def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Pack:
-    """The function that brings a weight of `dtype` on `device` into its format."""
-    if quantization == "int8":
-        return pack_int8
-    if quantization == "int4":
-        return pack_int4
-    if device.type == "cpu" and _can_prepack(dtype):
-        return prepack
-    return plain
-
-
-def weight_bytes(quantization: Quantization, dtype: torch.dtype) -> float:
-    """Memory of one weight of a linear layer, its share of the scales included."""
-    int8, int4 = 1.0, (0.5 + 4 / GROUP_SIZE if _INT4_ROWS else 0.0)
-    return {"none": dtype.itemsize, "int8": int8, "int4": int8 + int4}[quantization]
-
-
 def computes_in_bfloat16() -> bool:
     """Whether the CPU has instructions for it; without them it is slower than float32."""
     return torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
-
-
-def plain(weight: torch.Tensor) -> torch.Tensor:
-    return weight
 
 
 def prepack(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
@@ -101,7 +87,7 @@ def prepack(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
 
 
 @functools.cache
-def _can_prepack(dtype: torch.dtype) -> bool:
+def can_prepack(dtype: torch.dtype) -> bool:
     """Whether oneDNN has kernels of this dtype for this CPU; bfloat16 needs AVX-512 or newer."""
     try:
         torch.ops.mkldnn._reorder_linear_weight(torch.zeros(64, 64, dtype=dtype))  # noqa: SLF001
@@ -141,7 +127,7 @@ def pack_int4(weight: torch.Tensor) -> PackedWeight:
     """4-bit weights for a few rows, and their 8-bit form where that is faster."""
     quantized = Int4Weight.quantize(weight)
     many_rows = pack_int8(quantized.dequantize())
-    if not _INT4_ROWS:
+    if not INT4_ROWS:
         return many_rows
     codes = torch._convert_weight_to_int4pack_for_cpu(quantized.unpacked_codes().int(), 1)  # noqa: SLF001
     # The kernel takes codes as -8 to 7.
@@ -149,10 +135,27 @@ def pack_int4(weight: torch.Tensor) -> PackedWeight:
     scales = torch.stack((quantized.scales.t(), zeros.t()), dim=-1).bfloat16().contiguous()
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
-        if len(x) > _INT4_ROWS:
+        if len(x) > INT4_ROWS:
             return many_rows.multiply(x)
         return torch._weight_int4pack_mm_for_cpu(  # noqa: SLF001
             x.bfloat16(), codes, GROUP_SIZE, scales
         ).to(x.dtype)
+
+    return PackedWeight(multiply)
+
+
+def pack_fp8(weight: torch.Tensor) -> PackedWeight:
+    """e4m3 weights and activations, a scale per row of each; summed in float32.
+
+    No CPU multiplies such codes, so they are held as the float32 numbers that they stand for: what
+    a GPU computes, to try it out, not its speed or memory.
+    """
+    quantized = Fp8Weight.quantize(weight)
+    codes = prepack(quantized.codes.float())
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        row_codes, scales = fp8_rows(x)
+        product = torch.nn.functional.linear(row_codes.float(), codes)  # type: ignore[arg-type]
+        return product.mul_(scales.unsqueeze(1)).mul_(quantized.scales).to(x.dtype)
 
     return PackedWeight(multiply)

@@ -5,7 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from model_service.memory import WORKING_MEMORY, cache_tokens, free_memory
+from model_service.engine.plan_channel import PlanChannel
+from model_service.engine.runner import ModelRunner
+from model_service.engine.warm_up import warm_up_plans
+from model_service.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, free_memory
+from model_service.model.attention import CacheShape, SdpaAttention
 from model_service.replica import MOST_CACHE, ReplicaOptions, load_replica
 from serving.errors import StartError
 
@@ -60,3 +64,26 @@ def test_memory_for_less_than_one_sequence_is_refused(
     monkeypatch.setattr("model_service.memory.free_memory", lambda _device: WORKING_MEMORY)
     with pytest.raises(StartError, match="To fix: lower --kv_cache_tokens"):
         load_replica(options)
+
+
+def test_weights_that_are_there_are_not_asked_for_again(monkeypatch: Any) -> None:
+    monkeypatch.setattr("model_service.memory.free_memory", lambda _device: 500)
+    plan = MemoryPlan(weights=1000, kv_cache=400, kv_tokens=10, working=100)
+    plan.check(CPU, 1, weights_are_there=True)
+    with pytest.raises(StartError, match=r"would need 0\.0 MiB"):
+        plan.check(CPU, 1)
+
+
+def test_largest_steps_reach_every_limit_in_the_probe_block_alone(
+    options: ReplicaOptions,
+) -> None:
+    replica = load_replica(dataclasses.replace(options, max_step_tokens=150))
+    heads = CacheShape(layers=3, blocks=1, block_size=16, kv_heads=4, head_dim=8)
+    attention = SdpaAttention(heads, torch.float32, CPU)
+    runner = ModelRunner(replica.runner._network, attention, PlanChannel(), CPU)
+    plans = warm_up_plans(replica.limits)
+    assert [span.query_length for span in plans["prompts"].spans] == [64, 64, 22]
+    assert [span.context_length for span in plans["decode"].spans] == [64, 64]
+    for name, rows in (("prompts", 150), ("decode", 2), ("both", 150)):
+        plan = plans[name]
+        assert runner.warm_up(plan).shape == (rows, replica.limits.vocab_size)

@@ -5,10 +5,15 @@ import torch
 from torch.nn import functional as F
 
 from model_service.model import weights
-from model_service.model.weights import PackedWeight, pack_int4, pack_int8, prepack
+from model_service.model.weights import PackedWeight, pack_fp8, pack_int4, pack_int8, prepack
 
-ROUNDING = {"prepack": 1e-5, "int8": 0.03, "int4": 0.15}
-PACK: dict[str, Any] = {"prepack": prepack, "int8": pack_int8, "int4": pack_int4}
+ROUNDING = {"prepack": 1e-5, "int8": 0.03, "int4": 0.15, "fp8": 0.05}
+PACK: dict[str, Any] = {
+    "prepack": prepack,
+    "int8": pack_int8,
+    "int4": pack_int4,
+    "fp8": pack_fp8,
+}
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def test_packed_weight_multiplies_as_the_plain_one(
     assert error.max() < ROUNDING[name]
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_row_does_not_depend_on_its_neighbours(name: str, weight: torch.Tensor) -> None:
     x = activations(8)
     packed = PACK[name](weight)
@@ -47,7 +52,7 @@ def test_row_does_not_depend_on_its_neighbours(name: str, weight: torch.Tensor) 
     torch.testing.assert_close(together, pairs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_zeros_stay_zeros_and_a_nan_spoils_its_row_alone(name: str, weight: torch.Tensor) -> None:
     x = activations(3)
     x[0], x[1, 5] = 0.0, torch.nan
@@ -63,7 +68,7 @@ def test_four_bit_kernel_agrees_with_its_eight_bit_form(
     x = activations(4)
     by_kernel = {}
     for rows in (0, 4):
-        monkeypatch.setattr(weights, "_INT4_ROWS", rows)
+        monkeypatch.setattr(weights, "INT4_ROWS", rows)
         by_kernel[rows] = pack_int4(weight).multiply(x)
     error = (by_kernel[0] - by_kernel[4]).norm(dim=1) / by_kernel[0].norm(dim=1)
     assert error.max() < 0.03

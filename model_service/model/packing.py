@@ -1,0 +1,48 @@
+"""Which form of a linear layer's weights serves a device, and what it takes there."""
+
+from collections.abc import Callable
+
+import torch
+
+from model_service.model import weights, weights_cuda
+from model_service.model.quantization import GROUP_SIZE, Quantization
+from model_service.model.weights import Pack, PackedWeight
+
+
+def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Pack:
+    """The function that brings a weight on `device` into the form for activations of `dtype`."""
+    if quantization != "none" and device.type == "cuda":
+        pack = _ON_CUDA[quantization]
+        return lambda weight: pack(weight, dtype)
+    if quantization != "none":
+        return _ON_CPU[quantization]
+    if device.type == "cpu" and weights.can_prepack(dtype):
+        return weights.prepack
+    return plain
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def weight_bytes(quantization: Quantization, dtype: torch.dtype, device_type: str) -> float:
+    """Memory of one weight of a linear layer, its share of groups' scales included."""
+    if quantization == "none":
+        return dtype.itemsize
+    int8 = 1.0
+    if device_type == "cuda":
+        return {"int8": int8, "int4": 0.5 + 4 / GROUP_SIZE, "fp8": 1.0}[quantization]
+    int4 = 0.5 + 4 / GROUP_SIZE if weights.INT4_ROWS else 0.0
+    return {"int8": int8, "int4": int8 + int4, "fp8": 4.0}[quantization]
+
+
+_ON_CPU: dict[Quantization, Pack] = {
+    "int8": weights.pack_int8,
+    "int4": weights.pack_int4,
+    "fp8": weights.pack_fp8,
+}
+_ON_CUDA: dict[Quantization, Callable[[torch.Tensor, torch.dtype], PackedWeight]] = {
+    "int8": weights_cuda.pack_int8,
+    "int4": weights_cuda.pack_int4,
+    "fp8": weights_cuda.pack_fp8,
+}
