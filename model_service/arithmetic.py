@@ -1,10 +1,10 @@
 """In which numbers a replica computes: what `auto` means on this machine, and what does not go."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from model_service.model.checkpoint import Checkpoint
 from model_service.model.config import ModelConfig
 from model_service.model.quantization import GROUP_SIZE, Quantization
 from model_service.model.weights import computes_in_bfloat16, weight_bytes
@@ -12,6 +12,12 @@ from serving.errors import StartError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS: dict[str, Quantization] = {"none": "none", "int8": "int8", "int4": "int4"}
+
+
+class Counted(Protocol):
+    """Weights of which a rank's number is known."""
+
+    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +36,7 @@ class Arithmetic:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def shard_bytes(self, checkpoint: Checkpoint, shards: int) -> int:
+    def shard_bytes(self, checkpoint: Counted, shards: int) -> int:
         """Memory for the weights of one of `shards` ranks."""
         linear = checkpoint.shard_parameters(shards, linear=True)
         others = checkpoint.shard_parameters(shards, linear=False)

@@ -5,8 +5,10 @@ The service and `llama.Llama.build` both start here; what they do with the repli
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from model_service.engine.plan_channel import LEADER, PlanChannel
 from model_service.engine.runner import ModelRunner
 from model_service.memory import MemoryPlan, cache_tokens
 from model_service.model.attention import CacheShape, SdpaAttention
-from model_service.model.checkpoint import Checkpoint, open_checkpoint
+from model_service.model.checkpoint import open_checkpoint
 from model_service.model.config import ModelConfig
 from model_service.model.network import load_network
 from model_service.model.quantization import Quantization
@@ -87,15 +89,33 @@ class Replica:
         return Engine(self.runner, self.limits)
 
 
-def load_replica(options: ReplicaOptions) -> Replica:
-    """Loads this rank's shard of the checkpoint.
+class WeightSource(Protocol):
+    """Where weights come from: an opened checkpoint, or what a benchmark makes."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int: ...
+
+    def read_shard(
+        self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+def load_replica(options: ReplicaOptions, source: WeightSource | None = None) -> Replica:
+    """Loads this rank's shard of the checkpoint, or of `source` in its place.
 
     Raises:
         StartError: the checkpoint, the machine or the options do not allow it; the message says
             what to change. Raised on every rank, before anything large is allocated.
     """
     device_type = choose_device(options.device)
-    checkpoint = open_checkpoint(options.ckpt_dir, verify=options.verify_checkpoint)
+    checkpoint = source or open_checkpoint(options.ckpt_dir, verify=options.verify_checkpoint)
     device = distributed.initialize(device_type)
     shards, rank = dist.get_world_size(), dist.get_rank()
     config = checkpoint.config
@@ -199,11 +219,10 @@ def _limits(options: ReplicaOptions, config: ModelConfig, affordable: int) -> En
 
 
 def _summary(
-    checkpoint: Checkpoint, shards: int, arithmetic: Arithmetic, memory: MemoryPlan
+    checkpoint: WeightSource, shards: int, arithmetic: Arithmetic, memory: MemoryPlan
 ) -> str:
-    files = len(checkpoint.files)
     return (
-        f"{_count(checkpoint.parameters)}, {files} file{'s' * (files > 1)}, {arithmetic}, "
+        f"{_count(checkpoint.parameters)}, {arithmetic}, "
         f"{shards} shard{'s, each' if shards > 1 else ','} {memory}"
     )
 
@@ -216,6 +235,6 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def _fingerprint(checkpoint: Checkpoint, shards: int, arithmetic: Arithmetic) -> str:
+def _fingerprint(checkpoint: WeightSource, shards: int, arithmetic: Arithmetic) -> str:
     identity = f"{checkpoint.fingerprint()} {shards} {arithmetic}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
