@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.gpu.driver import free_memory
-from bench.gpu.targets import against_targets
+from bench.gpu.targets import TARGET_SHAPE, against_targets
 from bench.report import Report, Row, line, make_report, write_report
 from serving.errors import StartError
 
@@ -37,7 +37,8 @@ class Recorder:
 
     def report(self) -> Report:
         """All that is known so far."""
-        rows = [*against_targets(self._rows), *self._rows]
+        judged = against_targets(self._rows) if self.details["shape"] == TARGET_SHAPE else ()
+        rows = [*judged, *self._rows]
         return make_report("gpu", rows, self._notes, self.details)
 
     def note(self, text: str) -> None:

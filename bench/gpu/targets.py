@@ -30,6 +30,7 @@ class Target:
         return all(row.settings.get(name) == value for name, value in self.settings.items())
 
 
+TARGET_SHAPE = "7B"  # of the run; the cases of larger shapes are a part of it
 _7B = {"shape": "7B", "weights": "bfloat16"}
 _70B = {"shape": "70B", "weights": "int8"}
 
