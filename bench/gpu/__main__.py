@@ -27,7 +27,7 @@ from bench.gpu.services import prepare, through_services
 from bench.gpu.sizes import FULL, SMALL, Sizes
 from bench.gpu.trace import profile_steps
 from bench.paths import WORK_DIR
-from bench.report import RESULTS, Row
+from bench.report import RESULTS, Row, table
 from bench.shapes import SHAPES
 from client.supervisor import in_background
 from model_service.arithmetic import DTYPES
@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         from bench.plots import plot_gpu  # noqa: PLC0415  # needs the extra `bench`
 
         plot_gpu(recorder.report(), recorder.folder)
+    print(table([{**row.settings, **row.values} for row in recorder.targets()]))
     print(recorder.folder / "result.md")
     if recorder.failed:
         raise SystemExit(1)

@@ -7,7 +7,7 @@ is asked the same just before, in the same process; each has the card for itself
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -38,7 +38,7 @@ def transformers_rows(job: Job, sizes: Sizes, note: Callable[[str], None]) -> It
     if importlib.util.find_spec("transformers") is None:
         raise SkippedError("transformers is not installed here")
     batches = (1, sizes.streams)
-    ours = {count: _chasqui_rates(job, count, sizes) for count in batches}
+    ours = _chasqui_rates(job, batches, sizes)
     free_memory()
     peer = _Peer(job, sizes)
     for count in batches:
@@ -57,15 +57,18 @@ def transformers_rows(job: Job, sizes: Sizes, note: Callable[[str], None]) -> It
         )
 
 
-def _chasqui_rates(job: Job, streams: int, sizes: Sizes) -> list[float]:
-    length = sizes.prompt + sizes.answer
-    alone = replace(job, sequences=streams, length=length, tokens=streams * length)
-    with loaded(alone) as driver:
-        passages = [
-            driver.answer(driver.prompts([sizes.prompt] * streams), sizes.answer)
-            for _ in range(sizes.rounds + 1)
-        ]
-    return decode_rates(passages[1:])
+def _chasqui_rates(job: Job, batches: Sequence[int], sizes: Sizes) -> dict[int, list[float]]:
+    """Tokens per second of each round, by streams."""
+    most, length = max(batches), sizes.prompt + sizes.answer
+    rates = {}
+    with loaded(replace(job, sequences=most, length=length, tokens=most * length)) as driver:
+        for streams in batches:
+            passages = [
+                driver.answer(driver.prompts([sizes.prompt] * streams), sizes.answer)
+                for _ in range(sizes.rounds + 1)
+            ]
+            rates[streams] = decode_rates(passages[1:])
+    return rates
 
 
 class _Peer:

@@ -35,10 +35,13 @@ class Recorder:
         created = self.report().created[:10]
         self.folder = root / f"{created}-{slug}" / "gpu"
 
+    def targets(self) -> list[Row]:
+        """What the run was to reach, as far as it got."""
+        return [*against_targets(self._rows)] if self.details["shape"] == TARGET_SHAPE else []
+
     def report(self) -> Report:
         """All that is known so far."""
-        judged = against_targets(self._rows) if self.details["shape"] == TARGET_SHAPE else ()
-        rows = [*judged, *self._rows]
+        rows = [*self.targets(), *self._rows]
         return make_report("gpu", rows, self._notes, self.details)
 
     def note(self, text: str) -> None:
