@@ -130,6 +130,7 @@ class Driver:
         self._vocab_size = replica.info.vocab_size
         self._random = random.Random(seed)
         self._next_id = 0
+        self._prompt_tokens = 0  # computed so far
         self._running: set[int] = set()
 
     def prompts(self, lengths: Iterable[int]) -> list[Prompt]:
@@ -146,7 +147,6 @@ class Driver:
 
     def step(self) -> Step:
         """RuntimeError: the engine failed a sequence."""
-        computed = self.engine.load().prompt_tokens
         tokens: dict[int, int] = {}
         for output in self.engine.step():
             if output.error:
@@ -156,8 +156,9 @@ class Driver:
                 tokens[request] = tokens.get(request, 0) + len(output.ids)
             if output.finish_reason is not None:
                 self._running.discard(request)
-        ended = time.perf_counter()
-        return Step(ended, tokens, self.engine.load().prompt_tokens - computed)
+        # Once per step, as the service's thread does: it is a part of what a step costs.
+        before, self._prompt_tokens = self._prompt_tokens, self.engine.load().prompt_tokens
+        return Step(time.perf_counter(), tokens, self._prompt_tokens - before)
 
     def answer(self, prompts: Sequence[Prompt], answer: int) -> Passage:
         """All prompts at once, each answered with `answer` tokens."""
