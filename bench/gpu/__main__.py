@@ -78,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         from bench.plots import plot_gpu  # noqa: PLC0415  # needs the extra `bench`
 
         plot_gpu(recorder.report(), recorder.folder)
-    print(table([{**row.settings, **row.values} for row in recorder.targets()]))
+    if targets := recorder.targets():
+        print(table([{**row.settings, **row.values} for row in targets]))
     print(recorder.folder / "result.md")
     if recorder.failed:
         raise SystemExit(1)
