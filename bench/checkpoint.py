@@ -17,45 +17,59 @@ from bench.shapes import Shape
 from model_service.model.config import ModelConfig
 
 SEED = 2023
+CPU = torch.device("cpu")
 
 
-def ensure_checkpoint(shape: Shape, work_dir: Path) -> Path:
-    """The folder with the shape's params.json and consolidated.00.pth, written if it is missing."""
+def ensure_checkpoint(shape: Shape, work_dir: Path, device: torch.device = CPU) -> Path:
+    """The folder with the shape's params.json and consolidated.00.pth, written if it is missing.
+
+    Args:
+        shape: of the network.
+        work_dir: keeps checkpoints between runs.
+        device: draws the weights; other devices draw other numbers.
+    """
     folder = work_dir / "checkpoints" / shape.name
     if not (folder / "consolidated.00.pth").exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
         partial.mkdir(parents=True)
         try:
-            write_checkpoint(shape.config, partial)
+            write_checkpoint(shape.config, partial, device)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def write_checkpoint(config: ModelConfig, folder: Path) -> None:
+def write_checkpoint(config: ModelConfig, folder: Path, device: torch.device) -> None:
     """Writes params.json and consolidated.00.pth (bfloat16) into an existing folder."""
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps")
+    names = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
     params = {name: getattr(config, name) for name in names}
-    params |= {"n_kv_heads": config.kv_heads}
+    params |= {"n_kv_heads": config.kv_heads, "ffn_dim_multiplier": config.ffn_dim_multiplier}
     (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
     weights = {
-        name: random_weight(name, size, config) for name, size in config.parameter_shapes().items()
+        name: random_weight(name, size, config, device).cpu()
+        for name, size in config.parameter_shapes().items()
     }
     torch.save(weights, folder / "consolidated.00.pth")
 
 
-def random_weight(name: str, size: tuple[int, ...], config: ModelConfig) -> torch.Tensor:
-    """A parameter in bfloat16, a function of its name alone.
+def random_weight(
+    name: str,
+    size: tuple[int, ...],
+    config: ModelConfig,
+    device: torch.device = CPU,
+) -> torch.Tensor:
+    """A parameter in bfloat16 on `device`, for each kind of device a function of its name alone.
 
     Matrices have a standard deviation of 1 / √inputs, so that each keeps the size of what it is
     given; those that add to the residual stream share it among all layers (Radford et al., 2019),
     so that it stays of order one from the first layer to the last.
     """
     if len(size) == 1:
-        return torch.ones(size, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(SEED + zlib.crc32(name.encode()))
+        return torch.ones(size, dtype=torch.bfloat16, device=device)
+    generator = torch.Generator(device).manual_seed(SEED + zlib.crc32(name.encode()))
     deviation = 1.0 if name.startswith("tok_embeddings") else 1 / math.sqrt(size[1])
     if name.endswith(("wo.weight", "w2.weight")):
         deviation /= math.sqrt(2 * config.n_layers)
-    return torch.randn(size, generator=generator).mul_(deviation).to(torch.bfloat16)
+    drawn = torch.randn(size, generator=generator, device=device)
+    return drawn.mul_(deviation).to(torch.bfloat16)

@@ -25,7 +25,10 @@ FEATURES: Mapping[str, frozenset[str]] = {
     "i8mm": frozenset({"i8mm"}),
     "sve": frozenset({"sve"}),
 }
-PACKAGES = ("chasqui", "torch", "fairscale", "numpy", "gguf", "safetensors", "matplotlib")
+PACKAGES = (
+    *("chasqui", "torch", "fairscale", "numpy", "gguf", "safetensors", "matplotlib"),
+    *("triton", "flashinfer-python", "torchao", "transformers"),
+)
 
 
 @dataclass(frozen=True, slots=True)

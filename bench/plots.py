@@ -45,6 +45,11 @@ def plot_peers(report: Report, folder: Path) -> list[Path]:
     return _draw(report, dict.fromkeys(cases, _contenders), folder)
 
 
+def plot_gpu(report: Report, folder: Path) -> list[Path]:
+    """A PNG of a GPU's run beside its targets, and one of latencies under load."""
+    return _draw(report, {"targets": _targets, "day": _day}, folder)
+
+
 def _draw(
     report: Report, drawn: Mapping[str, Callable[[Axes, list[Row]], None]], folder: Path
 ) -> list[Path]:
@@ -57,9 +62,8 @@ def _draw(
             figure = Figure(figsize=(6.4, 3.8), layout="constrained")
             axes = figure.add_subplot()
             draw(axes, rows)
-            axes.set_title(
-                f"{case}, {report.details['shape']}, {report.host.processor}", loc="left"
-            )
+            machine = report.details.get("device", report.host.processor)
+            axes.set_title(f"{case}, {report.details['shape']}, {machine}", loc="left")
             files.append(folder / f"{case}.png")
             figure.savefig(files[-1])
     return files
@@ -93,6 +97,34 @@ def _stall(axes: Axes, rows: list[Row]) -> None:
     axes.bar_label(bars, fmt="%.1f")
     axes.axhline(1, color=GREY, linestyle="--")
     _label(axes, "", "longest gap ÷ step without the prompt")
+
+
+def _targets(axes: Axes, rows: list[Row]) -> None:
+    """Each measurement over its bound: which side is right, the sign in the label says."""
+    rows = rows[::-1]
+    bounds = [float(str(row.values["target"]).split()[1]) for row in rows]
+    measured = [_number(row.values["measured"]) for row in rows]
+    colors = [COLORS[2] if row.values["met"] == "yes" else COLORS[1] for row in rows]
+    names = [f"{row.settings['what']} {row.values['target']}" for row in rows]
+    ratios = [value / bound for value, bound in zip(measured, bounds, strict=True)]
+    bars = axes.barh(names, ratios, color=colors)
+    axes.bar_label(bars, [f" {value:.3g}" for value in measured])
+    axes.axvline(1, color=GREY, linestyle="--")
+    axes.margins(x=0.15)
+    _label(axes, "measured ÷ bound", "")
+
+
+def _day(axes: Axes, rows: list[Row]) -> None:
+    loads = [row for row in rows if row.settings["requests_per_s"] is not None]
+    names = [str(row.settings["load"]) for row in loads]
+    for color, percent in zip(COLORS, (50, 95, 99), strict=False):
+        for dashes, latency in (("-", "first_token"), ("--", "between_tokens")):
+            values = [_number(row.values[f"{latency}_ms_p{percent}"]) for row in loads]
+            label = f"{latency.replace('_', ' ')}, p{percent}"
+            axes.plot(names, values, dashes, marker="o", markersize=4, color=color, label=label)
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    _label(axes, "load, of the capacity", "ms")
 
 
 def _contenders(axes: Axes, rows: list[Row]) -> None:

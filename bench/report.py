@@ -98,6 +98,13 @@ def table(rows: Sequence[Mapping[str, Value]]) -> str:
     return "\n".join(lines)
 
 
+def line(row: Row) -> str:
+    """A row on one line, for whoever watches a run."""
+    pairs = {**row.settings, **row.values}.items()
+    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in pairs)
+    return f"{row.case}: {', '.join(shown)}"
+
+
 def _cell(value: Value) -> str:
     if value is None:
         return "–"

@@ -32,6 +32,7 @@ from demo.checkpoint import CHECKPOINT, TOKENIZER
 from llama.v1 import chat_pb2, chat_pb2_grpc, sampling_pb2
 
 Prompts = Sequence[tuple[int, ...]]
+KNOWN_PIECES = 1920  # of the demonstration's tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,7 @@ def made_up_tokenizer(vocab_size: int) -> bytes:
     behind such a message is appended to its repeated fields.
     """
     model = bytearray((CHECKPOINT / TOKENIZER).read_bytes())
-    known = 1920
-    for number in range(known, vocab_size):
+    for number in range(KNOWN_PIECES, vocab_size):
         text = f"▁made{number}".encode()
         piece = b"\n" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1e6)
         model += b"\n" + bytes([len(piece)]) + piece

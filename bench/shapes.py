@@ -27,6 +27,19 @@ class Shape:
         return self.parameters - self.config.vocab_size * self.config.dim
 
     @property
+    def layer_parameters(self) -> int:
+        """Weights of all layers' matrices; they and the output's multiply, the rest is small."""
+        config = self.config
+        query, key_value = config.n_heads * config.head_dim, config.kv_heads * config.head_dim
+        attention = 2 * config.dim * (query + key_value)
+        return config.n_layers * (attention + 3 * config.dim * config.hidden_dim)
+
+    @property
+    def output_parameters(self) -> int:
+        """Weights of the output matrix."""
+        return self.config.vocab_size * self.config.dim
+
+    @property
     def kv_elements_per_token(self) -> int:
         """Numbers that the cache keeps for one token of one sequence."""
         return 2 * self.config.n_layers * self.config.kv_heads * self.config.head_dim
@@ -54,6 +67,21 @@ SHAPES = {
         Shape(
             "1.1B",
             ModelConfig(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000),
+        ),
+        # Llama 2's own three.
+        Shape("7B", ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32000)),
+        Shape("13B", ModelConfig(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)),
+        Shape(
+            "70B",
+            ModelConfig(
+                dim=8192,
+                n_layers=80,
+                n_heads=64,
+                n_kv_heads=8,
+                vocab_size=32000,
+                multiple_of=4096,
+                ffn_dim_multiplier=1.3,
+            ),
         ),
     )
 }

@@ -108,11 +108,20 @@ def demonstration() -> Deployment:
 
 
 def service_command(module: str, *launcher: str, **flags: object) -> list[str]:
-    """How to run a service so that `listening_address` can read its log; None leaves a flag out."""
+    """How to run a service so that `listening_address` can read its log; None leaves a flag out.
+
+    True and False become `--name` and `--no-name`, as the services want it.
+    """
     modules = ("-m", *launcher, "-m", module) if launcher else ("-m", module)
     flags = {"host": LOOPBACK, "log_format": "json", **flags}
-    given = (f"--{name}={value}" for name, value in flags.items() if value is not None)
+    given = (_flag(name, value) for name, value in flags.items() if value is not None)
     return [sys.executable, *modules, *given]
+
+
+def _flag(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 def listening_address(line: str) -> str | None:

@@ -12,7 +12,7 @@ from bench.engine.session import Variant
 from bench.engine.throughput import BITS
 from bench.host import Host, cores, read_host
 from bench.paths import WORK_DIR
-from bench.report import RESULTS, Row, make_report, result_folder, write_report
+from bench.report import RESULTS, Row, line, make_report, result_folder, write_report
 from bench.shapes import SHAPES, Shape
 
 
@@ -122,7 +122,7 @@ def measure(
         for case in cases:
             for row in CASES[case](shape, variant, sizes):
                 rows.append(row)
-                print(_line(row), file=sys.stderr, flush=True)
+                print(line(row), file=sys.stderr, flush=True)
     return rows
 
 
@@ -131,12 +131,6 @@ def _variant(precision: str, ckpt_dir: Path, threads: int | None, host: Host) ->
     if precision in ("int8", "int4"):
         return Variant(ckpt_dir, host.wide_dtype, threads, precision)
     return Variant(ckpt_dir, precision, threads)
-
-
-def _line(row: Row) -> str:
-    pairs = {**row.settings, **row.values}.items()
-    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in pairs)
-    return f"{row.case}: {', '.join(shown)}"
 
 
 def _parser(host: Host) -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ def load_time(variant: Variant) -> Iterator[Row]:
     All three find the file in the page cache if it fits: this measures the program, not the disk.
     """
     size = sum(path.stat().st_size for path in variant.ckpt_dir.glob("consolidated.*.pth"))
-    read = _read_seconds(variant.ckpt_dir)
+    read = read_seconds(variant.ckpt_dir)
     for verify in (True, False):
         options = dataclasses.replace(variant.options(1, 64), verify_checkpoint=verify)
         started = time.perf_counter()
@@ -83,7 +83,7 @@ def _full_engine(variant: Variant, sequences: int, tokens: int) -> "_Full":
     return _Full(*map(int, done.stdout.split()))
 
 
-def _read_seconds(folder: Path) -> float:
+def read_seconds(folder: Path) -> float:
     buffer = bytearray(READ_BYTES)
     started = time.perf_counter()
     for path in folder.glob("consolidated.*.pth"):

@@ -12,7 +12,14 @@ from model_service.model.config import read_params
 
 
 @pytest.mark.parametrize(
-    ("name", "hidden", "millions"), [("110M", 2048, 134), ("1.1B", 5632, 1100)]
+    ("name", "hidden", "millions"),
+    [
+        ("110M", 2048, 134),
+        ("1.1B", 5632, 1100),
+        ("7B", 11008, 6738),
+        ("13B", 13824, 13015),
+        ("70B", 28672, 68976),
+    ],
 )
 def test_shapes_have_their_sizes(name: str, hidden: int, millions: int) -> None:
     shape = SHAPES[name]

@@ -54,6 +54,13 @@ def test_of_last_lines_the_errors_are_kept() -> None:
     assert failure(["one", "two"]) == "its last lines were\none\ntwo"
 
 
+def test_settings_become_flags() -> None:
+    settings = {"dtype": "float32", "prefix_cache": True, "verify_checkpoint": False}
+    command = Deployment(Path("weights"), Path(), model_settings=settings).model_command()
+    assert {"--dtype=float32", "--prefix_cache", "--no-verify_checkpoint"} <= set(command)
+    assert not any(flag.startswith("--model_name") for flag in command)
+
+
 def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.supervisor.EXTRAS", {"model": "no_such_module"})
     services = Supervisor(Deployment(Path(), Path()), log=lambda *_: None)
