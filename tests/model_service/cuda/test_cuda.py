@@ -17,8 +17,8 @@ GOLDEN = [("mha-mp1", "mha"), ("mha-mp1-bf16", "mha-bf16"), ("gqa-mp1", "gqa"), 
 # Twice what bfloat16 on the CPU is off by (mean 0.047, largest 0.58 over all golden cases).
 MEAN_OFF = 0.1
 MOST_OFF = 1.2
-# About ten times what bfloat16 on the CPU falls short by (mean 6e-5, most 0.011): another token than the
-# best costs whole units where the function is another.
+# About ten times what bfloat16 on the CPU falls short by (mean 6e-5, most 0.011): tokens of another
+# function would fall short by whole units.
 MEAN_SHORT = 1e-3
 MOST_SHORT = 0.1
 
