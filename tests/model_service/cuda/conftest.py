@@ -1,12 +1,16 @@
 """Engines on a CUDA device; all tests here are skipped where there is none."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.checkpoint import write_checkpoint
 from model_service.engine.engine import Engine
+from model_service.engine.sequence import GenerationRequest, SamplingParams
+from model_service.model.config import ModelConfig
 
 Case = dict[str, Any]
 
@@ -24,6 +28,17 @@ def cuda_engine(make_engine: Callable[..., Engine]) -> Callable[..., Engine]:
 
 
 @pytest.fixture(scope="session")
+def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with Llama 2's heads of 128, which the golden checkpoints do not have."""
+    config = ModelConfig(
+        dim=512, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32
+    )
+    folder = tmp_path_factory.mktemp("wide-heads")
+    write_checkpoint(config, folder, torch.device("cpu"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def differences() -> Callable[[dict[Any, Any], list[Case]], list[str]]:
     """Ids of the cases whose tokens or logprobs are not those of Meta's code."""
 
@@ -34,6 +49,36 @@ def differences() -> Callable[[dict[Any, Any], list[Case]], list[str]]:
             if answers[case["id"]].ids != case["ids"]
             or answers[case["id"]].logprobs != pytest.approx(case["logprobs"], abs=1e-4)
         ]
+
+    return found
+
+
+@pytest.fixture(scope="session")
+def shortfalls(make_engine: Any, run: Any) -> Callable[[Path, dict[Any, tuple[int, ...]]], Any]:
+    """How much lower than the best logprob that of each token of some texts is, by id.
+
+    By float32 on the CPU, which the golden cases hold to Meta's answers.
+    """
+
+    def found(folder: Path, texts: dict[Any, tuple[int, ...]]) -> dict[Any, list[float]]:
+        engine = make_engine(folder.name, folder=folder.parent, max_batch_size=16)
+        falls: dict[Any, list[float]] = {each: [] for each in texts}
+        for each, text in texts.items():
+            request = GenerationRequest(
+                each,
+                text,
+                max_gen_len=0,
+                sampling=SamplingParams(temperature=0.0),
+                logprobs=True,
+                prompt_logprobs=True,
+                top_logprobs=1,
+            )
+            engine.add(request)
+        while engine.has_work:
+            for output in engine.step():
+                tops = (entry.top[0][1] - entry.logprob for entry in output.logprobs if entry.top)
+                falls[output.request_id] += tops
+        return falls
 
     return found
 
