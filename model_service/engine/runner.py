@@ -1,10 +1,9 @@
 """Runs one step on one rank, and keeps the ranks of a replica in lockstep.
 
 The leader sends each step's plan to its followers and then runs the same forward as they do: the
-all-reduces inside the layers keep them together. Only the leader looks at the logits.
+all-reduces inside the layers keep them together. Only the leader looks at the logits. On CUDA a
+step is only launched here: what it computes is there when somebody reads it.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch
 from model_service.engine.block_pool import PROBE_BLOCK
 from model_service.engine.plan import StepPlan
 from model_service.engine.plan_channel import PlanChannel
+from model_service.engine.transfer import upload
 from model_service.model.attention import AttentionBackend, SequenceSpan
 from model_service.model.network import Transformer
 
@@ -20,6 +20,16 @@ PROBE = StepPlan(
     tokens=np.zeros(1, dtype=np.int32),
     logit_rows=np.zeros(1, dtype=np.int32),
 )
+
+
+def resolve(tokens: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """`tokens` with every negative one, ~index, replaced by that entry of `drawn`.
+
+    Args:
+        tokens: [n].
+        drawn: [draws], not empty.
+    """
+    return torch.where(tokens < 0, drawn[(~tokens).clamp_(min=0)], tokens)
 
 
 class ModelRunner:
@@ -32,39 +42,47 @@ class ModelRunner:
         channel: PlanChannel,
         device: torch.device,
     ) -> None:
+        self.device = device
         self._network = network
         self._attention = attention
         self._channel = channel
-        self._device = device
+        self._drawn = torch.empty(0, dtype=torch.long, device=device)  # in the last step
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
-        if not self._channel.alone:
-            self._channel.send(plan.encode())
+        self._channel.send(plan)
         return self._forward(plan)
+
+    def feed(self, drawn: torch.Tensor) -> None:
+        """Leader: gives all ranks the tokens [draws] that the executed plan announced."""
+        self._drawn = drawn
+        self._channel.share(drawn)
 
     def probe(self) -> None:
         """Leader: one token through all shards, to see that they answer; touches no sequence."""
-        self.execute(PROBE)
+        self.execute(PROBE).cpu()
 
     def release_followers(self) -> None:
         """Leader: lets every follower return from `follow`."""
-        self._channel.send(np.empty(0, dtype=np.int32))
+        self._channel.close()
 
     def follow(self) -> None:
         """Follower: runs the leader's steps until it releases this rank."""
-        while len(vector := self._channel.receive()):
-            self._forward(StepPlan.decode(vector))
+        while (plan := self._channel.receive()) is not None:
+            self._forward(plan)
+            if plan.draws:
+                self._drawn = torch.empty(plan.draws, dtype=torch.long, device=self.device)
+                self._channel.share(self._drawn)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
         self._attention.plan(plan.spans)
-        logits: torch.Tensor = self._network(
-            self._index(plan.tokens),
-            self._index(plan.positions),
-            self._index(plan.logit_rows),
-            self._attention,
+        tokens, positions, logit_rows = upload(
+            self.device,
+            plan.tokens.astype(np.int64),
+            plan.positions,
+            plan.logit_rows.astype(np.int64),
         )
+        if plan.tokens.min() < 0:
+            tokens = resolve(tokens, self._drawn)
+        logits: torch.Tensor = self._network(tokens, positions, logit_rows, self._attention)
         return logits
-
-    def _index(self, values: Sequence[int] | np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.long, device=self._device)
