@@ -72,8 +72,9 @@ class Adjustments:
 
     def note(self, slots: torch.Tensor, drawn: torch.Tensor) -> None:
         """Enters the tokens [rows] that were drawn for these slots [rows], all different."""
-        self._stands[slots, drawn] = True
-        self._counts[slots, drawn] += 1.0
+        # Not `[...] = True`: a number from the host might be waited for.
+        self._stands.index_put_((slots, drawn), torch.ones_like(drawn, dtype=torch.bool))
+        self._counts.index_put_((slots, drawn), self._counts[slots, drawn] + 1.0)
 
     def _enter(self, slot: int, sequence: Sequence) -> None:
         request = sequence.request

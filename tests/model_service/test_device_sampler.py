@@ -80,7 +80,7 @@ def enter(result: StepResult) -> None:
         sequence.tokens.append(made[0][0])
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(st.data(), st.lists(sequences(), min_size=1, max_size=5), st.sampled_from(VOCABS))
 def test_it_makes_what_the_sampler_on_the_host_makes(
     data: st.DataObject, batch: list[Sequence], vocab: int
@@ -99,6 +99,17 @@ def test_it_makes_what_the_sampler_on_the_host_makes(
         batch = [sequence for sequence in batch if sequence not in made.failed]
         if not batch:
             return
+
+
+@settings(max_examples=10)
+@given(st.lists(sequences(), min_size=1, max_size=5), st.sampled_from(VOCABS))
+def test_nothing_is_decided_by_a_number_on_the_device(batch: list[Sequence], vocab: int) -> None:
+    """The meta device has no numbers: looking at one raises."""
+    meta = torch.device("meta")
+    rows = [row for sequence in batch for row in rows_of(sequence, first=True)]
+    launched = DeviceSampler(vocab, meta).launch(rows, torch.empty(len(rows), vocab, device=meta))
+    assert launched.drawn.device.type == "meta"
+    assert launched.drawn.shape == (len(batch),)
 
 
 def test_a_forgotten_sequence_leaves_nothing_to_the_next_in_its_slot() -> None:
