@@ -84,8 +84,8 @@ class DeviceSampler:
         return Launched(drawn, rows, draws, scored, Download((drawn, finite, *scores)))
 
     def _select(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        if len(rows) == len(logits):
-            return logits
+        if len(rows) in (0, len(logits)):
+            return logits[: len(rows)]
         (places,) = upload(self._device, np.array(rows, dtype=np.int64))
         return logits[places]
 
@@ -158,12 +158,12 @@ class DeviceSampler:
             drawn: [draws], that negative targets stand for.
             most: how many of the most probable tokens to name in each row.
         """
+        if not targets:  # the usual case
+            return logits[:, 0], logits[:, :0].long(), logits[:, :0]
         most = min(most, self._vocab)
-        chosen = [torch.empty(0, device=self._device)]
-        top_ids = [torch.empty(0, most, dtype=torch.long, device=self._device)]
-        top_values = [torch.empty(0, most, device=self._device)]
+        chosen, top_ids, top_values = [], [], []
         (indices,) = upload(self._device, np.array(targets, dtype=np.int64))
-        if min(targets, default=0) < 0:
+        if min(targets) < 0:
             indices = resolve(indices, drawn)
         parts = (torch.split(tensor, _ROWS_SCORED_AT_ONCE) for tensor in (logits, indices))
         for part, wanted in zip(*parts, strict=True):

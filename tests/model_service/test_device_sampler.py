@@ -175,6 +175,8 @@ def test_one_copy_brings_arrays_of_any_shape_and_type() -> None:
         np.array([True, False, True]),
         np.array([[0.1]]),
     ]
+    (empty,) = upload_packed(CPU, [np.empty(0, dtype=np.int64)])
+    assert (empty.shape, empty.dtype) == ((0,), torch.int64)
     for array, tensor in zip(arrays, upload_packed(CPU, arrays), strict=True):
         assert tensor.numpy().dtype == array.dtype
         assert tensor.shape == array.shape
