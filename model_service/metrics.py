@@ -72,7 +72,8 @@ class EngineMetrics:
         times = self._engine.step_times
         seconds = histogram_family(
             "chasqui_model_step_seconds",
-            "Time of a step's parts. On CUDA, sample includes what is left of the forward.",
+            "Time of a step's parts. On CUDA, sample includes what is left of the forward; with "
+            "lookahead, forward is the time between two steps' tokens, which includes the others.",
             [((part,), histogram.snapshot()) for part, histogram in times.parts.items()],
             "part",
         )

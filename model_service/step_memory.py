@@ -12,7 +12,7 @@ import torch
 
 from model_service.engine.engine import EngineLimits
 from model_service.engine.runner import ModelRunner
-from model_service.engine.warm_up import warm_up_plans
+from model_service.engine.warm_up import warm_up_plans, warm_up_sampling
 from serving.errors import StartError
 
 
@@ -38,6 +38,7 @@ def step_memory(
         runner = make_runner()
         for plan in warm_up_plans(limits).values():
             runner.warm_up(plan)
+        warm_up_sampling(limits, device)
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
         raise StartError(

@@ -25,9 +25,19 @@ class Row(NamedTuple):  # one per sequence and step: a frozen dataclass is slowe
         """How many drafts stand between the sequence's last token and the predicted one."""
         return self.position - len(self.sequence.tokens)
 
+    @property
+    def in_prompt(self) -> bool:
+        """Whether the predicted token stands in the prompt: only its logprob is wanted."""
+        return self.position < len(self.sequence.request.prompt_ids)
 
-def plan_step(schedule: Schedule) -> tuple[StepPlan, list[Row]]:
-    """The step's plan, and its rows of logits."""
+
+def plan_step(schedule: Schedule, *, lookahead: bool = False) -> tuple[StepPlan, list[Row]]:
+    """The step's plan, and its rows of logits.
+
+    Args:
+        schedule: the step's work.
+        lookahead: whether the next step takes the tokens that this one draws from the device.
+    """
     # Most chunks are a last token: comprehensions, as there may be hundreds of them in each step.
     plain = schedule.chunks[: 0 if schedule.drafted_tokens else schedule.decode_rows]
     spans = [SequenceSpan(1, chunk.end, chunk.sequence.block_table) for chunk in plain]
@@ -43,7 +53,10 @@ def plan_step(schedule: Schedule) -> tuple[StepPlan, list[Row]]:
         context = end + len(drafts)
         spans.append(SequenceSpan(context - begin, context, sequence.block_table))
     plan = StepPlan(
-        tuple(spans), np.array(tokens, dtype=np.int32), np.array(logit_rows, dtype=np.int32)
+        tuple(spans),
+        np.array(tokens, dtype=np.int32),
+        np.array(logit_rows, dtype=np.int32),
+        draws=sum([not row.in_prompt for row in rows]) if lookahead else 0,
     )
     return plan, rows
 

@@ -1,21 +1,26 @@
 """The step loop's body: commands in, one step, outputs out.
 
+With lookahead a step is launched before the last one's tokens are known here: sequences then end in
+tokens that are still to come, which the device puts into the next step by itself. What follows from
+tokens (who stops, which blocks are known by their content) is booked when they are read, one step
+late; what a step computed for a sequence that had ended by then is dropped.
+
 Not thread-safe: whoever calls `step` owns the engine. `EngineThread` is that owner in the service,
 `llama.Llama` in a Python process.
 """
 
 import itertools
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from model_service.engine.batch import Row, plan_step
 from model_service.engine.block_pool import BlockPool
+from model_service.engine.device_sampler import DeviceSampler
 from model_service.engine.pace import Pace
+from model_service.engine.results import StepResult, read_result
 from model_service.engine.runner import ModelRunner
-from model_service.engine.sampler import SamplingRow, finite_rows, sample, score
 from model_service.engine.scheduler import Chunk, Schedule, Scheduler
 from model_service.engine.sequence import (
     UNPREDICTED,
@@ -41,7 +46,7 @@ class EngineLimits:
     block_size: int  # tokens per block
     prefix_cache: bool  # whether keys and values outlive the sequence that computed them
     max_stall: float  # longest step while sequences decode, in steps without prompt tokens
-    draft_tokens: int  # most guesses for a sequence in a step
+    draft_tokens: int  # most guesses for a sequence in a step; with lookahead none are made
     lookahead: bool = False  # whether a step is launched before the last one's tokens are read
 
     def check(self, request: GenerationRequest) -> None:
@@ -83,11 +88,17 @@ class EngineLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
-    """What sampling chose in a step."""
+class _Flight:
+    """A step that was launched."""
 
-    tokens: dict[Sequence, list[tuple[int, int]]]  # token, and its row of the logits
-    failed: set[Sequence]  # a logit that counts was not finite
+    schedule: Schedule
+    rows: list[Row]
+    ends: list[Chunk]  # those that reach the end of their sequence
+    read: Callable[[], StepResult]  # waits for what the step makes
+    # By time.monotonic:
+    started: float
+    planned: float
+    computed: float | None  # None: on the device, only the result tells
 
 
 class Engine:
@@ -97,9 +108,11 @@ class Engine:
         self.limits = limits
         self.step_times = StepTimes()
         self._runner = runner
+        self._sampler = DeviceSampler(limits.vocab_size, runner.device)
         self._pool = BlockPool(limits.blocks, limits.block_size)
         self._pace = Pace(limits.max_stall, limits.block_size, limits.max_step_tokens)
-        self._speculation = Speculation(NgramDrafter(), self._pace, limits.draft_tokens)
+        drafts = 0 if limits.lookahead else limits.draft_tokens  # they follow a known token
+        self._speculation = Speculation(NgramDrafter(), self._pace, drafts)
         self._scheduler = Scheduler(
             self._pool,
             self._pace,
@@ -111,13 +124,15 @@ class Engine:
         self._sequences: dict[Hashable, Sequence] = {}
         self._arrivals = itertools.count()
         self._ready: list[SequenceOutput] = []  # outputs that need no step
+        self._in_flight: _Flight | None = None  # only with lookahead
+        self._read_at = 0.0  # when the last step's result was there
         self._steps = 0
         self._prompt_tokens = 0
         self._completion_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences or self._ready)
+        return bool(self._sequences or self._ready or self._in_flight)
 
     def add(self, request: GenerationRequest) -> None:
         """Takes a request; its outputs come from `step`.
@@ -140,26 +155,26 @@ class Engine:
         """Ends a sequence and frees its blocks at once; an unknown id is ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
-            self._scheduler.remove(sequence)
+            self._forget(sequence)
             self._ready.append(_final(sequence, FinishReason.CANCELLED))
 
     def step(self) -> list[SequenceOutput]:
-        """Runs one step. Returns what it made for the sequences that it advanced or ended."""
-        started = time.monotonic()
+        """Runs one step. Returns what it made for the sequences that it advanced or ended.
+
+        With lookahead that is what the step before made, while the new one runs.
+        """
         outputs, self._ready = self._ready, []
-        schedule = self._scheduler.schedule()
-        if not schedule.chunks:
-            return outputs
-        for chunk in schedule.chunks[schedule.decode_rows :]:
-            if chunk.sequence.first_step_at is None:
-                chunk.sequence.first_step_at = started
-        plan, rows = plan_step(schedule)
-        planned = time.monotonic()
-        logits = self._runner.execute(plan)
-        computed = time.monotonic()
-        self._steps += 1
-        outputs += self._advance(schedule, rows, logits, started)
-        self.step_times.note(len(schedule.chunks), started, planned, computed, time.monotonic())
+        flight, self._in_flight = self._in_flight, None
+        if flight is not None and self._scheduler.must_preempt:
+            # Who ends with it may free enough blocks; who gives way needs all tokens known.
+            outputs += self._collect(flight)
+            flight = None
+        if self.limits.lookahead:
+            self._in_flight = self._launch()
+        else:
+            flight = self._launch()
+        if flight is not None:
+            outputs += self._collect(flight)
         return outputs
 
     def probe(self) -> None:
@@ -183,110 +198,104 @@ class Engine:
             accepted_tokens=self._speculation.accepted,
         )
 
-    def _advance(
-        self, schedule: Schedule, rows: list[Row], logits: torch.Tensor, started: float
-    ) -> list[SequenceOutput]:
-        """Books a step's results into its sequences."""
-        drawn = self._draw(rows, logits)
-        scores = self._score(rows, logits, drawn)
-        now = time.monotonic()
-        extra = schedule.prompt_tokens + schedule.drafted_tokens
-        self._pace.record(schedule.decode_rows, extra, now - started)
-        per_token = (now - started) / (schedule.decode_rows + extra)
-        ended = []
+    def _launch(self) -> _Flight | None:
+        """Schedules a step and sets it going; None when there is nothing to do."""
+        started = time.monotonic()
+        schedule = self._scheduler.schedule()
+        if not schedule.chunks:
+            return None
+        for chunk in schedule.chunks[schedule.decode_rows :]:
+            if chunk.sequence.first_step_at is None:
+                chunk.sequence.first_step_at = started
+        plan, rows = plan_step(schedule, lookahead=self.limits.lookahead)
+        ends = [chunk for chunk in schedule.chunks if chunk.end == len(chunk.sequence.tokens)]
+        planned = time.monotonic()
+        logits = self._runner.execute(plan)
+        self._steps += 1
+        if not self.limits.lookahead:
+            read = partial(read_result, rows, logits)
+            return _Flight(schedule, rows, ends, read, started, planned, time.monotonic())
+        launched = self._sampler.launch(rows, logits)
+        if plan.draws:
+            self._runner.feed(launched.drawn)
+        self._expect(schedule, rows, ends)
+        return _Flight(schedule, rows, ends, launched.read, started, planned, computed=None)
+
+    @staticmethod
+    def _expect(schedule: Schedule, rows: list[Row], ends: list[Chunk]) -> None:
+        """Lets the sequences of a step under way go on, behind tokens that are still to come."""
         for chunk in schedule.chunks:
+            chunk.sequence.num_computed = chunk.end
+        drawing = [row.sequence for row in rows if not row.in_prompt]
+        for index, sequence in enumerate(drawing):
+            sequence.tokens.append(~index)
+        for chunk in ends:
+            chunk.sequence.all_launched = not chunk.sequence.generates
+
+    def _collect(self, flight: _Flight) -> list[SequenceOutput]:
+        """Waits for what a step makes, and books it into the sequences that are still there."""
+        result = flight.read()
+        now = time.monotonic()
+        schedule, last = flight.schedule, self._read_at
+        seconds = now - max(flight.started, last)
+        extra = schedule.prompt_tokens + schedule.drafted_tokens
+        self._pace.record(schedule.decode_rows, extra, seconds)
+        per_token = seconds / (schedule.decode_rows + extra)
+        alive = [c for c in schedule.chunks if self._scheduler.is_running(c.sequence)]
+        for chunk in alive:
             sequence = chunk.sequence
             sequence.compute += per_token * chunk.length
             if chunk.begin < (prompt := len(sequence.request.prompt_ids)):
                 self._prompt_tokens += min(chunk.end, prompt) - chunk.begin
-            if chunk.end == len(sequence.tokens):
-                ended.append(sequence)
-                self._extend(chunk, [token for token, _ in drawn.tokens.get(sequence, ())])
-        failed = drawn.failed
-        self._scheduler.advance(c for c in schedule.chunks if c.sequence not in failed)
-        return [
-            *(self._fail(sequence) for sequence in failed),
-            *(self._output(s, drawn, scores, now) for s in ended if s not in failed),
+        self._note_prompt_scores(flight.rows, result)
+        ends = [chunk for chunk in flight.ends if self._scheduler.is_running(chunk.sequence)]
+        for chunk in ends:
+            self._extend(chunk, [token for token, _ in result.tokens.get(chunk.sequence, ())])
+        failed = [sequence for sequence in result.failed if self._scheduler.is_running(sequence)]
+        self._scheduler.advance(c for c in alive if c.sequence not in result.failed)
+        outputs = [
+            *(self._fail(sequence, result.failed[sequence]) for sequence in failed),
+            *(self._output(c, result, now) for c in ends if c.sequence not in result.failed),
         ]
+        self._read_at = now
+        computed = flight.computed or now
+        self.step_times.note(
+            len(schedule.chunks),
+            schedule=flight.planned - flight.started,
+            forward=computed - max(flight.planned, last),
+            sample=time.monotonic() - computed,
+        )
+        return outputs
 
-    def _draw(self, rows: list[Row], logits: torch.Tensor) -> _Drawn:
-        """The next tokens of each sequence whose end the step reached, as far as drafts hold."""
-        finite = finite_rows(logits)
-        wanted = [
-            i
-            for i, row in enumerate(rows)
-            if finite[i] and row.position >= len(row.sequence.tokens)
-        ]
-        selected = logits if len(wanted) == len(rows) else logits[wanted]
-        chosen = sample(selected, [_sampling_row(rows[i]) for i in wanted]) if wanted else []
-        tokens = dict(zip(wanted, chosen, strict=True))
-        drawn = _Drawn({}, set())
-        complete: set[Sequence] = set()
-        for i, row in enumerate(rows):
-            sequence = row.sequence
-            if sequence in complete:  # what a wrong draft led to
-                continue
-            if not finite[i]:
-                complete.add(sequence)
-                # Behind a draft, the next step will see whether it is so without.
-                if row.drafts_before <= 0:
-                    drawn.failed.add(sequence)
-            elif i in tokens:
-                drawn.tokens.setdefault(sequence, []).append((tokens[i], i))
-                right = row.drafts[row.drafts_before :][:1] == [tokens[i]]
-                if not right or tokens[i] in sequence.request.stop_ids:
-                    complete.add(sequence)
-        return drawn
-
-    def _score(
-        self, rows: list[Row], logits: torch.Tensor, drawn: _Drawn
-    ) -> dict[int, TokenLogprobs]:
-        """Logprobs of drawn tokens, by row; those of prompt tokens go into their sequences."""
-        made = {i: token for tokens in drawn.tokens.values() for token, i in tokens}
-        in_prompt: list[int] = []
-        targets: dict[int, int] = {}
-        for i, row in enumerate(rows):
-            sequence = row.sequence
-            if sequence in drawn.failed:
-                continue
-            if row.position < len(sequence.tokens):
-                in_prompt.append(i)
-                targets[i] = sequence.tokens[row.position]
-            elif sequence.request.logprobs and i in made:
-                targets[i] = made[i]
-        if not targets:
-            return {}
-        selected = logits if len(targets) == len(rows) else logits[[*targets]]
-        alternatives = [rows[i].sequence.request.top_logprobs for i in targets]
-        entries = score(selected, [*targets.values()], alternatives)
-        scores = dict(zip(targets, entries, strict=True))
-        for i in in_prompt:
-            sequence = rows[i].sequence
-            sequence.prompt_scores = sequence.prompt_scores or [UNPREDICTED]
-            sequence.prompt_scores.append(scores[i])
-        return scores
+    @staticmethod
+    def _note_prompt_scores(rows: list[Row], result: StepResult) -> None:
+        for i, entry in result.scores.items():
+            if rows[i].in_prompt:
+                sequence = rows[i].sequence
+                sequence.prompt_scores = sequence.prompt_scores or [UNPREDICTED]
+                sequence.prompt_scores.append(entry)
 
     def _extend(self, chunk: Chunk, made: list[int]) -> None:
-        """Appends what a step made; the drafts among it are in the cache already."""
+        """Enters what a step made; the drafts among it are in the cache already."""
         sequence = chunk.sequence
         self._speculation.learn(sequence, chunk.drafts, made)
         if not made:
             return
         stopped = made[-1] in sequence.request.stop_ids
-        sequence.tokens += made[:-1] if stopped else made
-        self._completion_tokens += len(made) - stopped
+        kept = made[:-1] if stopped else made
+        # With lookahead a place is held for the one token, and perhaps for the next behind it.
+        sequence.tokens[chunk.end : chunk.end + self.limits.lookahead] = kept
+        self._completion_tokens += len(kept)
         chunk.end += len(made) - 1
 
-    def _output(
-        self, sequence: Sequence, drawn: _Drawn, scores: dict[int, TokenLogprobs], now: float
-    ) -> SequenceOutput:
+    def _output(self, chunk: Chunk, result: StepResult, now: float) -> SequenceOutput:
         """What the step made for a sequence that it computed to its end."""
-        request = sequence.request
+        sequence, request = chunk.sequence, chunk.sequence.request
         ids: tuple[int, ...] = ()
         logprobs: tuple[TokenLogprobs, ...] = ()
         if request.prompt_logprobs and sequence.first_token_at is None:
             ids, logprobs = self._prompt_output(sequence)
-        made = drawn.tokens.get(sequence, [])
+        made = result.tokens.get(sequence, [])
         if not made:
             return self._finish(sequence, FinishReason.LENGTH, ids, logprobs)
         sequence.last_token_at = now
@@ -296,10 +305,10 @@ class Engine:
         kept = made[:-1] if stopped else made
         ids += tuple([token for token, _ in kept])
         if request.logprobs:
-            logprobs += tuple([scores[i] for _, i in kept])
+            logprobs += tuple([result.scores[i] for _, i in kept])
         if stopped:
             return self._finish(sequence, FinishReason.STOP, ids, logprobs)
-        if not sequence.generates:
+        if chunk.end + 1 == sequence.limit:
             return self._finish(sequence, FinishReason.LENGTH, ids, logprobs)
         cached = sequence.cached_prompt_tokens if first else 0
         return SequenceOutput(request.request_id, ids, logprobs, cached_prompt_tokens=cached)
@@ -318,17 +327,23 @@ class Engine:
         logprobs: tuple[TokenLogprobs, ...],
     ) -> SequenceOutput:
         del self._sequences[sequence.request.request_id]
-        self._scheduler.remove(sequence)
+        self._forget(sequence)
         return _final(sequence, reason, ids, logprobs)
 
-    def _fail(self, sequence: Sequence) -> SequenceOutput:
+    def _forget(self, sequence: Sequence) -> None:
+        """Gives up all that is held for a sequence; steps launched later may use its blocks."""
+        self._scheduler.remove(sequence)
+        self._sampler.forget(sequence)
+
+    def _fail(self, sequence: Sequence, position: int) -> SequenceOutput:
         del self._sequences[sequence.request.request_id]
-        self._scheduler.discard(sequence)
+        self._scheduler.retract(sequence)
+        self._forget(sequence)
         return _final(
             sequence,
             FinishReason.FAILED,
             error="the network gave a logit that is not finite for the token at position "
-            f"{len(sequence.tokens)}: the weights may be damaged, or overflow in this dtype",
+            f"{position}: the weights may be damaged, or overflow in this dtype",
         )
 
 
@@ -348,10 +363,3 @@ def _final(
         timings=sequence.timings(),
         cached_prompt_tokens=sequence.cached_prompt_tokens,
     )
-
-
-def _sampling_row(row: Row) -> SamplingRow:
-    sequence, before = row.sequence, row.drafts_before
-    request = sequence.request
-    tokens = sequence.tokens + row.drafts[:before] if before else sequence.tokens
-    return SamplingRow(request.sampling, tokens, len(request.prompt_ids) - request.offset)

@@ -1,11 +1,12 @@
 """What every rank must know of a step, and its form on the wire: one vector of 32-bit integers.
 
 The leader makes it, the followers rebuild it; no pickles, and nothing that a rank can work out for
-itself (positions and cache slots follow from lengths and block tables).
+itself (positions and cache slots follow from lengths and block tables) or was told before: of a
+block table only the blocks go over the wire that the last plan did not have.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +15,20 @@ from model_service.model.attention import SequenceSpan
 
 Vector = NDArray[np.int32]
 
+_COUNTS = 4  # at the vector's beginning
+_PER_SPAN = 4
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step over a flat batch."""
 
     spans: tuple[SequenceSpan, ...]
-    tokens: Vector  # [num_tokens], the spans' tokens one after the other
+    # [num_tokens], the spans' tokens one after the other. A negative one is not known on the host
+    # yet: the complement of its index among the tokens that were drawn in the last step.
+    tokens: Vector
     logit_rows: Vector  # [num_logits], indices into tokens
+    draws: int = 0  # tokens that the leader draws from the logits and gives to all ranks' devices
 
     @property
     def positions(self) -> NDArray[np.int64]:
@@ -30,26 +37,55 @@ class StepPlan:
         ends = np.array([span.context_length for span in self.spans])
         return np.repeat(ends - lengths.cumsum(), lengths) + np.arange(len(self.tokens))
 
-    def encode(self) -> Vector:
-        """Three counts, three numbers per span, then tokens, logit rows and block tables."""
-        header = [len(self.spans), len(self.tokens), len(self.logit_rows)]
-        for span in self.spans:
-            header += (span.query_length, span.context_length, len(span.block_table))
-        # One conversion of all tables: one each would cost more than the rest together.
-        tables = [block for span in self.spans for block in span.block_table]
-        numbers = np.array(header + tables, dtype=np.int32)
-        head, tail = np.split(numbers, [len(header)])
-        return np.concatenate([head, self.tokens, self.logit_rows, tail])
 
-    @classmethod
-    def decode(cls, vector: Vector) -> Self:
-        """The plan that `encode` gave `vector` for."""
-        num_spans, num_tokens, num_logits = (int(count) for count in vector[:3])
-        lengths = vector[3 : 3 + 3 * num_spans].reshape(-1, 3).tolist()
-        rest = vector[3 + 3 * num_spans :]
-        tokens, logit_rows, tables = np.split(rest, [num_tokens, num_tokens + num_logits])
-        spans = []
-        for query_length, context_length, blocks in lengths:
-            spans.append(SequenceSpan(query_length, context_length, tables[:blocks].tolist()))
-            tables = tables[blocks:]
-        return cls(tuple(spans), tokens, logit_rows)
+class PlanEncoder:
+    """The leader's end of the wire. A block table is recognized as the same list, grown or not."""
+
+    def __init__(self) -> None:
+        # By the identity of each table in the last plan: its place there, and its length then.
+        self._known: dict[int, tuple[int, int]] = {}
+        self._held: list[Sequence[int]] = []  # so that no other list takes over an identity
+
+    def encode(self, plan: StepPlan) -> Vector:
+        """Four counts, four numbers per span, then tokens, logit rows and new blocks."""
+        header = [len(plan.spans), len(plan.tokens), len(plan.logit_rows), plan.draws]
+        blocks: list[int] = []
+        known: dict[int, tuple[int, int]] = {}
+        held = [span.block_table for span in plan.spans]
+        for place, span in enumerate(plan.spans):
+            table = held[place]
+            identity, length = id(table), len(table)
+            before, sent = self._known.get(identity, (-1, 0))
+            header += (span.query_length, span.context_length, before, length - sent)
+            if length > sent:
+                blocks += table[sent:]
+            known[identity] = place, length
+        self._known, self._held = known, held
+        # One conversion of all that are lists: one each would cost more than the rest together.
+        numbers = np.array(header + blocks, dtype=np.int32)
+        begin = len(header)
+        return np.concatenate([numbers[:begin], plan.tokens, plan.logit_rows, numbers[begin:]])
+
+
+class PlanDecoder:
+    """A follower's end of the wire."""
+
+    def __init__(self) -> None:
+        self._tables: list[list[int]] = []  # of the last plan's spans
+
+    def decode(self, vector: Vector) -> StepPlan:
+        """The plan that was encoded as `vector`; every plan must come by here, in order."""
+        num_spans, num_tokens, num_logits, draws = vector[:_COUNTS].tolist()
+        rest = _COUNTS + _PER_SPAN * num_spans
+        header = vector[_COUNTS:rest].reshape(-1, _PER_SPAN).tolist()
+        tokens, logit_rows, blocks = np.split(vector[rest:], np.cumsum([num_tokens, num_logits]))
+        spans: list[SequenceSpan] = []
+        tables: list[list[int]] = []
+        for query_length, context_length, before, count in header:
+            table = self._tables[before] if before >= 0 else []
+            table += blocks[:count].tolist()
+            blocks = blocks[count:]
+            tables.append(table)
+            spans.append(SequenceSpan(query_length, context_length, table))
+        self._tables = tables
+        return StepPlan(tuple(spans), tokens, logit_rows, draws)

@@ -1,16 +1,16 @@
 """Runs one step on one rank, and keeps the ranks of a replica in lockstep.
 
 The leader sends each step's plan to its followers and then runs the same forward as they do: the
-all-reduces inside the layers keep them together. Only the leader looks at the logits.
+all-reduces inside the layers keep them together. Only the leader looks at the logits. On CUDA a
+step is only launched here: what it computes is there when somebody reads it.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from model_service.engine.plan import StepPlan
 from model_service.engine.plan_channel import PlanChannel
+from model_service.engine.transfer import upload
 from model_service.model.attention import PROBE_BLOCK, AttentionBackend, SequenceSpan
 from model_service.model.graphs import DecodeGraphs
 from model_service.model.network import Transformer
@@ -20,6 +20,16 @@ PROBE = StepPlan(
     tokens=np.zeros(1, dtype=np.int32),
     logit_rows=np.zeros(1, dtype=np.int32),
 )
+
+
+def resolve(tokens: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """`tokens` with every negative one, ~index, replaced by that entry of `drawn`.
+
+    Args:
+        tokens: [n].
+        drawn: [draws], not empty.
+    """
+    return torch.where(tokens < 0, drawn[(~tokens).clamp_(min=0)], tokens)
 
 
 class ModelRunner:
@@ -34,21 +44,26 @@ class ModelRunner:
         graphs: DecodeGraphs | None = None,
     ) -> None:
         """Takes over the parts of one rank; with `graphs`, decode steps are replayed from them."""
+        self.device = device
         self._network = network
         self._attention = attention
         self._channel = channel
-        self._device = device
         self._graphs = graphs
+        self._drawn = torch.empty(0, dtype=torch.long, device=device)  # in the last step
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
-        if not self._channel.alone:
-            self._channel.send(plan.encode())
+        self._channel.send(plan)
         return self._forward(plan)
+
+    def feed(self, drawn: torch.Tensor) -> None:
+        """Leader: gives all ranks the tokens [draws] that the executed plan announced."""
+        self._drawn = drawn
+        self._channel.share(drawn)
 
     def probe(self) -> None:
         """Leader: one token through all shards, to see that they answer; touches no sequence."""
-        self.execute(PROBE)
+        self.execute(PROBE).cpu()
 
     def warm_up(self, plan: StepPlan) -> torch.Tensor:
         """Every rank: runs a step that nobody sends; all must run the same ones, in one order."""
@@ -56,17 +71,25 @@ class ModelRunner:
 
     def release_followers(self) -> None:
         """Leader: lets every follower return from `follow`."""
-        self._channel.send(np.empty(0, dtype=np.int32))
+        self._channel.close()
 
     def follow(self) -> None:
         """Follower: runs the leader's steps until it releases this rank."""
-        while len(vector := self._channel.receive()):
-            self._forward(StepPlan.decode(vector))
+        while (plan := self._channel.receive()) is not None:
+            self._forward(plan)
+            if plan.draws:
+                self._drawn = torch.empty(plan.draws, dtype=torch.long, device=self.device)
+                self._channel.share(self._drawn)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
-        tokens, positions, logit_rows = (
-            self._index(values) for values in (plan.tokens, plan.positions, plan.logit_rows)
+        tokens, positions, logit_rows = upload(
+            self.device,
+            plan.tokens.astype(np.int64),
+            plan.positions,
+            plan.logit_rows.astype(np.int64),
         )
+        if plan.tokens.min() < 0:
+            tokens = resolve(tokens, self._drawn)
         if self._graphs is not None:
             replayed = self._graphs.forward(plan.spans, tokens, positions, logit_rows)
             if replayed is not None:
@@ -74,6 +97,3 @@ class ModelRunner:
         self._attention.plan(plan.spans)
         logits: torch.Tensor = self._network(tokens, positions, logit_rows, self._attention)
         return logits
-
-    def _index(self, values: Sequence[int] | np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.long, device=self._device)

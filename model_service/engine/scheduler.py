@@ -104,20 +104,31 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
 
-    def discard(self, sequence: Sequence) -> None:
-        """Takes a running sequence out whose keys and values nobody may use again."""
+    def retract(self, sequence: Sequence) -> None:
+        """Sees to it that nobody uses the keys and values of a running sequence again."""
         self._pool.retract(sequence.block_table)
-        self.remove(sequence)
+
+    def is_running(self, sequence: Sequence) -> bool:
+        return sequence in self._running
+
+    @property
+    def must_preempt(self) -> bool:
+        """Whether the next step needs more blocks than are free."""
+        return sum(map(self._missing, self._growing())) > self._pool.free_count
 
     def schedule(self) -> Schedule:
-        """The next step; without chunks when there is nothing to do."""
+        """The next step; without chunks when there is nothing to do.
+
+        A step may be under way, unless the scheduler `must_preempt`: what a sequence gives up has
+        to be known.
+        """
         # First, as a sequence that needs a block may take all blocks of any other.
-        size = self._pool.block_size
-        for sequence in list(self._running):
-            if len(sequence.tokens) > len(sequence.block_table) * size:
-                self._grow(sequence)
+        for sequence in self._growing():
+            self._grow(sequence)
         decode, prompts = [], []
         for sequence in self._running:
+            if sequence.all_launched:
+                continue
             length = len(sequence.tokens)
             if length - sequence.num_computed == 1:
                 decode.append(Chunk(sequence, length - 1, length))
@@ -157,7 +168,8 @@ class Scheduler:
         size = self._pool.block_size
         for chunk in chunks:
             sequence = chunk.sequence
-            sequence.num_computed = chunk.end
+            # The step that was launched behind this one may have taken it further.
+            sequence.num_computed = max(sequence.num_computed, chunk.end)
             full = chunk.end // size
             if full > sequence.num_published and self._prefix_cache:
                 self._publish(sequence, full)
@@ -231,11 +243,23 @@ class Scheduler:
             awaited = digest
         return awaited
 
+    def _growing(self) -> list[Sequence]:
+        """Running sequences whose next token has no place in their blocks."""
+        size = self._pool.block_size
+        return [
+            sequence
+            for sequence in self._running
+            if len(sequence.tokens) > len(sequence.block_table) * size and not sequence.all_launched
+        ]
+
+    def _missing(self, sequence: Sequence) -> int:
+        return self._pool.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
+
     def _grow(self, sequence: Sequence) -> None:
         """Makes room for all tokens of a running sequence, unless it has to give way itself."""
         if not sequence.block_table:  # an earlier turn of `schedule` preempted it
             return
-        missing = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
+        missing = self._missing(sequence)
         while missing > self._pool.free_count:
             victim = max(self._running, key=lambda s: (-s.request.priority, s.arrival))
             self._preempt(victim)

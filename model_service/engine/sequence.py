@@ -102,10 +102,13 @@ class Sequence:
 
     request: GenerationRequest
     limit: int  # most tokens that prompt and answer may have together
-    tokens: list[int]  # prompt, then answer
+    # Prompt, then answer. A negative one is still to come from the step under way: the complement
+    # of its index among the tokens that this step draws.
+    tokens: list[int]
     arrival: int  # order of arrival: the youngest is preempted first
     block_table: list[int] = field(default_factory=list)
-    num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_computed: int = 0  # tokens whose keys and values are in the cache, or in a launched step
+    all_launched: bool = False  # the step under way is its last
     digests: list[bytes] = field(default_factory=list)  # of full blocks, as far as they were needed
     num_published: int = 0  # blocks of the table that are known by their digests
     cached_at_start: int | None = None  # tokens found in the cache when it first ran

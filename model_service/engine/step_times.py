@@ -15,17 +15,16 @@ class StepTimes:
     """All steps since the start. Only the engine writes."""
 
     def __init__(self) -> None:
-        # In seconds. On CUDA the forward ends with its logits on their way; what is left of it then
-        # is counted with what comes after, from logits to outputs.
+        # In seconds. With lookahead, forward is the time from one step's tokens to the next one's,
+        # and the other two pass on the host meanwhile. Without, on CUDA the forward ends with its
+        # logits on their way; what is left of it then is counted with what comes after.
         self.parts = {name: Histogram(SECONDS) for name in ("schedule", "forward", "sample")}
         self.rows = Histogram(ROWS)  # sequences in a step
         self._schedule, self._forward, self._sample = self.parts.values()
 
-    def note(
-        self, rows: int, started: float, planned: float, computed: float, ended: float
-    ) -> None:
-        """Takes a step of `rows` sequences, by the time.monotonic before, between and after."""
-        self._schedule.observe(planned - started)
-        self._forward.observe(computed - planned)
-        self._sample.observe(ended - computed)
+    def note(self, rows: int, *, schedule: float, forward: float, sample: float) -> None:
+        """Takes a step of `rows` sequences."""
+        self._schedule.observe(schedule)
+        self._forward.observe(forward)
+        self._sample.observe(sample)
         self.rows.observe(rows)

@@ -8,7 +8,9 @@ import logging
 import time
 
 import numpy as np
+import torch
 
+from model_service.engine.device_draw import Rules, draw_truncated
 from model_service.engine.engine import EngineLimits
 from model_service.engine.plan import StepPlan
 from model_service.engine.runner import ModelRunner
@@ -24,6 +26,17 @@ def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
         # Reading the sum waits for the device.
         runner.warm_up(plan).sum().item()
         _log.info("warm-up, %s: %.1f s", name, time.monotonic() - started)
+    warm_up_sampling(limits, runner.device)
+
+
+@torch.inference_mode()
+def warm_up_sampling(limits: EngineLimits, device: torch.device) -> None:
+    """The most that sampling takes: a draw for every sequence, each from all of its vocabulary."""
+    rows = limits.max_batch_size
+    probabilities = torch.full((rows, limits.vocab_size), 1 / limits.vocab_size, device=device)
+    column = torch.ones(rows, 1, device=device)
+    rules = Rules(top_k=(column * limits.vocab_size).long(), min_p=0 * column, top_p=0.9 * column)
+    draw_truncated(probabilities, rules, 0.5 * column.double())
 
 
 def warm_up_plans(limits: EngineLimits) -> dict[str, StepPlan]:

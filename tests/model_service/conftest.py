@@ -70,10 +70,15 @@ def checkpoint(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def make_engine() -> MakeEngine:
     def make(
-        name: str = "gqa-mp1", folder: Path = GOLDEN / "checkpoints", **changes: Any
+        name: str = "gqa-mp1",
+        folder: Path = GOLDEN / "checkpoints",
+        lookahead: bool = False,
+        **changes: Any,
     ) -> Engine:
         options = ReplicaOptions(folder / name, CONTEXT, dtype="float32", device="cpu")
-        return load_replica(dataclasses.replace(options, **changes)).engine()
+        replica = load_replica(dataclasses.replace(options, **changes))
+        limits = dataclasses.replace(replica.limits, lookahead=lookahead)
+        return dataclasses.replace(replica, limits=limits).engine()
 
     return make
 

@@ -24,6 +24,7 @@ def differences(answers: dict[Any, Any], cases: list[Case]) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize(
     ("checkpoint", "name"),
     [
@@ -36,15 +37,22 @@ def differences(answers: dict[Any, Any], cases: list[Case]) -> list[str]:
     ],
 )
 def test_golden_cases_in_one_batch(
-    checkpoint: str, name: str, make_engine: Any, cases: Cases, request_for: Any, run: Any
+    checkpoint: str,
+    name: str,
+    lookahead: bool,
+    make_engine: Any,
+    cases: Cases,
+    request_for: Any,
+    run: Any,
 ) -> None:
-    engine = make_engine(checkpoint, max_batch_size=40)
+    engine = make_engine(checkpoint, max_batch_size=40, lookahead=lookahead)
     answers = run(engine, [request_for(case) for case in cases(name)])
     assert differences(answers, cases(name)) == []
 
 
-@settings(max_examples=10)
+@settings(max_examples=12)
 @given(
+    lookahead=st.booleans(),
     max_batch_size=st.integers(1, 12),
     max_step_tokens=st.integers(1, 64),
     block_size=st.integers(1, 40),
@@ -59,6 +67,7 @@ def test_no_engine_setting_changes_an_answer(
     cases: Cases,
     request_for: Any,
     run: Any,
+    lookahead: bool,
     max_batch_size: int,
     max_step_tokens: int,
     block_size: int,
@@ -69,6 +78,7 @@ def test_no_engine_setting_changes_an_answer(
     warm: bool,
 ) -> None:
     engine = make_engine(
+        lookahead=lookahead,
         prefix_cache=prefix_cache,
         draft_tokens=draft_tokens,
         max_batch_size=max_batch_size,
@@ -85,10 +95,11 @@ def test_no_engine_setting_changes_an_answer(
     assert prefix_cache or not load.cached_blocks
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
 def test_a_pool_too_small_for_the_load_preempts_and_loses_nothing(
-    make_engine: Any, cases: Cases, request_for: Any, run: Any
+    lookahead: bool, make_engine: Any, cases: Cases, request_for: Any, run: Any
 ) -> None:
-    engine = make_engine(kv_cache_tokens=256, max_batch_size=16)
+    engine = make_engine(kv_cache_tokens=256, max_batch_size=16, lookahead=lookahead)
     answers = run(engine, [request_for(case) for case in cases("gqa")])
     assert differences(answers, cases("gqa")) == []
     assert engine.load().preemptions > 0
@@ -208,7 +219,9 @@ def test_a_higher_priority_goes_first(make_engine: Any, request_for: Any, cases:
     assert [engine.step()[0].request_id for _ in range(2)] == ["high", "low"]
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
 def test_a_sequence_with_logits_that_are_not_finite_fails_alone(
+    lookahead: bool,
     checkpoint: Callable[[str], Path],
     make_engine: Any,
     cases: Cases,
@@ -223,7 +236,8 @@ def test_a_sequence_with_logits_that_are_not_finite_fails_alone(
     assert len(healthy) > 2
     broken = request_for(healthy[0], request_id="broken", prompt_ids=(1, 7, 9))
     requests = [broken, *(request_for(case) for case in healthy)]
-    answers = run(make_engine("gqa-mp1", folder=folder.parent), requests)
+    engine = make_engine("gqa-mp1", folder=folder.parent, lookahead=lookahead)
+    answers = run(engine, requests)
     assert answers["broken"].finish_reason is FinishReason.FAILED
     assert "not finite for the token at position 3" in answers["broken"].error
     assert differences(answers, healthy) == []

@@ -28,9 +28,9 @@ def start_together(engine: Engine, *requests: GenerationRequest) -> None:
         engine.add(request)
 
 
-@pytest.fixture
-def engine(make_engine: Any) -> Engine:
-    made: Engine = make_engine(block_size=BLOCK, max_batch_size=16)
+@pytest.fixture(params=[False, True], ids=["plain", "lookahead"])
+def engine(make_engine: Any, request: pytest.FixtureRequest) -> Engine:
+    made: Engine = make_engine(block_size=BLOCK, max_batch_size=16, lookahead=request.param)
     return made
 
 
@@ -134,14 +134,16 @@ def test_a_preempted_sequence_finds_its_blocks_again(make_engine: Any, run: Any)
     assert {i: a.ids for i, a in crowded.items()} == {i: a.ids for i, a in roomy.items()}
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
 def test_a_failed_sequence_leaves_nothing_in_the_cache(
-    checkpoint: Callable[[str], Path], make_engine: Any, run: Any
+    lookahead: bool, checkpoint: Callable[[str], Path], make_engine: Any, run: Any
 ) -> None:
     folder = checkpoint("gqa-mp1")
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
     weights["tok_embeddings.weight"][2] = float("nan")
     torch.save(weights, folder / "consolidated.00.pth")
-    engine = make_engine("gqa-mp1", folder=folder.parent, block_size=BLOCK, max_step_tokens=16)
+    sizes = {"block_size": BLOCK, "max_step_tokens": 16}
+    engine = make_engine("gqa-mp1", folder=folder.parent, lookahead=lookahead, **sizes)
     prompt = text(60, 0)
     broken = (*prompt[:30], 2, *prompt[31:])
     assert run(engine, [ask("broken", broken)])["broken"].finish_reason is FinishReason.FAILED

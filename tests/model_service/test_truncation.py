@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_service.engine.device_draw import Rules, draw_truncated
 from model_service.engine.truncation import Truncation, choose, draw, keep, most_probable
 from model_service.engine.uniform import uniforms
 
@@ -104,6 +105,18 @@ def test_candidates_give_the_draw_that_sorting_all_tokens_gives(data: st.DataObj
         int(draw(w, torch.from_numpy(r.uniform))) for w, r in zip(weights, rules, strict=True)
     ]
     assert choose(probabilities.expand(3, -1).contiguous(), stacked(rules)).tolist() == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_the_device_draws_what_candidates_give_without_looking_at_them(data: st.DataObject) -> None:
+    probabilities = data.draw(distributions()).expand(3, -1).contiguous()
+    rules = stacked([data.draw(rules_for(probabilities)) for _ in range(3)])
+    top_k, min_p, top_p, uniform = map(
+        torch.from_numpy, (rules.top_k, rules.min_p, rules.top_p, rules.uniform)
+    )
+    drawn = draw_truncated(probabilities, Rules(top_k, min_p, top_p), uniform)
+    assert drawn.tolist() == choose(probabilities, rules).tolist()
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,183 @@
+"""The sampler that never looks at a number on the host, against the one that does."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_service.engine.batch import Row
+from model_service.engine.device_draw import Rules, draw, truncate
+from model_service.engine.device_sampler import DeviceSampler
+from model_service.engine.results import StepResult, read_result
+from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
+from model_service.engine.transfer import upload_packed
+
+CPU = torch.device("cpu")
+VOCABS = 5, 300, 1040, 9001
+
+params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from((0.0, 1e-45, 0.1, 0.6, 1.0, 1.5, 1e6)),
+    top_p=st.sampled_from((0.0, 0.5, 0.9, 1.0)),
+    top_k=st.sampled_from((None, 1, 3, 50, 100_000)),
+    min_p=st.sampled_from((0.0, 0.0, 0.05, 1.0)),
+    seed=st.integers(0, 2**64 - 1),
+    repetition_penalty=st.sampled_from((1.0, 1.0, 0.7, 1.3)),
+    presence_penalty=st.sampled_from((0.0, 0.0, 0.4)),
+    frequency_penalty=st.sampled_from((0.0, 0.0, 0.3)),
+    logit_bias=st.dictionaries(st.integers(0, 4), st.floats(-100, 100, width=32), max_size=3),
+)
+
+
+@st.composite
+def sequences(choose: st.DrawFn) -> Sequence:
+    """One whose tokens are ids below 5, part of them an answer."""
+    prompt = choose(st.lists(st.integers(0, 4), min_size=1, max_size=8))
+    request = GenerationRequest(
+        0,
+        tuple(prompt),
+        1000,
+        choose(params),
+        offset=choose(st.integers(0, len(prompt) - 1)),
+        logprobs=choose(st.booleans()),
+        prompt_logprobs=choose(st.booleans()),
+        top_logprobs=choose(st.integers(0, 4)),
+    )
+    return Sequence.from_request(request, 4096, 0)
+
+
+def rows_of(sequence: Sequence, *, first: bool) -> list[Row]:
+    """Of the next step; at first also those of the prompt, if they are wanted."""
+    length = len(sequence.tokens)
+    scored = range(1, length) if first and sequence.request.prompt_logprobs else ()
+    return [Row(sequence, position, []) for position in (*scored, length)]
+
+
+def made_logits(data: st.DataObject, rows: int, vocab: int) -> torch.Tensor:
+    """Flat, peaked or random, with or without ties; now and then a row that is not finite."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    logits = torch.randn(rows, vocab, generator=generator)
+    logits *= data.draw(st.sampled_from((0.0, 1e-4, 1.0, 8.0)))
+    if step := data.draw(st.sampled_from((0.0, 0.5, 2.0))):
+        logits = (logits / step).round() * step
+    if data.draw(st.integers(0, 4)) == 0:
+        logits[data.draw(st.integers(0, rows - 1)), -1] = math.nan
+    return logits
+
+
+def logprobs(result: StepResult, rows: set[int]) -> dict[int, list[float]]:
+    """Without the ids of alternatives: which of equal ones is named depends on other rows."""
+    scores = {i: entry for i, entry in result.scores.items() if i in rows}
+    return {i: [s.logprob, *(value for _, value in s.top)] for i, s in scores.items()}
+
+
+def enter(result: StepResult) -> None:
+    for sequence, made in result.tokens.items():
+        sequence.tokens.append(made[0][0])
+
+
+@settings(max_examples=60)
+@given(st.data(), st.lists(sequences(), min_size=1, max_size=5), st.sampled_from(VOCABS))
+def test_it_makes_what_the_sampler_on_the_host_makes(
+    data: st.DataObject, batch: list[Sequence], vocab: int
+) -> None:
+    sampler = DeviceSampler(vocab, CPU)
+    for step in range(3):
+        rows = [row for sequence in batch for row in rows_of(sequence, first=step == 0)]
+        logits = made_logits(data, len(rows), vocab)
+        expected = read_result(rows, logits.clone())
+        made = sampler.launch(rows, logits).read()
+        assert made.tokens == expected.tokens
+        assert made.failed == expected.failed
+        counting = {i for i, row in enumerate(rows) if row.sequence not in made.failed}
+        assert logprobs(made, counting) == logprobs(expected, counting)
+        enter(expected)
+        batch = [sequence for sequence in batch if sequence not in made.failed]
+        if not batch:
+            return
+
+
+@settings(max_examples=10)
+@given(st.lists(sequences(), min_size=1, max_size=5), st.sampled_from(VOCABS))
+def test_nothing_is_decided_by_a_number_on_the_device(batch: list[Sequence], vocab: int) -> None:
+    """The meta device has no numbers: looking at one raises."""
+    meta = torch.device("meta")
+    rows = [row for sequence in batch for row in rows_of(sequence, first=True)]
+    launched = DeviceSampler(vocab, meta).launch(rows, torch.empty(len(rows), vocab, device=meta))
+    assert launched.drawn.device.type == "meta"
+    assert launched.drawn.shape == (len(batch),)
+
+
+def test_a_forgotten_sequence_leaves_nothing_to_the_next_in_its_slot() -> None:
+    sampler = DeviceSampler(9, CPU)
+    logits = torch.arange(9).float().unsqueeze(0)
+    for _ in range(3):
+        sampling = SamplingParams(0.0, presence_penalty=5.0, logit_bias={1: 7.5})
+        sequence = Sequence.from_request(GenerationRequest(0, (1,), 9, sampling), 99, 0)
+        drawn = []
+        for _ in range(3):
+            result = sampler.launch(rows_of(sequence, first=False), logits).read()
+            drawn.append(result.tokens[sequence][0][0])
+            enter(result)
+        assert drawn == [1, 8, 7]
+        sampler.forget(sequence)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_gets_an_id_of_the_vocabulary(bad: float) -> None:
+    """The next step, launched already, looks it up."""
+    sampler = DeviceSampler(40, CPU)
+    logits = torch.full((3, 40), bad)
+    batch = [
+        Sequence.from_request(GenerationRequest(i, (1,), 9, SamplingParams(t, top_p)), 99, i)
+        for i, (t, top_p) in enumerate(((0.0, 1.0), (0.8, 0.9), (0.8, 1.0)))
+    ]
+    launched = sampler.launch([row for s in batch for row in rows_of(s, first=False)], logits)
+    assert ((launched.drawn >= 0) & (launched.drawn < 40)).all()
+    assert launched.read().failed == dict.fromkeys(batch, 1)
+
+
+def metas_set(probabilities: torch.Tensor, top_p: float) -> set[int]:
+    """What `sample_top_p` in Meta's llama/generation.py leaves, statement by statement."""
+    probs_sort, probs_idx = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    probs_sum = torch.cumsum(probs_sort, dim=-1)
+    probs_sort[probs_sum - probs_sort > top_p] = 0.0
+    return {int(i) for i, p in zip(probs_idx[0], probs_sort[0], strict=True) if p > 0}
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=60),
+    top_p=st.one_of(st.floats(0, 1, exclude_max=True, width=32), st.just(0.0)),
+)
+def test_top_p_keeps_exactly_metas_set(logits: list[float], top_p: float) -> None:
+    probabilities = torch.softmax(torch.tensor([logits]), dim=-1)
+    rules = Rules(torch.tensor([[len(logits)]]), torch.zeros(1, 1), torch.tensor([[top_p]]))
+    kept = set(truncate(probabilities, rules)[0].nonzero().flatten().tolist())
+    assert kept == metas_set(probabilities, top_p)
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=30).filter(any))
+def test_a_draw_never_takes_a_token_without_weight(weights: list[float]) -> None:
+    for uniform in (0.0, 0.5, 1 - 2**-32):
+        token = int(draw(torch.tensor([weights]), torch.tensor([[uniform]], dtype=torch.float64)))
+        assert weights[token] > 0
+
+
+def test_one_copy_brings_arrays_of_any_shape_and_type() -> None:
+    arrays: list[np.ndarray[Any, Any]] = [
+        np.arange(5, dtype=np.int64),
+        np.empty((0, 3), dtype=np.float32),
+        np.array([[1.5], [2.5]], dtype=np.float32),
+        np.array([True, False, True]),
+        np.array([[0.1]]),
+    ]
+    (empty,) = upload_packed(CPU, [np.empty(0, dtype=np.int64)])
+    assert (empty.shape, empty.dtype) == ((0,), torch.int64)
+    for array, tensor in zip(arrays, upload_packed(CPU, arrays), strict=True):
+        assert tensor.numpy().dtype == array.dtype
+        assert tensor.shape == array.shape
+        assert np.array_equal(tensor.numpy(), array)
