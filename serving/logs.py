@@ -45,12 +45,20 @@ def configure(settings: ServerSettings) -> None:
         )
     )
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_departure)
 
 
 def exit_with_error(message: str) -> NoReturn:
     """Ends the process with status 1 and one line in the format of the logs."""
     structlog.stdlib.get_logger(__name__).critical(message)
     raise SystemExit(1)
+
+
+def _is_no_departure(record: logging.LogRecord) -> bool:
+    """An answer that finds its client gone is no error, and gRPC says nothing of it; unless it hears
+    of both at once: then it reports one.
+    """
+    return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
 
 
 def _text() -> list[Processor]:

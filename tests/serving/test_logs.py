@@ -39,6 +39,13 @@ def test_levels_below_the_setting_are_dropped(configure_logs: Configure) -> None
     assert [json.loads(line)["event"] for line in stderr.getvalue().splitlines()] == ["loud"]
 
 
+def test_client_that_left_is_no_error(logged: Logged) -> None:
+    core = logging.getLogger("grpc._cython.cygrpc")
+    core.error("ExecuteBatchError raised in core by servicer method [/a.Service/Method]")
+    core.error("anything else")
+    assert [line["event"] for line in logged()] == ["anything else"]
+
+
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_traceback_shows_no_local_variables(configure_logs: Configure, log_format: str) -> None:
     stderr = configure_logs(log_format=log_format)
