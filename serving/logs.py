@@ -55,8 +55,8 @@ def exit_with_error(message: str) -> NoReturn:
 
 
 def _is_no_departure(record: logging.LogRecord) -> bool:
-    """An answer that finds its client gone is no error, and gRPC says nothing of it; unless it hears
-    of both at once: then it reports one.
+    """An answer that finds its client gone is no error, and gRPC says nothing of it, unless it
+    hears of both at once: then it reports one.
     """
     return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
 
