@@ -5,17 +5,20 @@ seconds = base × (1 + cost × prompt tokens), fitted apart for each magnitude o
 `cost` decides, so a machine that slows down as a whole changes nothing.
 """
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import median
 
-WINDOW = 24  # steps that a fit looks at
+# Steps that a fit looks at: those with prompt tokens, and of those without so many that two strange
+# ones among them do no harm.
+WINDOW, BARE_WINDOW = 16, 5
 FITS = 5  # whose median decides: one strange step among plain ones makes one strange fit
-# A line needs two abscissae. Where neither decode alone nor prompts of other lengths give a second,
-# every so many steps take another number of prompt tokens on purpose.
+# A line needs two abscissae, and what a step takes without prompts changes with the machine: while
+# prompts are computed, every so many steps take none of their tokens.
 CONTRAST_EVERY = 8
-# Prompt tokens that steps take however much they cost, so that prompts get on; half as many where
-# that is the other number tried on purpose.
+# Prompt tokens that the other steps take however much they cost, so that prompts get on.
 FLOOR = 4
 LEAST_COST = 1e-6  # decode-only steps per prompt token: where noise hides the cost
 
@@ -24,7 +27,9 @@ LEAST_COST = 1e-6  # decode-only steps per prompt token: where noise hides the c
 class _Regime:
     """What is known of steps with about the same number of decoding rows."""
 
-    steps: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    # Prompt tokens and seconds of steps; bare ones have none.
+    laden: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    bare: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=BARE_WINDOW))
     costs: deque[float] = field(default_factory=lambda: deque(maxlen=FITS))
     tried: deque[int] = field(default_factory=lambda: deque(maxlen=FITS))  # prompt tokens
     since_contrast: int = CONTRAST_EVERY
@@ -55,10 +60,11 @@ class Pace:
         usual = self._usual(regime)
         contrasts = 3 * abs(prompt_tokens - usual) >= usual
         regime.since_contrast = 0 if contrasts else regime.since_contrast + 1
-        regime.steps.append((prompt_tokens, seconds))
+        steps = regime.laden if prompt_tokens else regime.bare
+        steps.append((prompt_tokens, seconds))
         if prompt_tokens:
             regime.tried.append(prompt_tokens)
-            if (cost := _relative_cost(regime.steps)) is not None:
+            if (cost := _relative_cost([*regime.bare, *regime.laden])) is not None:
                 regime.costs.append(cost)
 
     def cost(self, decode_rows: int) -> float | None:
@@ -67,14 +73,14 @@ class Pace:
         return max(median(costs), LEAST_COST) if costs else None
 
     def prompt_budget(self, decode_rows: int) -> int:
-        """The most prompt tokens for a step in which `decode_rows` sequences decode."""
+        """The most prompt tokens for a step in which `decode_rows` sequences decode.
+
+        0 from time to time, until a step without any has been recorded.
+        """
         if not decode_rows:
             return self._ceiling
         regime = self._regime(decode_rows)
-        usual = self._usual(regime)
-        if regime.since_contrast < CONTRAST_EVERY:
-            return usual
-        return self._floor if 2 * usual > 3 * self._floor else max(1, self._floor // 2)
+        return 0 if regime.since_contrast >= CONTRAST_EVERY else self._usual(regime)
 
     def _regime(self, decode_rows: int) -> _Regime:
         return self._regimes.setdefault(decode_rows.bit_length(), _Regime())
@@ -88,23 +94,24 @@ class Pace:
         return max(self._floor, min(known, self._ceiling))
 
 
-def _relative_cost(steps: deque[tuple[int, float]]) -> float | None:
+def _relative_cost(points: list[tuple[int, float]]) -> float | None:
     """Seconds per prompt token over seconds without any; None without two different numbers.
 
-    The line is Theil and Sen's: the median of the slopes between all pairs of points, which stays
-    near the truth while fewer than 29 % of the points are wrong (Sen, "Estimates of the regression
-    coefficient based on Kendall's tau", 1968).
+    The line's slope is the median of those between all pairs of points (Sen, "Estimates of the
+    regression coefficient based on Kendall's tau", 1968), each as heavy as its points are far apart
+    (Sievers, "Weighted rank statistics for simple linear regression", 1978): most steps of a long
+    prompt take about the same number of tokens, and between those noise alone makes the slope.
     """
-    points = list(steps)
-    slopes = [
-        (seconds - other_seconds) / (tokens - other_tokens)
+    slopes = sorted(
+        ((seconds - other_seconds) / (tokens - other_tokens), abs(tokens - other_tokens))
         for index, (tokens, seconds) in enumerate(points)
         for other_tokens, other_seconds in points[:index]
         if tokens != other_tokens
-    ]
+    )
     if not slopes:
         return None
-    slope = median(slopes)
+    weights = list(accumulate(weight for _, weight in slopes))
+    slope, _ = slopes[bisect_left(weights, weights[-1] / 2)]
     base = median(seconds - slope * tokens for tokens, seconds in points)
     # The line's start can only be wrong when it says that prompts alone take all the time.
     return slope / base if base > 0 else None
