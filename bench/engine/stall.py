@@ -1,19 +1,27 @@
-"""What a long prompt does to streams that run: the longest gap between their tokens."""
+"""What a long prompt does to streams that run: the longest gap between their tokens.
 
-from collections.abc import Iterator
+A machine that others use, too, changes its speed within such a prompt. So each gap is divided by
+what steps without prompt tokens took at about the same time: before the arrival there is nothing
+else, and the engine takes one from time to time.
+"""
 
-from bench.engine.session import Setting, Variant, session
+import heapq
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from bench.engine.session import Session, Setting, Variant, session
 from bench.report import Row
 from bench.summary import summarize
 
 BASELINE_STEPS = 16
+NEAREST = 5  # steps without prompt tokens that a gap is compared with
 NO_PACE = 1e9  # times a step: never reached
 
 
 def long_prompt(variant: Variant, streams: int, context: int, tokens: int) -> Iterator[Row]:
     """`streams` decode when a prompt of `tokens` arrives; with the engine's defaults, and whole.
 
-    The gap is divided by the median step before the arrival, so 1 means that nobody noticed.
+    Over a step without prompt tokens, 1 means that nobody noticed.
     """
     whole: dict[str, Setting] = {"max_step_tokens": tokens + streams, "max_stall": NO_PACE}
     variants: tuple[tuple[str, dict[str, Setting]], ...] = (("default", {}), ("whole", whole))
@@ -38,13 +46,12 @@ def _arrival(
     total = tokens + 1 + streams * (context + answer)
     with session(variant.options(streams + 1, length, total, settings)) as run:
         run.fill(run.prompts(streams, context), answer)
-        baseline = summarize([run.step().seconds for _ in range(BASELINE_STEPS)])
+        steps = [_step(run) for _ in range(BASELINE_STEPS)]
         request = run.add(run.prompt(tokens), 1)
-        gaps, arrived = [], False
-        while not arrived:
-            step = run.step()
-            gaps.append(step.seconds)
-            arrived = bool(step.tokens.get(request))
+        while run.answers[request] == ():
+            steps.append(_step(run))
+    gaps = [seconds for _, seconds in steps[BASELINE_STEPS:]]
+    ratio = summarize(over_bare_steps(steps)[BASELINE_STEPS:])
     gap = summarize(gaps)
     return Row(
         "stall",
@@ -55,11 +62,32 @@ def _arrival(
             "prompt_tokens": tokens,
         },
         {
-            "step_ms": baseline.median * 1e3,
+            "step_ms": median(seconds for _, seconds in steps[:BASELINE_STEPS]) * 1e3,
             "longest_gap_ms": gap.high * 1e3,
             "median_gap_ms": gap.median * 1e3,
-            "longest_gap_over_step": gap.high / baseline.median,
+            "longest_gap_over_step": ratio.high,
+            "median_gap_over_step": ratio.median,
             "first_token_of_prompt_s": sum(gaps),
             "steps": gap.count,
         },
     )
+
+
+def over_bare_steps(steps: Sequence[tuple[int, float]]) -> list[float]:
+    """Each step's seconds over the median of the nearest ones without prompt tokens.
+
+    Args:
+        steps: prompt tokens and seconds of each, in order; some have none.
+    """
+    bare = [(place, seconds) for place, (tokens, seconds) in enumerate(steps) if not tokens]
+    ratios = []
+    for place, (_, seconds) in enumerate(steps):
+        nearest = heapq.nsmallest(NEAREST, ((abs(other - place), took) for other, took in bare))
+        ratios.append(seconds / median(took for _, took in nearest))
+    return ratios
+
+
+def _step(run: Session) -> tuple[int, float]:
+    before = run.engine.load().prompt_tokens
+    seconds = run.step().seconds
+    return run.engine.load().prompt_tokens - before, seconds
