@@ -40,8 +40,9 @@ def _arrival(
     context: int,
     tokens: int,
 ) -> Row:
-    # Streams must outlive the prompt: one token per step, and a step computes at least one block.
-    answer = BASELINE_STEPS + tokens // 16 + 64
+    # Streams must outlive the prompt: one token per step, of which eight in nine compute at least
+    # four of the prompt's.
+    answer = BASELINE_STEPS + tokens // 3 + 64
     length = max(tokens + 1, context + answer)
     total = tokens + 1 + streams * (context + answer)
     with session(variant.options(streams + 1, length, total, settings)) as run:
