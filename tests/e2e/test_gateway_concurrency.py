@@ -57,12 +57,12 @@ async def test_seeded_answer_is_the_same_alone_and_beside_15_others(chat: Any) -
 
 
 async def test_reported_seed_reproduces_the_answer(chat: Any) -> None:
-    drawn = SamplingParams(temperature=1.5, max_gen_len=30)
+    drawn = SamplingParams(temperature=1.5, max_gen_len=30, ignore_eos=True)
     request = ChatCompleteRequest(dialogs=dialogs(*QUESTIONS[:1] * 2), sampling=drawn)
     first, second = (await chat.ChatComplete(request)).predictions
     assert first.generation != second.generation
-    again = SamplingParams(temperature=1.5, max_gen_len=30, seed=second.seed)
-    request = ChatCompleteRequest(dialogs=dialogs(QUESTIONS[0]), sampling=again)
+    drawn.seed = second.seed
+    request = ChatCompleteRequest(dialogs=dialogs(QUESTIONS[0]), sampling=drawn)
     [repeated] = (await chat.ChatComplete(request)).predictions
     assert repeated.generation == second.generation
     assert repeated.fingerprint == second.fingerprint
