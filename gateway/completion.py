@@ -120,14 +120,14 @@ async def complete(
     admitted: Admitted,
     *,
     arrived: float,
-    max_unread_bytes: int,
+    made: UnreadEvents[Place],
     generations: Generations,
 ) -> AsyncGenerator[PlacedEvent, None]:
     """The events of `options.n` generations per prompt, interleaved; a refusal is its own answer.
 
     Each runs when its turn comes. `arrived` is the time.monotonic of the request's arrival;
-    `max_unread_bytes` is for each answer. `generations`, empty before, holds those that
-    run while it lasts.
+    `made`, empty before, belongs to the task that writes to the client. `generations`, empty
+    before, holds those that run while it lasts.
 
     Raises:
         RequestError: among others, RESOURCE_EXHAUSTED where the events are taken too slowly.
@@ -139,7 +139,6 @@ async def complete(
         for each in requests
         if isinstance(each.prompt, Prompt)
     }
-    made = UnreadEvents[Place](max_unread_bytes * len(requests))
     running = generations.running
     turns = iter(admitted.queue([*map(_size, starts.values())]))
     try:
