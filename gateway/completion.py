@@ -107,7 +107,7 @@ class Generations:
     running: dict[Place, Generation] = field(default_factory=dict)
 
     def cancel(self, place: Place) -> None:
-        """Ends one, if it runs; its last event still comes."""
+        """Ends one, if it runs or waits; its last event still comes."""
         if place in self.running:
             self.running[place].cancel()
 
@@ -162,9 +162,11 @@ async def complete(
             if outcome.finish_reason:
                 del running[place]
     finally:
-        for generation in running.values():
-            generation.cancel()
-        made.close()
+        try:
+            made.close()
+        finally:
+            for generation in running.values():
+                generation.cancel()
 
 
 async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
