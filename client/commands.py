@@ -1,7 +1,7 @@
 """The `chasqui` command. Exit status: 0 fine, 1 failed (stderr says why), 2 wrong usage.
 
-Flags keep Meta's names. Each has an environment variable, CHASQUI_ and its name in capitals, which
-means the same to every command and service.
+Flags keep Meta's names. Settings have an environment variable, too, CHASQUI_ and the name in
+capitals, which means the same to every command and service.
 """
 
 import asyncio
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TypeVar, Unpack
 
 import click
+import grpc
 from click.core import ParameterSource
 
 from client.aio import AsyncClient
 from client.channel import Access
 from client.conversation import Conversation, print_choices, printed
-from client.errors import UnreachableError
+from client.errors import ChasquiError, UnreachableError
 from client.flags import access_settings, one_line_errors, setting, target_setting
 from client.key_commands import keys
 from client.load.command import bench
@@ -251,7 +252,12 @@ async def _serve_until_stopped(services: Supervisor) -> None:
 async def _serve(services: Supervisor) -> None:
     address = await services.start()
     async with AsyncClient(address) as client:
-        click.echo(_summary(await client.get_model()))
+        try:
+            click.echo(_summary(await client.get_model()))
+        except ChasquiError as error:
+            # With CHASQUI_API_KEYS it serves those who have one.
+            if error.code is not grpc.StatusCode.UNAUTHENTICATED:
+                raise
     click.echo(f"Serving at {address}. Talk: chasqui chat --target {address}. Stop: Ctrl-C.")
     await services.watch()
 

@@ -92,7 +92,9 @@ class GatewayStatus:
 
     @property
     def serving(self) -> bool:
-        """Whether requests are answered: the gateway's own health follows the same rule."""
+        """Whether the tokenizer service and a replica do; the gateway's own health also needs a
+        safety classifier, where requests may not go without.
+        """
         peers = [replica.peer for replica in self.replicas]
         return self.tokenizer.state is PeerState.SERVING and any(
             peer.state is PeerState.SERVING for peer in peers

@@ -110,7 +110,9 @@ class Accounting:
             code = error.code
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            expired = time_remaining() == 0
+            # A named stream has no deadline any more once it was begun.
+            lasts = getattr(request, "request_id", "") and account.answers
+            expired = not lasts and time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
         finally:

@@ -107,7 +107,7 @@ class Generations:
     running: dict[Place, Generation] = field(default_factory=dict)
 
     def cancel(self, place: Place) -> None:
-        """Ends one, if it runs; its last event still comes."""
+        """Ends one, if it runs or waits; its last event still comes."""
         if place in self.running:
             self.running[place].cancel()
 
@@ -120,14 +120,14 @@ async def complete(
     admitted: Admitted,
     *,
     arrived: float,
-    max_unread_bytes: int,
+    made: UnreadEvents[Place],
     generations: Generations,
 ) -> AsyncGenerator[PlacedEvent, None]:
     """The events of `options.n` generations per prompt, interleaved; a refusal is its own answer.
 
     Each runs when its turn comes. `arrived` is the time.monotonic of the request's arrival;
-    `max_unread_bytes` is for each answer. `generations`, empty before, holds those that
-    run while it lasts.
+    `made`, empty before, belongs to the task that writes to the client. `generations`, empty
+    before, holds those that run while it lasts.
 
     Raises:
         RequestError: among others, RESOURCE_EXHAUSTED where the events are taken too slowly.
@@ -139,7 +139,6 @@ async def complete(
         for each in requests
         if isinstance(each.prompt, Prompt)
     }
-    made = UnreadEvents[Place](max_unread_bytes * len(requests))
     running = generations.running
     turns = iter(admitted.queue([*map(_size, starts.values())]))
     try:
@@ -163,9 +162,11 @@ async def complete(
             if outcome.finish_reason:
                 del running[place]
     finally:
-        for generation in running.values():
-            generation.cancel()
-        made.close()
+        try:
+            made.close()
+        finally:
+            for generation in running.values():
+                generation.cancel()
 
 
 async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:

@@ -93,11 +93,6 @@ def render(dialog: Sequence[Message]) -> list[Segment]:
     ]
 
 
-def finished_turns(dialog: Sequence[Message]) -> int:
-    """How many pairs of user and assistant come before the open turn."""
-    return (len(dialog) - 1) // 2
-
-
 def drop_oldest_turns(dialog: Sequence[Message], count: int) -> list[Message]:
     """The dialog without its `count` oldest pairs; the system message stays."""
     system = dialog[:1] if dialog[0].role == SYSTEM else []

@@ -10,6 +10,7 @@ from gateway.admission import Turn
 from gateway.answer import Answer
 from gateway.replicas import ReplicaPool, ResumableSequence
 from llama.v1 import model_pb2
+from llama.v1.sampling_pb2 import FINISH_REASON_CANCELLED
 
 # What comes of a generation: an event, or why there will be none.
 Outcome = model_pb2.TokenEvent | Exception
@@ -52,13 +53,16 @@ class Generation:
         return 0 if self._sequence is None else self._sequence.resumed
 
     def cancel(self) -> None:
-        """Asks for an early end. The last event of one that runs still comes."""
+        """Asks for an early end; the last event still comes. Harmless after the end."""
         if self._sequence is not None:
             self._sequence.cancel()
-        elif not self._turn.has_come.done():
-            self._turn.leave()
-        else:
-            self._end(cached_prompt_tokens=0)
+        elif not self._ended:
+            if self._turn.has_come.done():
+                self._end(cached_prompt_tokens=0)
+            else:
+                self._ended = True
+                self._turn.leave()
+            self._deliver(model_pb2.TokenEvent(finish_reason=FINISH_REASON_CANCELLED))
 
     def _begin(self, has_come: asyncio.Future[None]) -> None:
         if has_come.cancelled() or self._ended:

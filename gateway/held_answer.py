@@ -104,4 +104,5 @@ def _joined(deltas: Sequence[Delta]) -> list[Event]:
     if not deltas:
         return []
     tokens = [token for delta in deltas for token in delta.tokens]
-    return [Delta("".join(delta.text for delta in deltas), tokens)]
+    text = "".join(delta.text for delta in deltas)
+    return [Delta(text, tokens, deltas[-1].completion_tokens)]

@@ -81,7 +81,11 @@ class Guard:
                                 yield shown
                             coming = _read(events)
             finally:
+                reading = coming is not None and not coming.done()
                 await _cancel([*self._judging, *([coming] if coming else [])])
+                # Closing `events` may fail: RESOURCE_EXHAUSTED where the client read too slowly.
+                if coming and reading and not coming.cancelled():
+                    coming.result()
 
     def _take(self, place: Place, event: Event) -> Iterator[PlacedEvent]:
         if isinstance(event, Started):

@@ -54,6 +54,7 @@ from gateway.request import (
 )
 from gateway.safety import Guard
 from gateway.settings import GatewaySettings
+from gateway.unread import UnreadEvents
 from llama.v1 import chat_pb2, chat_pb2_grpc, operator_pb2_grpc
 from serving import caller
 from serving.errors import Violation, invalid_argument
@@ -278,6 +279,8 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         if self._classifier is not None:
             guard = Guard(self._classifier, subjects, chosen, time_remaining)
             prompts = await guard.check(prompts)
+        # Here and not in `complete`, which the guard has tasks of its own read.
+        unread = UnreadEvents[Place](self._settings.max_unread_bytes * len(prompts) * chosen.n)
         generations = Generations()
         events = complete(
             prompts,
@@ -286,7 +289,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             self._replicas,
             admitted,
             arrived=arrived,
-            max_unread_bytes=self._settings.max_unread_bytes,
+            made=unread,
             generations=generations,
         )
         return events if guard is None else guard.watch(events, generations.cancel)

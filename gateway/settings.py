@@ -104,8 +104,8 @@ class GatewaySettings(ServerSettings):
     peer_ca: Annotated[
         Path | None,
         Field(
-            description="PEM file of whom to trust as tokenizer service and replica; turns on TLS "
-            "to them"
+            description="PEM file of whom to trust as tokenizer service, replica and safety "
+            "service; turns on TLS to them"
         ),
     ] = None
     peer_cert: Annotated[

@@ -106,9 +106,9 @@ class Tokenizer:
         """Encoding has no effect but its answer, so it is simply tried again."""
         while True:
             await self.peer.until_serving()
-            call = self._connected_stub.Encode(
-                request, timeout=time_remaining(), metadata=call_metadata()
-            )
+            if self._stub is None:  # the session ended again before this went on
+                continue
+            call = self._stub.Encode(request, timeout=time_remaining(), metadata=call_metadata())
             with suppress(SessionEndedError):
                 try:
                     return await answer(call)
@@ -117,20 +117,16 @@ class Tokenizer:
                         raise _refusal(error) from error
             await asyncio.sleep(FIRST_PAUSE)
 
-    @property
-    def _connected_stub(self) -> "tokenizer_pb2_grpc.TokenizerServiceAsyncStub":
-        if self._stub is None:
-            raise _unavailable()
-        return self._stub
-
     async def _session(self) -> None:
         async with connected(self._connect, self.peer.target) as channel:
-            self._stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
-            self._take(await self._stub.GetVocabulary(tokenizer_pb2.GetVocabularyRequest()))
+            stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            self._take(await stub.GetVocabulary(tokenizer_pb2.GetVocabularyRequest()))
+            self._stub = stub
             try:
                 await follow_health(channel, SERVICE, self.peer)
             finally:
                 # Before the channel is closed, so that no call is begun on it any more.
+                self._stub = None
                 self.peer.become(PEER_STATE_CONNECTING, "the session broke")
 
     def _take(self, response: tokenizer_pb2.GetVocabularyResponse) -> None:
@@ -161,5 +157,5 @@ def _refusal(error: grpc.aio.AioRpcError) -> Exception:
             return RequestError(error.code(), "the deadline passed while the prompt was encoded")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             message = f"the prompt is too large for the tokenizer service: {error.details()}"
-            return resource_exhausted(message, "max_request_bytes")
+            return resource_exhausted(message, "max_request_bytes", retry_after=None)
     return error

@@ -26,7 +26,8 @@ from serving.server import Health, channel
 _MAX_ANSWER_TOKENS = 32
 _SECONDS_BETWEEN_SESSIONS = 1.0
 
-# Its own marks in a message would end the conversation, or the prompt, before its end.
+# Its own marks in a message would end the conversation, or the prompt, before its end. Each becomes
+# a dash, as what is around one must not become another.
 _MARKS = re.compile(
     r"\[/?INST\]|<</?SYS>>|<(?:BEGIN|END) (?:CONVERSATION|UNSAFE CONTENT CATEGORIES)>"
 )
@@ -50,7 +51,7 @@ def render(policy: str, messages: Sequence[Message]) -> str:
     """The prompt that asks for a judgement of the last message; the gateway adds BOS."""
     author = _author(messages[-1])
     turns = "".join(
-        f"{_author(each)}: {_MARKS.sub('', each.content).strip()}\n\n" for each in messages
+        f"{_author(each)}: {_MARKS.sub('-', each.content).strip()}\n\n" for each in messages
     )
     return (
         f"[INST] Task: Check if there is unsafe content in '{author}' messages in conversations "

@@ -6,6 +6,7 @@ Nothing less than the file descriptor will do, as the core writes to that. All e
 write there passes through; the process's own stderr does not take this way.
 """
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -47,4 +48,6 @@ def _follow(lines: TextIO, stderr: TextIO) -> None:
             place, text = found["place"], found["text"]
             places[place].warn(_log, "gRPC says", place=place, text=text)
         else:
-            stderr.write(line)
+            # Whatever becomes of it, such as of a full disk: the lines to come are still read.
+            with contextlib.suppress(OSError):
+                stderr.write(line)

@@ -14,7 +14,10 @@ from gateway.connect import connector
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2
-from llama.v1.sampling_pb2 import FINISH_REASON_STOP
+from llama.v1.model_pb2 import TopLogprobs
+from llama.v1.sampling_pb2 import FINISH_REASON_STOP, TopLogprob
+from safety_service.rules import Rules
+from safety_service.servicer import safety_service
 from serving.server import Running, channel, running
 from tests.gateway.conftest import RunningGateway, ScriptedModel, StartGateway, StartServer
 from tokenizer_service.servicer import tokenizer_service
@@ -58,24 +61,38 @@ async def test_services_inside_talk_mutual_tls(
         assert (await gateway.stub.GetModel(chat_pb2.GetModelRequest())).name == "scripted"
 
 
-@pytest.mark.parametrize("name", ["", "named"])
-async def test_client_that_stops_reading_loses_its_stream_at_the_bound(
-    name: str,
+@pytest.fixture(params=[False, True], ids=["unjudged", "judged"])
+async def impatient(
+    request: pytest.FixtureRequest,
     start_gateway: StartGateway,
     start_server: StartServer,
     tokenizer_target: str,
     model: ScriptedModel,
-) -> None:
+    rules: Rules,
+) -> RunningGateway:
+    """A gateway that keeps little for who does not read, with and without a classifier."""
     address, _ = await start_server(model.service())
-    bounds = {"max_unread_bytes": 4096, "stream_buffer_bytes": 4096}
+    bounds: dict[str, Any] = {"max_unread_bytes": 4096, "stream_buffer_bytes": 4096}
+    if request.param:
+        bounds["safety_target"], _ = await start_server(safety_service(rules))
     gateway = await start_gateway(tokenizer_target, address, **bounds)
     await gateway.until(serving=True)
-    request = chat_pb2.TextCompleteStreamRequest(prompts=["Llamas"], request_id=name)
-    call = gateway.stub.TextCompleteStream(request)
+    return gateway
+
+
+@pytest.mark.parametrize("name", ["", "named"])
+async def test_client_that_stops_reading_loses_its_stream_at_the_bound(
+    name: str, impatient: RunningGateway, model: ScriptedModel
+) -> None:
+    request = chat_pb2.TextCompleteStreamRequest(
+        prompts=["Llamas"], request_id=name, logprobs=True, top_logprobs=20
+    )
+    call = impatient.stub.TextCompleteStream(request)
     sequence = (await model.starts.get()).request_id
     cancelled = asyncio.create_task(model.cancels.get())
+    top = TopLogprobs(entries=[TopLogprob(id=300)] * 20)  # much to send, little to judge
     while not cancelled.done():
-        model.tell(sequence, ids=[300] * 1000)
+        model.tell(sequence, ids=[300] * 10, logprobs=[0.0] * 10, top=[top] * 10)
         await asyncio.sleep(0)
     assert cancelled.result() == sequence
     with pytest.raises(grpc.aio.AioRpcError) as ended:

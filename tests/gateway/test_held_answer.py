@@ -103,6 +103,14 @@ def test_chunk_without_a_space_is_judged_when_it_is_twice_as_long() -> None:
     assert held.due() == "of seventeen"
 
 
+def test_chunk_tells_how_many_tokens_the_answer_has() -> None:
+    held = HeldAnswer("", 4, logprobs=False)
+    for count, piece in enumerate(["one", " two", " three"], start=1):
+        held.take(Delta(piece, [], count))
+    assert held.due() == "one two"
+    assert held.judged(SAFE) == [Delta("one two", [], 2)]
+
+
 def test_empty_answer_needs_no_judgement() -> None:
     held = HeldAnswer("text", 4, logprobs=False)
     assert held.take(END) == [END]

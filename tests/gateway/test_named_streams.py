@@ -97,6 +97,16 @@ async def test_any_pattern_of_breaks_gives_the_undisturbed_events(
     assert seen + await read(call, 1000) == expected
 
 
+async def test_deadline_of_the_first_call_is_not_what_a_later_cancel_is_logged_as(
+    gateway: Any, model: Any, log: Any
+) -> None:
+    call = gateway.stub.TextCompleteStream(request("named"), timeout=0.3)
+    await model.starts.get()
+    assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await gateway.stub.Cancel(CancelRequest(request_id="named"))
+    assert (await log.wait_for("request finished"))["code"] == "CANCELLED"
+
+
 async def test_stream_that_ended_unread_is_replayed_as_often_as_asked(
     gateway: Any, model: Any, ids: list[int]
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialog import Message, Segment, drop_oldest_turns, finished_turns, render
+from gateway.dialog import Message, Segment, drop_oldest_turns, render
 from gateway.prompts import encode_dialogs, encode_texts, take_ids
 from serving.errors import RequestError
 from tokenizer_service.tokenizer import Tokenizer
@@ -79,8 +79,7 @@ async def test_as_few_of_the_oldest_turns_are_dropped_as_needed(
         dialog += [Message("user", user), Message("assistant", assistant)]
     dialog.append(LAST)
     candidates = [
-        encoder.prompt(drop_oldest_turns(dialog, count))
-        for count in range(finished_turns(dialog) + 1)
+        encoder.prompt(drop_oldest_turns(dialog, count)) for count in range(len(turns) + 1)
     ]
     fitting = [count for count, ids in enumerate(candidates) if len(ids) <= context_length]
     request = encode_dialogs({"d": dialog}, encoder, context_length, drop_oldest_turns=True)

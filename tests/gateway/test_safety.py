@@ -206,6 +206,25 @@ async def test_model_goes_on_while_a_chunk_is_judged_and_nothing_is_shown_before
     assert (await call.read()).finished.finish_reason == FINISH_REASON_SAFETY
 
 
+async def test_unsafe_echo_ends_an_answer_that_waits_for_its_turn(
+    start_guarded: Any, model: Any
+) -> None:
+    classifier = HeldClassifier()
+    gateway = await start_guarded(classifier, max_running_sequences=1)
+    for verdict in (SAFE, SAFE, Judgement(unsafe=True), SAFE):
+        classifier.verdicts.put_nowait(verdict)
+    running = gateway.stub.TextComplete(TextCompleteRequest(prompts=["one"]))
+    first = await model.starts.get()
+    request = TextCompleteRequest(prompts=["llamas spit, as we all know"], echo=True)
+    [prediction] = (await gateway.stub.TextComplete(request)).predictions
+    assert (prediction.generation, prediction.finish_reason) == ("", FINISH_REASON_SAFETY)
+    model.tell(first.request_id, finish_reason=FINISH_REASON_STOP)
+    await running
+    later = gateway.stub.TextComplete(TextCompleteRequest(prompts=["two"]))
+    model.tell((await model.starts.get()).request_id, finish_reason=FINISH_REASON_STOP)
+    await later
+
+
 async def test_deadline_and_cancellation_reach_the_classifier(start_guarded: Any) -> None:
     classifier = HeldClassifier()
     gateway = await start_guarded(classifier, safety_timeout=100)
