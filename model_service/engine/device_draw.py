@@ -36,7 +36,7 @@ def draw_truncated(
     """
     columns = (probabilities, rules.top_k, rules.min_p, rules.top_p, uniform)
     parts = zip(*(torch.split(column, _ROWS_AT_ONCE) for column in columns), strict=True)
-    drawn = [draw(truncate(part, Rules(*rule)), numbers) for part, *rule, numbers in parts]
+    drawn = [_draw(truncate(part, Rules(*rule)), numbers) for part, *rule, numbers in parts]
     return torch.cat(drawn)
 
 
@@ -62,6 +62,11 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         weights: [rows, vocab], not normalised.
         uniform: [rows, 1] float64 in [0, 1 − 2⁻³²].
     """
+    parts = (torch.split(column, _ROWS_AT_ONCE) for column in (weights, uniform))
+    return torch.cat([_draw(*part) for part in zip(*parts, strict=True)])
+
+
+def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     cumulated = weights.cumsum(dim=-1, dtype=torch.float64)
     # A sum that runs in parallel may rise by a rounding where a token without weight stands.
     beyond = (cumulated > uniform * cumulated[:, -1:]) & (weights > 0)

@@ -80,7 +80,9 @@ class DeviceSampler:
         drawn = self._draw(self._select(logits, draws), [rows[i] for i in draws])
         scored, targets, most = _targets(rows)
         scores = self._score(self._select(logits, scored), targets, drawn, most)
-        finite = torch.isfinite(logits).all(dim=-1)
+        # A NaN is both extremes of its row; to look at each logit would take several copies of all.
+        extremes = torch.stack((logits.amin(dim=-1), logits.amax(dim=-1)))
+        finite = torch.isfinite(extremes).all(dim=0)
         return Launched(drawn, rows, draws, scored, Download((drawn, finite, *scores)))
 
     def _select(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -10,10 +10,12 @@ import time
 import numpy as np
 import torch
 
-from model_service.engine.device_draw import Rules, draw_truncated
+from model_service.engine.batch import Row
+from model_service.engine.device_sampler import DeviceSampler
 from model_service.engine.engine import EngineLimits
 from model_service.engine.plan import StepPlan
 from model_service.engine.runner import ModelRunner
+from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
 from model_service.model.attention import PROBE_BLOCK, SequenceSpan
 
 _log = logging.getLogger(__name__)
@@ -29,14 +31,25 @@ def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
     warm_up_sampling(limits, runner.device)
 
 
-@torch.inference_mode()
 def warm_up_sampling(limits: EngineLimits, device: torch.device) -> None:
-    """The most that sampling takes: a draw for every sequence, each from all of its vocabulary."""
-    rows = limits.max_batch_size
-    probabilities = torch.full((rows, limits.vocab_size), 1 / limits.vocab_size, device=device)
-    column = torch.ones(rows, 1, device=device)
-    rules = Rules(top_k=(column * limits.vocab_size).long(), min_p=0 * column, top_p=0.9 * column)
-    draw_truncated(probabilities, rules, 0.5 * column.double())
+    """The most that sampling takes: a draw for every sequence with all that may be asked for, then
+    the logprobs of a step's prompts beside a draw.
+    """
+    sampler = DeviceSampler(limits.vocab_size, device)
+    sampling = SamplingParams(1.0, top_p=0.9, presence_penalty=1.0, logit_bias={0: 1.0})
+    asked = GenerationRequest(None, (0,), 1, sampling, logprobs=True, top_logprobs=1)
+    draws = [
+        Row(Sequence.from_request(asked, limits.context_length, 0), 1, [])
+        for _ in range(limits.max_batch_size)
+    ]
+    text = GenerationRequest(None, (0,) * limits.max_step_tokens, 0, prompt_logprobs=True)
+    prompt, plain = (
+        Sequence.from_request(request, limits.context_length, 0)
+        for request in (text, GenerationRequest(None, (0,), 1))
+    )
+    scores = [Row(prompt, position, []) for position in range(1, limits.max_step_tokens)]
+    for rows in (draws, [*scores, Row(plain, 1, [])]):
+        sampler.launch(rows, torch.zeros(len(rows), limits.vocab_size, device=device))
 
 
 def warm_up_plans(limits: EngineLimits) -> dict[str, StepPlan]:

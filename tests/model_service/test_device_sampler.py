@@ -8,13 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model_service.engine.batch import Row
 from model_service.engine.device_draw import Rules, draw, truncate
 from model_service.engine.device_sampler import DeviceSampler
+from model_service.engine.engine import EngineLimits
 from model_service.engine.results import StepResult, read_result
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
 from model_service.engine.transfer import upload_packed
+from model_service.engine.warm_up import warm_up_sampling
 
 CPU = torch.device("cpu")
 VOCABS = 5, 300, 1040, 9001
@@ -110,6 +114,51 @@ def test_nothing_is_decided_by_a_number_on_the_device(batch: list[Sequence], voc
     launched = DeviceSampler(vocab, meta).launch(rows, torch.empty(len(rows), vocab, device=meta))
     assert launched.drawn.device.type == "meta"
     assert launched.drawn.shape == (len(batch),)
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types
+    """Notes the bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **kwargs or {})
+        tensors = [each for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+        self.bytes = max([self.bytes, *(each.nbytes for each in tensors)])
+        return made
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_large_batch_is_drawn_in_parts_no_larger_than_its_logits(top_p: float) -> None:
+    request = GenerationRequest(0, (1,), 9, SamplingParams(1.0, top_p))
+    rows = [Row(Sequence.from_request(request, 99, 0), 1, []) for _ in range(600)]
+    logits = torch.zeros(len(rows), 50)
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        launched = DeviceSampler(50, CPU).launch(rows, logits)
+    assert len(launched.read().tokens) == len(rows)
+    assert largest.bytes <= logits.nbytes
+
+
+def test_warm_up_reaches_the_largest_draw_and_the_largest_scoring(monkeypatch: Any) -> None:
+    launched = []
+
+    def launch(_: DeviceSampler, rows: list[Row], logits: torch.Tensor) -> None:
+        launched.append(([row.in_prompt for row in rows], logits.shape))
+
+    monkeypatch.setattr(DeviceSampler, "launch", launch)
+    limits = EngineLimits(
+        context_length=64,
+        vocab_size=30,
+        max_batch_size=3,
+        max_step_tokens=100,
+        blocks=4,
+        block_size=16,
+        prefix_cache=True,
+        max_stall=2.0,
+        draft_tokens=0,
+    )
+    warm_up_sampling(limits, CPU)
+    assert launched == [([False] * 3, (3, 30)), ([True] * 99 + [False], (100, 30))]
 
 
 def test_a_forgotten_sequence_leaves_nothing_to_the_next_in_its_slot() -> None:
