@@ -6,10 +6,13 @@ Rank 0 leads: it alone serves gRPC. The others run its steps until it lets them 
 import asyncio
 import hashlib
 import signal
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from model_service import distributed
-from model_service.replica import Replica, load_replica
+from model_service.arithmetic import choose_device
+from model_service.replica import Replica, ReplicaOptions, load_replica
 from model_service.server import ModelServer
 from model_service.settings import ModelSettings
 from serving.errors import StartError
@@ -22,7 +25,7 @@ def main() -> None:
     settings = parse(ModelSettings, "python -m model_service")
     configure(settings)
     try:
-        replica = load_replica(settings.replica_options())
+        replica = load(settings.replica_options())
         shards = distributed.Shards(settings.shard_timeout)
         if not replica.is_leader:
             follow(replica, shards)
@@ -39,6 +42,29 @@ def main() -> None:
         if not distributed.first_on_machine():
             raise SystemExit(1) from None
         exit_with_error(str(error))
+
+
+def load(options: ReplicaOptions) -> Replica:
+    """`load_replica`; on the CPU in a thread that ends with it.
+
+    OpenMP's threads belong to the thread that first computed with them, and live as long. Those of
+    the main thread would count as running beside the engine's, which then sleep at every product
+    where they should spin: a third of the rate.
+    """
+    if choose_device(options.device) == "cuda":  # whose current device is each thread's own
+        return load_replica(options)
+    loaded: Future[Replica] = Future()
+
+    def run() -> None:
+        try:
+            loaded.set_result(load_replica(options))
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    thread = threading.Thread(target=run, name="loading", daemon=True)
+    thread.start()
+    thread.join()
+    return loaded.result()
 
 
 async def lead(settings: ModelSettings, replica: Replica, shards: distributed.Shards) -> None:
