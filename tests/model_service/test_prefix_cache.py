@@ -72,7 +72,7 @@ def test_a_sequence_that_waits_for_blocks_lets_others_pass(make_engine: Any) -> 
     engine = make_engine(block_size=BLOCK, max_step_tokens=64)
     start_together(engine, ask("first", text(90, 0)), ask("same", text(90, 0)))
     engine.add(ask("other", text(8, 5)))
-    counts = []
+    counts: list[tuple[int, int]] = []
     while not counts or counts[-1] != (3, 0):
         engine.step()
         counts.append((engine.load().running, engine.load().waiting))
