@@ -21,11 +21,11 @@ Move = Callable[[torch.Tensor], torch.Tensor]  # a tensor of a file to where it 
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Weight:
-    """weight = codes × scales.
+class _ScaledWeight:
+    """weight = codes × scales, one scale per output.
 
     Attributes:
-        codes: [outputs, inputs] int8, -127 to 127.
+        codes: [outputs, inputs], 8 bits each.
         scales: [outputs] float32.
     """
 
@@ -33,74 +33,53 @@ class Int8Weight:
     scales: torch.Tensor
 
     @classmethod
+    def from_file(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """The parameter `name` as `stored` gave it."""
+        return cls(tensors[name], tensors[f"{name}.scales"])
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors that a file holds for the parameter `name`."""
+        return {name: self.codes, f"{name}.scales": self.scales}
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def moved(self, move: Move) -> Self:
+        """The same weight, each of its tensors moved by `move`."""
+        return type(self)(move(self.codes), move(self.scales))
+
+    def narrow(self, dimension: int, start: int, length: int) -> torch.Tensor:
+        """Like Tensor.narrow, dequantized to float32."""
+        part = self.codes.narrow(dimension, start, length).float()
+        scales = self.scales.narrow(0, start, length) if dimension == 0 else self.scales
+        return part * scales.unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weight(_ScaledWeight):
+    """Codes are int8, -127 to 127."""
+
+    @classmethod
     def quantize(cls, weight: torch.Tensor) -> Self:
-        """Symmetric, one scale per output: its largest weight becomes ±127."""
+        """Symmetric: an output's largest weight becomes ±127."""
         wide = weight.float()
         scales = wide.abs().amax(dim=1) / 127
         divisors = torch.where(scales > 0, scales, 1.0)
         return cls((wide / divisors.unsqueeze(1)).round_().to(torch.int8), scales)
 
-    @classmethod
-    def from_file(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """The parameter `name` as `stored` gave it."""
-        return cls(tensors[name], tensors[f"{name}.scales"])
-
-    def stored(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors that a file holds for the parameter `name`."""
-        return {name: self.codes, f"{name}.scales": self.scales}
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes.shape
-
-    def moved(self, move: Move) -> Self:
-        """The same weight, each of its tensors moved by `move`."""
-        return type(self)(move(self.codes), move(self.scales))
-
-    def narrow(self, dimension: int, start: int, length: int) -> torch.Tensor:
-        """Like Tensor.narrow, dequantized to float32."""
-        return _narrow_scaled(self.codes, self.scales, dimension, start, length)
-
 
 @dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """weight = codes × scales, with codes of 4 bits of exponent and 3 of mantissa (e4m3).
+class Fp8Weight(_ScaledWeight):
+    """Codes are float8_e4m3fn, -448 to 448: 4 bits of exponent and 3 of mantissa.
 
     The format of Micikevicius et al., FP8 Formats for Deep Learning (2022), without infinities.
-
-    Attributes:
-        codes: [outputs, inputs] float8_e4m3fn, -448 to 448.
-        scales: [outputs] float32.
     """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
 
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> Self:
-        """One scale per output: its largest weight becomes ±448."""
+        """An output's largest weight becomes ±448."""
         return cls(*fp8_rows(weight))
-
-    @classmethod
-    def from_file(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """The parameter `name` as `stored` gave it."""
-        return cls(tensors[name], tensors[f"{name}.scales"])
-
-    def stored(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors that a file holds for the parameter `name`."""
-        return {name: self.codes, f"{name}.scales": self.scales}
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes.shape
-
-    def moved(self, move: Move) -> Self:
-        """The same weight, each of its tensors moved by `move`."""
-        return type(self)(move(self.codes), move(self.scales))
-
-    def narrow(self, dimension: int, start: int, length: int) -> torch.Tensor:
-        """Like Tensor.narrow, dequantized to float32."""
-        return _narrow_scaled(self.codes, self.scales, dimension, start, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +152,6 @@ def fp8_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = wide.abs().amax(dim=1) / _FP8_MAX
     divisors = torch.where(scales == 0, 1.0, scales)
     return (wide / divisors.unsqueeze(1)).to(FP8), scales
-
-
-def _narrow_scaled(
-    codes: torch.Tensor, scales: torch.Tensor, dimension: int, start: int, length: int
-) -> torch.Tensor:
-    part = codes.narrow(dimension, start, length).float()
-    return part * (scales.narrow(0, start, length) if dimension == 0 else scales).unsqueeze(1)
 
 
 QuantizedWeight = Int8Weight | Int4Weight | Fp8Weight
