@@ -58,7 +58,7 @@ def load(options: ReplicaOptions) -> Replica:
     def run() -> None:
         try:
             loaded.set_result(load_replica(options))
-        except BaseException as error:
+        except BaseException as error:  # the main thread has to hear of all of it
             loaded.set_exception(error)
 
     thread = threading.Thread(target=run, name="loading", daemon=True)

@@ -82,7 +82,7 @@ async def test_joined_events_count_in_full() -> None:
         try:
             for _ in range(11):
                 events.put(0, event([7]))
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()  # until it is cancelled
         finally:
             events.close()
 
