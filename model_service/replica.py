@@ -27,7 +27,7 @@ from model_service.model.network import load_network
 from model_service.model.packing import packing
 from model_service.model.quantization import Quantization
 from model_service.model.source import WeightSource
-from model_service.step_memory import step_memory
+from model_service.step_memory import memory_for_steps, step_memory
 from serving.errors import StartError
 
 _log = logging.getLogger(__name__)
@@ -143,30 +143,29 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
         device=device,
     )
 
-    def make_runner(blocks: int, *, recorded: bool) -> ModelRunner:
+    def make_runner(blocks: int) -> ModelRunner:
         attention = layout.attention(blocks + PROBE_BLOCKS)
-        graphs = None
-        if recorded:
-            graphs = record_decode(
-                network,
-                attention,
-                max_batch_size=limits.max_batch_size,
-                context_length=limits.context_length,
-                device=device,
-            )
+        graphs = record_decode(
+            network,
+            attention,
+            max_batch_size=limits.max_batch_size,
+            context_length=limits.context_length,
+            device=device,
+        )
         return ModelRunner(network, attention, PlanChannel(), device, graphs)
 
     if device.type == "cuda":
-        working = step_memory(lambda: make_runner(0, recorded=False), limits, device)
+        working = step_memory(lambda: make_runner(0), limits, device)
         limits = layout.limits(weights=0, working=working)
         memory = layout.memory(limits, weights, working)
         if rank == LEADER:
             step = readable_size(working)
             _log.info("%s: a step takes up to %s; %s", options.ckpt_dir, step, memory)
         memory.check(device, layout.neighbours, weights_are_there=True)
-    runner = make_runner(limits.blocks, recorded=True)
-    if device.type == "cuda":
-        warm_up(runner, limits)
+    with memory_for_steps(limits, device):
+        runner = make_runner(limits.blocks)
+        if device.type == "cuda":
+            warm_up(runner, limits)
     info = ModelInfo(
         name=options.model_name or options.ckpt_dir.resolve().name,
         parameters=source.parameters,

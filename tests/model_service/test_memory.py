@@ -11,6 +11,7 @@ from model_service.engine.warm_up import warm_up_plans
 from model_service.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, free_memory
 from model_service.model.attention import CacheShape, SdpaAttention
 from model_service.replica import MOST_CACHE, ReplicaOptions, load_replica
+from model_service.step_memory import memory_for_steps
 from serving.errors import StartError
 
 CPU = torch.device("cpu")
@@ -72,6 +73,15 @@ def test_weights_that_are_there_are_not_asked_for_again(monkeypatch: Any) -> Non
     plan.check(CPU, 1, weights_are_there=True)
     with pytest.raises(StartError, match=r"would need 0\.0 MiB"):
         plan.check(CPU, 1)
+
+
+def test_running_out_of_memory_for_steps_says_what_to_lower(options: ReplicaOptions) -> None:
+    limits = load_replica(options).limits
+    with (
+        pytest.raises(StartError, match=r"steps of 512 tokens .* lower --kv_cache_tokens"),
+        memory_for_steps(limits, CPU),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_largest_steps_reach_every_limit_in_the_probe_block_alone(
