@@ -89,16 +89,8 @@ class GatewayStatus:
     queued_sequences: int
     detached_streams: int
     uptime: timedelta
-
-    @property
-    def serving(self) -> bool:
-        """Whether the tokenizer service and a replica do; the gateway's own health also needs a
-        safety classifier, where requests may not go without.
-        """
-        peers = [replica.peer for replica in self.replicas]
-        return self.tokenizer.state is PeerState.SERVING and any(
-            peer.state is PeerState.SERVING for peer in peers
-        )
+    safety: Peer | None  # None where none is configured
+    serving: bool  # as the gateway's health says it
 
 
 def gateway_status(response: operator_pb2.GetStatusResponse) -> GatewayStatus:
@@ -109,6 +101,8 @@ def gateway_status(response: operator_pb2.GetStatusResponse) -> GatewayStatus:
         queued_sequences=response.queued_sequences,
         detached_streams=response.detached_streams,
         uptime=response.uptime.ToTimedelta(),
+        safety=_peer(response.safety) if response.HasField("safety") else None,
+        serving=response.serving,
     )
 
 

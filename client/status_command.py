@@ -73,13 +73,15 @@ def _lines(target: str, found: GatewayStatus) -> Iterator[str]:
         f"{found.detached_streams:,} detached"
     )
     yield f"tokenizer  {found.tokenizer.target}  {_state(found.tokenizer)}"
+    if found.safety:
+        yield f"safety     {found.safety.target}  {_state(found.safety)}"
     yield ""
     if found.replicas:
         yield from _aligned([_HEADS, *map(_cells, found.replicas)])
     else:
         yield "no replica is named or found"
-    peers = [found.tokenizer, *(replica.peer for replica in found.replicas)]
-    reasons = [f"{peer.target}: {peer.reason}" for peer in peers if peer.reason]
+    peers = [found.tokenizer, found.safety, *(replica.peer for replica in found.replicas)]
+    reasons = [f"{peer.target}: {peer.reason}" for peer in peers if peer and peer.reason]
     if reasons:
         yield from ("", *reasons)
 
@@ -132,7 +134,7 @@ def _duration(length: timedelta) -> str:
 
 
 def _document(found: GatewayStatus) -> str:
-    return json.dumps({"serving": found.serving, **asdict(found)}, default=_plain)
+    return json.dumps(asdict(found), default=_plain)
 
 
 def _plain(value: object) -> object:

@@ -42,11 +42,12 @@ class Backend:
                 tasks.create_task(self.classifier.run())
             while True:
                 self._changed.clear()
-                await health.set_serving(self._ready)
+                await health.set_serving(self.ready)
                 await self._changed.wait()
 
     @property
-    def _ready(self) -> bool:
+    def ready(self) -> bool:
+        """Whether requests can be answered."""
         judged = self.classifier is None or self.classifier.ready
         return self.tokenizer.ready and self.replicas.ready_count > 0 and judged
 

@@ -134,7 +134,23 @@ class StateMetrics:
             "How often sequences went on at another replica, because theirs was lost.",
         )
         failovers.add_metric((), self._backend.replicas.failovers)
-        return [running, queued, tokens, tokenizer, detached, failovers, *self._replicas()]
+        own = (running, queued, tokens, tokenizer, detached, failovers)
+        return [*own, *self._safety(), *self._replicas()]
+
+    def _safety(self) -> Iterable[Metric]:
+        classifier = self._backend.classifier
+        ready = GaugeMetricFamily(
+            "chasqui_gateway_safety_ready",
+            "1 while the safety service can be asked, else 0; absent where none is configured.",
+        )
+        unjudged = CounterMetricFamily(
+            "chasqui_gateway_unjudged",
+            "Dialogs, texts and pieces of answers that went on while the safety service was away.",
+        )
+        if classifier is not None:
+            ready.add_metric((), classifier.peer.serving)
+        unjudged.add_metric((), 0 if classifier is None else classifier.unjudged)
+        return ready, unjudged
 
     def _replicas(self) -> Iterable[Metric]:
         ready = GaugeMetricFamily(

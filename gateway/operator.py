@@ -30,7 +30,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         _request: operator_pb2.GetStatusRequest,
         _context: Context,
     ) -> operator_pb2.GetStatusResponse:
-        replicas = self._backend.replicas.replicas
+        replicas, classifier = self._backend.replicas.replicas, self._backend.classifier
         return operator_pb2.GetStatusResponse(
             tokenizer=_peer(self._backend.tokenizer.peer),
             replicas=map(_replica_status, replicas),
@@ -38,6 +38,8 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
             queued_sequences=self._admission.queued_sequences,
             detached_streams=self._streams.detached,
             uptime=_duration(time.monotonic() - self._started),
+            safety=None if classifier is None else _peer(classifier.peer),
+            serving=self._backend.ready,
         )
 
 

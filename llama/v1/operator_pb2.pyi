@@ -72,7 +72,7 @@ Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
 @_typing.final
 class Peer(_message.Message):
-    """The tokenizer service or a replica."""
+    """The tokenizer service, the safety service or a replica."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -162,12 +162,18 @@ class GetStatusResponse(_message.Message):
     QUEUED_SEQUENCES_FIELD_NUMBER: _builtins.int
     DETACHED_STREAMS_FIELD_NUMBER: _builtins.int
     UPTIME_FIELD_NUMBER: _builtins.int
+    SAFETY_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
     running_sequences: _builtins.int
     """Generations that run."""
     queued_sequences: _builtins.int
     """Generations that wait at the gateway."""
     detached_streams: _builtins.int
     """Named streams that run without a connection."""
+    serving: _builtins.bool
+    """Whether requests can be answered, as the gateway's health says it: by the tokenizer service, a
+    replica, and the safety service where nothing may go on without it.
+    """
     @_builtins.property
     def tokenizer(self) -> Global___Peer:
         """The tokenizer service."""
@@ -180,6 +186,10 @@ class GetStatusResponse(_message.Message):
     def uptime(self) -> _duration_pb2.Duration:
         """Since the gateway started."""
 
+    @_builtins.property
+    def safety(self) -> Global___Peer:
+        """The safety service; absent where none is configured."""
+
     def __init__(
         self,
         *,
@@ -189,10 +199,12 @@ class GetStatusResponse(_message.Message):
         queued_sequences: _builtins.int = ...,
         detached_streams: _builtins.int = ...,
         uptime: _duration_pb2.Duration | None = ...,
+        safety: Global___Peer | None = ...,
+        serving: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["tokenizer", b"tokenizer", "uptime", b"uptime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["safety", b"safety", "tokenizer", b"tokenizer", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detached_streams", b"detached_streams", "queued_sequences", b"queued_sequences", "replicas", b"replicas", "running_sequences", b"running_sequences", "tokenizer", b"tokenizer", "uptime", b"uptime"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detached_streams", b"detached_streams", "queued_sequences", b"queued_sequences", "replicas", b"replicas", "running_sequences", b"running_sequences", "safety", b"safety", "serving", b"serving", "tokenizer", b"tokenizer", "uptime", b"uptime"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

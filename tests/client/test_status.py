@@ -17,7 +17,7 @@ NOBODY = "127.0.0.1:1"
 @pytest.fixture
 def lonely() -> Iterator[str]:
     """The address of a gateway without any service behind it."""
-    targets = {"tokenizer_target": NOBODY, "model_targets": NOBODY}
+    targets = {"tokenizer_target": NOBODY, "model_targets": NOBODY, "safety_target": NOBODY}
     process = ServiceProcess("gateway", "-m", "gateway", **targets)
     yield process.address
     process.stop()
@@ -39,7 +39,7 @@ def test_status_of_a_gateway_without_services_says_why_and_fails(run: Run, lonel
     done = run("status", "--target", lonely)
     assert done.returncode == 1
     assert done.stdout.startswith(f"gateway    {lonely}  not serving, up ")
-    assert f"tokenizer  {NOBODY}  connecting" in done.stdout
+    assert f"tokenizer  {NOBODY}  connecting\nsafety     {NOBODY}  connecting" in done.stdout
     assert f"\n{NOBODY}: " in done.stdout
 
 

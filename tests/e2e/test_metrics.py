@@ -15,9 +15,12 @@ from llama.v1.chat_pb2 import (
     TextCompleteRequest,
     TextCompleteStreamRequest,
 )
+from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.sampling_pb2 import SamplingParams
+from tests.e2e.processes import start_gateway
 
 PROMPT = "The llama walks over the bridge"
+NOBODY = "127.0.0.1:1"
 
 
 def exactly(tokens: int) -> SamplingParams:
@@ -152,6 +155,23 @@ async def test_refused_request_is_counted_though_it_made_nothing(chat: Any, stac
     assert gateway("chasqui_refusals_total", reason="invalid_argument") == 1
     assert gateway("chasqui_gateway_request_seconds_count", grpc_code="InvalidArgument") == 1
     assert gateway("chasqui_gateway_completion_tokens_total") == 0
+
+
+async def test_what_goes_on_unjudged_is_counted(stack: Any) -> None:
+    gateway = start_gateway(
+        stack.tokenizer, stack.model, safety_target=NOBODY, safety_on_failure="open"
+    )
+    try:
+        gateway.wait_until(serving=True)
+        async with grpc.aio.insecure_channel(gateway.address) as channel:
+            request = TextCompleteRequest(prompts=[PROMPT], sampling=exactly(1))
+            chat: Any = ChatServiceStub(channel)
+            await chat.TextComplete(request)
+        # The prompt, and the answer.
+        assert gateway.scrape().value("chasqui_gateway_unjudged_total") == 2
+        assert gateway.scrape().value("chasqui_gateway_safety_ready") == 0
+    finally:
+        gateway.stop()
 
 
 async def test_state_of_every_service_is_scraped(chat: Any, stack: Any) -> None:

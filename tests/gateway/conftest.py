@@ -251,6 +251,7 @@ class GuardedGateway:
     """A gateway under test whose dialogs and answers are judged."""
 
     stub: "chat_pb2_grpc.ChatServiceAsyncStub"
+    operator: "operator_pb2_grpc.OperatorServiceAsyncStub"
     until: Callable[..., Awaitable[None]]
     safety_target: str
     safety_server: AsyncExitStack  # ends the safety service
@@ -285,6 +286,6 @@ def start_guarded(
         settings = {"safety_chunk": 10, **settings}
         gateway = await start_gateway(tokenizer_target, address, safety_target=target, **settings)
         await gateway.until(serving=True)
-        return GuardedGateway(gateway.stub, gateway.until, target, server)
+        return GuardedGateway(gateway.stub, gateway.operator, gateway.until, target, server)
 
     return start

@@ -20,6 +20,7 @@ from llama.v1.chat_pb2 import (
     Message,
     TextCompleteRequest,
 )
+from llama.v1.operator_pb2 import PEER_STATE_CONNECTING, PEER_STATE_SERVING, GetStatusRequest
 from llama.v1.sampling_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_SAFETY,
@@ -239,8 +240,13 @@ async def test_closed_gateway_refuses_until_the_classifier_is_back(
     start_guarded: Any, start_server: Any, rules: Any
 ) -> None:
     gateway = await start_guarded(safety_timeout=0.2)
+    found = await gateway.operator.GetStatus(GetStatusRequest())
+    assert (found.serving, found.safety.state) == (True, PEER_STATE_SERVING)
+    assert found.safety.target == gateway.safety_target
     await gateway.safety_server.aclose()
     await gateway.until(serving=False)
+    found = await gateway.operator.GetStatus(GetStatusRequest())
+    assert (found.serving, found.safety.state) == (False, PEER_STATE_CONNECTING)
     with pytest.raises(grpc.aio.AioRpcError, match="safety classifier") as refused:
         await gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]))
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -303,6 +309,7 @@ async def test_open_gateway_goes_on_unjudged_and_says_so_once(
     assert events[-1].finished.finish_reason == FINISH_REASON_STOP
     said = await log.wait_for("no judgements")
     assert said["requests"] == "unjudged"
+    assert (await gateway.operator.GetStatus(GetStatusRequest())).serving
     assert "no judgements" not in {entry["event"] for entry in log.rest()}
 
 
