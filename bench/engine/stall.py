@@ -52,7 +52,9 @@ def _arrival(
         while run.answers[request] == ():
             steps.append(_step(run))
     gaps = [seconds for _, seconds in steps[BASELINE_STEPS:]]
-    ratio = summarize(over_bare_steps(steps)[BASELINE_STEPS:])
+    ratios = over_bare_steps(steps)
+    ratio = summarize(ratios[BASELINE_STEPS:])
+    bare = [each for each, (tokens, _) in zip(ratios, steps, strict=True) if not tokens]
     gap = summarize(gaps)
     return Row(
         "stall",
@@ -68,6 +70,7 @@ def _arrival(
             "median_gap_ms": gap.median * 1e3,
             "longest_gap_over_step": ratio.high,
             "median_gap_over_step": ratio.median,
+            "longest_bare_over_step": max(bare),
             "first_token_of_prompt_s": sum(gaps),
             "steps": gap.count,
         },
