@@ -2,8 +2,9 @@
 
 Two texts: dialogs whose last turn asks an earlier question again, so that the answer repeats; and
 single questions, answered at temperature 1 from the whole distribution, which repeat nothing. Each
-is answered with and without drafts in turn, round after round, and the tokens must be equal. The
-ratio is the median of the rounds' ratios: a round's two halves meet the machine in the same minute.
+is answered, to the end that the model gives it, with and without drafts in turn, round after round,
+and the tokens must be equal. The ratio is the median of the rounds' ratios: a round's two halves
+meet the machine in the same minute.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from model_service.engine.sequence import GenerationRequest, SamplingParams
 from model_service.replica import ReplicaOptions, load_replica
 
 CONTEXT_LENGTH = 512
-ANSWER_LENGTH = 64
+ANSWER_LENGTH = 64  # at most
 DRAFT_TOKENS = ReplicaOptions(CHECKPOINT).draft_tokens
 
 
@@ -38,8 +39,17 @@ def main() -> None:
         "repeats": (_repeating(tokenizer, args.dialogs), SamplingParams(temperature=0.0)),
         "new": (_new(tokenizer, args.dialogs), SamplingParams(temperature=1.0, top_p=1.0)),
     }
+    ends = frozenset({tokenizer.eos})
     rows = [
-        _measure(text, prompts, sampling, streams, args.rounds)
+        _measure(
+            text,
+            [
+                GenerationRequest(number, tuple(prompt), ANSWER_LENGTH, sampling, ends)
+                for number, prompt in enumerate(prompts)
+            ],
+            streams,
+            args.rounds,
+        )
         for streams in args.streams
         for text, (prompts, sampling) in texts.items()
     ]
@@ -64,19 +74,13 @@ def _new(tokenizer: Tokenizer, count: int) -> list[list[int]]:
     return topic_prompts(tokenizer, read_corpus().topics)[:count]
 
 
-def _measure(
-    text: str,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams,
-    streams: int,
-    rounds: int,
-) -> Row:
+def _measure(text: str, requests: Sequence[GenerationRequest], streams: int, rounds: int) -> Row:
     engines = {drafts: _engine(streams, drafts) for drafts in (0, DRAFT_TOKENS)}
     rates: dict[int, list[float]] = {drafts: [] for drafts in engines}
     answers = {}
     for number in range(rounds + 1):  # the first is not counted
         for drafts in sorted(engines, reverse=number % 2 == 0):
-            answers[drafts], tokens, seconds = _answer(engines[drafts], prompts, sampling)
+            answers[drafts], tokens, seconds = _answer(engines[drafts], requests)
             rates[drafts].append(tokens / seconds)
     if answers[0] != answers[DRAFT_TOKENS]:
         raise AssertionError("drafts changed an answer")
@@ -111,12 +115,12 @@ def _engine(streams: int, draft_tokens: int) -> Engine:
 
 
 def _answer(
-    engine: Engine, prompts: Sequence[Sequence[int]], sampling: SamplingParams
+    engine: Engine, requests: Sequence[GenerationRequest]
 ) -> tuple[dict[int, list[int]], int, float]:
     """All answers, their tokens, and the seconds of the steps in which nothing but answers grew."""
-    for number, prompt in enumerate(prompts):
-        engine.add(GenerationRequest(number, tuple(prompt), ANSWER_LENGTH, sampling))
-    answers: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
+    for request in requests:
+        engine.add(request)
+    answers: dict[int, list[int]] = {number: [] for number in range(len(requests))}
     made, seconds = 0, 0.0
     while engine.has_work:
         computed, started = engine.load().prompt_tokens, time.perf_counter()
