@@ -148,11 +148,20 @@ class Session:
         return time.perf_counter() - started
 
     def fill(self, prompts: Iterable[tuple[int, ...]], answer: int) -> None:
-        """Brings a sequence per prompt to its second token."""
-        waiting = {self.add(prompt, answer) for prompt in prompts}
+        """Brings a sequence per prompt to its second token.
+
+        Where a step holds all prompts they begin together; else the first have a start.
+
+        Raises:
+            RuntimeError: an answer was over before the last sequence began.
+        """
+        added = {self.add(prompt, answer) for prompt in prompts}
+        waiting = set(added)
         while waiting:
             waiting -= {request for request, count in self.step().tokens.items() if count}
         self.step()
+        if not added <= self._running:
+            raise RuntimeError("the sequences never ran all at once: ask for longer answers")
 
     def shortfalls(self, prompt: tuple[int, ...], answer: tuple[int, ...]) -> list[float]:
         """How much lower than the best logprob that of each token of `answer` is, given `prompt`.

@@ -54,7 +54,9 @@ def main() -> None:
         parser.add_argument(name, type=int)
     args = parser.parse_args()
     variant = Variant(Path(args.ckpt_dir), args.dtype, quantize=args.quantize or None)
-    replica = load_replica(variant.options(args.batch, args.context + args.steps + 2))
+    length = args.context + args.steps + 2
+    at_once = {"max_step_tokens": args.batch * args.context}
+    replica = load_replica(variant.options(args.batch, length, settings=at_once))
     if not replica.is_leader:
         replica.runner.follow()
         return

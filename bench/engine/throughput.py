@@ -54,7 +54,8 @@ def decode(
     """`steps` steps of so many streams, each of which begins with `context` tokens."""
     batches = tuple(batches)
     length = context + steps + 2
-    with session(variant.options(max(batches), length)) as run:
+    at_once = {"max_step_tokens": max(batches) * context}
+    with session(variant.options(max(batches), length, settings=at_once)) as run:
         for batch in batches:
             seconds: list[float] = []
             rates: list[float] = []
@@ -95,7 +96,8 @@ def context_sweep(
 ) -> Iterator[Row]:
     """Step time of `batch` streams as what they attend to grows."""
     contexts = tuple(contexts)
-    with session(variant.options(batch, max(contexts) + steps + 2)) as run:
+    at_once = {"max_step_tokens": batch * max(contexts)}
+    with session(variant.options(batch, max(contexts) + steps + 2, settings=at_once)) as run:
         for context in contexts:
             run.fill(run.prompts(batch, context), steps + 2)
             step = summarize([run.step().seconds for _ in range(steps)])

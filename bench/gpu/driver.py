@@ -170,7 +170,10 @@ class Driver:
         return Passage(lengths, started, steps)
 
     def fill(self, prompts: Iterable[Prompt], answers: Iterable[int]) -> dict[int, int]:
-        """Brings a sequence per prompt to its first token. Returns their contexts by request."""
+        """Brings a sequence per prompt to its first token. Returns their contexts by request.
+
+        RuntimeError: an answer was over before the last sequence began.
+        """
         lengths = {
             self.add(prompt, answer): len(prompt)
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -179,6 +182,8 @@ class Driver:
         while len(contexts) < len(lengths):
             for request, count in self.step().tokens.items():
                 contexts[request] = contexts.get(request, lengths[request]) + count
+        if not lengths.keys() <= self._running:
+            raise RuntimeError("the sequences never ran all at once: ask for longer answers")
         return contexts
 
     def cancel(self, request: int) -> None:

@@ -21,6 +21,14 @@ def test_streams_of_a_decode_step_all_advance(variant: Variant) -> None:
         assert load.running == load.waiting == 0
 
 
+def test_answers_too_short_for_all_to_run_at_once_are_told(variant: Variant) -> None:
+    with (
+        session(variant.options(3, 40, settings={"max_step_tokens": 16})) as run,
+        pytest.raises(RuntimeError, match="longer answers"),
+    ):
+        run.fill(run.prompts(3, 32), 3)
+
+
 def test_greedy_answer_falls_short_of_nothing(variant: Variant) -> None:
     with session(variant.options(1, 32)) as run:
         prompt = run.prompt(8)
@@ -41,12 +49,13 @@ def test_decode_limit_counts_the_weights_that_a_step_reads() -> None:
 
 
 def test_decode_row_states_rate_and_share_of_the_limit(variant: Variant) -> None:
-    (row,) = decode(SHAPES["tiny"], variant, [2], context=8, steps=2, rounds=1)
-    assert row.settings == {"precision": "float32", "streams": 2, "context": 8}
+    streams = 24  # whose prompts are more than a step takes by default
+    (row,) = decode(SHAPES["tiny"], variant, [streams], context=32, steps=2, rounds=1)
+    assert row.settings == {"precision": "float32", "streams": streams, "context": 32}
     rate, step = row.values["tokens_per_s"], row.values["step_ms"]
     assert isinstance(rate, float)
     assert isinstance(step, float)
-    assert rate * step == pytest.approx(2000, rel=0.01)
+    assert rate * step == pytest.approx(1000 * streams, rel=0.01)
 
 
 def test_shards_run_in_processes_of_their_own(variant: Variant) -> None:

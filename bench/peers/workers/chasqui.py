@@ -18,9 +18,9 @@ class ChasquiWorker:
         quantized = job.precision in ("int8", "int4")
         dtype = job.options.get("dtype", "float32") if quantized else job.precision
         variant = Variant(Path(job.model), dtype, job.threads, job.precision if quantized else None)
-        options = variant.options(
-            job.sequences, job.length, job.tokens, {"max_step_tokens": max(512, job.length)}
-        )
+        # So many that sequences which decode together begin together.
+        at_once = {"max_step_tokens": max(512, job.tokens)}
+        options = variant.options(job.sequences, job.length, job.tokens, at_once)
         replica = load_replica(options)
         self._session = Session(replica)
         self._vocab_size = replica.info.vocab_size
