@@ -49,7 +49,7 @@ class ReplicaOptions:
     max_seq_len: int = 512  # tokens of one sequence, prompt and answer
     max_batch_size: int = 8  # sequences that run at once
     max_step_tokens: int = 512  # tokens that one step computes
-    max_stall: float = 2.0  # longest step while sequences decode, in steps without prompts
+    max_stall: float = 1.7  # longest step while sequences decode, in steps without prompts
     kv_cache_tokens: int | None = None  # default: what free memory allows
     prefix_cache: bool = True
     draft_tokens: int = 8  # most guesses for a sequence in a step; 0: no speculation

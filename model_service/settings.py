@@ -39,7 +39,7 @@ class ModelSettings(ServerSettings):
             allow_inf_nan=False,
             description="longest step while streams run, as a multiple of a step without prompts",
         ),
-    ] = 2.0
+    ] = 1.7
     kv_cache_tokens: Annotated[
         int | None,
         Field(ge=1, description="tokens in the KV cache; default what free memory allows"),

@@ -7,7 +7,7 @@ else, and the engine takes one from time to time.
 
 import heapq
 from collections.abc import Iterator, Sequence
-from statistics import median
+from statistics import median, quantiles
 
 from bench.engine.session import Session, Setting, Variant, session
 from bench.report import Row
@@ -69,6 +69,7 @@ def _arrival(
             "longest_gap_ms": gap.high * 1e3,
             "median_gap_ms": gap.median * 1e3,
             "longest_gap_over_step": ratio.high,
+            "p99_gap_over_step": quantiles(ratios[BASELINE_STEPS:], n=100)[-1],
             "median_gap_over_step": ratio.median,
             "longest_bare_over_step": max(bare),
             "first_token_of_prompt_s": sum(gaps),

@@ -88,19 +88,23 @@ class _Group:
     # Where keys and values lie: [spans × longest] slots, or a slice where one span's blocks are
     # neighbours, which is read in place.
     slots: slice | torch.Tensor
-    mask: torch.Tensor | None  # added to the scores, broadcast over heads; None: all is seen
+    # Added to the scores: [spans, 1, tokens of a span, longest]. None: all is seen.
+    mask: torch.Tensor | None
     causal: bool = False
 
 
 # Copying fewer tokens than this costs less than a call of its own.
 _COPIED_TOKENS = 256
+# Up to so many tokens of a span, reading each key once for all heads that share it saves more than
+# a mask with a row for each of these heads costs.
+_FEW_TOKENS = 16
 
 
 class SdpaAttention:
     """PyTorch's scaled_dot_product_attention on any device.
 
     The query heads that share keys and values are laid out so that these are never repeated: as
-    rows of one matrix where a span has one token, as heads with a common key (stride 0) where it
+    rows of one matrix where a span has few tokens, as heads with a common key (stride 0) where it
     has more. A longer sequence whose blocks are neighbours is attended in place. Others are copied
     into a buffer that all layers use, those of one token (decode) together, padded to the longest.
     """
@@ -210,9 +214,10 @@ class SdpaAttention:
         )
 
     def _causal_mask(self, span: SequenceSpan) -> torch.Tensor:
-        """[query_length, context_length]: a token at position p sees positions 0 to p."""
+        """[1, 1, query_length, context_length]: a token at position p sees positions 0 to p."""
         positions = torch.arange(span.context_length - span.query_length, span.context_length)
-        return self._additive(torch.arange(span.context_length) > positions.unsqueeze(1))
+        hidden = torch.arange(span.context_length) > positions.unsqueeze(1)
+        return self._additive(hidden)[None, None]
 
     def _additive(self, hidden: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
@@ -223,16 +228,20 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: _Group
 ) -> torch.Tensor:
     """Attention of query [tokens, heads, head_dim] over [spans × longest, kv_heads, head_dim]."""
-    tokens, _, head_dim = query.shape
+    tokens, heads, head_dim = query.shape
     kv_heads = key.shape[1]
-    if tokens == group.spans:
-        # [spans, kv_heads, heads that share, head_dim]: one token's heads are the rows.
-        rows = query.view(tokens, kv_heads, -1, head_dim)
+    if tokens <= group.spans * _FEW_TOKENS and not group.causal:
+        # [spans, kv_heads, tokens of a span × heads that share, head_dim]
+        sharing = heads // kv_heads
+        rows = query.view(group.spans, -1, kv_heads, sharing, head_dim).transpose(1, 2)
         key, value = (
             each.view(group.spans, -1, kv_heads, head_dim).transpose(1, 2) for each in (key, value)
         )
-        mask = group.mask if group.mask is None else group.mask.expand(-1, 1, rows.shape[2], -1)
-        return F.scaled_dot_product_attention(rows, key, value, attn_mask=mask).reshape(query.shape)
+        mask = group.mask
+        if mask is not None:
+            mask = mask.unsqueeze(3).expand(-1, -1, -1, sharing, -1).flatten(2, 3)
+        attended = F.scaled_dot_product_attention(rows.flatten(2, 3), key, value, attn_mask=mask)
+        return attended.view(rows.shape).transpose(1, 2).reshape(query.shape)
     # [kv_heads, heads that share, tokens, head_dim], the key of each with stride 0.
     rows = query.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     key, value = (
