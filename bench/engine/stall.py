@@ -69,7 +69,7 @@ def _arrival(
             "longest_gap_ms": gap.high * 1e3,
             "median_gap_ms": gap.median * 1e3,
             "longest_gap_over_step": ratio.high,
-            "p99_gap_over_step": quantiles(ratios[BASELINE_STEPS:], n=100)[-1],
+            "p99_gap_over_step": quantiles(ratios[BASELINE_STEPS:], n=100, method="inclusive")[-1],
             "median_gap_over_step": ratio.median,
             "longest_bare_over_step": max(bare),
             "first_token_of_prompt_s": sum(gaps),
