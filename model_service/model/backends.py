@@ -5,7 +5,8 @@ import logging
 
 import torch
 
-from model_service.model.attention import AttentionBackend, CacheShape, SdpaAttention
+from model_service.model.attention import AttentionBackend, CacheShape
+from model_service.model.sdpa_attention import SdpaAttention
 
 _log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from model_service.engine.sequence import (
 from model_service.model.attention import (
     AttentionBackend,
     CacheShape,
-    SdpaAttention,
     SequenceSpan,
 )
+from model_service.model.sdpa_attention import SdpaAttention
 from model_service.replica import ReplicaOptions, load_replica
 from tests.model_service import flashinfer_double
 
@@ -157,18 +157,21 @@ def flashinfer() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def backends(flashinfer: Any) -> dict[str, MakeAttention]:
-    """Both backends by name, each made from the cache's shape, the query heads and a dtype."""
+    """All backends by name, each made from the cache's shape, the query heads and a dtype."""
     module = importlib.import_module("model_service.model.flashinfer_attention")
 
     def sdpa(shape: CacheShape, heads: int, kv_dtype: torch.dtype = torch.float32) -> Any:
         return FixedSdpaAttention(shape, torch.float32, CPU, kv_dtype)
+
+    def in_parts(shape: CacheShape, heads: int, kv_dtype: torch.dtype = torch.float32) -> Any:
+        return SdpaAttention(shape, torch.float32, CPU, kv_dtype, copied_bytes=1)
 
     def on_flashinfer(shape: CacheShape, heads: int, kv_dtype: torch.dtype = torch.float32) -> Any:
         return module.FlashInferAttention(
             shape, torch.float32, CPU, kv_dtype, heads=heads, max_batch_size=8
         )
 
-    return {"sdpa": sdpa, "flashinfer": on_flashinfer}
+    return {"sdpa": sdpa, "in parts": in_parts, "flashinfer": on_flashinfer}
 
 
 def spread(

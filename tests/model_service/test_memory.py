@@ -9,7 +9,8 @@ from model_service.engine.plan_channel import PlanChannel
 from model_service.engine.runner import ModelRunner
 from model_service.engine.warm_up import warm_up_plans
 from model_service.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, free_memory
-from model_service.model.attention import CacheShape, SdpaAttention
+from model_service.model.attention import CacheShape
+from model_service.model.sdpa_attention import SdpaAttention
 from model_service.replica import MOST_CACHE, ReplicaOptions, load_replica
 from model_service.step_memory import memory_for_steps
 from serving.errors import StartError
