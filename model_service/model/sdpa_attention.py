@@ -3,7 +3,7 @@ the reference that other backends are tested against.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,6 @@ _COPIED_BYTES = 4 * 2**20
 # Up to so many tokens of a span, reading each key once for all heads that share it saves more than
 # a mask with a row for each of these heads costs.
 _FEW_TOKENS = 16
-
-
-# Of queries [..., tokens, head_dim], keys, values, a mask or none, and whether a token sees none of
-# those behind it.
-_Kernel = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], tuple[torch.Tensor, ...]
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +61,8 @@ class SdpaAttention:
             dtype: of queries, keys and values.
             device: where.
             kv_dtype: how the cache holds keys and values, if not in `dtype`.
-            copied_bytes: smaller parts of a span's keys and values are copied.
+            copied_bytes: of keys and values; a run of neighbours that has fewer, beside other
+                blocks of its span, is copied with them.
         """
         slots = shape.blocks * shape.block_size
         size = (shape.layers, slots, shape.kv_heads, shape.head_dim)
@@ -78,7 +72,7 @@ class SdpaAttention:
         # Not zeroed: nobody reads a slot before its token is written, and untouched memory is free.
         self._keys = torch.empty(size, dtype=held, device=device)
         self._values = torch.empty(size, dtype=held, device=device)
-        # Where `_copied` puts keys and values; a new buffer in each layer would cost page faults.
+        # Where `_selected` copies to; a new buffer in each layer would cost page faults.
         self._buffers = [torch.empty(0, *size[2:], dtype=held, device=device) for _ in range(2)]
         self._block_size = shape.block_size
         self._dtype = dtype
@@ -112,9 +106,7 @@ class SdpaAttention:
                 groups.append(self._alone(span, rows, slots, rest))
             row += span.query_length
         self._groups = groups + [self._together(batch) for batch in _of_like_length(copied)]
-        numbers = torch.arange(row)
-        of_groups = [numbers[each.rows] for each in self._groups]
-        self._part_rows = torch.cat(of_groups) if parts else None
+        self._part_rows = _rows(self._groups, row) if parts else None
         self._new_slots = torch.cat(new_slots).to(self._device)
 
     def attend(
@@ -127,10 +119,12 @@ class SdpaAttention:
         parts: list[list[torch.Tensor]] = []
         for group in self._groups:
             key, value = (self._read(each) for each in self._selected(keys, values, group.slots))
-            if self._part_rows is None:
-                [output[group.rows]] = _attend(query[group.rows], key, value, group, _whole)
+            in_parts = self._part_rows is not None
+            attended = _attend(query[group.rows], key, value, group, with_sums=in_parts)
+            if in_parts:
+                parts.append(attended)
             else:
-                parts.append(_attend(query[group.rows], key, value, group, _part))
+                [output[group.rows]] = attended
         return output if self._part_rows is None else _weighed(parts, self._part_rows, output)
 
     def _held(self, x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +157,8 @@ class SdpaAttention:
         They are older than the step's own, which alone may not see all.
         """
         table = span.block_table
-        if self._device.type != "cpu" or _are_neighbours(table):
+        short = span.context_length < self._least_run
+        if short or self._device.type != "cpu" or _are_neighbours(table):
             return
         breaks = [at for at in range(1, len(table)) if table[at] != table[at - 1] + 1]
         for first, end in itertools.pairwise([0, *breaks, len(table)]):
@@ -214,12 +209,13 @@ class SdpaAttention:
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: _Group, kernel: _Kernel
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: _Group, *, with_sums: bool
 ) -> list[torch.Tensor]:
     """Attention of query [tokens, heads, head_dim] over [spans × longest, kv_heads, head_dim].
 
     Returns:
-        What the kernel returns, as [tokens, heads, …].
+        [tokens, heads, head_dim], and if asked for the logarithms of the sums of exponentials
+        [tokens, heads, 1].
     """
     tokens, heads, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -233,8 +229,8 @@ def _attend(
         mask = group.mask
         if mask is not None:
             mask = mask.unsqueeze(3).expand(-1, -1, -1, sharing, -1).flatten(2, 3)
-        results = kernel(rows.flatten(2, 3), key, value, mask, group.causal)
-        made = [each.view(*rows.shape[:-1], -1).transpose(1, 2) for each in results]
+        made = _kernel(rows.flatten(2, 3), key, value, mask, with_sums=with_sums)
+        made = [each.view(*rows.shape[:-1], -1).transpose(1, 2) for each in made]
     else:
         # [kv_heads, heads that share, tokens, head_dim], the key of each with stride 0.
         rows = query.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
@@ -242,36 +238,29 @@ def _attend(
             each.transpose(0, 1).unsqueeze(1).expand(-1, rows.shape[1], -1, -1)
             for each in (key, value)
         )
-        results = kernel(rows, key, value, group.mask, group.causal)
-        made = [each.permute(2, 0, 1, 3) for each in results]
+        made = _kernel(rows, key, value, group.mask, causal=group.causal, with_sums=with_sums)
+        made = [each.permute(2, 0, 1, 3) for each in made]
     return [each.reshape(tokens, heads, -1) for each in made]
 
 
-def _whole(
+def _kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    causal: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Attention [..., tokens, head_dim] to all that the query sees."""
-    return (F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal),)
+    *,
+    causal: bool = False,
+    with_sums: bool,
+) -> list[torch.Tensor]:
+    """scaled_dot_product_attention of [..., tokens, head_dim].
 
-
-def _part(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Attention to a part of it, with the logarithms [..., tokens, 1] of sums of exponentials.
-
-    By the kernel that scaled_dot_product_attention takes on the CPU, and which does not tell them.
+    It does not tell the sums; the kernel that it takes on the CPU does.
     """
+    if not with_sums:
+        return [F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)]
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
     attended, sums = kernel(query, key, value, attn_mask=mask, is_causal=causal)
-    return attended, sums.unsqueeze(-1)
+    return [attended, sums.unsqueeze(-1)]
 
 
 def _weighed(
@@ -292,6 +281,12 @@ def _weighed(
     total = weights.new_zeros(shape).index_add_(0, rows, weights)
     weighed = weights.new_zeros(like.shape).index_add_(0, rows, attended * weights)
     return (weighed / total).to(like.dtype)
+
+
+def _rows(groups: Sequence[_Group], count: int) -> torch.Tensor:
+    """Of the batch's `count` rows, those of each group, one after the other."""
+    numbers = torch.arange(count)
+    return torch.cat([numbers[each.rows] for each in groups])
 
 
 def _place(slots: torch.Tensor) -> slice:

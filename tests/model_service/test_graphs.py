@@ -115,7 +115,7 @@ def test_warm_up_touches_no_block_of_a_sequence(network: Any, pair: Any, rows: i
         assert not torch.equal(cache[:, 0], as_it_was[:, 0])
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flashinfer"])
+@pytest.mark.parametrize("name", ["sdpa", "in parts", "flashinfer"])
 def test_golden_cases_in_padded_steps(
     backends: Any, cases: Any, request_for: Any, run: Any, name: str
 ) -> None:
