@@ -93,17 +93,20 @@ class SdpaAttention:
             slots = self._slots(span)
             new_slots.append(slots[-span.query_length :])
             rows = slice(row, row + span.query_length)
-            rest = torch.ones(len(slots), dtype=torch.bool)
-            for run in self._long_runs(span):
-                groups.append(_Group(rows, spans=1, slots=_place(slots[run])))
-                rest[run] = False
+            neighbours = _are_neighbours(span.block_table)
+            rest: slice | torch.Tensor = slice(None)
+            if runs := [] if neighbours else self._long_runs(span):
                 parts = True
+                groups += (_Group(rows, spans=1, slots=_place(slots[run])) for run in runs)
+                rest = torch.ones(len(slots), dtype=torch.bool)
+                for run in runs:
+                    rest[run] = False
             together = span.query_length == 1 and len(spans) > 1
-            in_place = _are_neighbours(span.block_table) and len(slots) >= _COPIED_TOKENS
-            if together and not in_place:
+            if together and not (neighbours and len(slots) >= _COPIED_TOKENS):
                 copied.append((row, slots[rest]))
             else:
-                groups.append(self._alone(span, rows, slots, rest))
+                place = _place(slots) if neighbours else slots[rest].to(self._device)
+                groups.append(self._alone(span, rows, place, rest))
             row += span.query_length
         self._groups = groups + [self._together(batch) for batch in _of_like_length(copied)]
         self._part_rows = _rows(self._groups, row) if parts else None
@@ -151,38 +154,37 @@ class SdpaAttention:
         slots = first.unsqueeze(1) + torch.arange(self._block_size)
         return slots.flatten()[: span.context_length]
 
-    def _long_runs(self, span: SequenceSpan) -> Iterator[slice]:
+    def _long_runs(self, span: SequenceSpan) -> list[slice]:
         """Of a span whose blocks are not all neighbours, the tokens that are attended in place.
 
         They are older than the step's own, which alone may not see all.
         """
-        table = span.block_table
-        short = span.context_length < self._least_run
-        if short or self._device.type != "cpu" or _are_neighbours(table):
-            return
+        if span.context_length < self._least_run or self._device.type != "cpu":
+            return []
+        table, older = span.block_table, span.context_length - span.query_length
         breaks = [at for at in range(1, len(table)) if table[at] != table[at - 1] + 1]
-        for first, end in itertools.pairwise([0, *breaks, len(table)]):
-            run = slice(
-                first * self._block_size,
-                min(end * self._block_size, span.context_length - span.query_length),
-            )
-            if run.stop - run.start >= self._least_run:
-                yield run
+        runs = [
+            slice(first * self._block_size, min(end * self._block_size, older))
+            for first, end in itertools.pairwise([0, *breaks, len(table)])
+        ]
+        return [run for run in runs if run.stop - run.start >= self._least_run]
 
     def _alone(
-        self, span: SequenceSpan, rows: slice, slots: torch.Tensor, rest: torch.Tensor
+        self,
+        span: SequenceSpan,
+        rows: slice,
+        place: slice | torch.Tensor,
+        rest: slice | torch.Tensor,
     ) -> _Group:
-        """What is left of a span, `rest` [context_length], when its long runs are taken away."""
+        """A span, or what is left of it: `rest` of its tokens, which lie at `place`."""
         whole = span.query_length == span.context_length
-        some = span.query_length > 1 and not whole
+        several = span.query_length > 1
         return _Group(
             rows=rows,
             spans=1,
-            slots=_place(slots)
-            if _are_neighbours(span.block_table)
-            else slots[rest].to(self._device),
-            mask=self._causal_mask(span, rest) if some else None,
-            causal=whole and span.query_length > 1,
+            slots=place,
+            mask=self._causal_mask(span, rest) if several and not whole else None,
+            causal=whole and several,
         )
 
     def _together(self, batch: Sequence[tuple[int, torch.Tensor]]) -> _Group:
@@ -197,7 +199,7 @@ class SdpaAttention:
             mask=self._additive(padding).view(len(batch), 1, 1, longest) if padding.any() else None,
         )
 
-    def _causal_mask(self, span: SequenceSpan, columns: torch.Tensor) -> torch.Tensor:
+    def _causal_mask(self, span: SequenceSpan, columns: slice | torch.Tensor) -> torch.Tensor:
         """[1, 1, query_length, columns]: a token at position p sees positions 0 to p."""
         positions = torch.arange(span.context_length)
         hidden = positions[columns] > positions[-span.query_length :].unsqueeze(1)

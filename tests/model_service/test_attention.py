@@ -104,3 +104,15 @@ def test_a_step_in_any_order_is_attended(backends: Any) -> None:
         outputs.append(backend.attend(0, *flat))
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0])
+
+
+def test_long_runs_of_blocks_are_not_copied(backends: Any) -> None:
+    spans = spread([13, 9], [1, 1], CACHE, seed=1)
+    flat = [torch.randn(2, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    copied = {}
+    for name in ("sdpa", "in parts"):
+        backend = backends[name](CACHE, HEADS)
+        backend.plan(spans)
+        backend.attend(0, *flat)
+        copied[name] = len(backend._buffers[0])
+    assert copied == {"sdpa": 2 * 13, "in parts": 2}  # both padded to the longest
