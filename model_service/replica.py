@@ -18,7 +18,7 @@ from model_service.engine.plan_channel import LEADER, PlanChannel
 from model_service.engine.runner import ModelRunner
 from model_service.engine.warm_up import warm_up
 from model_service.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, readable_size
-from model_service.model.attention import AttentionBackend, CacheShape
+from model_service.model.attention import CachedAttention, CacheShape
 from model_service.model.backends import make_attention
 from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.config import ModelConfig
@@ -225,7 +225,7 @@ class _Layout:
         size = cache.bytes(self.arithmetic.kv_dtype)
         return MemoryPlan(weights, size, limits.blocks * limits.block_size, working)
 
-    def attention(self, blocks: int) -> AttentionBackend:
+    def attention(self, blocks: int) -> CachedAttention:
         """A backend with a new cache of `blocks` blocks."""
         return make_attention(
             self._cache(blocks, self.options.block_size),

@@ -57,6 +57,7 @@ def plan_step(schedule: Schedule, *, lookahead: bool = False) -> tuple[StepPlan,
         np.array(tokens, dtype=np.int32),
         np.array(logit_rows, dtype=np.int32),
         draws=sum([not row.in_prompt for row in rows]) if lookahead else 0,
+        copies=tuple(schedule.copies),
     )
     return plan, rows
 

@@ -1,13 +1,14 @@
 """Who owns which block of the KV cache, and which blocks hold keys and values worth keeping.
 
 A block that several sequences share is counted once per holder. A block that nobody holds is empty,
-or cached: its content is known by a digest and may be taken again until its room is wanted. Block 0
-is never handed out: the probe step writes there. When no sequence runs, all others are free.
+or cached: its content is known and may be taken again until its room is wanted. Block 0 is never
+handed out: the probe step writes there. When no sequence runs, all others are free.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from model_service.engine.prefix import Beginnings, BlockContent
 from model_service.model.attention import PROBE_BLOCK
 
 
@@ -22,7 +23,8 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # nobody holds them; oldest first
         self._holders = [0] * (total + 1)
         self._by_digest: dict[bytes, int] = {}
-        self._digests: dict[int, bytes] = {}  # the reverse
+        self._contents: dict[int, BlockContent] = {}  # the reverse
+        self._beginnings = Beginnings()
 
     @property
     def free_count(self) -> int:
@@ -61,6 +63,14 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def closest(self, parent: bytes, tokens: bytes) -> tuple[int | None, int]:
+        """The known block behind `parent` that begins most like `tokens`; how many of them agree.
+
+        Nobody holds it for whoever asks: the next step has to copy it, before it writes anything.
+        """
+        digest, common = self._beginnings.closest(parent, tokens)
+        return (self._by_digest[digest], common) if common else (None, 0)
+
     def free_besides(self, blocks: Iterable[int]) -> int:
         """Blocks that would still be free if `blocks` were shared."""
         return self.free_count - sum(not self._holders[block] for block in blocks)
@@ -72,20 +82,24 @@ class BlockPool:
                 del self._cached[block]
             self._holders[block] += 1
 
-    def publish(self, block: int, digest: bytes) -> None:
-        """Makes a held block, now completely written, known by the digest of its content.
+    def publish(self, block: int, content: BlockContent) -> None:
+        """Makes a held block known by `content`, its first tokens, which are written.
 
-        Where another block is known by the digest already, this one stays unknown.
+        What it was known by before, it no longer is. Where another block is known by the same
+        content already, this one stays unknown.
         """
-        if digest not in self._by_digest:
-            self._by_digest[digest] = block
-            self._digests[block] = digest
+        self.retract([block])
+        if content.digest not in self._by_digest:
+            self._by_digest[content.digest] = block
+            self._contents[block] = content
+            self._beginnings.add(content)
 
     def retract(self, blocks: Iterable[int]) -> None:
-        """Makes held blocks unknown: their content is not to be trusted."""
+        """Makes blocks unknown: their content is not to be trusted, or about to change."""
         for block in blocks:
-            if (digest := self._digests.pop(block, None)) is not None:
-                del self._by_digest[digest]
+            if (content := self._contents.pop(block, None)) is not None:
+                del self._by_digest[content.digest]
+                self._beginnings.remove(content)
 
     def free(self, blocks: Sequence[int]) -> None:
         """Gives a sequence's blocks back, in their order in it.
@@ -101,12 +115,12 @@ class BlockPool:
                 raise ValueError(f"block {block} is not taken")
             self._holders[block] -= 1
             if not self._holders[block]:
-                if block in self._digests:
+                if block in self._contents:
                     self._cached[block] = None
                 else:
                     self._empty.append(block)
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        del self._by_digest[self._digests.pop(block)]
+        self.retract([block])
         return block

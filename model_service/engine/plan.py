@@ -5,17 +5,18 @@ itself (positions and cache slots follow from lengths and block tables) or was t
 block table only the blocks go over the wire that the last plan did not have.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model_service.model.attention import SequenceSpan
+from model_service.model.attention import BlockCopy, SequenceSpan
 
 Vector = NDArray[np.int32]
 
-_COUNTS = 4  # at the vector's beginning
+_COUNTS = 5  # at the vector's beginning
 _PER_SPAN = 4
 
 
@@ -29,6 +30,7 @@ class StepPlan:
     tokens: Vector
     logit_rows: Vector  # [num_logits], indices into tokens
     draws: int = 0  # tokens that the leader draws from the logits and gives to all ranks' devices
+    copies: tuple[BlockCopy, ...] = ()  # to be made before anything is written
 
     @property
     def positions(self) -> NDArray[np.int64]:
@@ -47,12 +49,13 @@ class PlanEncoder:
         self._held: list[Sequence[int]] = []  # so that no other list takes over an identity
 
     def encode(self, plan: StepPlan) -> Vector:
-        """Four counts, four numbers per span, then tokens, logit rows and new blocks."""
-        header = [len(plan.spans), len(plan.tokens), len(plan.logit_rows), plan.draws]
+        """Five counts, four numbers per span, two per copy; tokens, logit rows and new blocks."""
+        spans, copies = plan.spans, plan.copies
+        header = [len(spans), len(copies), len(plan.tokens), len(plan.logit_rows), plan.draws]
         blocks: list[int] = []
         known: dict[int, tuple[int, int]] = {}
-        held = [span.block_table for span in plan.spans]
-        for place, span in enumerate(plan.spans):
+        held = [span.block_table for span in spans]
+        for place, span in enumerate(spans):
             table = held[place]
             identity, length = id(table), len(table)
             before, sent = self._known.get(identity, (-1, 0))
@@ -61,6 +64,7 @@ class PlanEncoder:
                 blocks += table[sent:]
             known[identity] = place, length
         self._known, self._held = known, held
+        header += itertools.chain.from_iterable(copies)
         # One conversion of all that are lists: one each would cost more than the rest together.
         numbers = np.array(header + blocks, dtype=np.int32)
         begin = len(header)
@@ -75,10 +79,12 @@ class PlanDecoder:
 
     def decode(self, vector: Vector) -> StepPlan:
         """The plan that was encoded as `vector`; every plan must come by here, in order."""
-        num_spans, num_tokens, num_logits, draws = vector[:_COUNTS].tolist()
-        rest = _COUNTS + _PER_SPAN * num_spans
-        header = vector[_COUNTS:rest].reshape(-1, _PER_SPAN).tolist()
-        tokens, logit_rows, blocks = np.split(vector[rest:], np.cumsum([num_tokens, num_logits]))
+        num_spans, num_copies, num_tokens, num_logits, draws = vector[:_COUNTS].tolist()
+        sizes = [_PER_SPAN * num_spans, 2 * num_copies, num_tokens, num_logits]
+        parts = np.split(vector[_COUNTS:], np.cumsum(sizes))
+        header = parts[0].reshape(-1, _PER_SPAN).tolist()
+        copies = tuple(BlockCopy(*copy) for copy in parts[1].reshape(-1, 2).tolist())
+        tokens, logit_rows, blocks = parts[2:]
         spans: list[SequenceSpan] = []
         tables: list[list[int]] = []
         for query_length, context_length, before, count in header:
@@ -88,4 +94,4 @@ class PlanDecoder:
             tables.append(table)
             spans.append(SequenceSpan(query_length, context_length, table))
         self._tables = tables
-        return StepPlan(tuple(spans), tokens, logit_rows, draws)
+        return StepPlan(tuple(spans), tokens, logit_rows, draws, copies)

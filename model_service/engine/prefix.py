@@ -1,26 +1,89 @@
-"""The names of cached blocks: a digest of the block's tokens and of all that stand before them.
+"""What stands in a block of the cache: its tokens, and a digest of them and of all before them.
 
 Keys and values of a token depend on every token before it, so two blocks may stand for each other
-exactly when their chains of digests are equal.
+exactly when their chains of digests are equal, and up to the token in which two blocks differ when
+the chains before them are.
 """
 
+import bisect
 import hashlib
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 DIGEST_SIZE = 16  # bytes: no two chains of any real load meet by chance
+ROOT = bytes(DIGEST_SIZE)  # stands before a sequence's first block
+_TOKEN_SIZE = array("i").itemsize  # bytes
 
 
-def extend_digests(
-    digests: list[bytes], tokens: Sequence[int], block_size: int, count: int
+class BlockContent(NamedTuple):
+    """The tokens of a block, or the first of them, and where they stand."""
+
+    parent: bytes  # digest of the block before, or ROOT
+    tokens: bytes  # ids as 32-bit integers
+    digest: bytes  # BLAKE2b over both
+
+    @classmethod
+    def of(cls, parent: bytes, tokens: Sequence[int]) -> "BlockContent":
+        packed = pack(tokens)
+        digest = hashlib.blake2b(parent + packed, digest_size=DIGEST_SIZE).digest()
+        return cls(parent, packed, digest)
+
+
+def pack(tokens: Sequence[int]) -> bytes:
+    """The form in which token ids are compared."""
+    return array("i", tokens).tobytes()
+
+
+def extend_contents(
+    contents: list[BlockContent], tokens: Sequence[int], block_size: int, count: int
 ) -> None:
-    """Appends to `digests`, those of the first full blocks of `tokens`, until there are `count`.
+    """Appends to `contents`, of the first full blocks of `tokens`, until there are `count`."""
+    for index in range(len(contents), count):
+        parent = contents[-1].digest if contents else ROOT
+        block = tokens[index * block_size : (index + 1) * block_size]
+        contents.append(BlockContent.of(parent, block))
 
-    Each is BLAKE2b over the digest before it (nothing, for the first) and the block's token ids as
-    32-bit integers.
+
+class Beginnings:
+    """Finds, of the contents that stand behind the same one, that which agrees for longest.
+
+    Among sorted strings it is one of the two neighbours of the string that is looked for.
     """
-    parent = digests[-1] if digests else b""
-    for index in range(len(digests), count):
-        block = array("i", tokens[index * block_size : (index + 1) * block_size])
-        parent = hashlib.blake2b(parent + block.tobytes(), digest_size=DIGEST_SIZE).digest()
-        digests.append(parent)
+
+    def __init__(self) -> None:
+        # By parent: sorted pairs of tokens and digest.
+        self._behind: dict[bytes, list[tuple[bytes, bytes]]] = {}
+
+    def add(self, content: BlockContent) -> None:
+        """Makes a content known that is not yet."""
+        siblings = self._behind.setdefault(content.parent, [])
+        bisect.insort(siblings, (content.tokens, content.digest))
+
+    def remove(self, content: BlockContent) -> None:
+        """Forgets a content that is known."""
+        siblings = self._behind[content.parent]
+        del siblings[bisect.bisect_left(siblings, (content.tokens, content.digest))]
+        if not siblings:
+            del self._behind[content.parent]
+
+    def closest(self, parent: bytes, tokens: bytes) -> tuple[bytes, int]:
+        """The digest of the content that begins most like `tokens`, and how many tokens agree.
+
+        Nothing, and 0, where none agrees in the first.
+        """
+        siblings = self._behind.get(parent, [])
+        place = bisect.bisect_left(siblings, (tokens,))
+        neighbours = siblings[max(0, place - 1) : place + 1]
+        common = [(_common(tokens, known), digest) for known, digest in neighbours]
+        most, digest = max(common, default=(0, b""))
+        return (digest, most) if most else (b"", 0)
+
+
+def _common(first: bytes, second: bytes) -> int:
+    """How many tokens two contents have in common at their beginnings."""
+    pairs = zip(first, second, strict=False)
+    shorter = min(len(first), len(second))
+    return (
+        next((at for at, (one, other) in enumerate(pairs) if one != other), shorter) // _TOKEN_SIZE
+    )

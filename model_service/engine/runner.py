@@ -11,7 +11,7 @@ import torch
 from model_service.engine.plan import StepPlan
 from model_service.engine.plan_channel import PlanChannel
 from model_service.engine.transfer import upload
-from model_service.model.attention import PROBE_BLOCK, AttentionBackend, SequenceSpan
+from model_service.model.attention import PROBE_BLOCK, CachedAttention, SequenceSpan
 from model_service.model.graphs import DecodeGraphs
 from model_service.model.network import Transformer
 
@@ -38,7 +38,7 @@ class ModelRunner:
     def __init__(
         self,
         network: Transformer,
-        attention: AttentionBackend,
+        attention: CachedAttention,
         channel: PlanChannel,
         device: torch.device,
         graphs: DecodeGraphs | None = None,
@@ -90,6 +90,8 @@ class ModelRunner:
         )
         if plan.tokens.min() < 0:
             tokens = resolve(tokens, self._drawn)
+        if plan.copies:
+            self._attention.copy(plan.copies)
         if self._graphs is not None:
             replayed = self._graphs.forward(plan.spans, tokens, positions, logit_rows)
             if replayed is not None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 from model_service.engine.block_pool import BlockPool
 from model_service.engine.pace import Pace
-from model_service.engine.prefix import extend_digests
+from model_service.engine.prefix_cache import KnownBeginning, PrefixCache
 from model_service.engine.sequence import Sequence
 from model_service.engine.speculation import Speculation
 from model_service.engine.waiting import WaitingQueue
+from model_service.model.attention import BlockCopy
 
 # A burst of arrivals with one beginning is looked at over several steps: streams run meanwhile.
 MOST_PARKED = 64  # sequences per step
@@ -48,6 +49,7 @@ class Schedule:
     decode_rows: int  # chunks that only append to an answer; they come first
     drafted_tokens: int  # behind those
     prompt_tokens: int  # tokens of all other chunks
+    copies: list[BlockCopy]  # to be made before anything is written
 
 
 class Scheduler:
@@ -68,11 +70,10 @@ class Scheduler:
         self._speculation = speculation
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
-        self._prefix_cache = prefix_cache
         self._waiting = WaitingQueue()
+        self._prefixes = PrefixCache(pool, self._waiting.wake, enabled=prefix_cache)
         self._running: dict[Sequence, None] = {}  # in order of admission
-        # Full blocks that running sequences are going to compute as parts of their prompts.
-        self._coming: dict[bytes, Sequence] = {}
+        self._copies: list[BlockCopy] = []  # that the next step has to make
         self.preemptions = 0
         self.cached_prompt_tokens = 0  # found in the cache at admissions
 
@@ -107,6 +108,7 @@ class Scheduler:
     def retract(self, sequence: Sequence) -> None:
         """Sees to it that nobody uses the keys and values of a running sequence again."""
         self._pool.retract(sequence.block_table)
+        sequence.num_computed = 0
 
     def is_running(self, sequence: Sequence) -> bool:
         return sequence in self._running
@@ -144,7 +146,8 @@ class Scheduler:
             if left:
                 left -= self._take(sequence, left, chunks)
         left = self._admit(left, chunks)
-        return Schedule(chunks, rows, drafted, budget - left)
+        copies, self._copies = self._copies, []
+        return Schedule(chunks, rows, drafted, budget - left, copies)
 
     def _draft(self, decode: list[Chunk]) -> int:
         """Adds guesses to decoding chunks where they are worth it; returns how many."""
@@ -165,22 +168,11 @@ class Scheduler:
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """Notes that the chunks' keys and values are in the cache, where others now find them."""
-        size = self._pool.block_size
         for chunk in chunks:
             sequence = chunk.sequence
             # The step that was launched behind this one may have taken it further.
             sequence.num_computed = max(sequence.num_computed, chunk.end)
-            full = chunk.end // size
-            if full > sequence.num_published and self._prefix_cache:
-                self._publish(sequence, full)
-
-    def _publish(self, sequence: Sequence, full: int) -> None:
-        """Makes a sequence's first `full` blocks known, which are completely written."""
-        extend_digests(sequence.digests, sequence.tokens, self._pool.block_size, full)
-        for index in range(sequence.num_published, full):
-            self._pool.publish(sequence.block_table[index], sequence.digests[index])
-            self._arrived(sequence, sequence.digests[index])
-        sequence.num_published = full
+            self._prefixes.computed(sequence, chunk.end)
 
     @staticmethod
     def _take(sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
@@ -197,51 +189,31 @@ class Scheduler:
             sequence = self._waiting.first()
             if sequence is None:
                 break
-            usable = self._usable_digests(sequence)
-            cached = self._pool.match(usable)
-            if (awaited := self._awaited(usable, len(cached))) is not None:
-                self._waiting.park(sequence, awaited)
+            known = self._prefixes.find(sequence)
+            if known.awaited is not None:
+                self._waiting.park(sequence, known.awaited)
                 parked += 1
                 continue
-            wanted = self._pool.blocks_for(len(sequence.tokens)) - len(cached)
-            if wanted > self._pool.free_besides(cached):
+            wanted = self._pool.blocks_for(len(sequence.tokens)) - len(known.blocks)
+            if wanted > self._pool.free_besides(known.blocks):
                 break
             self._waiting.remove(sequence)
-            self._start(sequence, cached, wanted)
+            self._start(sequence, known, wanted)
             budget -= self._take(sequence, budget, chunks)
         return budget
 
-    def _start(self, sequence: Sequence, cached: list[int], wanted: int) -> None:
-        self._pool.share(cached)
-        sequence.block_table = cached + self._pool.allocate(wanted)
-        sequence.num_published = len(cached)
-        sequence.num_computed = len(cached) * self._pool.block_size
+    def _start(self, sequence: Sequence, known: KnownBeginning, wanted: int) -> None:
+        self._pool.share(known.blocks)
+        own = self._pool.allocate(wanted)
+        sequence.block_table = known.blocks + own
+        if known.copied is not None:
+            self._copies.append(BlockCopy(known.copied, own[0]))
+        sequence.num_computed = known.tokens
         if sequence.cached_at_start is None:
             sequence.cached_at_start = sequence.num_computed
         self.cached_prompt_tokens += min(sequence.num_computed, len(sequence.request.prompt_ids))
         self._running[sequence] = None
-        for digest in sequence.digests[len(cached) :]:
-            self._coming.setdefault(digest, sequence)
-
-    def _usable_digests(self, sequence: Sequence) -> list[bytes]:
-        """Of the blocks that the sequence need not compute: its logits and scores need the rest."""
-        if not self._prefix_cache:
-            return []
-        size, length = self._pool.block_size, len(sequence.tokens)
-        extend_digests(sequence.digests, sequence.tokens, size, length // size)
-        # Logits at index i predict the token at position i + 1.
-        unscored = sequence.unscored
-        needed = unscored if unscored < len(sequence.request.prompt_ids) else length
-        return sequence.digests[: (needed - 1) // size]
-
-    def _awaited(self, usable: list[bytes], cached: int) -> bytes | None:
-        """The last of the blocks right behind the cached ones that running sequences compute."""
-        awaited = None
-        for digest in usable[cached:]:
-            if digest not in self._coming:
-                break
-            awaited = digest
-        return awaited
+        self._prefixes.start(sequence, known)
 
     def _growing(self) -> list[Sequence]:
         """Running sequences whose next token has no place in their blocks."""
@@ -274,15 +246,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence]
+        self._prefixes.release(sequence)
         self._pool.free(sequence.block_table)
-        for digest in sequence.digests[sequence.num_published :]:
-            self._arrived(sequence, digest)
         sequence.block_table = []
         sequence.num_computed = 0
         sequence.num_published = 0
-
-    def _arrived(self, sequence: Sequence, digest: bytes) -> None:
-        """Lets go on who waits for a block that `sequence` has computed, or never will."""
-        if self._coming.get(digest) is sequence:
-            del self._coming[digest]
-            self._waiting.wake(digest)

@@ -9,6 +9,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from model_service.engine.prefix import BlockContent
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -109,8 +111,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose keys and values are in the cache, or in a launched step
     all_launched: bool = False  # the step under way is its last
-    digests: list[bytes] = field(default_factory=list)  # of full blocks, as far as they were needed
-    num_published: int = 0  # blocks of the table that are known by their digests
+    contents: list[BlockContent] = field(default_factory=list)  # of full blocks, as far as needed
+    num_published: int = 0  # full blocks of the table that others find
     cached_at_start: int | None = None  # tokens found in the cache when it first ran
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     arrived_at: float = field(default_factory=time.monotonic)
@@ -135,6 +137,14 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that stand before those that are still to come."""
+        known = len(self.tokens)
+        while known and self.tokens[known - 1] < 0:
+            known -= 1
+        return known
 
     @property
     def generates(self) -> bool:

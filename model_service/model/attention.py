@@ -6,7 +6,7 @@ batch, `attend` once per layer: it writes the new keys and values, then attends 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -39,6 +39,13 @@ class CacheShape:
         return 2 * elements * dtype.itemsize
 
 
+class BlockCopy(NamedTuple):
+    """What stands in one block of the cache, in all layers, is to stand in another one, too."""
+
+    source: int
+    destination: int
+
+
 class AttentionBackend(Protocol):
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
         """Takes the sequences of the next step, in the order of the flat batch."""
@@ -59,6 +66,19 @@ class AttentionBackend(Protocol):
         Returns:
             [num_tokens, heads, head_dim].
         """
+
+
+class CachedAttention(AttentionBackend, Protocol):
+    """A backend that owns its cache."""
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies blocks, one after the other."""
+
+
+def copy_blocks(cache: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
+    """Copies blocks of keys or values [layers, blocks, ...], one after the other."""
+    for source, destination in copies:
+        cache[:, destination] = cache[:, source]
 
 
 def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

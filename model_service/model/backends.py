@@ -5,7 +5,7 @@ import logging
 
 import torch
 
-from model_service.model.attention import AttentionBackend, CacheShape
+from model_service.model.attention import CachedAttention, CacheShape
 from model_service.model.sdpa_attention import SdpaAttention
 
 _log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def make_attention(
     *,
     heads: int,
     max_batch_size: int,
-) -> AttentionBackend:
+) -> CachedAttention:
     """The fastest backend that computes this, with its cache allocated.
 
     Args:

@@ -14,7 +14,14 @@ import flashinfer
 import numpy as np
 import torch
 
-from model_service.model.attention import AttentionBackend, CacheShape, SequenceSpan, narrowed
+from model_service.model.attention import (
+    AttentionBackend,
+    BlockCopy,
+    CacheShape,
+    SequenceSpan,
+    copy_blocks,
+    narrowed,
+)
 from model_service.model.page_tables import PageTables, leading_decodes, page_tables
 from model_service.model.staging import Staging
 
@@ -63,6 +70,10 @@ class _PagedCache:
         self._blocks = torch.arange(shape.blocks, dtype=torch.int32, device=device)
         self._ends = torch.tensor([0, shape.blocks], dtype=torch.int32, device=device)
         self._last = torch.tensor([shape.block_size], dtype=torch.int32, device=device)
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        for cache in (self._keys, self._values):
+            copy_blocks(cache, copies)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._keys[layer], self._values[layer]
@@ -161,6 +172,9 @@ class FlashInferAttention:
         if decodes < len(query):
             self._prefill.run(query[decodes:], cache, out=output[decodes:])
         return output
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        self._cache.copy(copies)
 
     def fixed_batches(
         self, sizes: Sequence[int], context_length: int

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from model_service.model.attention import CacheShape, SequenceSpan, narrowed
+from model_service.model.attention import (
+    BlockCopy,
+    CacheShape,
+    SequenceSpan,
+    copy_blocks,
+    narrowed,
+)
 
 # Copying fewer tokens than this costs less than a call of its own.
 _COPIED_TOKENS = 256
@@ -111,6 +117,11 @@ class SdpaAttention:
         self._groups = groups + [self._together(batch) for batch in _of_like_length(copied)]
         self._part_rows = _rows(self._groups, row) if parts else None
         self._new_slots = torch.cat(new_slots).to(self._device)
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        for cache in (self._keys, self._values):
+            blocks = cache.view(len(cache), -1, self._block_size, *cache.shape[2:])
+            copy_blocks(blocks, copies)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

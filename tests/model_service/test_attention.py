@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from model_service.model.attention import SequenceSpan, narrowed
+from model_service.model.attention import BlockCopy, SequenceSpan, narrowed
 from model_service.model.backends import make_attention
 from model_service.model.sdpa_attention import SdpaAttention
 from tests.model_service.conftest import CACHE, HEADS, spread
@@ -77,6 +77,31 @@ def test_a_cache_of_eight_bits_changes_attention_by_its_rounding(backends: Any, 
     error = (attended - exact).norm() / exact.norm()
     # A value moves by 2^-4 of itself at most, by less than half of that in the mean.
     assert 0.001 < error < 0.05
+
+
+@pytest.mark.parametrize("name", ["sdpa", "in parts", "flashinfer"])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn])
+def test_a_copied_block_is_attended_as_its_source(
+    backends: Any, name: str, kv_dtype: torch.dtype
+) -> None:
+    backend = backends[name](CACHE, HEADS, kv_dtype)
+    first, second = zip(*tensors([10, 10], seed=5), strict=True)
+    for beginning, whole in zip(first, second, strict=True):
+        whole[:6] = beginning[:6]
+    outputs = []
+    # A block that is copied on before its own content is overwritten, as the pool may have it.
+    for copies in ([], [BlockCopy(2, 7), BlockCopy(7, 9)]):
+        backend.plan([SequenceSpan(10, 10, [4, 2, 8])])
+        backend.attend(0, *first)
+        backend.copy(copies)
+        known = 6 if copies else 0
+        backend.plan([SequenceSpan(10 - known, 10, [4, 9, 7])])
+        outputs.append(backend.attend(0, *(each[known:] for each in second)))
+    torch.testing.assert_close(outputs[1], outputs[0][6:], atol=1e-5, rtol=1e-5)
+    backend.plan([SequenceSpan(1, 10, [4, 2, 8])])
+    last = backend.attend(0, *(each[-1:] for each in first))
+    expected = dense(*first)[-1:]
+    torch.testing.assert_close(last, expected, atol=0.1 if kv_dtype.itemsize == 1 else 1e-5, rtol=0)
 
 
 def test_what_eight_bits_cannot_hold_becomes_their_largest() -> None:

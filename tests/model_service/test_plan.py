@@ -3,7 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_service.engine.plan import PlanDecoder, PlanEncoder, StepPlan
-from model_service.model.attention import SequenceSpan
+from model_service.model.attention import BlockCopy, SequenceSpan
+
+blocks = st.integers(1, 1000)
 
 
 def values(plan: StepPlan) -> tuple[object, ...]:
@@ -11,7 +13,7 @@ def values(plan: StepPlan) -> tuple[object, ...]:
     spans = [
         (span.query_length, span.context_length, tuple(span.block_table)) for span in plan.spans
     ]
-    return spans, plan.tokens.tolist(), plan.logit_rows.tolist(), plan.draws
+    return spans, plan.tokens.tolist(), plan.logit_rows.tolist(), plan.draws, plan.copies
 
 
 @st.composite
@@ -19,14 +21,15 @@ def plans(choose: st.DrawFn, tables: list[list[int]]) -> StepPlan:
     """A plan over some of `tables`, in any order, which grow."""
     spans = []
     for table in choose(st.permutations(tables))[: choose(st.integers(0, len(tables)))]:
-        table.extend(choose(st.lists(st.integers(1, 1000), max_size=3)))
+        table.extend(choose(st.lists(blocks, max_size=3)))
         query, before = choose(st.integers(1, 5)), choose(st.integers(0, 9))
         spans.append(SequenceSpan(query, before + query, table))
     count = sum(span.query_length for span in spans)
     tokens = choose(st.lists(st.integers(-300, 31999), min_size=count, max_size=count))
     rows = choose(st.lists(st.integers(0, max(0, count - 1)), max_size=count))
     vectors = np.array(tokens, np.int32), np.array(rows, np.int32)
-    return StepPlan(tuple(spans), *vectors, draws=choose(st.integers(0, 300)))
+    copies = choose(st.lists(st.builds(BlockCopy, blocks, blocks), max_size=3))
+    return StepPlan(tuple(spans), *vectors, draws=choose(st.integers(0, 300)), copies=tuple(copies))
 
 
 @settings(max_examples=30)
@@ -45,7 +48,7 @@ def test_blocks_that_the_last_plan_had_are_not_sent_again() -> None:
     plan = StepPlan((SequenceSpan(1, 9, table),), np.zeros(1, np.int32), np.zeros(1, np.int32))
     assert len(encoder.encode(plan)) > 199
     table.append(7)
-    assert len(encoder.encode(plan)) == 4 + 4 + 1 + 1 + 1
+    assert len(encoder.encode(plan)) == 5 + 4 + 1 + 1 + 1
 
 
 def test_positions_are_those_of_each_sequence() -> None:

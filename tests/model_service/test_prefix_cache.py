@@ -41,31 +41,66 @@ def test_later_turns_of_a_dialog_compute_only_what_is_new(engine: Engine, run: A
         dialog += text(12, turn)
         dialog += tuple(run(engine, [ask(turn, dialog, answer=8)])[turn].ids)
         computed = engine.load().prompt_tokens - before
-        # The last token of an answer was never computed, nor a block that it did not fill.
-        assert computed <= len(dialog) - 8 - known + 1 + BLOCK
+        # The last token of an answer was never computed.
+        assert computed == len(dialog) - 8 - known + 1
     load = engine.load()
     assert load.cached_prompt_tokens > 3 * load.prompt_tokens
     assert load.free_blocks == load.total_blocks
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize(
+    ("block_size", "shared", "own", "max_step_tokens"),
+    [
+        (8, 200, 20, 512),
+        (16, 200, 20, 512),  # they part within a block
+        (16, 200, 5, 512),  # within the last, which is not full
+        (16, 207, 20, 67),  # where the first one's chunk leaves off in that block, too
+        (16, 207, 3, 50),
+    ],
+)
 def test_simultaneous_requests_compute_their_common_beginning_once(
-    make_engine: Any, run: Any
+    make_engine: Any,
+    run: Any,
+    block_size: int,
+    shared: int,
+    own: int,
+    max_step_tokens: int,
+    lookahead: bool,
 ) -> None:
-    engine = make_engine(block_size=BLOCK, max_batch_size=64, kv_cache_tokens=64 * 256)
-    prompts = [text(200, 0) + text(20, 1 + i) for i in range(64)]
+    engine = make_engine(
+        block_size=block_size,
+        max_batch_size=64,
+        kv_cache_tokens=64 * 256,
+        max_step_tokens=max_step_tokens,
+        lookahead=lookahead,
+    )
+    # As many tokens of their own as can differ in the first.
+    prompts = [(*text(shared, 0), 3 + i, *text(own - 1, i)) for i in range(64)]
     together = run(engine, [ask(i, prompt) for i, prompt in enumerate(prompts)])
-    assert engine.load().prompt_tokens <= 1.1 * (200 + 64 * 20)
+    assert engine.load().prompt_tokens == shared + 64 * own
     cold = make_engine(block_size=BLOCK, max_batch_size=1, prefix_cache=False)
     for i in (0, 1, 63):
         assert together[i].ids == run(cold, [ask(i, prompts[i])])[i].ids
 
 
 def test_answers_to_one_prompt_compute_it_once(engine: Engine, run: Any) -> None:
-    prompt = text(161, 0)
+    prompt = text(165, 0)
     sampling = [SamplingParams(temperature=1.0, seed=seed) for seed in range(8)]
     answers = run(engine, [ask(i, prompt, sampling=s) for i, s in enumerate(sampling)])
-    assert engine.load().prompt_tokens == 161 + 7
+    assert engine.load().prompt_tokens == 165 + 7
     assert len({tuple(answer.ids) for answer in answers.values()}) > 1
+
+
+def test_the_first_block_is_shared_whole_or_not_at_all(make_engine: Any) -> None:
+    engine = make_engine(block_size=BLOCK)
+    dialogs = [(*text(BLOCK - 1, 0), 3 + i, *text(30, i)) for i in range(2)]
+    start_together(engine, *(ask(i, dialog) for i, dialog in enumerate(dialogs)))
+    engine.step()
+    assert engine.load().running == 2  # neither waits for the other
+    while engine.has_work:
+        engine.step()
+    assert engine.load().cached_prompt_tokens == 0
 
 
 def test_a_sequence_that_waits_for_blocks_lets_others_pass(make_engine: Any) -> None:
@@ -77,7 +112,7 @@ def test_a_sequence_that_waits_for_blocks_lets_others_pass(make_engine: Any) -> 
         engine.step()
         counts.append((engine.load().running, engine.load().waiting))
     assert [*dict.fromkeys(counts)] == [(1, 2), (2, 1), (3, 0)]
-    assert engine.load().prompt_tokens <= 90 + 8 + 2 + BLOCK
+    assert engine.load().prompt_tokens == 90 + 8 + 1
 
 
 @pytest.mark.parametrize("cancelled", ["first", "second"])
@@ -115,7 +150,7 @@ def test_the_first_and_the_last_output_say_what_was_cached(engine: Engine, run: 
     outputs = [output for _ in range(15) for output in engine.step()]
     last = {o.request_id: o.cached_prompt_tokens for o in outputs if o.finish_reason}
     first = {o.request_id: o.cached_prompt_tokens for o in reversed(outputs) if o.ids}
-    assert first == last == {"again": 32, "moved": 20}
+    assert first == last == {"again": 39, "moved": 20}
 
 
 def test_without_the_cache_all_is_computed(make_engine: Any, run: Any) -> None:
@@ -136,6 +171,17 @@ def test_a_preempted_sequence_finds_its_blocks_again(make_engine: Any, run: Any)
     assert {i: a.ids for i, a in crowded.items()} == {i: a.ids for i, a in roomy.items()}
 
 
+def test_a_step_that_came_too_late_leaves_nothing_in_the_cache(
+    engine: Engine, make_engine: Any, run: Any
+) -> None:
+    prompt = text(12, 0)
+    ids = run(make_engine(), [ask("whole", prompt, answer=12)])["whole"].ids
+    assert ids[4] not in ids[:4]
+    run(engine, [ask("stopped", prompt, answer=12, stop_ids=frozenset({ids[4]}))])
+    # With lookahead the token that ends it is put into a third block before it is read.
+    assert engine.load().cached_blocks == (12 + 4) // BLOCK
+
+
 @pytest.mark.parametrize("lookahead", [False, True])
 def test_a_failed_sequence_leaves_nothing_in_the_cache(
     lookahead: bool, checkpoint: Callable[[str], Path], make_engine: Any, run: Any
@@ -144,7 +190,7 @@ def test_a_failed_sequence_leaves_nothing_in_the_cache(
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
     weights["tok_embeddings.weight"][2] = float("nan")
     torch.save(weights, folder / "consolidated.00.pth")
-    sizes = {"block_size": BLOCK, "max_step_tokens": 16}
+    sizes = {"block_size": BLOCK, "max_step_tokens": 18}
     engine = make_engine("gqa-mp1", folder=folder.parent, lookahead=lookahead, **sizes)
     prompt = text(60, 0)
     broken = (*prompt[:30], 2, *prompt[31:])

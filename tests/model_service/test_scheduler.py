@@ -56,15 +56,17 @@ class Load(RuleBasedStateMachine):
         self.pool = self.scheduler._pool
         self.alive: list[Sequence] = []
         self.arrivals = 0
+        self.cache: dict[int, list[int]] = {}  # what was written to each block
 
     @rule(
         shared=st.integers(1, 16),
-        own=st.lists(st.integers(8, 9), max_size=6),
+        own=st.lists(st.integers(7, 9), max_size=6),
         answer=st.integers(1, 8),
         priority=st.integers(0, 1),
     )
     def arrive(self, shared: int, own: list[int], answer: int, priority: int) -> None:
-        sequence = make_sequence([7] * shared + own, answer, self.arrivals, priority)
+        prompt = [*range(100, 100 + shared), *own]
+        sequence = make_sequence(prompt, answer, self.arrivals, priority)
         self.arrivals += 1
         self.alive.append(sequence)
         self.scheduler.add(sequence)
@@ -75,8 +77,8 @@ class Load(RuleBasedStateMachine):
             index = data.draw(st.integers(0, len(self.alive) - 1))
             self.scheduler.remove(self.alive.pop(index))
 
-    @rule()
-    def step(self) -> None:
+    @rule(cancelled=st.integers(0, 20))
+    def step(self, cancelled: int) -> None:
         schedule = self.scheduler.schedule()
         assert bool(schedule.chunks) == bool(self.alive)
         total = schedule.decode_rows + schedule.drafted_tokens + schedule.prompt_tokens
@@ -86,8 +88,29 @@ class Load(RuleBasedStateMachine):
             computed = chunk.end + len(chunk.drafts)
             assert computed <= len(chunk.sequence.block_table) * BLOCK
             assert computed < chunk.sequence.limit or not chunk.drafts
+        self.write(schedule)
+        if cancelled < len(schedule.chunks):
+            # While it is under way.
+            chunk = schedule.chunks.pop(cancelled)
+            chunk.sequence.num_computed = chunk.end
+            self.scheduler.remove(chunk.sequence)
+            self.alive.remove(chunk.sequence)
         for sequence in compute(self.scheduler, schedule):
             self.alive.remove(sequence)
+
+    def write(self, schedule: Schedule) -> None:
+        """What a step does to the cache; whatever a chunk builds on has to be there."""
+        for source, destination in schedule.copies:
+            self.cache[destination] = [*self.cache[source]]
+        for chunk in schedule.chunks:
+            tokens = chunk.sequence.tokens[: chunk.end] + chunk.drafts
+            for position in range(chunk.begin, len(tokens)):
+                block, place = chunk.sequence.block_table[position // BLOCK], position % BLOCK
+                self.cache.setdefault(block, [0] * BLOCK)[place] = tokens[position]
+        for chunk in schedule.chunks:
+            table = chunk.sequence.block_table
+            there = [token for block in table for token in self.cache.get(block, ())]
+            assert there[: chunk.end] == chunk.sequence.tokens[: chunk.end]
 
     @invariant()
     def every_sequence_has_one_place(self) -> None:
@@ -99,17 +122,26 @@ class Load(RuleBasedStateMachine):
         assert scheduler.outstanding_tokens == left
 
     @invariant()
+    def what_is_known_of_a_block_stands_in_it(self) -> None:
+        for block, content in self.pool._contents.items():
+            tokens = memoryview(content.tokens).cast("i").tolist()
+            assert self.cache[block][: len(tokens)] == tokens
+            assert tokens
+
+    @invariant()
     def whoever_waits_for_a_block_waits_for_a_running_sequence(self) -> None:
         for digest in self.scheduler._waiting._parked_at.values():
-            assert self.scheduler._coming[digest] in self.scheduler._running
+            assert self.scheduler._prefixes.coming[digest] in self.scheduler._running
 
     def teardown(self) -> None:
         for _ in range(40 * len(self.alive)):
             if self.alive:
-                self.step()
+                self.step(cancelled=20)
         assert not self.alive
         assert self.pool.free_count == self.pool.total
-        assert not self.scheduler._coming
+        assert not self.scheduler._prefixes.coming
+        assert not self.scheduler._prefixes._tails
+        assert not self.scheduler._prefixes._coming_beginnings._behind
 
 
 TestLoad = Load.TestCase
