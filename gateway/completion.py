@@ -28,7 +28,7 @@ from llama.v1.sampling_pb2 import (
     FinishReason,
     SamplingParams,
 )
-from serving import tracing
+from serving import caller, tracing
 from serving.errors import RequestError, unavailable
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -220,6 +220,7 @@ def _start(
         stop_ids=[eos_id],
         priority=options.priority,
         traceparent=tracing.traceparent(),
+        cache_scope=caller.current().cache_scope,
     )
 
 

@@ -62,6 +62,10 @@ class ResumableSequence:
         """Prompt and answer so far."""
         return [*self._start.prompt_ids, *self._answer]
 
+    def block_digests(self) -> list[bytes]:
+        """By which replicas that know its beginning are found."""
+        return block_digests(self.ids, self._start.cache_scope)
+
     def run_at(self, replica: Replica) -> None:
         """Begins there, or goes on."""
         self.resumed += self.lost
@@ -118,7 +122,7 @@ class ResumableSequence:
 
     def _finish(self, event: model_pb2.TokenEvent) -> None:
         if self._replica is not None:
-            self._replica.prefixes.add(block_digests(self.ids))
+            self._replica.prefixes.add(self.block_digests())
         if self._restarts:
             if self._cached_prompt_tokens is not None:
                 event.cached_prompt_tokens = self._cached_prompt_tokens

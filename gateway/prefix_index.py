@@ -12,10 +12,13 @@ BLOCK = 16  # tokens
 DIGEST_SIZE = 12  # bytes
 
 
-def block_digests(ids: Sequence[int]) -> list[bytes]:
-    """A name for each full block of `ids` that depends on all tokens up to the block's end."""
+def block_digests(ids: Sequence[int], scope: str = "") -> list[bytes]:
+    """A name for each full block of `ids` that depends on all tokens up to the block's end.
+
+    And on the scope within which the replicas share what is cached.
+    """
     digests: list[bytes] = []
-    previous = b""
+    previous = scope.encode()
     packed = array("I", ids)
     for begin in range(0, len(ids) - BLOCK + 1, BLOCK):
         block = packed[begin : begin + BLOCK].tobytes()

@@ -13,7 +13,6 @@ from gateway.discovery import Discovery
 from gateway.failover import ResumableSequence
 from gateway.peer import UnfitPeerError
 from gateway.pool_options import PoolOptions
-from gateway.prefix_index import block_digests
 from gateway.replica import Deliver, Replica
 from llama.v1 import model_pb2
 from serving.errors import unavailable
@@ -131,9 +130,8 @@ class ReplicaPool:
             and replica.info is not None
             and replica.info.fingerprint == sequence.fingerprint
         ]
-        ids = sequence.ids
-        digests = block_digests(ids)
-        replica = choose(ready, digests, len(ids))
+        digests = sequence.block_digests()
+        replica = choose(ready, digests, len(sequence.ids))
         if replica is None:
             return False
         replica.prefixes.add(digests)

@@ -56,6 +56,7 @@ def generation_request(
         prompt_logprobs=start.prompt_logprobs,
         top_logprobs=start.top_logprobs,
         priority=start.priority,
+        cache_scope=start.cache_scope,
     )
 
 

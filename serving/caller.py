@@ -28,6 +28,7 @@ class Caller:
     name: str
     permissions: frozenset[Permission]
     limits: CallerLimits = field(default_factory=CallerLimits)
+    cache_scope: str = ""  # whose prompts it shares cached beginnings with
 
 
 # Where no keys are configured, everybody is this one caller, and may do everything.

@@ -26,6 +26,8 @@ CHECK_SECONDS = 1.0
 # Refusals come as fast as a stranger sends them; the log tells of them no faster than this.
 LOG_SECONDS = 10.0
 
+NAME = r"^[A-Za-z0-9._-]{1,64}$"
+
 _PUBLIC = ("/grpc.health.v1.Health/",)
 # What needs no more than any key.
 _ANY_KEY = ("/grpc.reflection.",)
@@ -40,17 +42,18 @@ class _Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
     permissions: frozenset[Permission] = frozenset({"generate"})
     max_sequences: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_priority: Annotated[int, Field(ge=-100, le=100)] = 0
     weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    cache_scope: Annotated[str, Field(pattern=NAME)] | None = None
 
     def caller(self) -> Caller:
         limits = CallerLimits(self.max_sequences, self.max_tokens, self.max_priority, self.weight)
-        return Caller(self.name, self.permissions, limits)
+        return Caller(self.name, self.permissions, limits, self.cache_scope or self.name)
 
 
 class _File(BaseModel):

@@ -68,6 +68,7 @@ class StartSequence(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     STOP_IDS_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    CACHE_SCOPE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller, unique among those running on its stream."""
     offset: _builtins.int
@@ -84,6 +85,10 @@ class StartSequence(_message.Message):
     """Higher goes first when sequences wait; equal ones go in order of arrival."""
     traceparent: _builtins.str
     """The trace and span that the sequence belongs to, in the form of W3C Trace Context; empty: none."""
+    cache_scope: _builtins.str
+    """Sequences of one scope find each other's keys and values in the prefix cache; those of different
+    scopes cannot even tell that others have had the same prompt. Empty is a scope like any other.
+    """
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, followed by `offset` tokens of the answer that were made elsewhere."""
@@ -111,10 +116,11 @@ class StartSequence(_message.Message):
         priority: _builtins.int = ...,
         stop_ids: _abc.Iterable[_builtins.int] | None = ...,
         traceparent: _builtins.str = ...,
+        cache_scope: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "offset", b"offset", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sampling", b"sampling", "stop_ids", b"stop_ids", "top_logprobs", b"top_logprobs", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_scope", b"cache_scope", "logprobs", b"logprobs", "offset", b"offset", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sampling", b"sampling", "stop_ids", b"stop_ids", "top_logprobs", b"top_logprobs", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

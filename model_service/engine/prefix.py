@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 DIGEST_SIZE = 16  # bytes: no two chains of any real load meet by chance
-ROOT = bytes(DIGEST_SIZE)  # stands before a sequence's first block
 _TOKEN_SIZE = array("i").itemsize  # bytes
 
 
 class BlockContent(NamedTuple):
     """The tokens of a block, or the first of them, and where they stand."""
 
-    parent: bytes  # digest of the block before, or ROOT
+    parent: bytes  # digest of the block before, or the scope's root
     tokens: bytes  # ids as 32-bit integers
     digest: bytes  # BLAKE2b over both
 
@@ -30,17 +29,22 @@ class BlockContent(NamedTuple):
         return cls(parent, packed, digest)
 
 
+def root(scope: str) -> bytes:
+    """What stands before the first block: sequences of different scopes have nothing in common."""
+    return hashlib.blake2b(scope.encode(), digest_size=DIGEST_SIZE, person=b"scope").digest()
+
+
 def pack(tokens: Sequence[int]) -> bytes:
     """The form in which token ids are compared."""
     return array("i", tokens).tobytes()
 
 
 def extend_contents(
-    contents: list[BlockContent], tokens: Sequence[int], block_size: int, count: int
+    contents: list[BlockContent], tokens: Sequence[int], block_size: int, count: int, scope: str
 ) -> None:
     """Appends to `contents`, of the first full blocks of `tokens`, until there are `count`."""
     for index in range(len(contents), count):
-        parent = contents[-1].digest if contents else ROOT
+        parent = contents[-1].digest if contents else root(scope)
         block = tokens[index * block_size : (index + 1) * block_size]
         contents.append(BlockContent.of(parent, block))
 

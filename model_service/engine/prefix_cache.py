@@ -24,6 +24,9 @@ class KnownBeginning(NamedTuple):
     awaited: bytes | None  # digest of more that a running sequence is computing right behind them
 
 
+_UNKNOWN = KnownBeginning([], None, 0, None)
+
+
 class PrefixCache:
     """What the pool's blocks hold, and what running sequences are going to write into theirs."""
 
@@ -46,16 +49,17 @@ class PrefixCache:
 
     def find(self, sequence: Sequence) -> KnownBeginning:
         """What a waiting sequence can take over, now or soon."""
-        size, tokens = self._pool.block_size, sequence.tokens
-        usable = _usable_tokens(sequence) if self._enabled else 0
-        extend_contents(sequence.contents, tokens, size, len(tokens) // size * self._enabled)
+        if not self._enabled:
+            return _UNKNOWN
+        size, tokens, usable = self._pool.block_size, sequence.tokens, _usable_tokens(sequence)
+        self._extend_contents(sequence, len(tokens) // size)
         full = sequence.contents[: usable // size]
         blocks = self._pool.match(content.digest for content in full)
         reach = len(blocks)
         while reach < len(full) and full[reach].digest in self._coming:
             reach += 1
         if not reach:
-            return KnownBeginning([], None, 0, None)
+            return _UNKNOWN
         parent = full[reach - 1].digest
         rest = pack(tokens[reach * size : min(usable, (reach + 1) * size)])
         copied, common = self._pool.closest(parent, rest)
@@ -101,11 +105,15 @@ class PrefixCache:
 
     def _publish(self, sequence: Sequence, full: int) -> None:
         """Lets others find a sequence's first `full` blocks, which are completely written."""
-        extend_contents(sequence.contents, sequence.tokens, self._pool.block_size, full)
+        self._extend_contents(sequence, full)
         for index in range(sequence.num_published, full):
             self._pool.publish(sequence.block_table[index], sequence.contents[index])
             self._arrived(sequence, sequence.contents[index])
         sequence.num_published = full
+
+    def _extend_contents(self, sequence: Sequence, full: int) -> None:
+        scope, size = sequence.request.cache_scope, self._pool.block_size
+        extend_contents(sequence.contents, sequence.tokens, size, full, scope)
 
     def _part(self, sequence: Sequence, end: int) -> BlockContent | None:
         """What a sequence's first `end` tokens leave in a block that they do not fill."""

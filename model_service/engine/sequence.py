@@ -51,6 +51,7 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     top_logprobs: int = 0
     priority: int = 0
+    cache_scope: str = ""  # with sequences of other scopes it has nothing in common
 
 
 class FinishReason(enum.Enum):

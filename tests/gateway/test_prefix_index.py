@@ -50,6 +50,13 @@ def test_a_smaller_index_keeps_beginnings(ids: list[int], capacity: int) -> None
     assert index.known_blocks(block_digests(ids)) == min(capacity, len(ids) // BLOCK)
 
 
+def test_what_one_scope_knows_no_other_does() -> None:
+    ids, index = list(range(BLOCK)), PrefixIndex(1000)
+    index.add(block_digests(ids, "ada"))
+    known = [index.known_blocks(block_digests(ids, scope)) for scope in ("ada", "ben", "")]
+    assert known == [1, 0, 0]
+
+
 def test_only_full_blocks_have_digests() -> None:
     ids = list(range(2 * BLOCK - 1))
     assert block_digests(ids) == block_digests(ids[:BLOCK])

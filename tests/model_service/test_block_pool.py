@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from model_service.engine.block_pool import BlockPool
-from model_service.engine.prefix import ROOT, BlockContent, extend_contents
+from model_service.engine.prefix import BlockContent, extend_contents
 from model_service.model.attention import PROBE_BLOCK
 
 # Two parents, and tokens that begin alike.
 contents = st.builds(
     BlockContent.of,
-    st.sampled_from([ROOT, b"x"]),
+    st.sampled_from([b"x", b"y"]),
     st.lists(st.integers(1, 2), min_size=1, max_size=4),
 )
 
@@ -124,7 +124,7 @@ def chain(*blocks: int) -> list[BlockContent]:
     """Contents of a sequence of full blocks, each of one token all along."""
     contents: list[BlockContent] = []
     tokens = [token for token in blocks for _ in range(4)]
-    extend_contents(contents, tokens, 4, len(blocks))
+    extend_contents(contents, tokens, 4, len(blocks), scope="")
     return contents
 
 

@@ -103,6 +103,18 @@ def test_the_first_block_is_shared_whole_or_not_at_all(make_engine: Any) -> None
     assert engine.load().cached_prompt_tokens == 0
 
 
+def test_scopes_share_nothing(engine: Engine, run: Any) -> None:
+    prompt = text(60, 0)
+    run(engine, [ask("before", prompt, cache_scope="ada")])
+    together = [ask(scope, prompt, cache_scope=scope) for scope in ("", "ben")]
+    start_together(engine, *together, ask("same", prompt, cache_scope="ada"))
+    engine.step()
+    assert engine.load().running == 3  # none waits for another
+    while engine.has_work:
+        engine.step()
+    assert engine.load().cached_prompt_tokens == 59
+
+
 def test_a_sequence_that_waits_for_blocks_lets_others_pass(make_engine: Any) -> None:
     engine = make_engine(block_size=BLOCK, max_step_tokens=64)
     start_together(engine, ask("first", text(90, 0)), ask("same", text(90, 0)))

@@ -43,7 +43,16 @@ def call(ring: KeyRing, key: str, method: str = "/test.Echo/Say") -> Caller | gr
 def test_key_tells_name_permissions_and_limits(path: Path) -> None:
     caller = call(KeyRing(path, NEEDS), "secret-a")
     limits = CallerLimits(max_sequences=3, weight=2.0)
-    assert caller == Caller("ada", frozenset({"generate"}), limits)
+    assert caller == Caller("ada", frozenset({"generate"}), limits, cache_scope="ada")
+
+
+def test_keys_share_cached_prompts_where_the_file_says_so(path: Path) -> None:
+    path.write_text(
+        entry("ada", "a", 'cache_scope = "us"') + entry("ben", "b", 'cache_scope = "us"')
+    )
+    ring = KeyRing(path, NEEDS)
+    callers = [call(ring, key) for key in "ab"]
+    assert [caller.cache_scope for caller in callers if isinstance(caller, Caller)] == ["us", "us"]
 
 
 @pytest.mark.parametrize(
