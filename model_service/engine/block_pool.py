@@ -88,18 +88,16 @@ class BlockPool:
         What it was known by before, it no longer is. Where another block is known by the same
         content already, this one stays unknown.
         """
-        self.retract([block])
+        self._forget(block)
         if content.digest not in self._by_digest:
             self._by_digest[content.digest] = block
             self._contents[block] = content
             self._beginnings.add(content)
 
     def retract(self, blocks: Iterable[int]) -> None:
-        """Makes blocks unknown: their content is not to be trusted, or about to change."""
+        """Makes held blocks unknown: their content is not to be trusted."""
         for block in blocks:
-            if (content := self._contents.pop(block, None)) is not None:
-                del self._by_digest[content.digest]
-                self._beginnings.remove(content)
+            self._forget(block)
 
     def free(self, blocks: Sequence[int]) -> None:
         """Gives a sequence's blocks back, in their order in it.
@@ -122,5 +120,10 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        self.retract([block])
+        self._forget(block)
         return block
+
+    def _forget(self, block: int) -> None:
+        if (content := self._contents.pop(block, None)) is not None:
+            del self._by_digest[content.digest]
+            self._beginnings.remove(content)
