@@ -1,7 +1,9 @@
 """Settings of all tests."""
 
+import importlib.util
 import os
 import signal
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +15,11 @@ hypothesis.settings.load_profile("untimed")
 # The servers that tests start take their settings from the test and from nowhere else.
 for name in [name for name in os.environ if name.startswith("CHASQUI_")]:
     del os.environ[name]
+
+# Where no GPU is, Triton's interpreter runs the kernels, if Triton is there at all: told before
+# anything imports it.
+if importlib.util.find_spec("triton") and not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A shell that runs the tests in the background has interrupts ignored, and what is ignored stays so
 # in every child: no command under test would hear of Ctrl-C.

@@ -21,8 +21,7 @@ _GROUP_SIZE = tl.constexpr(GROUP_SIZE)
 _INPUTS_AT_ONCE = 256  # of a row, by a program: 256 bytes of codes, two lines of the cache
 _LEAST_INPUTS = 32
 _ROW_TILES = (16, 32, 64)  # a matrix unit's least, and what still leaves registers for the codes
-# With fewer programs than this the processors of the card (132 on an H200) do not all have two.
-_FEW_PROGRAMS = 264
+_PROCESSORS = 132  # of an H200
 _ROW_BLOCK = 2048
 _UNPACKED_BLOCK = 1024
 
@@ -93,8 +92,10 @@ def tiles(rows: int, outputs: int, inputs: int) -> tuple[int, int, int, int]:
         at_once //= 2
     row_tile = next((tile for tile in _ROW_TILES if rows <= tile), _ROW_TILES[-1])
     if row_tile > _ROW_TILES[0]:
-        return min(at_once, 128), row_tile, 32, 4
-    if outputs // 32 < _FEW_PROGRAMS:
+        # x is read again for every tile of outputs: the wider, the less of it.
+        return min(at_once, 128), row_tile, 64 if outputs // 64 >= _PROCESSORS else 32, 4
+    # Two programs on every processor at least, or too few bytes are under way.
+    if outputs // 32 < 2 * _PROCESSORS:
         return at_once, row_tile, 16, 2
     return at_once, row_tile, 32, 4
 
@@ -116,19 +117,21 @@ def _multiply(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     column = tl.arange(0, INPUTS)
-    # Those beyond the last read one that exists, and are not stored: so loads need no mask.
-    known_row = tl.where(row < rows, row, 0)
+    # A tile of x is more bytes than its codes: of few rows most are not there, and must not be read
+    # again and again from the second-level cache, as the last row would be in their place.
+    there = (row < rows)[:, None]
+    # Outputs beyond the last are few, and not stored: their loads need no mask.
     known_output = tl.where(output < outputs, output, 0)
-    x_places = x + known_row[:, None] * inputs + column[None, :]
+    x_places = x + row[:, None] * inputs + column[None, :]
     code_places = codes + known_output[None, :].to(tl.int64) * inputs + column[:, None]
     sums = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
     for start in range(0, inputs, INPUTS):
-        values = tl.load(x_places + start)
+        values = tl.load(x_places + start, mask=there, other=0.0)
         weights = tl.load(code_places + start).to(values.dtype)
         sums = tl.dot(values, weights, sums)
     scaled = sums * tl.load(scales + known_output)[None, :]
     places = product + row[:, None].to(tl.int64) * outputs + output[None, :]
-    inside = (row < rows)[:, None] & (output < outputs)[None, :]
+    inside = there & (output < outputs)[None, :]
     tl.store(places, scaled.to(product.dtype.element_ty), mask=inside)
 
 

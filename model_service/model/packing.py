@@ -1,18 +1,19 @@
 """Which form of a linear layer's weights serves a device, and what it takes there."""
 
-from collections.abc import Callable
-
 import torch
 
-from model_service.model import weights, weights_cuda
+from model_service.model import weights
 from model_service.model.quantization import GROUP_SIZE, Quantization
-from model_service.model.weights import Pack, PackedWeight
+from model_service.model.weights import Pack
 
 
 def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Pack:
     """The function that brings a weight on `device` into the form for activations of `dtype`."""
     if quantization != "none" and device.type == "cuda":
-        pack = _ON_CUDA[quantization]
+        # Imports Triton, which takes seconds.
+        from model_service.model import weights_cuda  # noqa: PLC0415
+
+        pack = weights_cuda.PACK[quantization]
         return lambda weight: pack(weight, dtype)
     if quantization != "none":
         return _ON_CPU[quantization]
@@ -40,9 +41,4 @@ _ON_CPU: dict[Quantization, Pack] = {
     "int8": weights.pack_int8,
     "int4": weights.pack_int4,
     "fp8": weights.pack_fp8,
-}
-_ON_CUDA: dict[Quantization, Callable[[torch.Tensor, torch.dtype], PackedWeight]] = {
-    "int8": weights_cuda.pack_int8,
-    "int4": weights_cuda.pack_int4,
-    "fp8": weights_cuda.pack_fp8,
 }

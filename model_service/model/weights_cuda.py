@@ -9,6 +9,7 @@ hold it.
 """
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from model_service.model.quantization import (
     Fp8Weight,
     Int4Weight,
     Int8Weight,
+    Quantization,
     fp8_rows,
 )
 from model_service.model.weights import Multiply, PackedWeight
@@ -166,3 +168,10 @@ def _packed(multiply: Multiply, outputs: int) -> PackedWeight:
         return multiply(x) if len(x) else x.new_empty(0, outputs)
 
     return PackedWeight(multiply_some)
+
+
+PACK: dict[Quantization, Callable[[torch.Tensor, torch.dtype], PackedWeight]] = {
+    "int8": pack_int8,
+    "int4": pack_int4,
+    "fp8": pack_fp8,
+}

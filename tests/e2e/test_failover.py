@@ -116,28 +116,29 @@ async def assert_all_serve(fleet: Any) -> None:
         assert (load.running_sequences, load.free_blocks) == (0, load.total_blocks)
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
-async def test_streams_outlive_two_of_three_replicas(fleet: RunFleet, end: signal.Signals) -> None:
+async def test_streams_outlive_two_of_three_replicas(fleet: RunFleet) -> None:
     with contextlib.ExitStack() as back:
         flags = {"context_length": 512, "replica_hang_timeout": 3}
         running = back.enter_context(fleet(replicas=3, **flags))
-        expected = await undisturbed(running, LENGTH)
-        streams = Streams(running.gateway.address, LENGTH)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(streams.run())
-            for number, tokens in enumerate((5, 40)):
-                await streams.all_have(tokens)
-                running.models[number].send(end)
-        assert_same(streams.answers, expected)
-        assert resumed(streams.answers) >= STREAMS / 4
-        failovers = running.gateway.scrape().value("chasqui_gateway_failovers_total")
-        assert failovers == resumed(streams.answers)
-        for model in running.models[:2]:
-            if end == signal.SIGKILL:
-                back.enter_context(model.again())
-            else:
-                model.send(signal.SIGCONT)
-        await assert_all_serve(running)
+        expected, failovers = await undisturbed(running, LENGTH), 0
+        for end in (signal.SIGSTOP, signal.SIGKILL):
+            streams = Streams(running.gateway.address, LENGTH)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(streams.run())
+                for number, tokens in enumerate((5, 40)):
+                    await streams.all_have(tokens)
+                    running.models[number].send(end)
+            assert_same(streams.answers, expected)
+            assert resumed(streams.answers) >= STREAMS / 4
+            failovers += resumed(streams.answers)
+            counted = running.gateway.scrape().value("chasqui_gateway_failovers_total")
+            assert counted == failovers
+            for model in running.models[:2]:
+                if end == signal.SIGKILL:
+                    back.enter_context(model.again())
+                else:
+                    model.send(signal.SIGCONT)
+            await assert_all_serve(running)
 
 
 async def test_streams_outlive_a_shard_and_its_replica_comes_back(fleet: RunFleet) -> None:

@@ -137,10 +137,10 @@ def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
 SCRIPT = """
 import json, sys
 from llama import Llama
-name, checkpoint, tokenizer, cases = sys.argv[1:]
+name, checkpoint, tokenizer, cases, every = sys.argv[1:]
 llama = Llama.build(checkpoint, tokenizer, max_seq_len=256, max_batch_size=4)
 answers = []
-for case in json.load(open(cases))["cases"]:
+for case in json.load(open(cases))["cases"][::int(every)]:
     if case["kind"] == "chat":
         answers += llama.chat_completion([case["dialog"]], **case["args"])
     else:
@@ -154,12 +154,14 @@ print("answered")
 def test_every_rank_of_two_returns_what_metas_code_answers(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    folder, expected = GOLDEN / "checkpoints" / "gqa-mp2", GOLDEN / "gqa.json"
-    output = torchrun(2, script, tmp_path / "answers", folder, TOKENIZER, expected)
+    folder, cases, every = GOLDEN / "checkpoints" / "gqa-mp2", GOLDEN / "gqa.json", 3
+    expected = json.loads(cases.read_text())["cases"][::every]
+    assert {case["kind"] for case in expected} == {"chat", "text"}
+    output = torchrun(2, script, tmp_path / "answers", folder, TOKENIZER, cases, every)
     assert output.count("answered") == 1  # rank 0 alone prints
     for rank in range(2):
         answers = json.loads((tmp_path / f"answers-{rank}.json").read_text())
-        for case, answer in zip(json.loads(expected.read_text())["cases"], answers, strict=True):
+        for case, answer in zip(expected, answers, strict=True):
             if case["content"] != REFUSAL:
                 assert answer["tokens"] == case["tokens"], case["id"]
                 assert answer["logprobs"] == pytest.approx(case["logprobs"], abs=1e-4)
