@@ -21,7 +21,7 @@ pytestmark = pytest.mark.alone
 
 STREAMS = 64
 # Tokens; so many that replicas are still at it when their clients have the first ones.
-LENGTH = 480
+LENGTH = 300
 SHARDED_LENGTH = 220  # on shards a token takes longer
 RunFleet = Callable[..., AbstractContextManager[Any]]
 
