@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu import cases
+from bench.gpu.blocks import block_sizes
 from bench.gpu.bounds import Card, Network
 from bench.gpu.card import describe, measure_card
 from bench.gpu.crowd import crowd
@@ -35,7 +36,7 @@ from model_service.arithmetic import DTYPES
 OF_ENGINE = ("one_stream", "batch", "prefill", "first_token", "profile", "crowd")
 OF_SERVICES = ("service", "day")
 LARGER = {"13B": None, "70B": "int8"}
-CASES = (*OF_ENGINE, *OF_SERVICES, "formats", *LARGER, "transformers")
+CASES = (*OF_ENGINE, *OF_SERVICES, "formats", "blocks", *LARGER, "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ def measure(bench: Bench, card: Card) -> None:
     if bench.chosen.intersection(OF_SERVICES):
         recorder.attempt("services", lambda: _of_services(bench))
     bench.attempt("formats", lambda: formats(job, card, sizes, recorder.note))
+    bench.attempt("blocks", lambda: block_sizes(job, sizes))
     for name, precision in LARGER.items():
         large = replace(job, shape=SHAPES[name], precision=precision)
         bench.attempt(name, lambda large=large: _larger(large, card, sizes))  # type: ignore[misc]

@@ -27,6 +27,7 @@ from model_service.replica import Replica, ReplicaOptions, load_replica
 
 QUANTIZED = ("int8", "int4", "fp8")
 Prompt = tuple[int, ...]
+_MOST_BLOCK = 64  # tokens of a block that any case asks for
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Job:
             "max_batch_size": self.sequences,
             "max_step_tokens": self.step_tokens,
             # A sequence's last block is rarely full.
-            "kv_cache_tokens": max(self.tokens + 16 * self.sequences, self.length),
+            "kv_cache_tokens": max(self.tokens + _MOST_BLOCK * self.sequences, self.length),
             "dtype": self.dtype,
             "quantize": self.precision if self.precision in QUANTIZED else "none",
             "device": self.device.type,

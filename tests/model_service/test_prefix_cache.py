@@ -57,6 +57,7 @@ def test_later_turns_of_a_dialog_compute_only_what_is_new(engine: Engine, run: A
         (16, 200, 5, 512),  # within the last, which is not full
         (16, 207, 20, 67),  # where the first one's chunk leaves off in that block, too
         (16, 207, 3, 50),
+        (16, 1000, 20, 512),
     ],
 )
 def test_simultaneous_requests_compute_their_common_beginning_once(
@@ -71,6 +72,7 @@ def test_simultaneous_requests_compute_their_common_beginning_once(
     engine = make_engine(
         block_size=block_size,
         max_batch_size=64,
+        max_seq_len=1100,
         kv_cache_tokens=64 * 256,
         max_step_tokens=max_step_tokens,
         lookahead=lookahead,
@@ -79,7 +81,7 @@ def test_simultaneous_requests_compute_their_common_beginning_once(
     prompts = [(*text(shared, 0), 3 + i, *text(own - 1, i)) for i in range(64)]
     together = run(engine, [ask(i, prompt) for i, prompt in enumerate(prompts)])
     assert engine.load().prompt_tokens == shared + 64 * own
-    cold = make_engine(block_size=BLOCK, max_batch_size=1, prefix_cache=False)
+    cold = make_engine(max_batch_size=1, max_seq_len=1100, prefix_cache=False)
     for i in (0, 1, 63):
         assert together[i].ids == run(cold, [ask(i, prompts[i])])[i].ids
 
