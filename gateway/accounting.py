@@ -5,8 +5,8 @@ request ends here when its answers do, which for a named stream is not when its 
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,21 +87,24 @@ class Accounting:
         # With logprobs the prompt's tokens come with the first that the model makes.
         echo = not isinstance(request, ChatRequest) and request.echo and not request.logprobs
         account = Account(time.monotonic(), echo, self._metrics)
-        peer = context.peer() if self._log_peers else None
-        with self._closing(account, request, peer, context.time_remaining):
+        with self._closing(account, request, context):
             async with aclosing(events):
                 async for place, event in events:
                     account.note(place, event)
                     yield place, event
 
+    def of_refused(
+        self, request: ChatRequest | TextRequest, context: Context
+    ) -> AbstractContextManager[None]:
+        """Accounts for a request that has no events, with the error that leaves the context."""
+        account = Account(time.monotonic(), echo=False, metrics=self._metrics)
+        return self._closing(account, request, context)
+
     @contextmanager
     def _closing(
-        self,
-        account: Account,
-        request: ChatRequest | TextRequest,
-        peer: str | None,
-        time_remaining: Callable[[], float | None],
+        self, account: Account, request: ChatRequest | TextRequest, context: Context
     ) -> Iterator[None]:
+        peer = context.peer() if self._log_peers else None
         code = grpc.StatusCode.INTERNAL
         try:
             yield
@@ -112,7 +115,7 @@ class Accounting:
         except (asyncio.CancelledError, GeneratorExit):
             # A named stream has no deadline any more once it was begun.
             lasts = getattr(request, "request_id", "") and account.answers
-            expired = not lasts and time_remaining() == 0
+            expired = not lasts and context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
         finally:

@@ -57,7 +57,7 @@ from gateway.settings import GatewaySettings
 from gateway.unread import UnreadEvents
 from llama.v1 import chat_pb2, chat_pb2_grpc, operator_pb2_grpc
 from serving import caller
-from serving.errors import Violation, invalid_argument
+from serving.errors import RequestError, Violation, invalid_argument
 from serving.server import Health, Service
 
 SERVICE_NAME = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name
@@ -125,7 +125,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.ChatCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.ChatCompleteStreamResponse]:
         made = _numbered(self._chat(request, context), chat_event)
-        async with aclosing(self._named(request.request_id, made, context)) as events:
+        async with aclosing(self._named(request, made, context)) as events:
             async for event in events:
                 yield event
 
@@ -140,7 +140,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.TextCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.TextCompleteStreamResponse]:
         made = _numbered(self._text(request, context), text_event)
-        async with aclosing(self._named(request.request_id, made, context)) as events:
+        async with aclosing(self._named(request, made, context)) as events:
             async for event in events:
                 yield event
 
@@ -259,10 +259,20 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         return self._limits.within(caller.current().limits)
 
     def _named(
-        self, name: str, events: AsyncGenerator[ResponseT, None], context: Context
+        self,
+        request: chat_pb2.ChatCompleteStreamRequest | chat_pb2.TextCompleteStreamRequest,
+        events: AsyncGenerator[ResponseT, None],
+        context: Context,
     ) -> AsyncGenerator[ResponseT, None]:
         """The events by way of a named stream, if there is a name."""
-        return self._streams.open(name, events, context.time_remaining()) if name else events
+        if not request.request_id:
+            return events
+        try:
+            return self._streams.open(request.request_id, events, context.time_remaining())
+        except RequestError:
+            # `events`, which will not begin, would have accounted for the request.
+            with self._accounting.of_refused(request, context):
+                raise
 
     async def _begin(
         self,

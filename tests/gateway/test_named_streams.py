@@ -166,12 +166,16 @@ async def test_second_reader_takes_the_stream_over(
     assert [token.id for token in tokens(await read(second, 1000))] == ids
 
 
-async def test_name_of_a_known_stream_is_refused(gateway: Any, model: Any) -> None:
+async def test_name_of_a_known_stream_is_refused_and_accounted_for(
+    gateway: Any, model: Any, log: Any
+) -> None:
     call = gateway.stub.TextCompleteStream(request("twice"))
     await read(call, 1)
     code, message = await refusal(gateway.stub.TextCompleteStream(request("twice")))
     assert code is grpc.StatusCode.ALREADY_EXISTS
     assert "there is a stream with the request_id 'twice'" in message
+    line = await log.wait_for("request finished")
+    assert (line["code"], line["method"]) == ("ALREADY_EXISTS", "TextCompleteStream")
 
 
 async def test_name_of_a_refused_stream_stays_free(gateway: Any, model: Any) -> None:
