@@ -113,7 +113,9 @@ async def test_unsafe_answer_is_cut_in_front_of_its_chunk_and_its_neighbour_goes
     request = ChatCompleteStreamRequest(dialogs=[dialog()] * 2)
     call = gateway.stub.ChatCompleteStream(request)
     cut, kept = [(await model.starts.get()).request_id for _ in range(2)]
-    say(model, cut, "They live in the Andes, and they spit at us all day", tokenizer)
+    # So much behind the word that it is judged, however the tokens are joined on their way.
+    rest = "at us all day, and at all who come by, and nobody knows why"
+    say(model, cut, f"They live in the Andes, and they spit {rest}", tokenizer)
     assert await model.cancels.get() == cut
     say(model, kept, HARMLESS, tokenizer, finish_reason=FINISH_REASON_STOP)
     events = [event async for event in call]
