@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from model_service.model.config import ModelConfig
+from model_service.model.cpu import computes_in_bfloat16
 from model_service.model.packing import weight_bytes
 from model_service.model.quantization import FP8, GROUP_SIZE, Quantization
 from model_service.model.source import WeightSource
-from model_service.model.weights import computes_in_bfloat16
 from serving.errors import StartError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -2,7 +2,7 @@
 
 import torch
 
-from model_service.model import weights
+from model_service.model import cpu, weights
 from model_service.model.quantization import GROUP_SIZE, Quantization
 from model_service.model.weights import Pack
 
@@ -17,7 +17,7 @@ def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device
         return lambda weight: pack(weight, dtype)
     if quantization != "none":
         return _ON_CPU[quantization]
-    if device.type == "cpu" and weights.can_prepack(dtype):
+    if device.type == "cpu" and cpu.has_packed_kernels(dtype):
         return weights.prepack
     return plain
 
@@ -30,11 +30,9 @@ def weight_bytes(quantization: Quantization, dtype: torch.dtype, device_type: st
     """Memory of one weight of a linear layer, its share of groups' scales included."""
     if quantization == "none":
         return dtype.itemsize
-    int8 = 1.0
     if device_type == "cuda":
-        return {"int8": int8, "int4": 0.5 + 4 / GROUP_SIZE, "fp8": 1.0}[quantization]
-    int4 = 0.5 + 4 / GROUP_SIZE if weights.INT4_ROWS else 0.0
-    return {"int8": int8, "int4": int8 + int4, "fp8": 4.0}[quantization]
+        return {"int8": 1.0, "int4": 0.5 + 4 / GROUP_SIZE, "fp8": 1.0}[quantization]
+    return {"int8": 1.0, "int4": 1.0, "fp8": 4.0}[quantization]
 
 
 _ON_CPU: dict[Quantization, Pack] = {

@@ -7,7 +7,6 @@ one function that packs one weight: here the CPU's, in `weights_cuda.py` the GPU
 chooses.
 """
 
-import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -16,24 +15,13 @@ from typing import Any
 
 import torch
 
-from model_service.model.quantization import (
-    GROUP_SIZE,
-    Fp8Weight,
-    Int4Weight,
-    Int8Weight,
-    fp8_rows,
-)
+from model_service.model import cpu
+from model_service.model.quantization import Fp8Weight, Int4Weight, Int8Weight, fp8_rows
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 # A smaller matrix is multiplied sooner than the packed kernel has been set up.
 _PREPACK_FROM = 2**20  # elements
-# Products of 8-bit values are added in pairs in 16 bits where the CPU has no VNNI instructions;
-# with 7 bits for the activations no pair overflows.
-_LEVELS = 127 if torch.cpu._is_vnni_supported() else 63  # noqa: SLF001  # the only way to ask
-_ZERO_POINT = _LEVELS + 1
-# With more rows the 4-bit kernel is slower than the 8-bit one; without AVX-512 it always is.
-INT4_ROWS = 2 if torch.cpu._is_avx512_supported() else 0  # noqa: SLF001
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,11 +52,6 @@ class PackedWeight:
 Pack = Callable[[torch.Tensor], torch.Tensor | PackedWeight]
 
 
-def computes_in_bfloat16() -> bool:
-    """Whether the CPU has instructions for it; without them it is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
-
-
 def prepack(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
     """Reordered once into the blocks that oneDNN's kernels read.
 
@@ -84,16 +67,6 @@ def prepack(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
         return product
 
     return PackedWeight(multiply)
-
-
-@functools.cache
-def can_prepack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels of this dtype for this CPU; bfloat16 needs AVX-512 or newer."""
-    try:
-        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(64, 64, dtype=dtype))  # noqa: SLF001
-    except RuntimeError:
-        return False
-    return True
 
 
 def pack_int8(weight: torch.Tensor) -> PackedWeight:
@@ -113,35 +86,26 @@ def pack_int8(weight: torch.Tensor) -> PackedWeight:
         )
         packed = torch.ops.quantized.linear_prepack(tensor, None)
     linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+    # Pairs of products with 7-bit activations do not overflow 16 bits.
+    levels = 127 if cpu.adds_products_exactly() else 63
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         peaks = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True, dtype=torch.float32)
         # A row of zeros becomes NaN, then any 8-bit values, then zeros again.
-        product: torch.Tensor = linear(x / peaks, 1 / _LEVELS, _ZERO_POINT, packed)
+        product: torch.Tensor = linear(x / peaks, 1 / levels, levels + 1, packed)
         return product.mul_(peaks).to(x.dtype)
 
     return PackedWeight(multiply)
 
 
 def pack_int4(weight: torch.Tensor) -> PackedWeight:
-    """4-bit weights for a few rows, and their 8-bit form where that is faster."""
-    quantized = Int4Weight.quantize(weight)
-    many_rows = pack_int8(quantized.dequantize())
-    if not INT4_ROWS:
-        return many_rows
-    codes = torch._convert_weight_to_int4pack_for_cpu(quantized.unpacked_codes().int(), 1)  # noqa: SLF001
-    # The kernel takes codes as -8 to 7.
-    zeros = quantized.minima + 8 * quantized.scales
-    scales = torch.stack((quantized.scales.t(), zeros.t()), dim=-1).bfloat16().contiguous()
+    """4-bit weights in the form of 8-bit ones.
 
-    def multiply(x: torch.Tensor) -> torch.Tensor:
-        if len(x) > INT4_ROWS:
-            return many_rows.multiply(x)
-        return torch._weight_int4pack_mm_for_cpu(  # noqa: SLF001
-            x.bfloat16(), codes, GROUP_SIZE, scales
-        ).to(x.dtype)
-
-    return PackedWeight(multiply)
+    PyTorch's 4-bit kernel for the CPU rounds activations and scales to bfloat16 and is slow for
+    more than a few rows. Mixing both kernels would make an answer depend on how many rows share
+    its step.
+    """
+    return pack_int8(Int4Weight.quantize(weight).dequantize())
 
 
 def pack_fp8(weight: torch.Tensor) -> PackedWeight:
