@@ -71,9 +71,9 @@ def told(request: ChatCompleteRequest | TextCompleteRequest) -> list[str]:
         (chat(context_policy=9), "context_policy: must be a value of ContextPolicy, not 9"),
         (
             sampling(top_k=0),
-            "sampling.top_k: must be at least 1; leave it out to keep all tokens",
+            "sampling.top_k: must be at least 1, not 0; leave it out to keep all tokens",
         ),
-        (sampling(max_gen_len=0), "sampling.max_gen_len: must be at least 1"),
+        (sampling(max_gen_len=0), "sampling.max_gen_len: must be at least 1, not 0"),
         (
             sampling(repetition_penalty=0),
             "sampling.repetition_penalty: must be above 0 and at most 10, not 0",
