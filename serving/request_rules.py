@@ -83,7 +83,7 @@ NUMBER_RULES: Mapping[str, FloatRule | IntegerRule] = {
     "frequency_penalty": FloatRule(-2, 2),
     "repetition_penalty": FloatRule(0, 10, above_low=True),
     "top_k": IntegerRule(1, advice="; leave it out to keep all tokens"),
-    "max_gen_len": IntegerRule(1),
+    "max_gen_len": IntegerRule(0),
 }
 _LOGIT_BIAS = FloatRule(-100, 100)
 
