@@ -12,13 +12,10 @@ import operator
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, SupportsFloat, cast
+from typing import SupportsFloat, cast
 
+from llama.v1.sampling_pb2 import SamplingParams
 from serving.errors import Violation
-
-if TYPE_CHECKING:
-    # Not at run time: the package `llama` imports this module for the defaults.
-    from llama.v1.sampling_pb2 import SamplingParams
 
 DEFAULT_TEMPERATURE = 0.6
 DEFAULT_TOP_P = 0.9
@@ -129,7 +126,7 @@ def number_violations(values: Mapping[str, object], path: str = "") -> list[Viol
 
 
 def sampling_violations(
-    sampling: "SamplingParams", vocab_size: int, path: str = "sampling."
+    sampling: SamplingParams, vocab_size: int, path: str = "sampling."
 ) -> list[Violation]:
     """Every rule that the present fields of `sampling` break; `path` stands before their names."""
     # The names are the fields', which the type of HasField lists one by one.
