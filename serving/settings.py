@@ -144,9 +144,7 @@ def parse(settings_class: type[S], prog: str, argv: Sequence[str] | None = None)
 
 def check_value(settings_class: type[ServerSettings], name: str, value: object) -> None:
     """Raises ValueError where `value` would not do for the setting `name`, with the same rule."""
-    field = settings_class.model_fields[name]
-    setting = Annotated[field.annotation, field]
-    adapter: TypeAdapter[object] = TypeAdapter(setting)  # type: ignore[arg-type]  # made here
+    adapter = TypeAdapter(settings_class.model_fields[name].rebuild_annotation())
     try:
         adapter.validate_python(value, strict=True)
     except ValidationError as error:
