@@ -38,7 +38,7 @@ class ChasquiError(Exception):
         self.request_id = request_id
 
 
-class InvalidRequestError(ChasquiError):
+class InvalidRequestError(ChasquiError, ValueError):
     """The request breaks rules of the contract; each violation names the field."""
 
     def __init__(

@@ -208,9 +208,7 @@ def _start(
     sampling = SamplingParams()
     sampling.CopyFrom(options.sampling)
     sampling.seed = seed
-    # A prompt that fills the context leaves no room; the model service then ends it with LENGTH.
-    room = max(1, context_length - len(prompt.ids))
-    sampling.max_gen_len = min(sampling.max_gen_len, room)
+    sampling.max_gen_len = min(sampling.max_gen_len, context_length - len(prompt.ids))
     return model_pb2.StartSequence(
         prompt_ids=prompt.ids,
         sampling=sampling,

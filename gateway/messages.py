@@ -4,7 +4,7 @@ alone, but clients read those names: both are written out.
 
 from gateway.answer import Delta
 from gateway.completion import Event, Finished, Place, Prediction, Started
-from gateway.request import MAX_TOP_LOGPROBS, SAMPLING_DEFAULTS, default_max_gen_len
+from gateway.request import SAMPLING_DEFAULTS, default_max_gen_len
 from gateway.settings import GatewaySettings
 from llama.v1 import model_pb2
 from llama.v1.chat_pb2 import (
@@ -25,6 +25,7 @@ from llama.v1.chat_pb2 import (
     TextStarted,
 )
 from llama.v1.sampling_pb2 import SamplingParams
+from serving.request_rules import MAX_TOP_LOGPROBS
 
 
 def chat_event(sequence: int, place: Place, event: Event) -> ChatCompleteStreamResponse:

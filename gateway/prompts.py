@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from gateway import dialog
 from gateway.dialog import Message, Segment
 from serving.errors import Violation, invalid_argument
+from serving.request_rules import too_long
 
 Encode = Callable[[Sequence[Segment]], Awaitable[list[list[int]]]]
 
@@ -89,7 +90,7 @@ def _require_room(prompts: Mapping[str, Prompt], context_length: int) -> None:
     violations = [
         Violation(
             path,
-            f"the prompt has {len(prompt.ids)} tokens, the context length is {context_length}"
+            too_long(len(prompt.ids), context_length)
             + (f" ({prompt.dropped_turns} oldest turns dropped)" if prompt.dropped_turns else ""),
         )
         for path, prompt in prompts.items()

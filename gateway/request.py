@@ -1,6 +1,6 @@
 """What a request may hold: each field is checked against the range that protos/llama/v1 documents,
-and every violation is gathered with its field path, so that a client mends all of them at once. NaN
-passes any `x < low or x > high`: ranges are written the other way round, `not low <= x <= high`.
+and every violation is gathered with its field path, so that a client mends all of them at once. The
+rules that the model service and `llama.Llama` check too are in `serving.request_rules`.
 """
 
 import re
@@ -13,33 +13,32 @@ from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
 from serving.caller import CallerLimits
 from serving.errors import Violation
+from serving.request_rules import (
+    DEFAULT_FREQUENCY_PENALTY,
+    DEFAULT_MIN_P,
+    DEFAULT_PRESENCE_PENALTY,
+    DEFAULT_REPETITION_PENALTY,
+    DEFAULT_TEMPERATURE,
+    DEFAULT_TOP_P,
+    count_violations,
+    sampling_violations,
+    token_id_violations,
+    top_logprobs_violations,
+)
 
-MAX_TOP_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_STOP_TOKEN_IDS = 64
-MAX_LOGIT_BIASES = 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 
 # What absent fields mean; `max_gen_len` has a default too, which depends on the context length.
 SAMPLING_DEFAULTS = SamplingParams(
-    temperature=0.6,
-    top_p=0.9,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
+    temperature=DEFAULT_TEMPERATURE,
+    top_p=DEFAULT_TOP_P,
+    min_p=DEFAULT_MIN_P,
+    repetition_penalty=DEFAULT_REPETITION_PENALTY,
+    presence_penalty=DEFAULT_PRESENCE_PENALTY,
+    frequency_penalty=DEFAULT_FREQUENCY_PENALTY,
     ignore_eos=False,
 )
-
-_FLOAT_RANGES = {
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-}
 
 _ROLES: Mapping[int, str] = {
     chat_pb2.ROLE_SYSTEM: dialog.SYSTEM,
@@ -129,13 +128,13 @@ def chat_violations(
     request: ChatRequest, limits: RequestLimits, vocab_size: int
 ) -> list[Violation]:
     """Every rule that a chat request breaks."""
-    found = _count_violations("dialogs", len(request.dialogs), limits.max_dialogs)
+    found = count_violations("dialogs", len(request.dialogs), limits.max_dialogs)
     if not found:
         for index, each in enumerate(request.dialogs):
             found += _dialog_violations(each, limits, f"dialogs[{index}]")
     return [
         *found,
-        *_sampling_violations(request.sampling, vocab_size),
+        *sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request),
         *_context_policy_violations(request.context_policy),
         *_choices_violations(request, len(request.dialogs), limits),
@@ -151,14 +150,14 @@ def text_violations(
     if request.prompts and request.prompt_ids:
         found = [Violation("prompt_ids", "cannot be given together with prompts")]
     elif request.prompt_ids:
-        found = _count_violations("prompt_ids", len(request.prompt_ids), limits.max_dialogs)
+        found = count_violations("prompt_ids", len(request.prompt_ids), limits.max_dialogs)
         if not found:
             found = _prompt_ids_violations(request.prompt_ids, vocab_size)
     else:
-        found = _count_violations("prompts", len(request.prompts), limits.max_dialogs)
+        found = count_violations("prompts", len(request.prompts), limits.max_dialogs)
     return [
         *found,
-        *_sampling_violations(request.sampling, vocab_size),
+        *sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request),
         *_choices_violations(request, len(request.prompts) + len(request.prompt_ids), limits),
         *_name_violations(request),
@@ -195,7 +194,7 @@ def _dialog_violations(
     message: chat_pb2.Dialog, limits: RequestLimits, path: str
 ) -> list[Violation]:
     if len(message.messages) > limits.max_messages:
-        return _count_violations(f"{path}.messages", len(message.messages), limits.max_messages)
+        return count_violations(f"{path}.messages", len(message.messages), limits.max_messages)
     return dialog.violations(parse_dialog(message), path)
 
 
@@ -227,100 +226,19 @@ def _priority_violations(priority: int, limits: RequestLimits) -> list[Violation
     ]
 
 
-def _count_violations(path: str, count: int, limit: int) -> list[Violation]:
-    if count == 0:
-        return [Violation(path, "must not be empty")]
-    if count > limit:
-        return [Violation(path, f"must hold at most {limit} entries, not {count}")]
-    return []
-
-
 def _prompt_ids_violations(prompts: Sequence[TokenIds], vocab_size: int) -> list[Violation]:
     found = []
     for index, prompt in enumerate(prompts):
         path = f"prompt_ids[{index}].ids"
         if not prompt.ids:
             found.append(Violation(path, "must not be empty"))
-        # One of each prompt says enough: a hostile one could hold millions.
-        wrong = next((each for each in enumerate(prompt.ids) if each[1] >= vocab_size), None)
-        if wrong is not None:
-            position, token_id = wrong
-            found.append(Violation(f"{path}[{position}]", _id_rule(vocab_size, token_id)))
+        found += token_id_violations(prompt.ids, vocab_size, path)
     return found
-
-
-def _id_rule(vocab_size: int, token_id: int) -> str:
-    return f"must be less than the vocabulary size, {vocab_size}, not {token_id}"
 
 
 def _logprobs_violations(request: ChatRequest | TextRequest) -> list[Violation]:
-    if request.top_logprobs > MAX_TOP_LOGPROBS:
-        rule = f"must be 0 to {MAX_TOP_LOGPROBS}, not {request.top_logprobs}"
-        return [Violation("top_logprobs", rule)]
+    if found := top_logprobs_violations(request.top_logprobs):
+        return found
     if request.top_logprobs and not request.logprobs:
         return [Violation("top_logprobs", "needs logprobs")]
     return []
-
-
-def _sampling_violations(sampling: SamplingParams, vocab_size: int) -> list[Violation]:
-    return [
-        *_number_violations(sampling),
-        *_stop_violations(sampling.stop),
-        *_stop_token_violations(sampling.stop_token_ids, vocab_size),
-        *_logit_bias_violations(sampling.logit_bias, vocab_size),
-    ]
-
-
-def _number_violations(sampling: SamplingParams) -> list[Violation]:
-    found = []
-    for name, (low, high) in _FLOAT_RANGES.items():
-        value = getattr(sampling, name)
-        if not low <= value <= high:
-            found.append(
-                Violation(f"sampling.{name}", f"must be {low:g} to {high:g}, not {value:g}")
-            )
-    penalty = sampling.repetition_penalty
-    if sampling.HasField("repetition_penalty") and not 0 < penalty <= 10:
-        rule = f"must be above 0 and at most 10, not {penalty:g}"
-        found.append(Violation("sampling.repetition_penalty", rule))
-    if sampling.HasField("top_k") and sampling.top_k == 0:
-        found.append(
-            Violation("sampling.top_k", "must be at least 1; leave it out to keep all tokens")
-        )
-    if sampling.HasField("max_gen_len") and sampling.max_gen_len == 0:
-        found.append(Violation("sampling.max_gen_len", "must be at least 1"))
-    return found
-
-
-def _stop_violations(stop: Sequence[str]) -> list[Violation]:
-    if len(stop) > MAX_STOP_STRINGS:
-        return _count_violations("sampling.stop", len(stop), MAX_STOP_STRINGS)
-    rule = f"must have 1 to {MAX_STOP_CHARACTERS} characters"
-    return [
-        Violation(f"sampling.stop[{index}]", f"{rule}, not {len(text)}")
-        for index, text in enumerate(stop)
-        if not 1 <= len(text) <= MAX_STOP_CHARACTERS
-    ]
-
-
-def _stop_token_violations(stop_token_ids: Sequence[int], vocab_size: int) -> list[Violation]:
-    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        return _count_violations("sampling.stop_token_ids", len(stop_token_ids), MAX_STOP_TOKEN_IDS)
-    return [
-        Violation(f"sampling.stop_token_ids[{index}]", _id_rule(vocab_size, token_id))
-        for index, token_id in enumerate(stop_token_ids)
-        if token_id >= vocab_size
-    ]
-
-
-def _logit_bias_violations(logit_bias: Mapping[int, float], vocab_size: int) -> list[Violation]:
-    if len(logit_bias) > MAX_LOGIT_BIASES:
-        return _count_violations("sampling.logit_bias", len(logit_bias), MAX_LOGIT_BIASES)
-    found = []
-    for token_id, bias in sorted(logit_bias.items()):
-        path = f"sampling.logit_bias[{token_id}]"
-        if token_id >= vocab_size:
-            found.append(Violation(path, _id_rule(vocab_size, token_id)))
-        elif not -100 <= bias <= 100:
-            found.append(Violation(path, f"must be -100 to 100, not {bias:g}"))
-    return found

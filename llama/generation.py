@@ -5,26 +5,38 @@ calls the same methods with the same arguments, as with Meta's code; rank 0 lead
 its results are what every rank returns. docs/differences.md lists what differs from Meta's.
 """
 
+import itertools
 import os
 import random
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from llama.types import ChatPrediction, CompletionPrediction, Dialog, Generation, Message
+from gateway.dialog import UNSAFE_ERROR, has_special_tags, render
+from gateway.dialog import Message as DialogMessage
+from llama.arguments import Arguments, Sampling, refuse
+from llama.rank import Rank
+from llama.turns import Turns
+from llama.types import ChatPrediction, CompletionPrediction, Dialog, Generation
+from serving.request_rules import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, prompt_violations
 
 if TYPE_CHECKING:
-    from gateway.dialog import Message as DialogMessage
     from llama.remote import RemoteLlama
-    from model_service.engine.sequence import GenerationRequest
     from model_service.replica import Replica
     from tokenizer_service.tokenizer import Tokenizer
 
 
 class Llama:
-    """A model in this process (and its peers under torchrun)."""
+    """A model in this process (and the other ranks' under torchrun).
+
+    Threads may share one object: their calls take turns, in the order in which they come. Under
+    torchrun that order must be the same on all ranks, so there only one thread may call. Ctrl-C
+    ends a call after the running step, on all ranks if it reaches rank 0; a rank that it reaches
+    alone leaves its call to the others and makes its next one with them.
+    """
 
     @staticmethod
     def build(
@@ -40,17 +52,25 @@ class Llama:
         Args:
             ckpt_dir: folder with params.json and consolidated.*.pth, any number of files.
             tokenizer_path: the checkpoint's tokenizer.model.
-            max_seq_len: most tokens of a prompt and its answer together.
-            max_batch_size: most sequences that run at once; further prompts of a call wait.
+            max_seq_len: most tokens of a prompt and its answer together, 2 to 4096.
+            max_batch_size: most sequences that run at once, 1 to 1024; further prompts of a call
+                wait.
             model_parallel_size: shards; must be the number of processes, which is the default.
             seed: makes the samplings of this object repeatable; must be equal on all ranks.
 
         Raises:
+            ValueError: max_seq_len or max_batch_size is out of its range, or the tokenizer's file
+                is none. Nothing has been loaded then.
             StartError: the checkpoint, the tokenizer or the machine does not allow it.
         """
         from model_service.replica import ReplicaOptions, load_replica
+        from model_service.settings import ModelSettings
         from serving.errors import StartError
+        from serving.settings import check_value
         from tokenizer_service.tokenizer import Tokenizer
+
+        check_value(ModelSettings, "max_seq_len", max_seq_len)
+        check_value(ModelSettings, "max_batch_size", max_batch_size)
 
         started = time.monotonic()
         processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,16 +109,18 @@ class Llama:
 
     def __init__(self, replica: "Replica", tokenizer: "Tokenizer", seed: int) -> None:
         self.tokenizer = tokenizer
-        self._replica = replica
-        self._engine = replica.engine() if replica.is_leader else None
+        self._limits = replica.limits
+        self._rank = Rank(replica)
+        self._turns = Turns(self._rank.use_device)
+        self._request_ids = itertools.count()
         self._seeds = random.Random(seed)  # noqa: S311  # repeatable is the point
 
     def generate(
         self,
         prompt_tokens: list[list[int]],
         max_gen_len: int,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float = DEFAULT_TEMPERATURE,
+        top_p: float = DEFAULT_TOP_P,
         logprobs: bool = False,
         echo: bool = False,
     ) -> Generation:
@@ -106,8 +128,9 @@ class Llama:
 
         Args:
             prompt_tokens: the prompts, BOS included.
-            max_gen_len: most tokens of an answer; each prompt gets its own budget.
-            temperature: divides the logits; 0 is greedy.
+            max_gen_len: most tokens of an answer; each prompt gets its own budget. 0 gives empty
+                answers: with `logprobs` and `echo`, it scores the prompts.
+            temperature: divides the logits; 0 and below are greedy.
             top_p: mass of the most probable tokens that are kept.
             logprobs: whether to return logprobs.
             echo: whether the prompt is part of what is returned.
@@ -116,144 +139,149 @@ class Llama:
             Token ids per prompt, and with `logprobs` their logprobs, else None.
 
         Raises:
-            ValueError: a prompt is empty, longer than max_seq_len, or holds an unknown id.
-            RuntimeError: the network gave logits that are not finite.
+            ValueError: an argument breaks a rule; the message names each with its path. Nothing
+                has run then.
+            RuntimeError: the network gave logits that are not finite, or a step failed.
+            KeyboardInterrupt: Ctrl-C, also where it was pressed on rank 0 alone. The call is
+                cancelled, and the next one works.
         """
-        from model_service.engine.sequence import GenerationRequest, SamplingParams
 
-        requests = [
-            GenerationRequest(
-                request_id=index,
-                prompt_ids=tuple(prompt),
-                max_gen_len=max_gen_len,
-                sampling=SamplingParams(temperature, top_p, seed=self._seeds.getrandbits(64)),
-                stop_ids=frozenset([self.tokenizer.eos_id]),
+        def call(abandoned: threading.Event) -> Generation:
+            arguments = Arguments()
+            prompts = arguments.token_ids(prompt_tokens)
+            sampling = arguments.sampling(temperature, top_p, max_gen_len)
+            arguments.refuse()
+            return self._generate(
+                {f"prompt_tokens[{i}]": prompt for i, prompt in enumerate(prompts)},
+                sampling,
+                abandoned,
                 logprobs=logprobs,
-                prompt_logprobs=logprobs and echo,
+                echo=echo,
             )
-            for index, prompt in enumerate(prompt_tokens)
-        ]
-        # On every rank before any of them waits for another: all fail, or none.
-        for request in requests:
-            self._replica.limits.check(request)
-        results = self._run(requests)
-        if results.errors:
-            raise RuntimeError(results.errors[0])
-        if logprobs:
-            return results.ids, results.logprobs
-        prompts = prompt_tokens if echo else [[] for _ in prompt_tokens]
-        return [[*p, *ids] for p, ids in zip(prompts, results.ids, strict=True)], None
+
+        return self._turns.run(call)
 
     def text_completion(
         self,
         prompts: list[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float = DEFAULT_TEMPERATURE,
+        top_p: float = DEFAULT_TOP_P,
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
     ) -> list[CompletionPrediction]:
-        """Continues each prompt; arguments as in `generate`, `max_gen_len` up to the context."""
-        encoded = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        ids, scores = self.generate(
-            encoded, self._budget(max_gen_len), temperature, top_p, logprobs, echo
-        )
-        if scores is None:
-            return [{"generation": self.tokenizer.decode(tokens)} for tokens in ids]
-        return [
-            {
-                "generation": self.tokenizer.decode(tokens),
-                "tokens": [self.tokenizer.decode(token) for token in tokens],
-                "logprobs": values,
+        """Continues each prompt.
+
+        Arguments and errors are as in `generate`; `max_gen_len` is by default what the context
+        leaves.
+        """
+
+        def call(abandoned: threading.Event) -> list[CompletionPrediction]:
+            arguments = Arguments()
+            texts = arguments.texts(prompts)
+            sampling = arguments.sampling(temperature, top_p, max_gen_len)
+            arguments.refuse()
+            encoded = {
+                f"prompts[{i}]": self.tokenizer.encode(text, bos=True, eos=False)
+                for i, text in enumerate(texts)
             }
-            for tokens, values in zip(ids, scores, strict=True)
-        ]
+            ids, scores = self._generate(encoded, sampling, abandoned, logprobs=logprobs, echo=echo)
+            return self._completions(ids, scores)
+
+        return self._turns.run(call)
 
     def chat_completion(
         self,
         dialogs: list[Dialog],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float = DEFAULT_TEMPERATURE,
+        top_p: float = DEFAULT_TOP_P,
         max_gen_len: int | None = None,
         logprobs: bool = False,
     ) -> list[ChatPrediction]:
-        """Answers each dialog; arguments as in `text_completion`.
+        """Answers each dialog; arguments and errors are as in `text_completion`.
 
         A dialog with a special tag is answered with the refusal text, as in Meta's code, but
-        without being run: its tokens and logprobs are empty.
-
-        Raises:
-            ValueError: a dialog breaks the order of roles; the message names the message.
+        without being run: its tokens and logprobs are empty. A dialog whose roles are out of order
+        is a ValueError that names the message: `dialogs[0].messages[1].role`.
         """
-        from gateway.dialog import UNSAFE_ERROR, has_special_tags
 
-        messages = [_checked(dialog, f"dialogs[{i}]") for i, dialog in enumerate(dialogs)]
-        safe = [i for i, dialog in enumerate(messages) if not has_special_tags(dialog)]
-        prompts = [_encode(messages[i], self.tokenizer) for i in safe]
-        ids, scores = self.generate(
-            prompts, self._budget(max_gen_len), temperature, top_p, logprobs
+        def call(abandoned: threading.Event) -> list[ChatPrediction]:
+            arguments = Arguments()
+            messages = arguments.dialogs(dialogs)
+            sampling = arguments.sampling(temperature, top_p, max_gen_len)
+            arguments.refuse()
+            safe = [i for i, dialog in enumerate(messages) if not has_special_tags(dialog)]
+            encoded = {f"dialogs[{i}]": _encode(messages[i], self.tokenizer) for i in safe}
+            ids, scores = self._generate(encoded, sampling, abandoned, logprobs=logprobs)
+            answers = iter(self._completions(ids, scores))
+            return [
+                _refusal(logprobs=logprobs) if has_special_tags(each) else _answer(next(answers))
+                for each in messages
+            ]
+
+        return self._turns.run(call)
+
+    def _generate(
+        self,
+        prompts: Mapping[str, list[int]],
+        sampling: Sampling,
+        abandoned: threading.Event,
+        *,
+        logprobs: bool,
+        echo: bool = False,
+    ) -> Generation:
+        """What `generate` returns, for prompts by their paths."""
+        from model_service.engine.sequence import GenerationRequest, SamplingParams
+
+        # On every rank before any of them waits for another: all fail, or none.
+        vocab_size, context_length = self._limits.vocab_size, self._limits.context_length
+        refuse(
+            violation
+            for path, prompt in prompts.items()
+            for violation in prompt_violations(prompt, vocab_size, context_length, path)
         )
-        predictions = [_prediction(UNSAFE_ERROR, [], [] if logprobs else None) for _ in dialogs]
-        for place, index in enumerate(safe):
-            pieces = [self.tokenizer.decode(token) for token in ids[place]] if logprobs else []
-            values = None if scores is None else scores[place]
-            predictions[index] = _prediction(self.tokenizer.decode(ids[place]), pieces, values)
-        return predictions
+        max_gen_len = sampling.max_gen_len
+        if max_gen_len is None:
+            max_gen_len = context_length - 1
+        requests = [
+            GenerationRequest(
+                request_id=next(self._request_ids),
+                prompt_ids=tuple(prompt),
+                max_gen_len=max_gen_len,
+                sampling=SamplingParams(
+                    sampling.temperature, sampling.top_p, seed=self._seeds.getrandbits(64)
+                ),
+                stop_ids=frozenset([self.tokenizer.eos_id]),
+                logprobs=bool(logprobs),
+                prompt_logprobs=bool(logprobs and echo),
+            )
+            for prompt in prompts.values()
+        ]
+        results = self._rank.run(requests, abandoned)
+        if results.errors:
+            raise RuntimeError(results.errors[0])
+        if logprobs:
+            return results.ids, results.logprobs
+        begun = prompts.values() if echo else [[] for _ in prompts]
+        return [[*p, *ids] for p, ids in zip(begun, results.ids, strict=True)], None
 
-    def _budget(self, max_gen_len: int | None) -> int:
-        return self._replica.limits.context_length - 1 if max_gen_len is None else max_gen_len
-
-    def _run(self, requests: "list[GenerationRequest]") -> "_Results":
-        """What the requests gave, equal on all ranks."""
-        if self._engine is None:
-            self._replica.runner.follow()
-            return _broadcast(_Results([], [], []))
-        results = _Results([[] for _ in requests], [[] for _ in requests], [])
-        for request in requests:
-            self._engine.add(request)
-        while self._engine.has_work:
-            for output in self._engine.step():
-                index = cast("int", output.request_id)
-                results.ids[index] += output.ids
-                results.logprobs[index] += (entry.logprob for entry in output.logprobs)
-                if output.error:
-                    results.errors.append(output.error)
-        self._replica.runner.release_followers()
-        return results if self._replica.info.shards == 1 else _broadcast(results)
-
-
-@dataclass(frozen=True, slots=True)
-class _Results:
-    """Of each request, and the errors of those that failed."""
-
-    ids: list[list[int]]
-    logprobs: list[list[float]]
-    errors: list[str]
-
-
-def _broadcast(results: _Results) -> _Results:
-    """Rank 0's results, on every rank."""
-    import torch.distributed as dist
-
-    shared = [results]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+    def _completions(
+        self, ids: list[list[int]], logprobs: list[list[float]] | None
+    ) -> list[CompletionPrediction]:
+        decode = self.tokenizer.decode
+        if logprobs is None:
+            return [{"generation": decode(tokens)} for tokens in ids]
+        return [
+            {
+                "generation": decode(tokens),
+                "tokens": [decode(token) for token in tokens],
+                "logprobs": values,
+            }
+            for tokens, values in zip(ids, logprobs, strict=True)
+        ]
 
 
-def _checked(dialog: Dialog, path: str) -> "list[DialogMessage]":
-    from gateway.dialog import Message as DialogMessage
-    from gateway.dialog import violations
-
-    messages = [DialogMessage(message["role"], message["content"]) for message in dialog]
-    broken = violations(messages, path)
-    if broken:
-        raise ValueError("; ".join(f"{each.field}: {each.description}" for each in broken))
-    return messages
-
-
-def _encode(dialog: "list[DialogMessage]", tokenizer: "Tokenizer") -> list[int]:
-    from gateway.dialog import render
-
+def _encode(dialog: "Sequence[DialogMessage]", tokenizer: "Tokenizer") -> list[int]:
     return [
         token
         for segment in render(dialog)
@@ -261,8 +289,15 @@ def _encode(dialog: "list[DialogMessage]", tokenizer: "Tokenizer") -> list[int]:
     ]
 
 
-def _prediction(content: str, tokens: list[str], logprobs: list[float] | None) -> ChatPrediction:
-    generation = Message(role="assistant", content=content)
-    if logprobs is None:
-        return {"generation": generation}
-    return {"generation": generation, "tokens": tokens, "logprobs": logprobs}
+def _answer(completion: CompletionPrediction) -> ChatPrediction:
+    content = completion["generation"]
+    answer: ChatPrediction = {"generation": {"role": "assistant", "content": content}}
+    if "tokens" in completion:
+        answer["tokens"], answer["logprobs"] = completion["tokens"], completion["logprobs"]
+    return answer
+
+
+def _refusal(*, logprobs: bool) -> ChatPrediction:
+    if logprobs:
+        return _answer({"generation": UNSAFE_ERROR, "tokens": [], "logprobs": []})
+    return _answer({"generation": UNSAFE_ERROR})

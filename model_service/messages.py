@@ -1,11 +1,10 @@
 """Between the wire's messages and the engine's values: what a request may hold is checked here.
 
-The gateway has checked its clients' requests; this second, shorter check keeps a faulty or foreign
-caller from harming the sequences of others.
+The gateway has checked its clients' requests by the same rules; this second check keeps a faulty or
+foreign caller from harming the sequences of others.
 """
 
 import dataclasses
-import math
 from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
@@ -21,8 +20,7 @@ from model_service.engine.sequence import (
     TokenLogprobs,
 )
 from serving.errors import Violation, invalid_argument
-
-MAX_TOP_LOGPROBS = 20
+from serving.request_rules import sampling_violations, top_logprobs_violations
 
 _FINISH_REASONS = {
     FinishReason.STOP: sampling_pb2.FINISH_REASON_STOP,
@@ -107,46 +105,18 @@ def _sampling(wire: sampling_pb2.SamplingParams) -> SamplingParams:
 def _violations(
     start: model_pb2.StartSequence, sampling: SamplingParams, limits: EngineLimits
 ) -> list[Violation]:
-    def broken(name: str, rule: str, holds: bool) -> list[Violation]:
+    def required(name: str, rule: str, holds: bool) -> list[Violation]:
         return [] if holds else [Violation(f"start.{name}", rule)]
 
-    numbers = (sampling.presence_penalty, sampling.frequency_penalty, *sampling.logit_bias.values())
     return [
-        *broken("request_id", "must not be empty", bool(start.request_id)),
-        *broken("sampling.temperature", "must be finite", math.isfinite(sampling.temperature)),
-        *broken("sampling.top_p", "must be from 0 to 1", 0 <= sampling.top_p <= 1),
-        *broken(
-            "sampling.top_k", "must be at least 1", sampling.top_k is None or sampling.top_k >= 1
-        ),
-        *broken("sampling.min_p", "must be from 0 to 1", 0 <= sampling.min_p <= 1),
-        *broken(
-            "sampling.repetition_penalty",
-            "must be a number above 0",
-            0 < sampling.repetition_penalty < math.inf,
-        ),
-        *broken(
-            "sampling", "penalties and biases must be finite", all(map(math.isfinite, numbers))
-        ),
-        *broken(
-            "sampling.logit_bias",
-            f"ids must be less than {limits.vocab_size}",
-            all(token < limits.vocab_size for token in sampling.logit_bias),
-        ),
-        *broken(
-            "sampling.stop_token_ids",
-            f"ids must be less than {limits.vocab_size}",
-            all(token < limits.vocab_size for token in start.sampling.stop_token_ids),
-        ),
-        *broken(
+        *required("request_id", "must not be empty", bool(start.request_id)),
+        *sampling_violations(start.sampling, limits.vocab_size, "start.sampling."),
+        *required(
             "sampling.seed",
             "must be present when temperature is above 0",
             sampling.greedy or start.sampling.HasField("seed"),
         ),
-        *broken(
-            "top_logprobs",
-            f"must be from 0 to {MAX_TOP_LOGPROBS}",
-            start.top_logprobs <= MAX_TOP_LOGPROBS,
-        ),
+        *top_logprobs_violations(start.top_logprobs, "start.top_logprobs"),
     ]
 
 

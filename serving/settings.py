@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -142,9 +142,23 @@ def parse(settings_class: type[S], prog: str, argv: Sequence[str] | None = None)
     raise SystemExit(2)
 
 
-def _describe(details: ErrorDetails) -> str:
+def check_value(settings_class: type[ServerSettings], name: str, value: object) -> None:
+    """Raises ValueError where `value` would not do for the setting `name`, with the same rule."""
+    adapter = TypeAdapter(settings_class.model_fields[name].rebuild_annotation())
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        rule = _rule(error.errors()[0])
+        raise ValueError(f"{name}: {rule}, got {value!r}") from None
+
+
+def _rule(details: ErrorDetails) -> str:
     cause = details.get("ctx", {}).get("error")
-    rule = str(cause) if isinstance(cause, ValueError) else details["msg"]
+    return str(cause) if isinstance(cause, ValueError) else details["msg"]
+
+
+def _describe(details: ErrorDetails) -> str:
+    rule = _rule(details)
     if not details["loc"]:
         return rule
     name = str(details["loc"][0])

@@ -110,7 +110,8 @@ class SamplingParams(_message.Message):
     """Keeps only the k most probable tokens (before top_p). At least 1; absent: off."""
     max_gen_len: _builtins.int
     """The most tokens an answer may take; never more than the context leaves after the prompt.
-    At least 1; default: context length - 1.
+    0 makes an empty answer: with echo and logprobs it scores the prompt.
+    Default: context length - 1.
     """
     seed: _builtins.int
     """Makes sampling repeatable: the same seed, prompt and settings give the same tokens on the same

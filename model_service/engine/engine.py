@@ -32,6 +32,7 @@ from model_service.engine.sequence import (
 )
 from model_service.engine.speculation import NgramDrafter, Speculation
 from model_service.engine.step_times import StepTimes
+from serving.request_rules import prompt_violations
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +53,9 @@ class EngineLimits:
     def check(self, request: GenerationRequest) -> None:
         """Raises ValueError, naming the rule, when no engine with these limits takes `request`."""
         prompt = request.prompt_ids
-        if not prompt:
-            raise ValueError("prompt_ids must not be empty")
-        if len(prompt) > self.context_length:
-            raise ValueError(
-                f"prompt_ids has {len(prompt)} tokens, the context length is {self.context_length}"
-            )
-        outside = [token for token in prompt if not 0 <= token < self.vocab_size]
-        if outside:
-            raise ValueError(
-                f"prompt_ids holds {outside[0]}, the vocabulary has {self.vocab_size} tokens"
-            )
+        broken = prompt_violations(prompt, self.vocab_size, self.context_length, "prompt_ids")
+        if broken:
+            raise ValueError(f"{broken[0].field}: {broken[0].description}")
         if not 0 <= request.offset < len(prompt):
             raise ValueError("offset must leave at least one token of the prompt")
 

@@ -10,20 +10,28 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from model_service.engine.prefix import BlockContent
+from serving.request_rules import (
+    DEFAULT_FREQUENCY_PENALTY,
+    DEFAULT_MIN_P,
+    DEFAULT_PRESENCE_PENALTY,
+    DEFAULT_REPETITION_PENALTY,
+    DEFAULT_TEMPERATURE,
+    DEFAULT_TOP_P,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen; the meaning of each field is in protos/llama/v1/sampling.proto."""
 
-    temperature: float = 0.6
-    top_p: float = 0.9
+    temperature: float = DEFAULT_TEMPERATURE
+    top_p: float = DEFAULT_TOP_P
     top_k: int | None = None
-    min_p: float = 0.0
+    min_p: float = DEFAULT_MIN_P
     seed: int = 0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = DEFAULT_REPETITION_PENALTY
+    presence_penalty: float = DEFAULT_PRESENCE_PENALTY
+    frequency_penalty: float = DEFAULT_FREQUENCY_PENALTY
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     @property

@@ -78,6 +78,16 @@ async def test_prompt_that_fills_the_context_gets_an_empty_answer(
     assert all(token.logprob < 0 for token in prediction.tokens[1:])
 
 
+async def test_an_answer_of_no_tokens_scores_the_prompt(chat: Any) -> None:
+    asked: Any = {"prompts": ["The llama is"], "echo": True, "logprobs": True}
+    answered = await continue_text(chat, **asked)
+    scored = await continue_text(chat, sampling=SamplingParams(max_gen_len=0), **asked)
+    assert scored.generation == "The llama is"
+    assert scored.finish_reason == FINISH_REASON_LENGTH
+    assert scored.usage.completion_tokens == 0
+    assert scored.tokens == answered.tokens[: scored.usage.prompt_tokens]
+
+
 async def test_answer_takes_what_its_own_prompt_leaves_whatever_its_neighbour(chat: Any) -> None:
     endless = SamplingParams(temperature=0, ignore_eos=True)
     prompts = [TokenIds(ids=[1] + [400] * length) for length in (9, 199)]

@@ -78,7 +78,6 @@ BAD_REQUESTS = {
     "temperature_infinite": (sampling(temperature=math.inf), "sampling.temperature"),
     "top_p": (sampling(top_p=1.1), "sampling.top_p"),
     "top_k": (sampling(top_k=0), "sampling.top_k"),
-    "max_gen_len": (sampling(max_gen_len=0), "sampling.max_gen_len"),
     "repetition_penalty": (sampling(repetition_penalty=0), "sampling.repetition_penalty"),
     "presence_penalty": (sampling(presence_penalty=2.1), "sampling.presence_penalty"),
     "frequency_penalty": (sampling(frequency_penalty=-2.1), "sampling.frequency_penalty"),

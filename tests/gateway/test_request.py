@@ -71,9 +71,8 @@ def told(request: ChatCompleteRequest | TextCompleteRequest) -> list[str]:
         (chat(context_policy=9), "context_policy: must be a value of ContextPolicy, not 9"),
         (
             sampling(top_k=0),
-            "sampling.top_k: must be at least 1; leave it out to keep all tokens",
+            "sampling.top_k: must be at least 1, not 0; leave it out to keep all tokens",
         ),
-        (sampling(max_gen_len=0), "sampling.max_gen_len: must be at least 1"),
         (
             sampling(repetition_penalty=0),
             "sampling.repetition_penalty: must be above 0 and at most 10, not 0",
@@ -170,7 +169,7 @@ def test_limits_themselves_are_accepted() -> None:
         top_p=0,
         min_p=1,
         top_k=1,
-        max_gen_len=1,
+        max_gen_len=0,
         seed=2**64 - 1,
         stop=["x" * 256] * 16,
         stop_token_ids=[VOCAB_SIZE - 1] * 64,

@@ -1,31 +1,14 @@
 """Meta's API in process: the golden answers, and what it promises around them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama import Dialog, Llama
+from llama import Llama
 from serving.errors import StartError
-
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden"
-TOKENIZER = str(GOLDEN / "tokenizer.model")
-REFUSAL = "Error: special tags are not allowed as part of the prompt."
-DIALOG: Dialog = [{"role": "user", "content": "What do llamas eat?"}]
-
-
-def build(name: str, **options: Any) -> Llama:
-    arguments = {"max_seq_len": 256, "max_batch_size": 4} | options
-    return Llama.build(str(GOLDEN / "checkpoints" / name), TOKENIZER, **arguments)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Llama:
-    return build("gqa-mp1")
+from tests.llama.conftest import DIALOG, GOLDEN, REFUSAL, ROOT, TOKENIZER, build, torchrun
 
 
 def read_cases(name: str, kind: str) -> list[dict[str, Any]]:
@@ -174,11 +157,3 @@ def test_metas_example_commands_run(example: str, processes: int) -> None:
     output = torchrun(processes, script, *options, "--max_seq_len", "256", "--max_gen_len", "8")
     assert output.count("==================================") == (5 if example == "chat" else 4)
     assert output.startswith("Loaded in ")
-
-
-def torchrun(processes: int, *command: object) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    arguments = [sys.executable, *launcher, *map(str, command)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -246,9 +246,9 @@ def test_a_sequence_with_logits_that_are_not_finite_fails_alone(
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"prompt_ids": ()}, "prompt_ids must not be empty"),
-        ({"prompt_ids": (1,) * 257}, "prompt_ids has 257 tokens, the context length is 256"),
-        ({"prompt_ids": (1, 560)}, "prompt_ids holds 560, the vocabulary has 560 tokens"),
+        ({"prompt_ids": ()}, "prompt_ids: must not be empty"),
+        ({"prompt_ids": (1,) * 257}, "the prompt has 257 tokens, the context length is 256"),
+        ({"prompt_ids": (1, 560)}, r"prompt_ids\[1\]: must be less than the vocabulary size, 560"),
         ({"offset": 23}, "offset must leave at least one token"),
     ],
 )

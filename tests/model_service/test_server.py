@@ -148,9 +148,12 @@ async def test_a_named_stop_token_ends_the_answer_before_itself(
     ("changes", "field"),
     [
         ({"request_id": ""}, "start.request_id"),
-        ({"prompt_ids": []}, "prompt_ids must not be empty"),
-        ({"prompt_ids": [560]}, "prompt_ids holds 560"),
-        ({"prompt_ids": [1] * 257}, "prompt_ids has 257 tokens"),
+        ({"prompt_ids": []}, "prompt_ids: must not be empty"),
+        (
+            {"prompt_ids": [560]},
+            "prompt_ids[0]: must be less than the vocabulary size, 560, not 560",
+        ),
+        ({"prompt_ids": [1] * 257}, "prompt_ids: the prompt has 257 tokens"),
         ({"top_logprobs": 21}, "start.top_logprobs"),
         ({"sampling": {"temperature": float("nan")}}, "start.sampling.temperature"),
         ({"sampling": {"temperature": 0.5}}, "start.sampling.seed"),

@@ -1,0 +1,227 @@
+"""The rules for a generation request, and the defaults of its fields: one table for all who check.
+
+The gateway, the model service and `llama.Llama` refuse the same values with the same words because
+they ask here. Fractions are compared as 32-bit floats, which is what the contract carries. NaN
+passes any `x < low or x > high`: ranges are written the other way round, `low <= x <= high`.
+"""
+
+import ctypes
+import itertools
+import math
+import operator
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import SupportsFloat, cast
+
+from llama.v1.sampling_pb2 import SamplingParams
+from serving.errors import Violation
+
+DEFAULT_TEMPERATURE = 0.6
+DEFAULT_TOP_P = 0.9
+DEFAULT_MIN_P = 0.0
+DEFAULT_REPETITION_PENALTY = 1.0
+DEFAULT_PRESENCE_PENALTY = 0.0
+DEFAULT_FREQUENCY_PENALTY = 0.0
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIASES = 1024
+MAX_UINT32 = 2**32 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class FloatRule:
+    """A number from `low` to `high`, both allowed unless `above_low`."""
+
+    low: float
+    high: float
+    above_low: bool = False
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with `value`, if anything is."""
+        number = as_float32(value)
+        if number is None:
+            return f"must be a number, not {reprlib.repr(value)}"
+        inside = self.low <= number <= self.high and not (self.above_low and number == self.low)
+        return None if inside else f"must be {self}, not {format_float32(number)}"
+
+    def __str__(self) -> str:
+        low, high = format_float32(self.low), format_float32(self.high)
+        return f"above {low} and at most {high}" if self.above_low else f"{low} to {high}"
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerRule:
+    """An integer of at least `low` that the contract's field can hold."""
+
+    low: int
+    high: int = MAX_UINT32
+    advice: str = ""
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with `value`, if anything is."""
+        number = as_integer(value)
+        if number is None:
+            return f"must be an integer, not {reprlib.repr(value)}"
+        if number < self.low:
+            return f"must be at least {self.low}, not {number}{self.advice}"
+        return f"must be at most {self.high}, not {number}" if number > self.high else None
+
+
+# The fields of SamplingParams that hold one number, `seed` apart, which may be any.
+NUMBER_RULES: Mapping[str, FloatRule | IntegerRule] = {
+    "temperature": FloatRule(0, 100),
+    "top_p": FloatRule(0, 1),
+    "min_p": FloatRule(0, 1),
+    "presence_penalty": FloatRule(-2, 2),
+    "frequency_penalty": FloatRule(-2, 2),
+    "repetition_penalty": FloatRule(0, 10, above_low=True),
+    "top_k": IntegerRule(1, advice="; leave it out to keep all tokens"),
+    "max_gen_len": IntegerRule(0),
+}
+_LOGIT_BIAS = FloatRule(-100, 100)
+
+
+def as_float32(value: object) -> float | None:
+    """`value` as a field of 32 bits holds it; None where it is no number."""
+    if isinstance(value, str | bytes):  # float() would read it
+        return None
+    try:
+        return ctypes.c_float(float(cast("SupportsFloat", value))).value
+    except OverflowError:  # an integer of more than 1,000 bits
+        return math.inf if cast("int", value) > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
+        return None
+
+
+def as_integer(value: object) -> int | None:
+    """`value` as an integer; None where it is none, 5.0 included."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # what it refuses is None
+    except TypeError:
+        return None
+
+
+def format_float32(value: float) -> str:
+    """The shortest decimal that reads as this 32-bit float and no other: never an allowed limit
+    for a number beyond it.
+    """
+    for digits in range(1, 10):
+        text = f"{value:.{digits}g}"
+        if ctypes.c_float(float(text)).value == value:
+            return repr(float(text)).removesuffix(".0")
+    return repr(value)  # NaN
+
+
+def number_violations(values: Mapping[str, object], path: str = "") -> list[Violation]:
+    """The rules of NUMBER_RULES that `values`, by field name, break."""
+    return [
+        Violation(path + name, problem)
+        for name, rule in NUMBER_RULES.items()
+        if name in values and (problem := rule.problem(values[name]))
+    ]
+
+
+def sampling_violations(
+    sampling: SamplingParams, vocab_size: int, path: str = "sampling."
+) -> list[Violation]:
+    """Every rule that the present fields of `sampling` break; `path` stands before their names."""
+    # The names are the fields', which the type of HasField lists one by one.
+    present = {
+        name: getattr(sampling, name)
+        for name in NUMBER_RULES
+        if sampling.HasField(name)  # type: ignore[arg-type]
+    }
+    return [
+        *number_violations(present, path),
+        *_stop_violations(sampling.stop, f"{path}stop"),
+        *_stop_token_violations(sampling.stop_token_ids, vocab_size, f"{path}stop_token_ids"),
+        *_logit_bias_violations(sampling.logit_bias, vocab_size, f"{path}logit_bias"),
+    ]
+
+
+def top_logprobs_violations(top_logprobs: int, path: str = "top_logprobs") -> list[Violation]:
+    """The rule for the number of alternatives per token."""
+    if 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
+        return []
+    return [Violation(path, f"must be 0 to {MAX_TOP_LOGPROBS}, not {top_logprobs}")]
+
+
+def count_violations(path: str, count: int, limit: int) -> list[Violation]:
+    """The rule for a list that must hold something, but not more than `limit`."""
+    if count == 0:
+        return [Violation(path, "must not be empty")]
+    if count > limit:
+        return [Violation(path, f"must hold at most {limit} entries, not {count}")]
+    return []
+
+
+def token_id_problem(token_id: int, vocab_size: int) -> str | None:
+    """What is wrong with a token id, if anything is."""
+    if token_id < 0:
+        return f"must be at least 0, not {token_id}"
+    if token_id >= vocab_size:
+        return f"must be less than the vocabulary size, {vocab_size}, not {token_id}"
+    return None
+
+
+def token_id_violations(token_ids: Sequence[int], vocab_size: int, path: str) -> list[Violation]:
+    """The first id that is wrong. One says enough: a hostile list could hold millions."""
+    wrong = (index for index, each in enumerate(token_ids) if not 0 <= each < vocab_size)
+    return [
+        Violation(f"{path}[{index}]", problem)
+        for index in itertools.islice(wrong, 1)
+        if (problem := token_id_problem(token_ids[index], vocab_size))
+    ]
+
+
+def prompt_violations(
+    ids: Sequence[int], vocab_size: int, context_length: int, path: str
+) -> list[Violation]:
+    """The rules for a prompt's token ids; `path` is the prompt's own."""
+    if not ids:
+        return [Violation(path, "must not be empty")]
+    if len(ids) > context_length:
+        return [Violation(path, too_long(len(ids), context_length))]
+    return token_id_violations(ids, vocab_size, path)
+
+
+def too_long(tokens: int, context_length: int) -> str:
+    """What is wrong with a prompt of more tokens than the context has."""
+    return f"the prompt has {tokens} tokens, the context length is {context_length}"
+
+
+def _stop_violations(stop: Sequence[str], path: str) -> list[Violation]:
+    if len(stop) > MAX_STOP_STRINGS:
+        return count_violations(path, len(stop), MAX_STOP_STRINGS)
+    rule = f"must have 1 to {MAX_STOP_CHARACTERS} characters"
+    return [
+        Violation(f"{path}[{index}]", f"{rule}, not {len(text)}")
+        for index, text in enumerate(stop)
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS
+    ]
+
+
+def _stop_token_violations(token_ids: Sequence[int], vocab_size: int, path: str) -> list[Violation]:
+    if len(token_ids) > MAX_STOP_TOKEN_IDS:
+        return count_violations(path, len(token_ids), MAX_STOP_TOKEN_IDS)
+    return [
+        Violation(f"{path}[{index}]", problem)
+        for index, token_id in enumerate(token_ids)
+        if (problem := token_id_problem(token_id, vocab_size))
+    ]
+
+
+def _logit_bias_violations(
+    logit_bias: Mapping[int, float], vocab_size: int, path: str
+) -> list[Violation]:
+    if len(logit_bias) > MAX_LOGIT_BIASES:
+        return count_violations(path, len(logit_bias), MAX_LOGIT_BIASES)
+    return [
+        Violation(f"{path}[{token_id}]", problem)
+        for token_id, bias in sorted(logit_bias.items())
+        if (problem := token_id_problem(token_id, vocab_size) or _LOGIT_BIAS.problem(bias))
+    ]
