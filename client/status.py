@@ -88,6 +88,7 @@ class GatewayStatus:
     running_sequences: int
     queued_sequences: int
     detached_streams: int
+    displaced_sequences: int
     uptime: timedelta
     safety: Peer | None  # None where none is configured
     serving: bool  # as the gateway's health says it
@@ -100,6 +101,7 @@ def gateway_status(response: operator_pb2.GetStatusResponse) -> GatewayStatus:
         running_sequences=response.running_sequences,
         queued_sequences=response.queued_sequences,
         detached_streams=response.detached_streams,
+        displaced_sequences=response.displaced_sequences,
         uptime=response.uptime.ToTimedelta(),
         safety=_peer(response.safety) if response.HasField("safety") else None,
         serving=response.serving,

@@ -70,7 +70,7 @@ def _lines(target: str, found: GatewayStatus) -> Iterator[str]:
     yield f"gateway    {target}  {state}, up {_duration(found.uptime)}"
     yield (
         f"           {found.running_sequences:,} running, {found.queued_sequences:,} queued, "
-        f"{found.detached_streams:,} detached"
+        f"{found.detached_streams:,} detached, {found.displaced_sequences:,} displaced"
     )
     yield f"tokenizer  {found.tokenizer.target}  {_state(found.tokenizer)}"
     if found.safety:

@@ -1,7 +1,8 @@
 """What runs at the replicas, what waits for its turn here, and what is turned away: at once, as a
 caller that knows can go elsewhere, and one in an endless queue only times out. The replicas get
 little more than they run at once, because their own queues know no keys: who is next is decided
-here (`gateway.fair_queue`).
+here (`gateway.fair_queue`), and so is which waiting request gives way when the queue is full
+(`gateway.fair_share`).
 """
 
 import asyncio
@@ -12,14 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from gateway.fair_queue import Claim, FairQueue
+from gateway.fair_share import Holding, SharedRoom
 from gateway.pace import Pace
+from gateway.quota import Quota
 from serving import caller
 from serving.caller import Caller
-from serving.errors import resource_exhausted
+from serving.errors import RequestError, resource_exhausted
 
 # Beyond what the replicas run at once, this part of it more is given to them, so that none waits
 # for the gateway when a sequence ends.
 _AHEAD = 0.25
+# The quota that a displaced request is told.
+SHARE = "key.share"
 # Bounds of what is told as the time to come again, in seconds.
 _LEAST_RETRY, _MOST_RETRY = 1.0, 60.0
 
@@ -41,14 +46,6 @@ class Size:
     max_answer: int
 
 
-@dataclass(slots=True)
-class _Use:
-    """What runs or waits."""
-
-    sequences: int = 0
-    tokens: int = 0
-
-
 class Admission:
     """Counts what runs and waits, and gives out turns; lives in one event loop."""
 
@@ -62,8 +59,11 @@ class Admission:
         self.clock = clock
         self._bounds = bounds
         self._places = places
-        self._use = _Use()
-        self._use_by_key: dict[str, _Use] = {}
+        self.displaced_sequences: dict[str, int] = {}  # since the start, by key
+        room, tokens = SharedRoom(bounds.max_sequences), SharedRoom(bounds.max_tokens)
+        self._sequences = Quota(room, "sequences", "has", "max_queued_sequences")
+        self._tokens = Quota(tokens, "tokens", "may take", "max_queued_tokens")
+        self._requests: dict[Holding, Admitted] = {}
         self._queue = FairQueue()
         self._turns: dict[Claim, Turn] = {}  # those that wait
         self._running = 0
@@ -72,7 +72,7 @@ class Admission:
     @property
     def sequences(self) -> int:
         """Generations of all requests that have not ended."""
-        return self._use.sequences
+        return self._sequences.room.used
 
     @property
     def running_sequences(self) -> int:
@@ -95,63 +95,41 @@ class Admission:
     ) -> Iterator["Admitted"]:
         """Holds room for a request of the current caller while the context lasts.
 
-        RESOURCE_EXHAUSTED without room. `time_remaining` is what is left until the request's
-        deadline, in seconds; None is without one.
+        RESOURCE_EXHAUSTED without room, and when a request of another key displaces this one.
+        `time_remaining` is what is left until the request's deadline, in seconds; None is without
+        one.
         """
         deadline = None if time_remaining is None else self.clock() + time_remaining
         admitted = Admitted(self, caller.current(), priority, deadline)
+        self._requests[admitted.holding] = admitted
         try:
             self.take_sequences(admitted, sequences)
-            yield admitted
+            with admitted.interruptible():
+                yield admitted
         finally:
+            del self._requests[admitted.holding]
             self.give_back(admitted)
 
     def take_sequences(self, admitted: "Admitted", sequences: int) -> None:
         """Counts a request's sequences; RESOURCE_EXHAUSTED where they are too many."""
-        key = admitted.caller
-        own = self._use_by_key.get(key.name, _Use()).sequences
-        for bound, used, whose, subject in (
-            (self._bounds.max_sequences, self._use.sequences, "", "max_queued_sequences"),
-            (key.limits.max_sequences, own, " of this key", "key.max_sequences"),
-        ):
-            if bound is not None and used + sequences > bound:
-                raise resource_exhausted(
-                    f"the queue is full: {used} of {bound} sequences{whose} run or wait, and the "
-                    f"request has {sequences}",
-                    subject,
-                    self._retry_after(admitted),
-                )
-        self._add(admitted, sequences, 0)
+        self._take(self._sequences, admitted, sequences, admitted.caller.limits.max_sequences)
 
     def take_tokens(self, admitted: "Admitted", tokens: int) -> None:
         """Counts a request's tokens; RESOURCE_EXHAUSTED where they are too many."""
-        key = admitted.caller
-        own = self._use_by_key[key.name].tokens
-        for bound, used, whose, subject in (
-            (self._bounds.max_tokens, self._use.tokens, "", "max_queued_tokens"),
-            (key.limits.max_tokens, own, " of this key", "key.max_tokens"),
+        quota, own_bound = self._tokens, admitted.caller.limits.max_tokens
+        for bound, whose, subject in (
+            (quota.room.bound, "", quota.setting),
+            (own_bound, " of this key", "key.max_tokens"),
         ):
-            if bound is None or used + tokens <= bound:
-                continue
-            if tokens > bound:
-                raise resource_exhausted(
-                    f"the request may take {tokens} tokens, and all requests{whose} together "
-                    f"{bound}: ask for fewer answers, or shorter ones",
-                    subject,
-                    retry_after=None,
-                )
-            raise resource_exhausted(
-                f"the queue is full: {used} of {bound} tokens{whose} run or wait, and the request "
-                f"may take {tokens}",
-                subject,
-                self._retry_after(admitted),
-            )
-        self._add(admitted, 0, tokens)
+            if bound is not None and tokens > bound:
+                message = quota.never_fits(tokens, bound, whose)
+                raise resource_exhausted(message, subject, retry_after=None)
+        self._take(quota, admitted, tokens, own_bound)
 
     def give_back(self, admitted: "Admitted") -> None:
-        """The request has ended."""
-        if admitted.use.sequences or admitted.use.tokens:
-            self._add(admitted, -admitted.use.sequences, -admitted.use.tokens)
+        """The request holds no room any more."""
+        self._sequences.room.free(admitted.holding)
+        self._tokens.room.free(admitted.holding)
 
     def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list["Turn"]:
         """A turn for each generation; RESOURCE_EXHAUSTED if the last came after the deadline."""
@@ -166,7 +144,10 @@ class Admission:
             for size in sizes
         ]
         self._refuse_if_late(admitted, claims)
-        turns = [Turn(self, claim, size) for claim, size in zip(claims, sizes, strict=True)]
+        turns = [
+            Turn(self, claim, size, admitted.holding)
+            for claim, size in zip(claims, sizes, strict=True)
+        ]
         for claim, turn in zip(claims, turns, strict=True):
             self._turns[claim] = turn
             self._queue.push(claim)
@@ -201,6 +182,7 @@ class Admission:
         while self._turns and self._running < capacity:
             claim = self._queue.pop()
             turn = self._turns.pop(claim)
+            turn.holding.begun = True
             self._running += 1
             self._queue.charge(claim, turn.size.prompt)
             tokens += turn.size.prompt
@@ -216,14 +198,29 @@ class Admission:
         # Without a replica one at a time goes on and is told so, and nobody waits for nothing.
         return max(1, math.ceil(self._places() * (1 + _AHEAD)))
 
-    def _add(self, admitted: "Admitted", sequences: int, tokens: int) -> None:
-        name = admitted.caller.name
-        own = self._use_by_key.setdefault(name, _Use())
-        for use in (self._use, own, admitted.use):
-            use.sequences += sequences
-            use.tokens += tokens
-        if not own.sequences:
-            del self._use_by_key[name]
+    def _take(self, quota: Quota, admitted: "Admitted", amount: int, own_bound: int | None) -> None:
+        """Takes room, if need be that of requests that wait; RESOURCE_EXHAUSTED without."""
+        holding = admitted.holding
+        if own_bound is not None and quota.room.used_by(holding.key) + amount > own_bound:
+            message = quota.key_is_full(holding, amount, own_bound)
+            subject = f"key.max_{quota.unit}"
+            raise resource_exhausted(message, subject, self._retry_after(admitted))
+        displaced = quota.room.displaced_by(holding, amount)
+        if displaced is None:
+            message = quota.is_full(holding, amount)
+            raise resource_exhausted(message, quota.setting, self._retry_after(admitted))
+        for each in displaced:
+            self._displace(self._requests[each], quota, holding)
+        quota.room.take(holding, amount)
+
+    def _displace(self, admitted: "Admitted", quota: Quota, newcomer: Holding) -> None:
+        """Ends a request of which nothing has begun."""
+        message = quota.displaced(admitted.holding, newcomer)
+        error = resource_exhausted(message, SHARE, self._retry_after(admitted))
+        key, sequences = admitted.holding.key, self._sequences.room.amount(admitted.holding)
+        self.displaced_sequences[key] = self.displaced_sequences.get(key, 0) + sequences
+        self.give_back(admitted)
+        admitted.displace(error)
 
     def _refuse_if_late(self, admitted: "Admitted", claims: Sequence[Claim]) -> None:
         if admitted.deadline is None:
@@ -257,7 +254,7 @@ class Admission:
 
 
 class Admitted:
-    """A request for which there is room."""
+    """A request for which there is room. Belongs to the task that makes it."""
 
     def __init__(
         self, admission: Admission, caller: Caller, priority: int, deadline: float | None
@@ -266,34 +263,73 @@ class Admitted:
         self.caller = caller
         self.priority = priority
         self.deadline = deadline
-        self.use = _Use()
+        self.holding = Holding(caller.name, caller.limits.weight, priority)
         self._admission = admission
+        self._turns: list[Turn] | None = None  # None before it is queued
+        self._task = asyncio.current_task()
+        self._interruption: RequestError | None = None
 
     def queue(self, sizes: Sequence[Size]) -> list["Turn"]:
         """A turn for each of the request's generations; RESOURCE_EXHAUSTED if they are too large,
         or if they would wait longer than the deadline allows.
         """
         if not sizes:  # all of it is refused: it takes nothing, and need not wait
+            self._turns = []
+            self._admission.give_back(self)
             return []
         self._admission.take_tokens(self, sum(size.prompt + size.max_answer for size in sizes))
-        return self._admission.queue(self, sizes)
+        self._turns = self._admission.queue(self, sizes)
+        return self._turns
+
+    def displace(self, error: RequestError) -> None:
+        """Ends the request with `error`, whose generations all wait or are still to be queued."""
+        if self._turns is None:
+            self._interruption = error
+            if self._task is not None:
+                self._task.cancel()
+            return
+        for turn in self._turns:
+            turn.displace(error)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within it, a request that is displaced before it is queued fails with the reason."""
+        before = 0 if self._task is None else self._task.cancelling()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._interruption is None or self._task is None:
+                raise
+            if self._task.uncancel() > before:  # something else ends it, too
+                raise
+            raise self._interruption from None
+        finally:
+            self._interruption = None  # its traceback leads here
 
 
 class Turn:
     """One generation's place: first in the queue, then at a replica.
 
-    It ends exactly once: by `leave` before it has come, by `end` after.
+    It ends exactly once: by `leave` or `displace` before it has come, by `end` after.
     """
 
-    def __init__(self, admission: Admission, claim: Claim, size: Size) -> None:
+    def __init__(self, admission: Admission, claim: Claim, size: Size, holding: Holding) -> None:
         self.size = size
-        # Done when the turn has come. Its callbacks run in the context of whoever added them.
+        self.holding = holding  # the request's
+        # Done when the turn has come, or failed if it will not. Its callbacks run in the context of
+        # whoever added them.
         self.has_come: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waited = 0.0  # seconds in the queue
         self._admission = admission
         self._claim = claim
         self._arrived = admission.clock()
         self._answer_tokens = 0
+
+    @property
+    def granted(self) -> bool:
+        """Whether it has come."""
+        done = self.has_come.done() and not self.has_come.cancelled()
+        return done and self.has_come.exception() is None
 
     def come(self) -> None:
         """For the one who gives out turns."""
@@ -302,8 +338,15 @@ class Turn:
 
     def leave(self) -> None:
         """Gives up a turn that has not come."""
-        self._admission.withdraw(self._claim)
-        self.has_come.cancel()
+        if not self.has_come.done():
+            self._admission.withdraw(self._claim)
+            self.has_come.cancel()
+
+    def displace(self, error: RequestError) -> None:
+        """Fails a turn that has not come, unless it was given up."""
+        if not self.has_come.done():
+            self._admission.withdraw(self._claim)
+            self.has_come.set_exception(error)
 
     def served(self, tokens: int) -> None:
         """More of the answer was made."""

@@ -57,7 +57,7 @@ class Generation:
         if self._sequence is not None:
             self._sequence.cancel()
         elif not self._ended:
-            if self._turn.has_come.done():
+            if self._turn.granted:
                 self._end(cached_prompt_tokens=0)
             else:
                 self._ended = True
@@ -65,7 +65,12 @@ class Generation:
             self._deliver(model_pb2.TokenEvent(finish_reason=FINISH_REASON_CANCELLED))
 
     def _begin(self, has_come: asyncio.Future[None]) -> None:
+        displaced = None if has_come.cancelled() else has_come.exception()
         if has_come.cancelled() or self._ended:
+            return
+        if isinstance(displaced, Exception):
+            self._ended = True
+            self._deliver(displaced)
             return
         try:
             self._sequence = self._replicas.start(self._start, self._take)

@@ -121,6 +121,14 @@ class StateMetrics:
         )
         for key, count in self._admission.queued_tokens.items():
             tokens.add_metric([key], count)
+        displaced = CounterMetricFamily(
+            "chasqui_gateway_displaced_sequences",
+            "Generations that waited and lost their place in the full queue to another key's, by "
+            "the name of the key that lost it.",
+            labels=["key"],
+        )
+        for key, count in [*self._admission.displaced_sequences.items()]:
+            displaced.add_metric([key], count)
         tokenizer = GaugeMetricFamily(
             "chasqui_gateway_tokenizer_ready", "1 while the tokenizer service can be used, else 0."
         )
@@ -134,7 +142,7 @@ class StateMetrics:
             "How often sequences went on at another replica, because theirs was lost.",
         )
         failovers.add_metric((), self._backend.replicas.failovers)
-        own = (running, queued, tokens, tokenizer, detached, failovers)
+        own = (running, queued, tokens, displaced, tokenizer, detached, failovers)
         return [*own, *self._safety(), *self._replicas()]
 
     def _safety(self) -> Iterable[Metric]:

@@ -37,6 +37,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
             running_sequences=self._admission.running_sequences,
             queued_sequences=self._admission.queued_sequences,
             detached_streams=self._streams.detached,
+            displaced_sequences=sum(self._admission.displaced_sequences.values()),
             uptime=_duration(time.monotonic() - self._started),
             safety=None if classifier is None else _peer(classifier.peer),
             serving=self._backend.ready,

@@ -164,6 +164,7 @@ class GetStatusResponse(_message.Message):
     UPTIME_FIELD_NUMBER: _builtins.int
     SAFETY_FIELD_NUMBER: _builtins.int
     SERVING_FIELD_NUMBER: _builtins.int
+    DISPLACED_SEQUENCES_FIELD_NUMBER: _builtins.int
     running_sequences: _builtins.int
     """Generations that run."""
     queued_sequences: _builtins.int
@@ -173,6 +174,10 @@ class GetStatusResponse(_message.Message):
     serving: _builtins.bool
     """Whether requests can be answered, as the gateway's health says it: by the tokenizer service, a
     replica, and the safety service where nothing may go on without it.
+    """
+    displaced_sequences: _builtins.int
+    """Generations of waiting requests that gave their place in the full queue to another key's, since
+    the gateway started.
     """
     @_builtins.property
     def tokenizer(self) -> Global___Peer:
@@ -201,10 +206,11 @@ class GetStatusResponse(_message.Message):
         uptime: _duration_pb2.Duration | None = ...,
         safety: Global___Peer | None = ...,
         serving: _builtins.bool = ...,
+        displaced_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["safety", b"safety", "tokenizer", b"tokenizer", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detached_streams", b"detached_streams", "queued_sequences", b"queued_sequences", "replicas", b"replicas", "running_sequences", b"running_sequences", "safety", b"safety", "serving", b"serving", "tokenizer", b"tokenizer", "uptime", b"uptime"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detached_streams", b"detached_streams", "displaced_sequences", b"displaced_sequences", "queued_sequences", b"queued_sequences", "replicas", b"replicas", "running_sequences", b"running_sequences", "safety", b"safety", "serving", b"serving", "tokenizer", b"tokenizer", "uptime", b"uptime"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,7 @@ def test_status_shows_the_services_of_a_gateway_that_serves(run: Run, target: st
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"gateway    {target}  serving, up ")
-    assert lines[1].strip() == "0 running, 0 queued, 0 detached"
+    assert lines[1].strip() == "0 running, 0 queued, 0 detached, 0 displaced"
     assert lines[2].endswith("  serving")
     heads, replica = lines[4], lines[5]
     assert replica.split()[1:3] == ["serving", "gqa-mp1"]

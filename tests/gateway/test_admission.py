@@ -1,5 +1,6 @@
 """Who is let in, who waits, and what those who are not let in are told."""
 
+import asyncio
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -188,3 +189,80 @@ async def test_replicas_are_given_a_quarter_more_than_they_run() -> None:
     with admission.admit(20, 0, None) as admitted:
         turns = admitted.queue([TEN] * 20)
         assert sum(has_come(turns)) == 10
+
+
+def refusal(turn: Turn) -> RequestError:
+    """Why a turn will not come."""
+    error = turn.has_come.exception()
+    assert isinstance(error, RequestError)
+    return error
+
+
+async def test_newest_waiting_request_of_the_key_with_the_most_gives_way() -> None:
+    house = House(Bounds(max_sequences=6, max_running=1))
+    *older, newest = [house.queue("a")[0] for _ in range(4)]
+    house.queue("c", count=2)
+    house.queue("b", count=2)
+    assert has_come(older) == [True, False, False]
+    assert refusal(newest).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (refusal(newest).quota, refusal(newest).retry_after) == ("key.share", 1)
+    assert "this request's key had 4 of 6 sequences; the key's share is 2" in str(refusal(newest))
+    assert house.admission.displaced_sequences == {"a": 1}
+
+
+async def test_request_goes_as_a_whole_and_its_room_is_free_at_once() -> None:
+    house = House(Bounds(max_sequences=8, max_running=1))
+    house.queue("a")
+    displaced = house.queue("a", count=7)
+    house.queue("b", count=4)
+    assert {refusal(turn).quota for turn in displaced} == {"key.share"}
+    assert (house.admission.sequences, house.admission.queued_sequences) == (5, 4)
+    assert house.admission.queued_tokens == {"b": 40}
+    house.requests.close()
+    assert house.admission.sequences == 0
+
+
+async def test_request_that_has_begun_keeps_its_waiting_generations() -> None:
+    house = House(Bounds(max_sequences=8, max_running=1))
+    begun = house.queue("a", count=8)
+    [other] = house.queue("b")
+    assert has_come([*begun, other]) == [True] + 8 * [False]
+    house.serve(begun[0], seconds=0.1)
+    assert has_come([begun[1], other]) == [False, True]
+
+
+async def test_tokens_are_shared_as_sequences_are() -> None:
+    house = House(Bounds(max_sequences=100, max_tokens=50, max_running=1))
+    *_, newest = [house.queue("a")[0] for _ in range(5)]
+    house.queue("b", count=2)
+    assert "had 50 of 50 tokens; the key's share is 25" in str(refusal(newest))
+    with pytest.raises(RequestError, match="request may take 10; the key's share is 25") as refused:
+        house.queue("b")
+    assert refused.value.quota == "max_queued_tokens"
+
+
+async def test_request_that_is_still_encoded_is_interrupted_when_it_is_displaced() -> None:
+    house = House(Bounds(max_sequences=4, max_running=1))
+    entered = asyncio.Event()
+
+    async def encode() -> None:
+        caller.identify(Caller("a", frozenset({"generate"})))
+        with house.admission.admit(4, 0, None):
+            entered.set()
+            await asyncio.Event().wait()
+
+    encoding = asyncio.create_task(encode())
+    await entered.wait()
+    house.queue("b")
+    with pytest.raises(RequestError, match="a request of another key took the place") as displaced:
+        await encoding
+    assert displaced.value.quota == "key.share"
+    assert (encoding.cancelling(), house.admission.sequences) == (0, 1)
+
+
+async def test_without_keys_a_full_queue_displaces_nothing() -> None:
+    house = House(Bounds(max_sequences=4, max_running=1))
+    turns = house.queue("", count=4, priority=-100)
+    with pytest.raises(RequestError, match=r"the request has 1$"):
+        house.queue("", priority=100)
+    assert has_come(turns) == [True, False, False, False]
