@@ -22,7 +22,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from serving import caller, request_id, tracing
-from serving.errors import RequestError, to_status
+from serving.errors import RequestError, resource_exhausted, to_status
 from serving.metrics import CallMetrics, MethodMetrics
 from serving.seldom import Seldom
 
@@ -50,6 +50,8 @@ _KINDS = {
     (True, False): "client_stream",
     (True, True): "bidi_stream",
 }
+# Accepted calls whose request has not arrived yet, of a server in all; each takes some 30 KB.
+MAX_AWAITED_REQUESTS = 8192
 # Calls that end before their request has arrived: one log line stands for all within this time.
 _EARLY_END_LOG_SECONDS = 10.0
 # What a refusal may wait for a caller that does not read; gRPC then keeps it without us.
@@ -80,6 +82,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._receive_timeout = receive_timeout
         self._authorize = authorize
         self._early_ends = Seldom(_EARLY_END_LOG_SECONDS)
+        self._awaited_requests = 0
 
     async def intercept_service(
         self,
@@ -131,12 +134,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _only_one(self, context: Context) -> bytes:
         """The call's request, still serialized."""
+        if self._awaited_requests >= MAX_AWAITED_REQUESTS:
+            message = f"this server awaits the requests of {MAX_AWAITED_REQUESTS} calls already"
+            raise resource_exhausted(message, "awaited requests")
+        self._awaited_requests += 1
         try:
             async with asyncio.timeout(self._receive_timeout):
                 request = await context.read()
         except TimeoutError:
             message = f"the request did not arrive within {self._receive_timeout:g} seconds"
             raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+        finally:
+            self._awaited_requests -= 1
         if request is grpc.aio.EOF:
             raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
         return cast("bytes", request)
