@@ -2,11 +2,12 @@
 
 import asyncio
 
+import serving  # noqa: F401  # before grpc
 from gateway.backend import Backend
 from gateway.connect import connector
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
-from serving import core_log, logs
+from serving import logs
 from serving.errors import StartError
 from serving.server import serve
 from serving.settings import parse
@@ -25,7 +26,6 @@ async def run(settings: GatewaySettings) -> None:
 
 def main() -> None:
     settings = parse(GatewaySettings, prog="python -m gateway")
-    core_log.gather()
     logs.configure(settings)
     try:
         asyncio.run(run(settings))

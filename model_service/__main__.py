@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
+import serving  # noqa: F401  # before grpc
 from model_service import distributed
 from model_service.arithmetic import choose_device
 from model_service.replica import Replica, ReplicaOptions, load_replica

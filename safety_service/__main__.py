@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+import serving  # noqa: F401  # before grpc
 from safety_service.llama_guard import LlamaGuard, read_policy
 from safety_service.rules import Rules
 from safety_service.servicer import safety_service

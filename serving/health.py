@@ -8,6 +8,7 @@ grace period.
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 import grpc
 import structlog
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from serving.errors import RequestError, unavailable
+from serving.held_streams import HeldStreams
 
 # For whoever restarts what hangs: a gateway without a model is NOT_SERVING, and a restart would not
 # bring it one.
@@ -24,8 +26,11 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    def __init__(self, names: Iterable[str], serving: bool) -> None:
+    """`held` bounds the Watch streams."""
+
+    def __init__(self, names: Iterable[str], serving: bool, held: HeldStreams) -> None:
         self._names = {"", LIVENESS, *names}
+        self._held = held
         self._serving = serving
         self._draining = False
         self._closed = False
@@ -69,21 +74,22 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(
         self,
         request: HealthCheckRequest,
-        _context: object,
+        context: "grpc.aio.ServicerContext[Any, Any]",
     ) -> AsyncIterator[HealthCheckResponse]:
         told: int | None = None
 
         def news() -> bool:
             return self._closed or self._status(request.service) != told
 
-        while True:
-            async with self._changed:
-                await self._changed.wait_for(news)
-            status = self._status(request.service)
-            if status == told:
-                raise unavailable("the server is shutting down")
-            yield HealthCheckResponse(status=status)
-            told = status
+        with self._held.hold(context):
+            while True:
+                async with self._changed:
+                    await self._changed.wait_for(news)
+                status = self._status(request.service)
+                if status == told:
+                    raise unavailable("the server is shutting down")
+                yield HealthCheckResponse(status=status)
+                told = status
 
     def _status(self, name: str) -> int:
         if name not in self._names:

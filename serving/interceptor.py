@@ -14,7 +14,7 @@ import inspect
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -22,8 +22,9 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from serving import caller, request_id, tracing
-from serving.errors import RequestError, to_status
+from serving.errors import RequestError, resource_exhausted, to_status
 from serving.metrics import CallMetrics, MethodMetrics
+from serving.seldom import Seldom
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -39,6 +40,9 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 # Asked for every few seconds by orchestrators and gateways; logged at debug level only.
 _INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.", "/llama.v1.ModelService/GetLoad")
 
+# How a caller without a key, or without the permission, is refused.
+_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+
 # As go-grpc-prometheus calls the kinds.
 _KINDS = {
     (False, False): "unary",
@@ -46,6 +50,10 @@ _KINDS = {
     (True, False): "client_stream",
     (True, True): "bidi_stream",
 }
+# Accepted calls whose request has not arrived yet, of a server in all; each takes some 30 KB.
+MAX_AWAITED_REQUESTS = 8192
+# Calls that end before their request has arrived: one log line stands for all within this time.
+_EARLY_END_LOG_SECONDS = 10.0
 # What a refusal may wait for a caller that does not read; gRPC then keeps it without us.
 _ABORT_SECONDS = 5.0
 
@@ -53,11 +61,15 @@ _ABORT_SECONDS = 5.0
 Authorize = Callable[[str, Iterable[tuple[str, str | bytes]]], caller.Caller]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
     method: str
     id: str
     metrics: MethodMetrics
+    early_ends: Seldom
+    # Whether its caller may make it and its request is here. Only such a call has a log line of its
+    # own: to begin calls and to reset them costs a client next to nothing, and needs no key.
+    accepted: bool = field(default=False, init=False)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -69,6 +81,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._receive_timeout = receive_timeout
         self._authorize = authorize
+        self._early_ends = Seldom(_EARLY_END_LOG_SECONDS)
+        self._awaited_requests = 0
 
     async def intercept_service(
         self,
@@ -82,7 +96,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         metadata = handler_call_details.invocation_metadata
         call_id = request_id.from_metadata(metadata)
-        call = _Call(method, call_id, self._metrics.method(method, _KINDS[streams]))
+        metrics = self._metrics.method(method, _KINDS[streams])
+        call = _Call(method, call_id, metrics, self._early_ends)
         # A stream of requests is a session: what comes over it has traces of its own.
         traced = not (handler.request_streaming or method.startswith(_INFRASTRUCTURE))
         parse = _checked(cast("Callable[[bytes], object]", handler.request_deserializer))
@@ -98,9 +113,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     if traced:  # a stranger's traceparent would add to others' traces
                         span.enter_context(tracing.call(method, metadata))
                     if handler.request_streaming:
+                        call.accepted = True
                         return await _call(handler, requests, context)
-                    request = parse(await self._only_one(context))
-                    return await _call(handler, request, context)
+                    serialized = await self._only_one(context)
+                    call.accepted = True
+                    return await _call(handler, parse(serialized), context)
 
         # A request that does not parse must fail inside of `respond`. A single one arrives there as
         # bytes; of a stream, each is parsed while the service reads.
@@ -117,12 +134,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _only_one(self, context: Context) -> bytes:
         """The call's request, still serialized."""
+        if self._awaited_requests >= MAX_AWAITED_REQUESTS:
+            message = f"this server awaits the requests of {MAX_AWAITED_REQUESTS} calls already"
+            raise resource_exhausted(message, "awaited requests")
+        self._awaited_requests += 1
         try:
             async with asyncio.timeout(self._receive_timeout):
                 request = await context.read()
         except TimeoutError:
             message = f"the request did not arrive within {self._receive_timeout:g} seconds"
             raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+        finally:
+            self._awaited_requests -= 1
         if request is grpc.aio.EOF:
             raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
         return cast("bytes", request)
@@ -175,10 +198,13 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         seconds = time.monotonic() - started
         call.metrics.end(code, seconds)
         tracing.end_call(code)
-        # Strangers could fill the log: who refuses them tells of it, seldom.
-        quiet = call.method.startswith(_INFRASTRUCTURE) or code is grpc.StatusCode.UNAUTHENTICATED
-        log = _log.debug if quiet else _log.info
+        infrastructure = call.method.startswith(_INFRASTRUCTURE)
+        log = _log.info if call.accepted and not infrastructure else _log.debug
         log("call finished", method=call.method, code=code.name, seconds=round(seconds, 6))
+        # Refusals are logged where they are decided.
+        if not call.accepted and not infrastructure and code not in _REFUSED:
+            event = "calls end before their request arrives"
+            call.early_ends.warn(_log, event, method=call.method, code=code.name)
 
 
 async def _abort(

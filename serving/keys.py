@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from serving.caller import ANYBODY, Caller, CallerLimits, Permission
 from serving.errors import RequestError, StartError
 from serving.seldom import Seldom
+from serving.watched_files import WatchedFiles
 
 METADATA_KEY = "authorization"
 SCHEME = "Bearer "
@@ -83,7 +84,7 @@ class KeyRing:
         self._needs = {f"/{service}/": permission for service, permission in needs.items()}
         self._refusals = Seldom(LOG_SECONDS)
         self._checked = time.monotonic()
-        self._changed_at = _changed_at(path)
+        self._file = WatchedFiles([path])
         try:
             self._callers = _read(path)
         except ValueError as error:
@@ -137,10 +138,8 @@ class KeyRing:
         if now - self._checked < CHECK_SECONDS:
             return
         self._checked = now
-        changed_at = _changed_at(self._path)
-        if changed_at == self._changed_at:
+        if not self._file.changed():
             return
-        self._changed_at = changed_at
         try:
             self._callers = _read(self._path)
         except ValueError as error:
@@ -170,11 +169,3 @@ def _read(path: Path) -> dict[str, Caller]:
     except ValueError as error:
         raise ValueError(f"{path}: not a TOML file in UTF-8: {error}") from error
     return {entry.sha256.lower(): entry.caller() for entry in content.keys}
-
-
-def _changed_at(path: Path) -> tuple[int, int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_ino

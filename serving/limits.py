@@ -5,6 +5,7 @@ it: hence the bound on connections, which leaves descriptors for the server's ow
 and the bound on the time to complete a handshake.
 """
 
+import math
 import resource
 
 from serving.settings import ServerSettings
@@ -35,6 +36,8 @@ def server_options(settings: ServerSettings) -> list[Option]:
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
         ("grpc.max_allowed_incoming_connections", settings.max_connections or _room_for_files()),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        # From its first packet on, and again from the end of its last call. Pings do not count.
+        ("grpc.max_connection_idle_ms", math.ceil(settings.max_connection_idle * 1000)),
         # Clients may ping every 10 seconds; half of it leaves room for late and early ones.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import Collector
 
-from serving import tracing
+from serving import reflection, tracing
 from serving.errors import StartError
 from serving.garbage import keep_what_is_loaded
 from serving.health import Health
+from serving.held_streams import HeldStreams
 from serving.interceptor import Authorize, CallInterceptor
 from serving.limits import Option, server_options
 from serving.logs import exit_with_error
@@ -91,7 +91,8 @@ async def serve(settings: ServerSettings, service: Service) -> None:
 @contextlib.asynccontextmanager
 async def running(settings: ServerSettings, service: Service) -> AsyncIterator[Running]:
     """The server, listening; drained at the end of the block. Leaves signals alone."""
-    state = Health(service.names, serving=service.run is None)
+    held = HeldStreams()
+    state = Health(service.names, serving=service.run is None, held=held)
     registry = registry_of(state, service.collectors)
     calls = CallMetrics(registry)
     server = grpc.aio.server(
@@ -100,8 +101,8 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
     )
     service.register(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
-    names = (*service.names, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    names = (*service.names, health.SERVICE_NAME)
+    reflection.enable(server, names, held, settings.receive_timeout)
     address = _bind(server, settings.host, settings.port, _credentials(settings, service))
     with exposed(settings, registry):
         health_server = await _health_server(settings, state, calls)

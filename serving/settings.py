@@ -67,6 +67,14 @@ class ServerSettings(BaseSettings):
             description="connections at once; default what the limit of open files has room for",
         ),
     ] = None
+    max_connection_idle: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=2_000_000,
+            description="seconds without a call after which a connection is closed",
+        ),
+    ] = 300.0
     tls_cert: Annotated[
         Path | None, Field(description="PEM file with the server's certificate chain; turns TLS on")
     ] = None

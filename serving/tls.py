@@ -1,12 +1,11 @@
 """Certificates of servers and callers, read from PEM files, and again when the files change.
 
-A server asks for its files' state at every new connection, a caller whenever it makes a channel. A
+A server looks at its files at every new connection, a caller whenever it makes a channel. A
 changed set of files is used only if it fits together: a half-written or mismatched one is logged,
 and the certificates in use stay.
 """
 
 import copy
-import os
 import ssl
 import threading
 from collections.abc import Iterator
@@ -18,11 +17,9 @@ import grpc
 import structlog
 
 from serving.errors import StartError
+from serving.watched_files import WatchedFiles
 
 _log = structlog.stdlib.get_logger(__name__)
-
-# Of each file: when it was changed, its size, and which one it is, as links may be swapped.
-_Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +51,7 @@ class ServerCertificates:
     """
 
     def __init__(self, files: TlsFiles) -> None:
-        self._files = _WatchedFiles(files)
+        self._files = _CurrentPem(files)
         self._needs_client = files.ca is not None
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -77,7 +74,7 @@ class PeerCertificates:
     """
 
     def __init__(self, files: TlsFiles, name: str | None = None) -> None:
-        self._files = _WatchedFiles(files)
+        self._files = _CurrentPem(files)
         # The name that certificates must have, in place of the address that is connected to.
         self.options = () if name is None else (("grpc.ssl_target_name_override", name),)
 
@@ -96,13 +93,13 @@ class PeerCertificates:
         return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
 
 
-class _WatchedFiles:
+class _CurrentPem:
     """The last contents of the files that fitted together."""
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
         self._lock = threading.Lock()
-        self._seen = _stamp(files)
+        self._watched = WatchedFiles(files)
         try:
             self.pem = _read(files)
         except ValueError as error:
@@ -111,10 +108,8 @@ class _WatchedFiles:
     def refresh(self) -> bool:
         """Reads the files if they changed since the last look; True if `pem` is new."""
         with self._lock:
-            stamp = _stamp(self._files)
-            if stamp == self._seen:
+            if not self._watched.changed():
                 return False
-            self._seen = stamp
             try:
                 self.pem = _read(self._files)
             except ValueError as error:
@@ -161,15 +156,3 @@ def _blaming(*paths: Path | None) -> Iterator[None]:
 
 def _no_password() -> str:
     return ""
-
-
-def _stamp(files: TlsFiles) -> _Stamp:
-    return tuple(_file_stamp(path) if path else None for path in files)
-
-
-def _file_stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        stat = os.stat(path)  # noqa: PTH116  # several times cheaper, and asked at each connection
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -7,6 +7,7 @@ from typing import Annotated
 import structlog
 from pydantic import Field
 
+import serving  # noqa: F401  # before grpc
 from serving import logs
 from serving.server import serve
 from serving.settings import Port, ServerSettings, parse

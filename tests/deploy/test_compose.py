@@ -20,6 +20,7 @@ FILES = {
 # Bounds on what strangers cost; they reach the gateway alone.
 OF_STRANGERS = {
     *("CHASQUI_MAX_CONNECTIONS", "CHASQUI_MAX_CONCURRENT_STREAMS", "CHASQUI_RECEIVE_TIMEOUT"),
+    "CHASQUI_MAX_CONNECTION_IDLE",
 }
 OURS = {name: DOCUMENT["services"][name] for name in SERVICES}
 

@@ -44,11 +44,15 @@ def succeeds(locked: LockedGateway) -> None:
 
 @pytest.fixture
 def unharmed(locked: LockedGateway) -> Iterator[Callable[[], None]]:
-    """Checks that a friend is served, when called and at the end, and that the log stays short."""
+    """Checks that a friend is served, when called and at the end, and that the log stays short and
+    has no line but the gateway's own.
+    """
     before = len(locked.process.log)
     yield lambda: succeeds(locked)
     succeeds(locked)
-    assert len(locked.process.log) - before < 20
+    lines = locked.process.log[before:]
+    assert len(lines) < 20
+    assert all(line.startswith("{") for line in lines)
 
 
 def status_of(call: Callable[[], object]) -> grpc.StatusCode:

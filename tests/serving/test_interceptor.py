@@ -1,7 +1,11 @@
 """What holds for every call of every service, on each of the four kinds of RPC."""
 
 import asyncio
+import io
+import json
+import socket
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
@@ -10,7 +14,42 @@ from google.protobuf.wrappers_pb2 import StringValue
 from google.rpc.error_details_pb2 import BadRequest
 from grpc_status.rpc_status import aio as rpc_status
 
+from serving.server import running
+from serving.settings import ServerSettings
+
 Logged = Callable[[], list[dict[str, Any]]]
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """A frame of HTTP/2."""
+    header = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+    return header + payload
+
+
+def reset_calls(address: str, path: str, count: int) -> None:
+    """Begins calls and resets each at once; returns when the server has read all of that."""
+    headers = {":method": "POST", ":scheme": "http", ":path": path, ":authority": address}
+    headers |= {"te": "trailers", "content-type": "application/grpc"}
+    block = b"".join(  # as literals that are in no table
+        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in headers.items()
+    )
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), 30) as to_server:
+        to_server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0))
+        for stream in range(1, 2 * count, 2):
+            cancel = frame(3, 0, stream, (8).to_bytes(4, "big"))
+            to_server.sendall(frame(1, 4, stream, block) + cancel)
+        to_server.sendall(frame(6, 0, 0, b"read all"))
+        answers = b""
+        while frame(6, 1, 0, b"read all") not in answers:
+            received = to_server.recv(4096)
+            assert received, "the server has closed the connection"
+            answers += received
+
+
+def parsed(log: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.getvalue().splitlines()]
 
 
 def start_stream(to_server: grpc.aio.Channel, text: str) -> Any:
@@ -88,6 +127,22 @@ async def test_each_call_logs_one_line_without_what_was_said(
     assert (lines[0]["code"], lines[0]["request_id"]) == ("OK", "abc")
     assert lines[0]["seconds"] >= 0
     assert "private" not in str(lines)
+
+
+@pytest.mark.parametrize("method", ["unary_unary", "unary_stream"])
+async def test_calls_that_are_reset_at_once_are_told_of_seldom(
+    configure_logs: Any, echo: Any, servers: AsyncExitStack, method: str
+) -> None:
+    log = configure_logs(log_level="debug", log_format="json")
+    server = await servers.enter_async_context(running(ServerSettings(), echo.service()))
+    await asyncio.to_thread(reset_calls, server.address, f"/test.Echo/{method}", 100)
+    ended: list[dict[str, Any]] = []
+    while len(ended) < 100:  # the log alone tells of them
+        await asyncio.sleep(0)
+        ended = [each for each in parsed(log) if each["event"] == "call finished"]
+    assert {each["level"] for each in ended} == {"debug"}
+    [told] = [each for each in parsed(log) if each["level"] == "warning"]
+    assert told["event"] == "calls end before their request arrives"
 
 
 async def test_request_that_is_not_utf8_is_the_callers_fault(call: Any, kind: str) -> None:

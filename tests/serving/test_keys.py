@@ -1,5 +1,6 @@
 """API keys: who is who, what each may do, and what a changed file changes."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def test_keys_share_cached_prompts_where_the_file_says_so(path: Path) -> None:
         ("secret-o", "/test.Unknown/Say", grpc.StatusCode.PERMISSION_DENIED),
         ("secret", "/test.Echo/Say", grpc.StatusCode.UNAUTHENTICATED),
         ("", "/grpc.reflection.v1alpha.ServerReflection/X", grpc.StatusCode.UNAUTHENTICATED),
+        ("", "/grpc.reflection.v1.ServerReflection/X", grpc.StatusCode.UNAUTHENTICATED),
     ],
 )
 def test_what_a_key_does_not_allow_is_refused(
@@ -97,6 +99,17 @@ def test_changed_file_counts_at_the_next_call(
     assert isinstance(call(ring, "secret-b"), Caller)
     [broken] = [line for line in logged() if "not reloaded" in line["event"]]
     assert "keys.0.name: Field required" in broken["reason"]
+
+
+def test_key_is_revoked_by_an_edit_in_place_that_keeps_the_time_stamp(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "CHECK_SECONDS", 0)
+    ring, before = KeyRing(path, NEEDS), path.stat()
+    path.write_text(path.read_text().replace(key_digest("secret-a"), key_digest("secret-b")))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert call(ring, "secret-a") == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_refusals_are_told_of_seldom_and_without_the_key(path: Path, logged: Logged) -> None:

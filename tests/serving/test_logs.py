@@ -3,6 +3,9 @@
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +16,17 @@ from serving import logs
 
 Configure = Callable[..., io.StringIO]
 Logged = Callable[[], list[dict[str, Any]]]
+
+# Ends with 0 if gRPC, when it is first imported, is told to write errors alone.
+IMPORTS = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "grpc":
+            os._exit(os.environ.get("GRPC_VERBOSITY") != "ERROR")
+sys.meta_path.insert(0, Finder())
+import {service}.__main__
+"""
 
 
 def test_event_is_one_json_object_a_line(logged: Logged) -> None:
@@ -63,3 +77,13 @@ def test_exit_with_error_is_one_line_and_status_1(logged: Logged) -> None:
         logs.exit_with_error("no such file")
     assert stop.value.code == 1
     assert [(line["event"], line["level"]) for line in logged()] == [("no such file", "critical")]
+
+
+@pytest.mark.parametrize(
+    "service", ["gateway", "tokenizer_service", "model_service", "safety_service"]
+)
+def test_service_quiets_grpc_before_it_is_imported(service: str) -> None:
+    program = IMPORTS.format(service=service)
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", program], check=False, env=environment)
+    assert done.returncode == 0

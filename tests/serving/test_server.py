@@ -12,8 +12,6 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
-from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
-from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from serving.errors import StartError
 from serving.server import Health, Service, channel, running, serve
@@ -31,17 +29,6 @@ def say(to_server: grpc.aio.Channel, text: str) -> Any:
 
 def nothing(_server: grpc.aio.Server) -> None:
     """Registers no methods."""
-
-
-async def test_reflection_lists_all_services(echo_channel: grpc.aio.Channel) -> None:
-    stub: Any = ServerReflectionStub(echo_channel)  # type: ignore[arg-type]  # aio works as well
-    call = stub.ServerReflectionInfo(iter([ServerReflectionRequest(list_services="")]))
-    response = (await call.read()).list_services_response
-    assert sorted(service.name for service in response.service) == [
-        "grpc.health.v1.Health",
-        "grpc.reflection.v1alpha.ServerReflection",
-        "test.Echo",
-    ]
 
 
 async def test_request_above_the_limit_is_refused(echo: Any) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -68,6 +69,22 @@ async def test_new_certificate_is_shown_without_a_restart(
     files = issue(trustme.CA(), tmp_path)
     assert await say(server.address, files) == "hello"
     assert "certificates reloaded" in [line["event"] for line in logged()]
+
+
+async def test_certificate_is_shown_that_was_written_in_place_under_the_old_time(
+    tmp_path: Path, echo: Any, servers: AsyncExitStack
+) -> None:
+    def padded(files: TlsFiles) -> TlsFiles:
+        for path in files:
+            assert path is not None
+            path.write_bytes(path.read_bytes().ljust(4096, b"\n"))
+            os.utime(path, (0, 0))
+        return files
+
+    files = padded(issue(trustme.CA(), tmp_path))
+    server = await servers.enter_async_context(running(settings(files), echo.service()))
+    files = padded(issue(trustme.CA(), tmp_path))
+    assert await say(server.address, files) == "hello"
 
 
 async def test_caller_reads_its_files_again_when_it_connects(

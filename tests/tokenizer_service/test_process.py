@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
@@ -68,6 +69,24 @@ def test_request_id_is_in_the_answer_and_in_the_log(launch: Any, model_path: Pat
         _, call = encode.with_call(EncodeRequest(), metadata=(("x-request-id", "abc"),))
     assert dict(call.trailing_metadata())["x-request-id"] == "abc"
     assert process.wait_for("call finished")["request_id"] == "abc"
+
+
+def test_failed_handshake_writes_no_raw_line(
+    launch: Any, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    authority = trustme.CA()
+    pair = tmp_path / "pair.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pair)
+    tls = ("--tls_cert", pair, "--tls_key", pair)
+    process = launch("--tokenizer_path", model_path, "--port", "0", *tls)
+    host, _, port = process.wait_for("listening")["address"].rpartition(":")
+    with socket.create_connection((host, int(port)), 30) as plaintext:
+        plaintext.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        while plaintext.recv(4096):
+            pass
+    process.popen.terminate()
+    assert process.wait() == 0  # every line was one of the log's own
 
 
 def test_help_lists_flags_and_variables() -> None:
