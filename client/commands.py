@@ -22,7 +22,13 @@ from client.aio import AsyncClient
 from client.channel import Access
 from client.conversation import Conversation, print_choices, printed
 from client.errors import ChasquiError, UnreachableError
-from client.flags import access_settings, one_line_errors, setting, target_setting
+from client.flags import (
+    access_settings,
+    one_line_errors,
+    priority_setting,
+    setting,
+    target_setting,
+)
 from client.key_commands import keys
 from client.load.command import bench
 from client.model_commands import model
@@ -43,7 +49,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def sampling_settings(command: F) -> F:
-    """The flags of `client.requests.Sampling` that a line can hold, and the call's deadline."""
+    """The flags of `client.requests.Sampling` that a line can hold, priority and deadline."""
     settings = (
         setting("temperature", type=float, help="0 is greedy."),
         setting("top_p", type=float, help="Probability mass to sample from."),
@@ -62,7 +68,8 @@ def sampling_settings(command: F) -> F:
         setting("repetition_penalty", type=float, help="Above 1 discourages repetition."),
         setting("presence_penalty", type=float, help="Lowers tokens that the answer has."),
         setting("frequency_penalty", type=float, help="The same, for each time it has them."),
-        setting("timeout", type=float, help="Seconds an answer may take."),
+        priority_setting,
+        setting("timeout", type=float, help="Seconds an answer may take.  [default: no limit]"),
     )
     for each in reversed(settings):
         command = each(command)

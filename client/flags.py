@@ -26,6 +26,12 @@ target_setting = setting(
     "target", default=DEFAULT_TARGET, show_default=True, help="Address of the gateway, host:port."
 )
 
+priority_setting = setting(
+    "priority",
+    type=int,
+    help="Higher goes first when requests wait, -100 to 100.  [default: 0]",
+)
+
 # Not a flag: a command line is for all users of the machine to read.
 API_KEY_VARIABLE = "CHASQUI_API_KEY"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -23,6 +23,7 @@ from client.resumption import (
     ResumableStream,
     StreamRequest,
     StreamResponse,
+    resume_limit,
 )
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
@@ -55,7 +56,7 @@ class Client:
         resume_seconds: float = RESUME_SECONDS,
     ) -> None:
         self.target = target
-        self._resume_seconds = resume_seconds
+        self._resume_seconds = resume_limit(resume_seconds)
         self._streams: set[ResumableStream] = set()  # that are being read
         self._channel = open_channel(target, tls)
         channel = with_key(self._channel, api_key)
@@ -89,7 +90,7 @@ class Client:
         """Answers several dialogs in one call, in their order; `n` answers in a row to each."""
         request = requests.chat(chat_pb2.ChatCompleteRequest, dialogs, options, n)
         with self._readable_errors():
-            response = self._stub.ChatComplete(request, timeout=options.get("timeout"))
+            response = self._stub.ChatComplete(request, timeout=requests.deadline(options))
         return [results.chat_prediction(each) for each in response.predictions]
 
     def chat_stream(
@@ -124,7 +125,7 @@ class Client:
         """Continues several prompts, all texts or all token ids, like `chat_many`."""
         request = requests.text(chat_pb2.TextCompleteRequest, prompts, options, n)
         with self._readable_errors():
-            response = self._stub.TextComplete(request, timeout=options.get("timeout"))
+            response = self._stub.TextComplete(request, timeout=requests.deadline(options))
         return [results.text_prediction(each) for each in response.predictions]
 
     def complete_stream(
@@ -144,25 +145,25 @@ class Client:
         """The token ids and text that a dialog becomes; spends no model time."""
         request = requests.render_prompt(dialog, options)
         with self._readable_errors():
-            response = self._stub.RenderPrompt(request, timeout=options.get("timeout"))
+            response = self._stub.RenderPrompt(request, timeout=requests.deadline(options))
         return results.rendered_prompt(response)
 
     def get_status(self, **options: Unpack[CallOptions]) -> status.GatewayStatus:
         """What the gateway sees: its replicas, their load, and what runs and waits."""
         request = requests.get_status(options)
         with self._readable_errors():
-            response = self._operator.GetStatus(request, timeout=options.get("timeout"))
+            response = self._operator.GetStatus(request, timeout=requests.deadline(options))
         return status.gateway_status(response)
 
     def get_model(self, **options: Unpack[CallOptions]) -> Model:
         """What is served: model, limits, defaults."""
         request = requests.get_model(options)
         with self._readable_errors():
-            response = self._stub.GetModel(request, timeout=options.get("timeout"))
+            response = self._stub.GetModel(request, timeout=requests.deadline(options))
         return results.model(response)
 
     def _resumable(self, request: StreamRequest, options: CallOptions) -> ResumableStream:
-        return ResumableStream(request, options.get("timeout"), self._resume_seconds)
+        return ResumableStream(request, requests.deadline(options), self._resume_seconds)
 
     def _stream(self, stream: ResumableStream) -> Stream:
         # The call begins here and not sooner: a generator that is never entered has no `finally`.
