@@ -4,6 +4,7 @@ from client.aio import AsyncClient
 from client.channel import DEFAULT_TARGET, Tls
 from client.errors import (
     ChasquiError,
+    ConnectionSettingsError,
     DeadlineExceededError,
     InvalidRequestError,
     ResourceExhaustedError,
@@ -38,6 +39,7 @@ __all__ = [
     "ChatOptions",
     "ChatPrediction",
     "Client",
+    "ConnectionSettingsError",
     "DeadlineExceededError",
     "Delta",
     "Dialog",

@@ -21,7 +21,7 @@ from click.core import ParameterSource
 from client.aio import AsyncClient
 from client.channel import Access
 from client.conversation import Conversation, print_choices, printed
-from client.errors import ChasquiError, UnreachableError
+from client.errors import ChasquiError, ConnectionSettingsError, UnreachableError
 from client.flags import (
     access_settings,
     one_line_errors,
@@ -273,6 +273,8 @@ def _answers(target: str, access: Access) -> bool:
     with Client(target, tls=access.tls, api_key=access.api_key) as client:
         try:
             client.get_model()
+        except ConnectionSettingsError:
+            raise  # something is there
         except UnreachableError:
             return False
     return True

@@ -14,7 +14,8 @@ import grpc
 
 from client import requests, results, status
 from client.channel import DEFAULT_TARGET, Tls, open_channel, with_key
-from client.errors import from_rpc_error
+from client.diagnosis import explained
+from client.errors import ChasquiError, UnreachableError, from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
 from client.resumption import (
@@ -45,6 +46,8 @@ class Client:
     A method whose call fails raises a ChasquiError. Options are keyword arguments, spelled out in
     `client.requests`. Without `tls` it talks plaintext; the key then, too, is for all to read. A
     stream whose connection breaks is tried to go on with for `resume_seconds`; 0 lets it fail.
+
+    ValueError: `target` is neither host:port nor another of gRPC's forms.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Client:
         resume_seconds: float = RESUME_SECONDS,
     ) -> None:
         self.target = target
+        self._tls = tls
         self._resume_seconds = resume_limit(resume_seconds)
         self._streams: set[ResumableStream] = set()  # that are being read
         self._channel = open_channel(target, tls)
@@ -177,13 +181,18 @@ class Client:
                             yield event
                     stream.end()
                 except grpc.RpcError as error:
-                    pause = stream.pause_after(from_rpc_error(error, self.target))
-                    time.sleep(pause)
+                    time.sleep(self._pause_after(stream, from_rpc_error(error, self.target)))
                 finally:
                     call.cancel()
         finally:
             self._streams.discard(stream)
             self._cancel([stream])
+
+    def _pause_after(self, stream: ResumableStream, error: ChasquiError) -> float:
+        try:
+            return stream.pause_after(error)
+        except UnreachableError as final:
+            raise explained(final, self.target, self._tls) from final.__cause__
 
     def _call(self, stream: ResumableStream) -> Call:
         request, timeout = stream.next_request(), stream.time_left()
@@ -211,4 +220,4 @@ class Client:
         try:
             yield
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self.target) from error
+            raise explained(from_rpc_error(error, self.target), self.target, self._tls) from error

@@ -223,12 +223,3 @@ def test_a_stream_that_is_never_read_makes_no_call(unfinished: Any) -> None:
         client.chat_stream(HELLO).close()
 
     assert not unfinished.cancelled.is_set()
-
-
-def test_a_proxy_is_not_asked_for_this_machine(
-    target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-
-    with Client(target) as client:
-        assert client.get_model().name == "gqa-mp1"
