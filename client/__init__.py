@@ -31,6 +31,7 @@ from client.results import (
 )
 from client.status import GatewayStatus, Load, Peer, PeerState, ReplicaInfo, ReplicaStatus
 from client.sync import Client
+from client.tags import special_tags, without_special_tags
 
 __all__ = [
     "DEFAULT_TARGET",
@@ -71,4 +72,6 @@ __all__ = [
     "UnreachableError",
     "Usage",
     "Violation",
+    "special_tags",
+    "without_special_tags",
 ]
