@@ -4,6 +4,7 @@ from client.aio import AsyncClient
 from client.channel import DEFAULT_TARGET, Tls
 from client.errors import (
     ChasquiError,
+    ConnectionSettingsError,
     DeadlineExceededError,
     InvalidRequestError,
     ResourceExhaustedError,
@@ -30,6 +31,7 @@ from client.results import (
 )
 from client.status import GatewayStatus, Load, Peer, PeerState, ReplicaInfo, ReplicaStatus
 from client.sync import Client
+from client.tags import special_tags, without_special_tags
 
 __all__ = [
     "DEFAULT_TARGET",
@@ -38,6 +40,7 @@ __all__ = [
     "ChatOptions",
     "ChatPrediction",
     "Client",
+    "ConnectionSettingsError",
     "DeadlineExceededError",
     "Delta",
     "Dialog",
@@ -69,4 +72,6 @@ __all__ = [
     "UnreachableError",
     "Usage",
     "Violation",
+    "special_tags",
+    "without_special_tags",
 ]

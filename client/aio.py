@@ -6,15 +6,16 @@ the stream there and then.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol, Self, Unpack
 
 import grpc
 
 from client import requests, results, status
 from client.channel import DEFAULT_TARGET, Tls, open_aio_channel, with_key
-from client.errors import from_rpc_error
+from client.diagnosis import explained
+from client.errors import ChasquiError, UnreachableError, from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
 from client.resumption import (
@@ -23,6 +24,7 @@ from client.resumption import (
     ResumableStream,
     StreamRequest,
     StreamResponse,
+    resume_limit,
 )
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
@@ -44,6 +46,8 @@ class AsyncClient:
     A method whose call fails raises a ChasquiError. Options are keyword arguments, spelled out in
     `client.requests`. Without `tls` it talks plaintext; the key then, too, is for all to read. A
     stream whose connection breaks is tried to go on with for `resume_seconds`; 0 lets it fail.
+
+    ValueError: `target` is neither host:port nor another of gRPC's forms.
     """
 
     def __init__(
@@ -55,7 +59,8 @@ class AsyncClient:
         resume_seconds: float = RESUME_SECONDS,
     ) -> None:
         self.target = target
-        self._resume_seconds = resume_seconds
+        self._tls = tls
+        self._resume_seconds = resume_limit(resume_seconds)
         self._streams: set[ResumableStream] = set()  # that are being read
         self._channel = open_aio_channel(target, tls)
         channel = with_key(self._channel, api_key)
@@ -88,8 +93,8 @@ class AsyncClient:
     ) -> list[ChatPrediction]:
         """Answers several dialogs in one call, in their order; `n` answers in a row to each."""
         request = requests.chat(chat_pb2.ChatCompleteRequest, dialogs, options, n)
-        with self._readable_errors():
-            response = await self._stub.ChatComplete(request, timeout=options.get("timeout"))
+        async with self._readable_errors():
+            response = await self._stub.ChatComplete(request, timeout=requests.deadline(options))
         return [results.chat_prediction(each) for each in response.predictions]
 
     def chat_stream(
@@ -123,8 +128,8 @@ class AsyncClient:
     ) -> list[TextPrediction]:
         """Continues several prompts, all texts or all token ids, like `chat_many`."""
         request = requests.text(chat_pb2.TextCompleteRequest, prompts, options, n)
-        with self._readable_errors():
-            response = await self._stub.TextComplete(request, timeout=options.get("timeout"))
+        async with self._readable_errors():
+            response = await self._stub.TextComplete(request, timeout=requests.deadline(options))
         return [results.text_prediction(each) for each in response.predictions]
 
     def complete_stream(
@@ -145,26 +150,26 @@ class AsyncClient:
     ) -> RenderedPrompt:
         """The token ids and text that a dialog becomes; spends no model time."""
         request = requests.render_prompt(dialog, options)
-        with self._readable_errors():
-            response = await self._stub.RenderPrompt(request, timeout=options.get("timeout"))
+        async with self._readable_errors():
+            response = await self._stub.RenderPrompt(request, timeout=requests.deadline(options))
         return results.rendered_prompt(response)
 
     async def get_status(self, **options: Unpack[CallOptions]) -> status.GatewayStatus:
         """What the gateway sees: its replicas, their load, and what runs and waits."""
         request = requests.get_status(options)
-        with self._readable_errors():
-            response = await self._operator.GetStatus(request, timeout=options.get("timeout"))
+        async with self._readable_errors():
+            response = await self._operator.GetStatus(request, timeout=requests.deadline(options))
         return status.gateway_status(response)
 
     async def get_model(self, **options: Unpack[CallOptions]) -> Model:
         """What is served: model, limits, defaults."""
         request = requests.get_model(options)
-        with self._readable_errors():
-            response = await self._stub.GetModel(request, timeout=options.get("timeout"))
+        async with self._readable_errors():
+            response = await self._stub.GetModel(request, timeout=requests.deadline(options))
         return results.model(response)
 
     def _resumable(self, request: StreamRequest, options: CallOptions) -> ResumableStream:
-        return ResumableStream(request, options.get("timeout"), self._resume_seconds)
+        return ResumableStream(request, requests.deadline(options), self._resume_seconds)
 
     async def _stream(self, stream: ResumableStream) -> Stream:
         # The call begins here and not sooner: a generator that is never entered has no `finally`.
@@ -178,13 +183,19 @@ class AsyncClient:
                             yield event
                     stream.end()
                 except grpc.RpcError as error:
-                    pause = stream.pause_after(from_rpc_error(error, self.target))
+                    pause = await self._pause_after(stream, from_rpc_error(error, self.target))
                     await asyncio.sleep(pause)
                 finally:
                     call.cancel()
         finally:
             self._streams.discard(stream)
             await self._cancel([stream])
+
+    async def _pause_after(self, stream: ResumableStream, error: ChasquiError) -> float:
+        try:
+            return stream.pause_after(error)
+        except UnreachableError as final:
+            raise await self._explained(final) from final.__cause__
 
     def _call(self, stream: ResumableStream) -> Call:
         request, timeout = stream.next_request(), stream.time_left()
@@ -204,9 +215,12 @@ class AsyncClient:
             calls = [self._stub.Cancel(request, timeout=CANCEL_SECONDS) for request in requests]
             await asyncio.gather(*calls, return_exceptions=True)
 
-    @contextmanager
-    def _readable_errors(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _readable_errors(self) -> AsyncIterator[None]:
         try:
             yield
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self.target) from error
+            raise await self._explained(from_rpc_error(error, self.target)) from error
+
+    async def _explained(self, error: ChasquiError) -> ChasquiError:
+        return await asyncio.to_thread(explained, error, self.target, self._tls)

@@ -2,12 +2,15 @@
 gateway, how to know it, and how to be known.
 """
 
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import grpc
+
+from client import targets
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -20,7 +23,6 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # After a restart of the server the next call finds it: gRPC's own bound is two minutes.
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
-_LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 Options = tuple[tuple[str, int | str], ...]
 
@@ -39,11 +41,31 @@ class Tls:
     name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """OSError where a file cannot be read."""
+        """OSError where a file cannot be read, ValueError where its contents cannot be used."""
+        self.context()
         ca, key, cert = (
             path.read_bytes() if path else None for path in (self.ca, self.key, self.cert)
         )
         return grpc.ssl_channel_credentials(ca, key, cert)
+
+    def context(self) -> ssl.SSLContext:
+        """The same for Python's own TLS, which says what is wrong; errors as of `credentials`."""
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key belong together: give both")
+        used = self.ca
+        try:
+            context = ssl.create_default_context(cafile=used)
+            used = self.cert
+            if self.cert is not None:
+                # Without a password of its own, OpenSSL would ask for one on the terminal.
+                context.load_cert_chain(self.cert, self.key, password="")
+        except ssl.SSLError as error:
+            # OpenSSL has no reason where it finds nothing at all in the file.
+            reason = (error.reason or "it holds none").replace("_", " ").lower()
+            raise ValueError(f"{used} cannot be used as a certificate: {reason}") from error
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # newer Pythons are stricter than gRPC
+        context.set_alpn_protocols(["h2"])
+        return context
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +80,12 @@ OPEN = Access()
 
 
 def channel_options(target: str, tls: Tls | None = None) -> Options:
-    """Channel options; an `http_proxy` in the environment is not asked for this machine itself."""
+    """Channel options; a proxy of the environment is not asked for this machine itself.
+
+    ValueError: it is no target.
+    """
     options: Options = _OPTIONS
-    if target.startswith(_LOOPBACK):
+    if targets.is_local(target):
         options = (*options, ("grpc.enable_http_proxy", 0))
     if tls is not None and tls.name is not None:
         options = (*options, ("grpc.ssl_target_name_override", tls.name))

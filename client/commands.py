@@ -21,8 +21,14 @@ from click.core import ParameterSource
 from client.aio import AsyncClient
 from client.channel import Access
 from client.conversation import Conversation, print_choices, printed
-from client.errors import ChasquiError, UnreachableError
-from client.flags import access_settings, one_line_errors, setting, target_setting
+from client.errors import ChasquiError, ConnectionSettingsError, UnreachableError
+from client.flags import (
+    access_settings,
+    one_line_errors,
+    priority_setting,
+    setting,
+    target_setting,
+)
 from client.key_commands import keys
 from client.load.command import bench
 from client.model_commands import model
@@ -38,12 +44,13 @@ from client.supervisor import (
     readable,
 )
 from client.sync import Client
+from client.tags import special_tags
 
 F = TypeVar("F", bound=Callable[..., object])
 
 
 def sampling_settings(command: F) -> F:
-    """The flags of `client.requests.Sampling` that a line can hold, and the call's deadline."""
+    """The flags of `client.requests.Sampling` that a line can hold, priority and deadline."""
     settings = (
         setting("temperature", type=float, help="0 is greedy."),
         setting("top_p", type=float, help="Probability mass to sample from."),
@@ -62,11 +69,18 @@ def sampling_settings(command: F) -> F:
         setting("repetition_penalty", type=float, help="Above 1 discourages repetition."),
         setting("presence_penalty", type=float, help="Lowers tokens that the answer has."),
         setting("frequency_penalty", type=float, help="The same, for each time it has them."),
-        setting("timeout", type=float, help="Seconds an answer may take."),
+        priority_setting,
+        setting("timeout", type=float, help="Seconds an answer may take.  [default: no limit]"),
     )
     for each in reversed(settings):
         command = each(command)
     return command
+
+
+def _instructions(_context: click.Context, _flag: click.Parameter, value: str | None) -> str | None:
+    if tags := special_tags(value or ""):
+        raise click.BadParameter(f"must not hold {' or '.join(tags)}: no dialog may")
+    return value
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -157,7 +171,7 @@ def serve(
 
 @main.command()
 @target_setting
-@setting("system", help="Instructions for the model.")
+@setting("system", callback=_instructions, help="Instructions for the model.")
 @click.option("--ask", metavar="TEXT", help="Ask this, print the answer, leave.")
 @click.option(
     "--n", type=int, help="With --ask: print so many answers, the seed of each counted up."
@@ -188,6 +202,8 @@ def chat(
     """Talk to the model. /help lists what else one may type."""
     if n is not None and ask is None:
         raise click.UsageError("--n needs --ask: a conversation goes on from one answer")
+    if ask is None and sys.stdin is None:
+        raise click.UsageError("standard input is closed, and questions come from there: use --ask")
     with contextlib.ExitStack() as stack:
         if start_services and not _answers(target, access):
             is_default = context.get_parameter_source("target") is ParameterSource.DEFAULT
@@ -217,7 +233,8 @@ def chat(
 def complete(
     text: str, *, target: str, access: Access, n: int | None, **options: Unpack[TextOptions]
 ) -> None:
-    """Continue TEXT."""
+    """Continue TEXT. The continuation begins with the space that belongs behind TEXT, if any."""
+    options["exact_continuation"] = True
     with (
         Client(target, tls=access.tls, api_key=access.api_key) as client,
         contextlib.closing(client.complete_stream(text, n=n, **options)) as stream,
@@ -266,6 +283,8 @@ def _answers(target: str, access: Access) -> bool:
     with Client(target, tls=access.tls, api_key=access.api_key) as client:
         try:
             client.get_model()
+        except ConnectionSettingsError:
+            raise  # something is there
         except UnreachableError:
             return False
     return True
@@ -291,8 +310,8 @@ def _log_to(path: Path | None) -> Iterator[Log]:
         stream = (
             sys.stderr if path is None else stack.enter_context(path.open("a", encoding="utf-8"))
         )
-        shown = readable if stream.isatty() else str
-        yield lambda name, line: click.echo(f"{name} | {shown(line)}", file=stream)
+        shown = readable if stream is not None and stream.isatty() else str
+        yield lambda name, line: click.echo(f"{name} | {shown(line)}", file=stream, err=True)
 
 
 def _summary(model: Model) -> str:

@@ -5,9 +5,10 @@ The dialog lives here and is sent with every question; the services remember not
 
 import importlib
 import json
+import os
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from math import exp
 from pathlib import Path
@@ -18,6 +19,8 @@ from client.errors import ChasquiError
 from client.requests import ChatOptions, Message
 from client.results import Delta, Event, Finished, FinishReason, Started, Token
 from client.sync import Client
+from client.tags import special_tags, without_special_tags
+from client.wrapping import WordWrap
 
 HELP = """\
 /system TEXT  give the model instructions; without TEXT, take them back
@@ -58,6 +61,8 @@ class Conversation:
                     self._obey(text)
                 elif text:
                     self.ask(text)
+            except BrokenPipeError:
+                raise  # nothing shows answers any more
             except (ChasquiError, OSError) as error:
                 if not interactive:
                     raise
@@ -89,9 +94,10 @@ class Conversation:
         if not answer and finish_reason is FinishReason.STOP:
             _note("(the answer is empty)")
         # A refused question would have every later one refused, too, and a turn needs an answer.
-        refused = finish_reason in (FinishReason.UNSAFE, FinishReason.SAFETY)
-        if answer and not refused:
-            self._turns += [user, {"role": "assistant", "content": answer}]
+        if finish_reason is FinishReason.UNSAFE:
+            _note_refusal(question)
+        elif answer and finish_reason is not FinishReason.SAFETY:
+            self._keep(user, answer)
 
     def ask_for_choices(self, question: str, n: int) -> None:
         """Prints `n` answers; the conversation does not go on from any of them."""
@@ -99,6 +105,18 @@ class Conversation:
         dialog = [*self._dialog(first_turn=self._dropped_turns), user]
         with closing(self._client.chat_stream(dialog, n=n, **self._options)) as stream:
             print_choices(stream, n)
+        _note_refusal(question)
+
+    def _keep(self, user: Message, answer: str) -> None:
+        kept = without_special_tags(answer)
+        if tags := special_tags(answer):
+            left_out = "the tags" if kept.strip() else "this turn"
+            _note(
+                f"(the answer holds {' and '.join(tags)}, which no dialog may hold: the "
+                f"conversation goes on without {left_out})"
+            )
+        if kept.strip() or not tags:
+            self._turns += [user, {"role": "assistant", "content": kept}]
 
     def _dialog(self, first_turn: int = 0) -> list[Message]:
         system: list[Message] = []
@@ -115,6 +133,8 @@ class Conversation:
     def _obey(self, text: str) -> None:
         command, _, argument = text.partition(" ")
         match command:
+            case "/system" if tags := special_tags(argument):
+                _note(f"instructions must not hold {' or '.join(tags)}: they are as before")
             case "/system":
                 self._system = argument.strip() or None
                 _note("instructions set" if self._system else "instructions taken back")
@@ -141,11 +161,11 @@ class Conversation:
 
 def printed(stream: Iterator[Event]) -> Iterator[Event]:
     """Passes the events on and prints their text, with a line's end also where the stream fails."""
-    at_line_start = True
+    at_line_start, form = True, _form()
     try:
         for event in stream:
             if isinstance(event, Delta):
-                click.echo(event.text, nl=False)
+                click.echo(form(event.text), nl=False)
                 at_line_start = event.text.endswith("\n")
             elif not at_line_start:
                 click.echo()
@@ -154,6 +174,14 @@ def printed(stream: Iterator[Event]) -> Iterator[Event]:
     finally:
         if not at_line_start:
             click.echo()
+
+
+def _form() -> Callable[[str], str]:
+    """How text is shown that begins on a new line: broken between words, if on a terminal."""
+    if sys.stdout is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return str
+    terminal = sys.stdout.fileno()
+    return WordWrap(lambda: os.get_terminal_size(terminal).columns)
 
 
 def print_choices(stream: Iterator[Event], n: int) -> None:
@@ -171,6 +199,14 @@ def _note_ending(reason: FinishReason, categories: Sequence[str]) -> None:
     if reason in _ENDINGS:
         found = f": {', '.join(categories)}" if categories else ""
         _note(f"({_ENDINGS[reason]}{found})")
+
+
+def _note_refusal(question: str) -> None:
+    if tags := special_tags(question):
+        _note(
+            f"(the question holds {' and '.join(tags)}, which no dialog may hold: it was not "
+            "answered, and the conversation goes on without it)"
+        )
 
 
 def in_turn(stream: Iterator[Event]) -> Iterator[Event]:

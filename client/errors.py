@@ -59,7 +59,13 @@ class UnavailableError(ChasquiError):
 
 
 class UnreachableError(UnavailableError):
-    """Nothing answers at the target, or the connection to it broke."""
+    """Nothing answers at the target, or the connection broke; `client.diagnosis` may know more."""
+
+
+class ConnectionSettingsError(UnreachableError):
+    """The target cannot be reached with these settings: TLS on one side alone, a certificate that
+    one side does not accept, a proxy that does not let the connection through.
+    """
 
 
 class ResourceExhaustedError(ChasquiError):
@@ -125,8 +131,8 @@ def _request_id(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | Non
 
 def _unreachable(message: str, target: str, request_id: str | None) -> UnreachableError:
     # gRPC nests its reasons, "failed to connect to all addresses; last error: …: Connection
-    # refused", and people understand the innermost.
-    reason = message.rpartition(": ")[2].rstrip("]")
+    # refused", and people understand the innermost. Behind a failed handshake it adds an "OK".
+    reason = message.removesuffix(": OK").rpartition(": ")[2].rstrip("]")
     if request_id is None:
         return UnreachableError(f"nothing answers at {target} ({reason})")
     return UnreachableError(f"the connection to {target} broke ({reason})", request_id)

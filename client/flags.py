@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
+from client import targets
 from client.channel import DEFAULT_TARGET, Access, Tls
-from client.errors import ChasquiError, UnreachableError
+from client.errors import ChasquiError, ConnectionSettingsError, UnreachableError
 from client.supervisor import SupervisorError
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -22,8 +23,26 @@ def setting(name: str, **attributes: Any) -> Callable[[F], F]:  # noqa: ANN401
     return click.option(f"--{name}", envvar=variable, show_envvar=True, **attributes)
 
 
+def _target(_context: click.Context, _flag: click.Parameter, value: str) -> str:
+    try:
+        targets.addresses(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
 target_setting = setting(
-    "target", default=DEFAULT_TARGET, show_default=True, help="Address of the gateway, host:port."
+    "target",
+    default=DEFAULT_TARGET,
+    show_default=True,
+    callback=_target,
+    help="Address of the gateway, host:port.",
+)
+
+priority_setting = setting(
+    "priority",
+    type=int,
+    help="Higher goes first when requests wait, -100 to 100.  [default: 0]",
 )
 
 # Not a flag: a command line is for all users of the machine to read.
@@ -73,7 +92,14 @@ def _access(
     api_key = os.environ.get(API_KEY_VARIABLE) or None
     if api_key_file is not None:
         api_key = api_key_file.read_text("utf-8").strip()
-    return Access(Tls(ca, client_cert, client_key, tls_name) if tls or ca else None, api_key)
+    if not (tls or ca):
+        return Access(None, api_key)
+    encryption = Tls(ca, client_cert, client_key, tls_name)
+    try:
+        encryption.context()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    return Access(encryption, api_key)
 
 
 @contextlib.contextmanager
@@ -81,6 +107,10 @@ def one_line_errors() -> Iterator[None]:
     """What went wrong goes to stderr without a traceback, and the exit status is 1."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever read the output has enough: click ends the command without a word
+    except ConnectionSettingsError as error:
+        raise click.ClickException(str(error)) from error
     except UnreachableError as error:
         advice = "Start the services with `chasqui serve`, or name another address with --target."
         raise click.ClickException(f"{error}. {advice}") from error

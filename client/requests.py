@@ -4,12 +4,21 @@ Only what protobuf cannot carry is refused here, by the path that the server wou
 of the contract is left to the server, so that there is one place that knows it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
 from contextlib import contextmanager
 from typing import Literal, TypedDict, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as Protobuf
 
+from client import arguments
 from client.errors import Violation, invalid_request
 from llama.v1 import chat_pb2, operator_pb2, sampling_pb2
 
@@ -40,7 +49,7 @@ class Sampling(TypedDict, total=False):
     top_k: int | None
     max_gen_len: int | None
     seed: int | None
-    stop: Sequence[str] | None
+    stop: str | Sequence[str] | None  # a text is one stop string
     stop_token_ids: Sequence[int] | None
     repetition_penalty: float | None
     presence_penalty: float | None
@@ -50,7 +59,10 @@ class Sampling(TypedDict, total=False):
 
 
 class CallOptions(TypedDict, total=False):
-    """Keyword arguments of every method: `timeout` is the call's deadline in seconds."""
+    """Keyword arguments of every method: `timeout` is the call's deadline in seconds.
+
+    None and inf are no limit.
+    """
 
     timeout: float | None
 
@@ -58,23 +70,26 @@ class CallOptions(TypedDict, total=False):
 class ChatOptions(CallOptions, Sampling, total=False):
     """Keyword arguments of the chat methods."""
 
-    logprobs: bool
-    top_logprobs: int
-    context_policy: ContextPolicy
+    logprobs: bool | None
+    top_logprobs: int | None
+    context_policy: ContextPolicy | None
+    priority: int | None
 
 
 class TextOptions(CallOptions, Sampling, total=False):
     """Keyword arguments of the completion methods."""
 
-    logprobs: bool
-    top_logprobs: int
-    echo: bool
+    logprobs: bool | None
+    top_logprobs: int | None
+    echo: bool | None
+    exact_continuation: bool | None
+    priority: int | None
 
 
 class RenderOptions(CallOptions, total=False):
     """Keyword arguments of `render_prompt`."""
 
-    context_policy: ContextPolicy
+    context_policy: ContextPolicy | None
 
 
 _ROLES: Mapping[str, chat_pb2.Role.ValueType] = {
@@ -88,6 +103,22 @@ _CONTEXT_POLICIES: Mapping[str, chat_pb2.ContextPolicy.ValueType] = {
 }
 # Fields with one value; the others are containers.
 _SAMPLING_FIELDS = sorted(Sampling.__optional_keys__ - {"stop", "stop_token_ids", "logit_bias"})
+
+_CHAT_FIELDS = ("logprobs", "top_logprobs", "priority")
+_TEXT_FIELDS = (*_CHAT_FIELDS, "echo", "exact_continuation")
+
+_MESSAGES = 'a list of messages such as {"role": "user", "content": "…"}'
+_MESSAGE = 'a message such as {"role": "user", "content": "…"}'
+_MAX_ID = 2**32 - 1
+
+# How a value becomes one of a field of this type.
+_SCALARS: Mapping[int, Callable[[object], object]] = {
+    FieldDescriptor.CPPTYPE_UINT32: lambda value: arguments.integer(value, 0, _MAX_ID),
+    FieldDescriptor.CPPTYPE_UINT64: lambda value: arguments.integer(value, 0, 2**64 - 1),
+    FieldDescriptor.CPPTYPE_INT32: lambda value: arguments.integer(value, -(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_FLOAT: arguments.number,
+    FieldDescriptor.CPPTYPE_BOOL: arguments.flag,
+}
 
 # The unary and the streaming request of a kind have the same fields.
 ChatRequest = TypeVar(
@@ -105,17 +136,14 @@ def chat(
     n: int | None = None,
 ) -> ChatRequest:
     """A request of this kind; refuses what cannot be sent with InvalidRequestError."""
-    _refuse_unknown(options, ChatOptions.__optional_keys__)
     request = kind()
-    refusals = _Refusals()
-    for index, dialog in enumerate(dialogs):
-        _set_dialog(request.dialogs.add(), dialog, f"dialogs[{index}]", refusals)
-    _set_sampling(request.sampling, options, refusals)
-    _set_fields(request, ("logprobs", "top_logprobs"), options, "", refusals)
-    with refusals.at("context_policy"):
-        request.context_policy = _choice(_CONTEXT_POLICIES, options.get("context_policy", "reject"))
-    _set_fields(request, ("n",), {"n": n}, "", refusals)
-    refusals.raise_any()
+    with _refusals(options, ChatOptions.__optional_keys__) as refusals:
+        for index, dialog in enumerate(refusals.items("dialogs", dialogs, "a list of dialogs")):
+            _set_dialog(request.dialogs.add(), dialog, f"dialogs[{index}]", refusals)
+        _set_sampling(request.sampling, options, refusals)
+        _set_fields(request, _CHAT_FIELDS, options, "", refusals)
+        _set_context_policy(request, options, refusals)
+        _set_fields(request, ("n",), {"n": n}, "", refusals)
     return request
 
 
@@ -126,52 +154,47 @@ def text(
     n: int | None = None,
 ) -> TextRequest:
     """A request of this kind; the contract takes texts or token ids, not both in one request."""
-    _refuse_unknown(options, TextOptions.__optional_keys__)
     request = kind()
-    refusals = _Refusals()
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            with refusals.at(f"prompts[{index}]"):
-                request.prompts.append(prompt)
-        else:
-            with refusals.at(f"prompt_ids[{index}]"):
-                request.prompt_ids.add().ids.extend(prompt)
-    _set_sampling(request.sampling, options, refusals)
-    _set_fields(request, ("logprobs", "top_logprobs", "echo"), options, "", refusals)
-    _set_fields(request, ("n",), {"n": n}, "", refusals)
-    refusals.raise_any()
+    with _refusals(options, TextOptions.__optional_keys__) as refusals:
+        for index, prompt in enumerate(refusals.items("prompts", prompts, "a list of prompts")):
+            _add_prompt(request, prompt, index, refusals)
+        _set_sampling(request.sampling, options, refusals)
+        _set_fields(request, _TEXT_FIELDS, options, "", refusals)
+        _set_fields(request, ("n",), {"n": n}, "", refusals)
     return request
 
 
 def render_prompt(dialog: Dialog, options: RenderOptions) -> chat_pb2.RenderPromptRequest:
     """A request for the prompt of one dialog."""
-    _refuse_unknown(options, RenderOptions.__optional_keys__)
     request = chat_pb2.RenderPromptRequest()
-    refusals = _Refusals()
-    _set_dialog(request.dialog, dialog, "dialog", refusals)
-    with refusals.at("context_policy"):
-        request.context_policy = _choice(_CONTEXT_POLICIES, options.get("context_policy", "reject"))
-    refusals.raise_any()
+    with _refusals(options, RenderOptions.__optional_keys__) as refusals:
+        _set_dialog(request.dialog, dialog, "dialog", refusals)
+        _set_context_policy(request, options, refusals)
     return request
 
 
 def get_model(options: CallOptions) -> chat_pb2.GetModelRequest:
     """A request for what is served."""
-    _refuse_unknown(options, CallOptions.__optional_keys__)
-    return chat_pb2.GetModelRequest()
+    with _refusals(options, CallOptions.__optional_keys__):
+        return chat_pb2.GetModelRequest()
 
 
 def get_status(options: CallOptions) -> operator_pb2.GetStatusRequest:
     """A request for what the gateway sees."""
-    _refuse_unknown(options, CallOptions.__optional_keys__)
-    return operator_pb2.GetStatusRequest()
+    with _refusals(options, CallOptions.__optional_keys__):
+        return operator_pb2.GetStatusRequest()
+
+
+def deadline(options: CallOptions) -> float | None:
+    """Seconds that the call of a request made here may take; None: as long as it takes."""
+    return arguments.seconds(options.get("timeout"))
 
 
 class _Refusals:
-    """Collects what protobuf refuses, so that a caller reads all of it at once."""
+    """Collects the values that cannot be sent, so that a caller reads all of them at once."""
 
     def __init__(self) -> None:
-        self._violations: list[Violation] = []
+        self.found: list[Violation] = []
 
     @contextmanager
     def at(self, path: str) -> Iterator[None]:
@@ -180,42 +203,95 @@ class _Refusals:
             yield
         except UnicodeEncodeError as error:
             surrogate = f"U+{ord(error.object[error.start]):04X} at character {error.start}"
-            self._add(path, f"holds a lone surrogate ({surrogate}), which is not valid unicode")
-        except (AttributeError, TypeError) as error:
-            self._add(path, f"has the wrong type ({error})")
+            self.add(path, f"holds a lone surrogate ({surrogate}), which is not valid unicode")
         except ValueError as error:
-            self._add(path, f"cannot be sent ({error})")
+            self.add(path, str(error))
 
-    def raise_any(self) -> None:
-        if self._violations:
-            raise invalid_request(self._violations)
+    def items(self, path: str, value: object, wanted: str, *, ordered: bool = True) -> list[object]:
+        """The items of the list for the field at `path`; none if it is no list."""
+        try:
+            return arguments.items(value, wanted, ordered=ordered)
+        except ValueError as error:
+            self.add(path, str(error))
+            return []
 
-    def _add(self, path: str, description: str) -> None:
-        self._violations.append(Violation(path, description))
+    def add(self, path: str, description: str) -> None:
+        self.found.append(Violation(path, description))
 
 
-def _refuse_unknown(options: Mapping[str, object], known: frozenset[str]) -> None:
+@contextmanager
+def _refusals(options: CallOptions, known: frozenset[str]) -> Iterator[_Refusals]:
+    """For the options of a call; raises at the end what could not be sent."""
     # What Python does by itself for a function that spells its keyword arguments out.
     unknown = sorted(options.keys() - known)
     if unknown:
         raise TypeError(
             f"unknown option {', '.join(unknown)}; there are {', '.join(sorted(known))}"
         )
+    refusals = _Refusals()
+    with refusals.at("timeout"):
+        deadline(options)
+    yield refusals
+    if refusals.found:
+        raise invalid_request(refusals.found)
 
 
-def _choice(choices: Mapping[str, T], name: str) -> T:
-    if name not in choices:
-        raise ValueError(f"{name!r} is none of {', '.join(choices)}")
+def _choice(choices: Mapping[str, T], name: object) -> T:
+    if not isinstance(name, str) or name not in choices:
+        *others, last = choices
+        given = repr(name) if isinstance(name, str) else arguments.kind(name)
+        raise ValueError(f"must be {', '.join(others)} or {last}, not {given}")
     return choices[name]
 
 
-def _set_dialog(target: chat_pb2.Dialog, dialog: Dialog, path: str, refusals: _Refusals) -> None:
-    for index, message in enumerate(dialog):
-        added = target.messages.add()
-        with refusals.at(f"{path}.messages[{index}].role"):
+def _set_dialog(target: chat_pb2.Dialog, dialog: object, path: str, refusals: _Refusals) -> None:
+    for index, message in enumerate(refusals.items(path, dialog, _MESSAGES)):
+        added, at = target.messages.add(), f"{path}.messages[{index}]"
+        if not isinstance(message, Mapping):
+            refusals.add(at, f"must be {_MESSAGE}, not {arguments.kind(message)}")
+            continue
+        with refusals.at(f"{at}.role"):
             added.role = _choice(_ROLES, message.get("role"))
-        with refusals.at(f"{path}.messages[{index}].content"):
-            added.content = message.get("content")
+        with refusals.at(f"{at}.content"):
+            added.content = arguments.text(message.get("content"))
+
+
+def _add_prompt(
+    request: chat_pb2.TextCompleteRequest | chat_pb2.TextCompleteStreamRequest,
+    prompt: object,
+    index: int,
+    refusals: _Refusals,
+) -> None:
+    if isinstance(prompt, str):
+        with refusals.at(f"prompts[{index}]"):
+            request.prompts.append(prompt)
+        return
+    ids, path = request.prompt_ids.add().ids, f"prompt_ids[{index}]"
+    given = refusals.items(f"prompts[{index}]", prompt, "a text or a list of token ids")
+    _add_ids(ids, given, f"{path}.ids", refusals)
+
+
+def _add_ids(
+    target: MutableSequence[int], ids: Sequence[object], path: str, refusals: _Refusals
+) -> None:
+    try:
+        target.extend([arguments.integer(token_id, 0, _MAX_ID) for token_id in ids])
+    except ValueError:
+        for index, token_id in enumerate(ids):
+            with refusals.at(f"{path}[{index}]"):
+                arguments.integer(token_id, 0, _MAX_ID)
+
+
+def _set_context_policy(
+    request: chat_pb2.ChatCompleteRequest
+    | chat_pb2.ChatCompleteStreamRequest
+    | chat_pb2.RenderPromptRequest,
+    options: Mapping[str, object],
+    refusals: _Refusals,
+) -> None:
+    policy = options.get("context_policy")
+    with refusals.at("context_policy"):
+        request.context_policy = _choice(_CONTEXT_POLICIES, "reject" if policy is None else policy)
 
 
 def _set_fields(
@@ -227,19 +303,39 @@ def _set_fields(
 ) -> None:
     for name in names:
         if (value := options.get(name)) is not None:
+            field = target.DESCRIPTOR.fields_by_name[name]
             with refusals.at(prefix + name):
-                setattr(target, name, value)
+                setattr(target, name, _SCALARS[field.cpp_type](value))
 
 
 def _set_sampling(
     target: sampling_pb2.SamplingParams, options: Sampling, refusals: _Refusals
 ) -> None:
     _set_fields(target, _SAMPLING_FIELDS, options, "sampling.", refusals)
-    for index, string in enumerate(options.get("stop") or ()):
-        with refusals.at(f"sampling.stop[{index}]"):
-            target.stop.append(string)
-    for index, token_id in enumerate(options.get("stop_token_ids") or ()):
-        with refusals.at(f"sampling.stop_token_ids[{index}]"):
-            target.stop_token_ids.append(token_id)
-    with refusals.at("sampling.logit_bias"):
-        target.logit_bias.update(options.get("logit_bias") or {})
+    if (stop := options.get("stop")) is not None:
+        texts: Sequence[object] = [stop]
+        if not isinstance(stop, str):
+            texts = refusals.items(
+                "sampling.stop", stop, "a text or a list of texts", ordered=False
+            )
+        for index, string in enumerate(texts):
+            with refusals.at(f"sampling.stop[{index}]"):
+                target.stop.append(arguments.text(string))
+    if (stop_ids := options.get("stop_token_ids")) is not None:
+        path = "sampling.stop_token_ids"
+        ids = refusals.items(path, stop_ids, "a list of token ids", ordered=False)
+        _add_ids(target.stop_token_ids, ids, path, refusals)
+    if (biases := options.get("logit_bias")) is not None:
+        _set_logit_bias(target.logit_bias, biases, refusals)
+
+
+def _set_logit_bias(
+    target: MutableMapping[int, float], biases: object, refusals: _Refusals
+) -> None:
+    if not isinstance(biases, Mapping):
+        rule = f"must be a dictionary of token ids and numbers, not {arguments.kind(biases)}"
+        refusals.add("sampling.logit_bias", rule)
+        return
+    for token_id, bias in biases.items():
+        with refusals.at(f"sampling.logit_bias[{token_id}]"):
+            target[arguments.integer(token_id, 0, _MAX_ID)] = arguments.number(bias)

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import cast
 
 from client.requests import Message, Sampling
+from client.tags import without_special_tags
 from llama.v1 import chat_pb2, sampling_pb2
 
 
@@ -81,8 +82,11 @@ class ChatPrediction:
 
     @property
     def message(self) -> Message:
-        """The answer as a message, to append to the dialog."""
-        return {"role": "assistant", "content": self.content}
+        """The answer as a message, to append to the dialog.
+
+        Without the special tags that `content` may hold: a dialog with one is refused.
+        """
+        return {"role": "assistant", "content": without_special_tags(self.content)}
 
 
 @dataclass(frozen=True, slots=True)

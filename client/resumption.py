@@ -7,6 +7,7 @@ was restarted does not; then the same request is made again with the seed that w
 gives the same tokens, and what has been delivered is compared and left out.
 """
 
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import grpc
 
-from client import results
+from client import arguments, results
 from client.errors import (
     ChasquiError,
     DeadlineExceededError,
@@ -40,6 +41,15 @@ StreamResponse = (
     | chat_pb2.TextCompleteStreamResponse
     | chat_pb2.ResumeStreamResponse
 )
+
+
+def resume_limit(resume_seconds: float) -> float:
+    """The bound as it was given to a client; ValueError: it is none."""
+    try:
+        limit = arguments.seconds(resume_seconds)
+    except ValueError as error:
+        raise ValueError(f"resume_seconds {error}") from None
+    return math.inf if limit is None else limit
 
 
 class ResumableStream:

@@ -39,11 +39,17 @@ class Answer:
         """Whether a stop string has ended the text; later ids are ignored."""
         return self._stop.found
 
-    def echo(self) -> Delta:
-        """The prompt's text where it is wanted and does not come with the prompt's tokens."""
-        if not self._options.echo or self._options.prompt_logprobs:
+    def begin(self) -> Delta:
+        """The prompt's text where it is wanted and does not come with the prompt's tokens.
+
+        Where the answer is to continue the prompt's text exactly, the detokenizer reads the prompt
+        first: a space or a character's last bytes in front of the answer depend on it.
+        """
+        options = self._options
+        if options.prompt_logprobs or not (options.echo or options.exact_continuation):
             return Delta("", [])
-        return Delta("".join(map(self._detokenizer.push, self._prompt_ids)), [])
+        text = "".join(map(self._detokenizer.push, self._prompt_ids))
+        return Delta(text if options.echo else "", [])
 
     def take(self, event: model_pb2.TokenEvent) -> Delta:
         """What an event adds."""

@@ -249,7 +249,7 @@ def _first_events(
             yield Delta(refusal.text, [])
         usage = chat_pb2.Usage(total=_since(arrived))
         yield Finished(refusal.reason, usage, safety_categories=refusal.safety_categories)
-    elif generation is not None and (echo := generation.answer.echo()).text:
+    elif generation is not None and (echo := generation.answer.begin()).text:
         yield echo
 
 

@@ -85,6 +85,7 @@ class Options:
     logprobs: bool
     top_logprobs: int
     echo: bool = False
+    exact_continuation: bool = False
     n: int = 1  # answers to each dialog or prompt
     priority: int = 0
 
@@ -102,10 +103,18 @@ def options(request: ChatRequest | TextRequest, context_length: int) -> Options:
     sampling.MergeFrom(request.sampling)
     stop = tuple(StopString.compile(text) for text in sampling.stop)
     del sampling.stop[:]
-    echo = isinstance(request, TextRequest) and request.echo
-    n = choices(request)
+    echo = exact_continuation = False
+    if isinstance(request, TextRequest):
+        echo, exact_continuation = request.echo, request.exact_continuation
     return Options(
-        sampling, stop, request.logprobs, request.top_logprobs, echo, n, request.priority
+        sampling,
+        stop,
+        request.logprobs,
+        request.top_logprobs,
+        echo=echo,
+        exact_continuation=exact_continuation,
+        n=choices(request),
+        priority=request.priority,
     )
 
 

@@ -12,6 +12,9 @@ from gateway.request import RequestLimits
 from gateway.safety_options import SafetyOptions
 from serving.settings import Port, ServerSettings
 
+# Seconds, 31 years. gRPC counts deadlines in 64-bit nanoseconds, and a longer one passes at once.
+MAX_TIMEOUT = 1e9
+
 
 class GatewaySettings(ServerSettings):
     """Serves llama.v1.ChatService: dialogs and texts in, predictions out."""
@@ -35,6 +38,7 @@ class GatewaySettings(ServerSettings):
         float,
         Field(
             gt=0,
+            le=MAX_TIMEOUT,
             description="seconds that a replica may leave a question for its load unanswered, and "
             "a third of those that it may run sequences without a step; then it is lost",
         ),
@@ -150,7 +154,12 @@ class GatewaySettings(ServerSettings):
         ),
     ] = "closed"
     safety_timeout: Annotated[
-        float, Field(gt=0, description="seconds that the safety service has for one judgement")
+        float,
+        Field(
+            gt=0,
+            le=MAX_TIMEOUT,
+            description="seconds that the safety service has for one judgement",
+        ),
     ] = 5.0
     safety_chunk: Annotated[
         int, Field(ge=1, description="characters of an answer that are judged, then shown, at once")

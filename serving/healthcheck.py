@@ -5,12 +5,15 @@ found. It runs every few seconds beside the service, so it imports next to nothi
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
+
+_ENDLESS = 1e9  # seconds, 31 years
 
 SERVING = HealthCheckResponse.ServingStatus.Name(HealthCheckResponse.SERVING)
 
@@ -22,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("target", type=_target, metavar="HOST:PORT", help="address of the server")
     parser.add_argument(
-        "--timeout", type=float, default=5.0, help="seconds it has to answer (default: 5)"
+        "--timeout",
+        type=_seconds,
+        default=5.0,
+        help="seconds it has to answer; inf: any number (default: 5)",
     )
     arguments = parser.parse_args(argv)
     state = health(arguments.target, arguments.timeout)
@@ -30,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if state == SERVING else 1
 
 
-def health(target: str, timeout: float) -> str:
+def health(target: str, timeout: float | None) -> str:
     """The state of the server as a whole, or why it did not tell."""
     # Docker hands its client's proxy settings to containers; this must not leave the container.
     with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
@@ -47,6 +53,17 @@ def _target(text: str) -> str:
     if not (host and port.isdigit()):
         raise argparse.ArgumentTypeError(f"must be HOST:PORT, got {text!r}")
     return text
+
+
+def _seconds(text: str) -> float | None:
+    """None for more than gRPC can count, which it would take for no time at all."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
+    return None if seconds > _ENDLESS else seconds
 
 
 if __name__ == "__main__":

@@ -12,8 +12,15 @@ from typing import TypeVar, cast
 
 import click
 
+from client.arguments import seconds
 from client.channel import Access
-from client.flags import access_settings, one_line_errors, setting, target_setting
+from client.flags import (
+    access_settings,
+    one_line_errors,
+    priority_setting,
+    setting,
+    target_setting,
+)
 from client.load import lengths, plot, report
 from client.load.generator import Closed, Open, Until
 from client.load.lengths import Lengths
@@ -41,9 +48,9 @@ def _checked(read: Callable[[S], T]) -> Callable[..., T | None]:
     return callback
 
 
-def _number(value: float) -> float:
-    if math.isnan(value):  # passes every range
-        raise ValueError("must be a number")
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
     return value
 
 
@@ -73,7 +80,7 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @setting(
     "rate",
     type=POSITIVE,
-    callback=_checked(_number),
+    callback=_checked(_finite),
     help="Open loop instead: requests per second, whatever becomes of them.",
 )
 @setting(
@@ -81,7 +88,7 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     type=click.IntRange(1),
     help=f"Requests to send.  [default: {DEFAULT_REQUESTS}, without --duration]",
 )
-@setting("duration", type=POSITIVE, callback=_checked(_number), help="Seconds to send for.")
+@setting("duration", type=POSITIVE, callback=_checked(seconds), help="Seconds to send for.")
 @setting(
     "warmup",
     type=click.IntRange(0),
@@ -129,7 +136,8 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @setting("repetition_penalty", type=float, help="Above 1 discourages repetition.")
 @setting("presence_penalty", type=float, help="Lowers tokens that the answer has.")
 @setting("frequency_penalty", type=float, help="The same, for each time it has them.")
-@setting("timeout", type=POSITIVE, callback=_checked(_number), help="Seconds an answer may take.")
+@priority_setting
+@setting("timeout", type=POSITIVE, callback=_checked(seconds), help="Seconds an answer may take.")
 @setting(
     "connections",
     type=click.IntRange(1),

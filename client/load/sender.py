@@ -11,7 +11,7 @@ from typing import Self, cast
 
 import grpc
 
-from client import results
+from client import arguments, results
 from client.channel import OPEN, Access, open_aio_channel, with_key
 from client.errors import (
     ChasquiError,
@@ -46,7 +46,7 @@ class Sender:
         access: Access = OPEN,
     ) -> None:
         self._target = target
-        self._timeout = timeout
+        self._timeout = arguments.seconds(timeout)
         # gRPC lets equal channels share one connection unless each has a pool of its own.
         own_pool = ("grpc.use_local_subchannel_pool", 1)
         self._channels = [

@@ -16,6 +16,7 @@ from client.errors import InvalidRequestError
 from client.load.lengths import Lengths
 from client.requests import ChatOptions, Dialog, Sampling, TextOptions
 from client.results import Model
+from client.tags import special_tags
 from llama.v1 import chat_pb2
 
 # Unknown, beginning and end of sequence in Llama's vocabulary: no ordinary text has them.
@@ -140,4 +141,6 @@ def _dialog(line: str, number: int) -> Dialog:
         requests.chat(chat_pb2.ChatCompleteStreamRequest, [messages], {})
     except InvalidRequestError as error:
         raise ValueError(f"line {number}: {error}") from error
+    if tags := special_tags("\n".join(message["content"] for message in messages)):
+        raise ValueError(f"line {number} holds {' and '.join(tags)}, so it would not be answered")
     return cast("Dialog", messages)

@@ -15,7 +15,9 @@ const definition = loader.loadSync("llama/v1/chat.proto", {
 });
 const { ChatService } = grpc.loadPackageDefinition(definition).llama.v1;
 
-const client = new ChatService(target, grpc.credentials.createInsecure());
+// Without the option, an http_proxy in the environment is asked for this machine, too.
+const direct = { "grpc.enable_http_proxy": 0 };
+const client = new ChatService(target, grpc.credentials.createInsecure(), direct);
 const stream = client.ChatCompleteStream({
   dialogs: [{ messages: [{ role: "ROLE_USER", content: question }] }],
   sampling: { temperature: 0 },

@@ -694,6 +694,7 @@ class TextCompleteRequest(_message.Message):
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    EXACT_CONTINUATION_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report tokens with their logprobs."""
     top_logprobs: _builtins.int
@@ -707,6 +708,11 @@ class TextCompleteRequest(_message.Message):
     priority: _builtins.int
     """Higher goes first when requests wait; equal ones go in turn by caller. Range -100 to 100, and at
     most what the caller's key allows; default 0.
+    """
+    exact_continuation: _builtins.bool
+    """Return the text exactly as `echo` would show it behind the prompt, so that the prompt and the
+    continuation can be joined. Absent or false: as Meta's code does, the continuation is decoded on its
+    own, and the space in front of its first word is lost.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -731,10 +737,11 @@ class TextCompleteRequest(_message.Message):
         prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
         n: _builtins.int | None = ...,
         priority: _builtins.int | None = ...,
+        exact_continuation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "echo", b"echo", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
@@ -786,6 +793,7 @@ class TextCompleteStreamRequest(_message.Message):
     N_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EXACT_CONTINUATION_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """Report tokens with their logprobs."""
     top_logprobs: _builtins.int
@@ -806,6 +814,11 @@ class TextCompleteStreamRequest(_message.Message):
     breaks, and the call's deadline holds until its first event alone. ALREADY_EXISTS while the caller
     has another stream of this name, running or ended. Absent: a broken connection or a passed deadline
     cancels it.
+    """
+    exact_continuation: _builtins.bool
+    """Return the text exactly as `echo` would show it behind the prompt, so that the prompt and the
+    continuation can be joined. Absent or false: as Meta's code does, the continuation is decoded on its
+    own, and the space in front of its first word is lost.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -831,10 +844,11 @@ class TextCompleteStreamRequest(_message.Message):
         n: _builtins.int | None = ...,
         priority: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        exact_continuation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "echo", b"echo", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "request_id", b"request_id", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "request_id", b"request_id", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015

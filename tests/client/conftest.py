@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import pytest
 
 from client import AsyncClient, Client, Model
 from llama.v1 import chat_pb2
+from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHASQUI = str(Path(sys.executable).with_name("chasqui"))
@@ -35,6 +36,27 @@ class Unfinished:
     cancelled: threading.Event
     names: list[str]  # of the streams begun
     cancelled_names: list[str]
+
+
+class Scripted:
+    """A gateway that answers each dialog with the next texts, and keeps the contents of dialogs."""
+
+    def __init__(self, *answers: Sequence[str]) -> None:
+        self.dialogs: list[list[str]] = []
+        self._answers = iter(answers)
+
+    def stream(
+        self, request: chat_pb2.ChatCompleteStreamRequest, _context: grpc.ServicerContext
+    ) -> Iterator[chat_pb2.ChatCompleteStreamResponse]:
+        self.dialogs.append([message.content for message in request.dialogs[0].messages])
+        yield chat_pb2.ChatCompleteStreamResponse(sequence=1, started=chat_pb2.ChatStarted(seed=1))
+        sequence = 1
+        for text in next(self._answers):
+            sequence += 1
+            delta = chat_pb2.ChatDelta(text=text)
+            yield chat_pb2.ChatCompleteStreamResponse(sequence=sequence, delta=delta)
+        finished = chat_pb2.ChatFinished(finish_reason=FINISH_REASON_STOP)
+        yield chat_pb2.ChatCompleteStreamResponse(sequence=sequence + 1, finished=finished)
 
 
 class Serve(Protocol):

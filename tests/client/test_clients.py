@@ -1,6 +1,8 @@
 """The synchronous and the asyncio client against real services."""
 
 import asyncio
+import math
+import sys
 from contextlib import aclosing
 from typing import Any
 
@@ -16,6 +18,7 @@ from client import (
     InvalidRequestError,
     Message,
     Started,
+    requests,
 )
 
 HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
@@ -95,6 +98,47 @@ def test_token_ids_complete_like_their_text(target: str) -> None:
         from_ids = client.complete(prompt, temperature=0, max_gen_len=5, echo=True)
 
     assert from_ids.text == from_text.text
+
+
+def test_a_prompt_and_its_exact_continuation_are_what_echo_shows(target: str) -> None:
+    options: requests.Sampling = {"temperature": 0, "max_gen_len": 20, "stop": "z"}
+    with Client(target) as client:
+        whole = client.complete("Llamas are", echo=True, **options)
+        exact = client.complete("Llamas are", exact_continuation=True, **options)
+        events = [*client.complete_stream("Llamas are", exact_continuation=True, **options)]
+        plain = client.complete("Llamas are", **options)
+
+    assert whole.text == "Llamas are" + exact.text
+    assert texts(events, 1) == [exact.text]
+    assert exact.text.removeprefix(" ") == plain.text  # Meta's, the default
+
+
+@pytest.mark.parametrize("limit", [math.inf, 1e10, sys.maxsize])
+async def test_no_time_limit_is_no_time_limit(target: str, limit: float) -> None:
+    with Client(target, resume_seconds=math.inf) as client:
+        assert client.get_model(timeout=limit).name == "gqa-mp1"
+        assert client.chat(HELLO, max_gen_len=1, timeout=limit).usage.completion_tokens == 1
+        assert [*client.chat_stream(HELLO, max_gen_len=1, timeout=limit)]
+    async with AsyncClient(target, resume_seconds=math.inf) as asyncio_client:
+        assert (await asyncio_client.get_status(timeout=limit)).serving
+        await asyncio_client.complete("Once", max_gen_len=1, timeout=limit)
+        stream = asyncio_client.complete_stream("Once", max_gen_len=1, timeout=limit)
+        assert [event async for event in stream]
+
+
+@pytest.mark.parametrize("resume_seconds", [math.nan, -1, True, "30"])
+def test_what_is_no_bound_for_resuming_is_refused(resume_seconds: Any) -> None:
+    with pytest.raises(ValueError, match=r"^resume_seconds must be a number"):
+        Client("127.0.0.1:1", resume_seconds=resume_seconds)
+
+
+def test_priority_reaches_the_gateway(target: str) -> None:
+    with Client(target) as client:
+        assert client.chat(HELLO, max_gen_len=1, priority=-5).content is not None
+        with pytest.raises(InvalidRequestError, match=r"^priority: must be -100 to 100, not 101$"):
+            client.chat(HELLO, priority=101)
+        with pytest.raises(InvalidRequestError, match=r"^priority: must be -100 to 100, not 101$"):
+            list(client.complete_stream("Once", priority=101))
 
 
 def test_the_model_says_what_its_defaults_and_limits_are(target: str) -> None:
@@ -179,12 +223,3 @@ def test_a_stream_that_is_never_read_makes_no_call(unfinished: Any) -> None:
         client.chat_stream(HELLO).close()
 
     assert not unfinished.cancelled.is_set()
-
-
-def test_a_proxy_is_not_asked_for_this_machine(
-    target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-
-    with Client(target) as client:
-        assert client.get_model().name == "gqa-mp1"

@@ -5,11 +5,14 @@ import os
 import signal
 import socket
 import subprocess
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.client.conftest import CHASQUI, Scripted, StartGateway
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 GREEDY = ("--temperature", "0", "--max_gen_len", "8")
@@ -89,8 +92,7 @@ def test_complete_streams_the_continuation(run: Run, target: str) -> None:
     echoed = run("complete", "--target", target, *GREEDY, "--echo", "Once upon")
 
     assert plain.returncode == echoed.returncode == 0
-    assert echoed.stdout.startswith("Once upon")
-    assert echoed.stdout.endswith(plain.stdout.lstrip())
+    assert echoed.stdout == "Once upon" + plain.stdout
 
 
 def test_wrong_values_are_one_readable_line(run: Run, target: str) -> None:
@@ -113,6 +115,53 @@ def test_nothing_at_the_target_says_what_to_do(run: Run, command: tuple[str, ...
         f"Error: nothing answers at {target} (Connection refused). "
         "Start the services with `chasqui serve`, or name another address with --target.\n"
     )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("complete", "Once", "--target"),
+        ("chat", "--ask", "Hello", "--target"),
+        ("status", "--target"),
+        ("status", "--watch", "--target"),
+        ("bench", "--requests=1", "--answer_tokens=1", "--target"),
+        ("keys", "new", "--name"),
+        ("--help",),
+    ],
+)
+def test_a_reader_that_has_enough_ends_the_command_without_a_word(
+    spawn: Callable[..., Any], target: str, command: tuple[str, ...]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = (*command, target) if command[-1] == "--target" else (*command, "ada")
+    with spawn(*arguments, stdout=writing) as process:
+        os.close(writing)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (1, "")
+
+
+def test_closed_standard_input_is_wrong_usage(target: str) -> None:
+    command = f"{CHASQUI} chat --target {target} <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "standard input is closed, and questions come from there: use --ask" in done.stderr
+
+
+def test_words_are_kept_whole_on_a_terminal(
+    spawn: Callable[..., Any], start_gateway: StartGateway
+) -> None:
+    terminal, inside = os.openpty()
+    termios.tcsetwinsize(inside, (24, 20))
+    gateway = Scripted(["Llamas can carry", " loa", "ds."])
+    target = start_gateway(ChatCompleteStream=gateway.stream)
+    with spawn("chat", "--target", target, "--ask", "Hello", stdout=inside) as process:
+        assert process.wait(timeout=60) == 0
+    shown = os.read(terminal, 4096).decode()
+    os.close(terminal)
+    os.close(inside)
+    # The word that did not fit was taken back, and its place filled up.
+    assert shown == "Llamas can carry lo\x1b[2D   loads.\r\n"
 
 
 def test_text_that_is_not_valid_is_refused_by_its_field(run: Run, target: str) -> None:

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from gateway.answer import Answer
 from gateway.detokenizer import Vocabulary
@@ -57,7 +59,7 @@ def test_prompt_reported_by_the_model_is_neither_counted_nor_searched_for_stop_s
     answer = start(vocabulary, prompt, stop=" stop", logprobs=True, echo=True)
     made = [*prompt, *more]
     delta = answer.take(TokenEvent(ids=made, logprobs=[0.0] * len(made)))
-    assert (answer.echo().text, delta.text) == ("", "one stop two one")
+    assert (answer.begin().text, delta.text) == ("", "one stop two one")
     assert answer.completion_tokens == len(more)
 
 
@@ -67,7 +69,42 @@ def test_echo_without_logprobs_tells_the_prompt_first(
     prompt = tokenizer.encode("one", bos=True, eos=False)
     answer = start(vocabulary, prompt, echo=True)
     more = tokenizer.encode("two", bos=False, eos=False)
-    assert [answer.echo().text, answer.take(TokenEvent(ids=more)).text] == ["one", " two"]
+    assert [answer.begin().text, answer.take(TokenEvent(ids=more)).text] == ["one", " two"]
+
+
+IDS = st.lists(st.integers(0, 559), max_size=8)
+BYTE = 3  # the id of byte 0
+VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(prompt=IDS, more=IDS, logprobs=st.booleans())
+@example(prompt=[1, 393], more=[393], logprobs=False)  # the space in front of a word
+@example(prompt=[1, BYTE + 0xE2], more=[BYTE + 0x82, BYTE + 0xAC], logprobs=False)
+@example(prompt=[1], more=[393], logprobs=True)  # nothing in front of it, so no space
+def test_exact_continuation_is_what_echo_shows_behind_the_prompt(
+    vocabulary: Vocabulary, tokenizer: Tokenizer, prompt: list[int], more: list[int], logprobs: bool
+) -> None:
+    exact = start(vocabulary, prompt, exact_continuation=True, logprobs=logprobs)
+    echoed = start(vocabulary, prompt, echo=True)
+    end = TokenEvent(finish_reason=FINISH_REASON_LENGTH)
+    events = [*(TokenEvent(ids=[each], logprobs=[-1.0]) for each in more), end]
+    shown = echoed.begin().text
+    assert exact.begin().text == ""
+    continuation = "".join(exact.take(event).text for event in events)
+    assert continuation == "".join(echoed.take(event).text for event in events)
+    assert shown + continuation == tokenizer.decode([*prompt, *more])
+
+
+@given(prompt=VALID_TEXT, more=IDS)
+def test_a_text_and_its_exact_continuation_can_be_joined(
+    vocabulary: Vocabulary, tokenizer: Tokenizer, prompt: str, more: list[int]
+) -> None:
+    ids = tokenizer.encode(prompt, bos=True, eos=False)
+    answer = start(vocabulary, ids, exact_continuation=True)
+    answer.begin()
+    text = answer.take(TokenEvent(ids=more, finish_reason=FINISH_REASON_LENGTH)).text
+    # U+2581 is how SentencePiece writes a space: it cannot be told from one.
+    assert prompt.replace("\u2581", " ") + text == tokenizer.decode([*ids, *more])
 
 
 def test_alternatives_get_text_and_bytes(vocabulary: Vocabulary) -> None:

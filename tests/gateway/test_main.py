@@ -39,6 +39,8 @@ def test_help_lists_every_flag_with_its_variable() -> None:
     ("flags", "message"),
     [
         (["--model_targets", "a:1,,b:2"], "--model_targets (or CHASQUI_MODEL_TARGETS): "),
+        (["--replica_hang_timeout", "inf"], "less than or equal to 1000000000"),
+        (["--safety_timeout", "1e10"], "less than or equal to 1000000000"),
         (
             ["--max_dialogs", "9", "--max_queued_sequences", "8"],
             "--max_dialogs (9) must not be above --max_queued_sequences (8): a full request "

@@ -73,6 +73,18 @@ async def test_server_that_does_not_answer_in_time_is_unhealthy() -> None:
     assert (status, output) == (1, f"{target}: DEADLINE_EXCEEDED: Deadline Exceeded")
 
 
+@pytest.mark.parametrize("timeout", ["inf", "1e10"])
+async def test_no_time_limit_is_no_time_limit(address: str, timeout: str) -> None:  # noqa: ASYNC109
+    assert await check(address, f"--timeout={timeout}") == (0, f"{address}: SERVING")
+
+
+@pytest.mark.parametrize("timeout", ["nan", "-1", "soon"])
+async def test_what_is_no_time_limit_is_wrong_usage(timeout: str) -> None:  # noqa: ASYNC109
+    status, output = await check("127.0.0.1:1", f"--timeout={timeout}")
+    assert status == 2
+    assert output.endswith(f"must be a number of seconds, 0 or more, got {timeout!r}")
+
+
 @pytest.mark.parametrize("target", ["", "localhost", ":50051", "127.0.0.1:grpc"])
 async def test_target_that_is_no_address_is_wrong_usage(target: str) -> None:
     status, output = await check(target)

@@ -37,13 +37,15 @@ def test_a_closed_loop_prints_a_table(run: Run, target: str) -> None:
 def test_the_document_holds_everything(run: Run, target: str, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     flags = ("--requests=5", "--warmup=2", "--seed=7", f"--json={file}")
+    more = ("--timeout=inf", "--duration=inf", "--priority=-3")
 
-    done = run("bench", "--target", target, *flags, *SMALL)
+    done = run("bench", "--target", target, *flags, *more, *SMALL)
 
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     assert found["model"]["name"] == "gqa-mp1"
     assert found["settings"]["prompt_tokens"] == "uniform:4-12"
+    assert (found["settings"]["timeout"], found["settings"]["priority"]) == (None, -3)
     assert (found["summary"]["succeeded"], found["summary"]["output_tokens"]) == (5, 30)
     assert found["client"]["cpu_share"] > 0
     # The warm-up took the first two.
@@ -159,7 +161,9 @@ def test_a_plot_without_the_extra_is_refused_before_anything_is_sent(
     ("flags", "complaint"),
     [
         (("--rate=1", "--concurrency=1"), "closed loop and --rate an open one"),
-        (("--rate=nan",), "must be a number"),
+        (("--rate=nan",), "must be a finite number"),
+        (("--rate=inf",), "must be a finite number"),
+        (("--timeout=nan",), "must be a number of seconds"),
         (("--dialogs=DIALOGS", "--shared_prefix=9"), "--shared_prefix is for random prompts"),
         (("--prompt_tokens=0",), "at least 1 token"),
         (("--answer_tokens=some",), "is no length"),

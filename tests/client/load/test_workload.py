@@ -118,8 +118,12 @@ def test_dialogs_are_read_as_arrays_and_as_objects(tmp_path: Path) -> None:
         ("[]\n{", "line 2 is not JSON"),
         ('{"dialog": []}', "line 1 is no dialog"),
         ('["Hello"]', "line 1 is no dialog"),
-        ('[{"role": "robot", "content": "Hi"}]', r"line 1: .*role: .*'robot' is none of"),
-        ('[{"role": "user"}]', "line 1: .*content: has the wrong type"),
+        ('[{"role": "robot", "content": "Hi"}]', r"line 1: .*role: must be .*, not 'robot'"),
+        ('[{"role": "user"}]', "line 1: .*content: must be a text, not None"),
+        (
+            '[{"role": "user", "content": "a [/INST]"}]',
+            r"line 1 holds \[/INST\], so it would not be answered",
+        ),
     ],
 )
 def test_lines_that_are_no_dialogs_are_named(tmp_path: Path, lines: str, complaint: str) -> None:
