@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway import dialog
+from gateway.prompts import Window, too_long
 from gateway.stop_strings import StopString
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
@@ -126,15 +127,14 @@ def parse_dialog(message: chat_pb2.Dialog) -> list[dialog.Message]:
 
 
 def chat_violations(
-    request: ChatRequest, limits: RequestLimits, vocab_size: int
+    request: ChatRequest,
+    of_dialogs: Sequence[Violation],
+    limits: RequestLimits,
+    vocab_size: int,
 ) -> list[Violation]:
-    """Every rule that a chat request breaks."""
-    found = _count_violations("dialogs", len(request.dialogs), limits.max_dialogs)
-    if not found:
-        for index, each in enumerate(request.dialogs):
-            found += _dialog_violations(each, limits, f"dialogs[{index}]")
+    """Every rule that a chat request breaks, with those that its dialogs break."""
     return [
-        *found,
+        *of_dialogs,
         *_sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request),
         *_context_policy_violations(request.context_policy),
@@ -145,17 +145,17 @@ def chat_violations(
 
 
 def text_violations(
-    request: TextRequest, limits: RequestLimits, vocab_size: int
+    request: TextRequest, limits: RequestLimits, vocab_size: int, window: Window
 ) -> list[Violation]:
     """Every rule that a text request breaks."""
     if request.prompts and request.prompt_ids:
         found = [Violation("prompt_ids", "cannot be given together with prompts")]
     elif request.prompt_ids:
-        found = _count_violations("prompt_ids", len(request.prompt_ids), limits.max_dialogs)
+        found = count_violations("prompt_ids", len(request.prompt_ids), limits.max_dialogs)
         if not found:
-            found = _prompt_ids_violations(request.prompt_ids, vocab_size)
+            found = _prompt_ids_violations(request.prompt_ids, vocab_size, window)
     else:
-        found = _count_violations("prompts", len(request.prompts), limits.max_dialogs)
+        found = count_violations("prompts", len(request.prompts), limits.max_dialogs)
     return [
         *found,
         *_sampling_violations(request.sampling, vocab_size),
@@ -167,13 +167,13 @@ def text_violations(
 
 
 def render_violations(
-    request: chat_pb2.RenderPromptRequest, limits: RequestLimits
+    request: chat_pb2.RenderPromptRequest, of_dialog: Sequence[Violation]
 ) -> list[Violation]:
-    """Every rule that a request to render breaks."""
-    return [
-        *_dialog_violations(request.dialog, limits, "dialog"),
-        *_context_policy_violations(request.context_policy),
-    ]
+    """Every rule that a request to render breaks, with those that its dialog breaks."""
+    found = [*of_dialog, *_context_policy_violations(request.context_policy)]
+    if request.HasField("max_gen_len") and request.max_gen_len == 0:
+        found.append(Violation("max_gen_len", "must be at least 1"))
+    return found
 
 
 def request_id_violations(request_id: str) -> list[Violation]:
@@ -189,14 +189,6 @@ def _name_violations(request: ChatRequest | TextRequest) -> list[Violation]:
         case chat_pb2.ChatCompleteStreamRequest() | chat_pb2.TextCompleteStreamRequest():
             return request_id_violations(request.request_id) if request.request_id else []
     return []
-
-
-def _dialog_violations(
-    message: chat_pb2.Dialog, limits: RequestLimits, path: str
-) -> list[Violation]:
-    if len(message.messages) > limits.max_messages:
-        return _count_violations(f"{path}.messages", len(message.messages), limits.max_messages)
-    return dialog.violations(parse_dialog(message), path)
 
 
 def _context_policy_violations(policy: int) -> list[Violation]:
@@ -227,7 +219,8 @@ def _priority_violations(priority: int, limits: RequestLimits) -> list[Violation
     ]
 
 
-def _count_violations(path: str, count: int, limit: int) -> list[Violation]:
+def count_violations(path: str, count: int, limit: int) -> list[Violation]:
+    """The rule that a repeated field breaks by its number of entries, if it does."""
     if count == 0:
         return [Violation(path, "must not be empty")]
     if count > limit:
@@ -235,13 +228,18 @@ def _count_violations(path: str, count: int, limit: int) -> list[Violation]:
     return []
 
 
-def _prompt_ids_violations(prompts: Sequence[TokenIds], vocab_size: int) -> list[Violation]:
+def _prompt_ids_violations(
+    prompts: Sequence[TokenIds], vocab_size: int, window: Window
+) -> list[Violation]:
     found = []
     for index, prompt in enumerate(prompts):
         path = f"prompt_ids[{index}].ids"
         if not prompt.ids:
             found.append(Violation(path, "must not be empty"))
-        # One of each prompt says enough: a hostile one could hold millions.
+        if len(prompt.ids) > window.length:  # then nothing looks at its ids
+            found.append(too_long(f"prompt_ids[{index}]", len(prompt.ids), window))
+            continue
+        # One of each prompt says enough.
         wrong = next((each for each in enumerate(prompt.ids) if each[1] >= vocab_size), None)
         if wrong is not None:
             position, token_id = wrong
@@ -294,7 +292,7 @@ def _number_violations(sampling: SamplingParams) -> list[Violation]:
 
 def _stop_violations(stop: Sequence[str]) -> list[Violation]:
     if len(stop) > MAX_STOP_STRINGS:
-        return _count_violations("sampling.stop", len(stop), MAX_STOP_STRINGS)
+        return count_violations("sampling.stop", len(stop), MAX_STOP_STRINGS)
     rule = f"must have 1 to {MAX_STOP_CHARACTERS} characters"
     return [
         Violation(f"sampling.stop[{index}]", f"{rule}, not {len(text)}")
@@ -305,7 +303,7 @@ def _stop_violations(stop: Sequence[str]) -> list[Violation]:
 
 def _stop_token_violations(stop_token_ids: Sequence[int], vocab_size: int) -> list[Violation]:
     if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        return _count_violations("sampling.stop_token_ids", len(stop_token_ids), MAX_STOP_TOKEN_IDS)
+        return count_violations("sampling.stop_token_ids", len(stop_token_ids), MAX_STOP_TOKEN_IDS)
     return [
         Violation(f"sampling.stop_token_ids[{index}]", _id_rule(vocab_size, token_id))
         for index, token_id in enumerate(stop_token_ids)
@@ -315,7 +313,7 @@ def _stop_token_violations(stop_token_ids: Sequence[int], vocab_size: int) -> li
 
 def _logit_bias_violations(logit_bias: Mapping[int, float], vocab_size: int) -> list[Violation]:
     if len(logit_bias) > MAX_LOGIT_BIASES:
-        return _count_violations("sampling.logit_bias", len(logit_bias), MAX_LOGIT_BIASES)
+        return count_violations("sampling.logit_bias", len(logit_bias), MAX_LOGIT_BIASES)
     found = []
     for token_id, bias in sorted(logit_bias.items()):
         path = f"sampling.logit_bias[{token_id}]"
