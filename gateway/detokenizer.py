@@ -40,10 +40,17 @@ class Vocabulary:
     # What the id decodes to on its own.
     lone_texts: tuple[str, ...]
     eos_id: int
+    # No token stands for more bytes of an encoded text; None where there is no bound.
+    max_token_bytes: int | None = None
 
     @classmethod
     def build(
-        cls, pieces: Iterable[tuple[bytes, int]], *, dummy_prefix: bool, eos_id: int
+        cls,
+        pieces: Iterable[tuple[bytes, int]],
+        *,
+        dummy_prefix: bool,
+        eos_id: int,
+        max_token_bytes: int | None = None,
     ) -> "Vocabulary":
         """From the bytes and kind of each id.
 
@@ -62,6 +69,7 @@ class Vocabulary:
                 for piece, kind in table
             ),
             eos_id=eos_id,
+            max_token_bytes=max_token_bytes,
         )
 
     def __len__(self) -> int:

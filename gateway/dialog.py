@@ -93,6 +93,13 @@ def render(dialog: Sequence[Message]) -> list[Segment]:
     ]
 
 
+def system_bytes(dialog: Sequence[Message]) -> int:
+    """The least that a system message adds to the first turn, in bytes; 0 without one."""
+    if dialog[0].role != SYSTEM:
+        return 0
+    return len(f"{B_SYS}{dialog[0].content}{E_SYS.rstrip()}".encode())
+
+
 def drop_oldest_turns(dialog: Sequence[Message], count: int) -> list[Message]:
     """The dialog without its `count` oldest pairs; the system message stays."""
     system = dialog[:1] if dialog[0].role == SYSTEM else []

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway import dialog
+from gateway.prompts import Window, too_long
 from gateway.stop_strings import StopString
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
@@ -134,15 +135,14 @@ def parse_dialog(message: chat_pb2.Dialog) -> list[dialog.Message]:
 
 
 def chat_violations(
-    request: ChatRequest, limits: RequestLimits, vocab_size: int
+    request: ChatRequest,
+    of_dialogs: Sequence[Violation],
+    limits: RequestLimits,
+    vocab_size: int,
 ) -> list[Violation]:
-    """Every rule that a chat request breaks."""
-    found = count_violations("dialogs", len(request.dialogs), limits.max_dialogs)
-    if not found:
-        for index, each in enumerate(request.dialogs):
-            found += _dialog_violations(each, limits, f"dialogs[{index}]")
+    """Every rule that a chat request breaks, with those that its dialogs break."""
     return [
-        *found,
+        *of_dialogs,
         *sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request),
         *_context_policy_violations(request.context_policy),
@@ -153,7 +153,7 @@ def chat_violations(
 
 
 def text_violations(
-    request: TextRequest, limits: RequestLimits, vocab_size: int
+    request: TextRequest, limits: RequestLimits, vocab_size: int, window: Window
 ) -> list[Violation]:
     """Every rule that a text request breaks."""
     if request.prompts and request.prompt_ids:
@@ -161,7 +161,7 @@ def text_violations(
     elif request.prompt_ids:
         found = count_violations("prompt_ids", len(request.prompt_ids), limits.max_dialogs)
         if not found:
-            found = _prompt_ids_violations(request.prompt_ids, vocab_size)
+            found = _prompt_ids_violations(request.prompt_ids, vocab_size, window)
     else:
         found = count_violations("prompts", len(request.prompts), limits.max_dialogs)
     return [
@@ -175,13 +175,10 @@ def text_violations(
 
 
 def render_violations(
-    request: chat_pb2.RenderPromptRequest, limits: RequestLimits
+    request: chat_pb2.RenderPromptRequest, of_dialog: Sequence[Violation]
 ) -> list[Violation]:
-    """Every rule that a request to render breaks."""
-    return [
-        *_dialog_violations(request.dialog, limits, "dialog"),
-        *_context_policy_violations(request.context_policy),
-    ]
+    """Every rule that a request to render breaks, with those that its dialog breaks."""
+    return [*of_dialog, *_context_policy_violations(request.context_policy)]
 
 
 def request_id_violations(request_id: str) -> list[Violation]:
@@ -197,14 +194,6 @@ def _name_violations(request: ChatRequest | TextRequest) -> list[Violation]:
         case chat_pb2.ChatCompleteStreamRequest() | chat_pb2.TextCompleteStreamRequest():
             return request_id_violations(request.request_id) if request.request_id else []
     return []
-
-
-def _dialog_violations(
-    message: chat_pb2.Dialog, limits: RequestLimits, path: str
-) -> list[Violation]:
-    if len(message.messages) > limits.max_messages:
-        return count_violations(f"{path}.messages", len(message.messages), limits.max_messages)
-    return dialog.violations(parse_dialog(message), path)
 
 
 def _context_policy_violations(policy: int) -> list[Violation]:
@@ -235,12 +224,17 @@ def _priority_violations(priority: int, limits: RequestLimits) -> list[Violation
     ]
 
 
-def _prompt_ids_violations(prompts: Sequence[TokenIds], vocab_size: int) -> list[Violation]:
+def _prompt_ids_violations(
+    prompts: Sequence[TokenIds], vocab_size: int, window: Window
+) -> list[Violation]:
     found = []
     for index, prompt in enumerate(prompts):
         path = f"prompt_ids[{index}].ids"
         if not prompt.ids:
             found.append(Violation(path, "must not be empty"))
+        if len(prompt.ids) > window.length:  # then nothing looks at its ids
+            found.append(too_long(f"prompt_ids[{index}]", len(prompt.ids), window))
+            continue
         found += token_id_violations(prompt.ids, vocab_size, path)
     return found
 

@@ -27,7 +27,7 @@ from gateway.completion import (
     fold,
 )
 from gateway.detokenizer import text_of
-from gateway.dialog import drop_oldest_turns, has_special_tags, render
+from gateway.dialog import drop_oldest_turns, render
 from gateway.messages import (
     chat_event,
     chat_prediction,
@@ -39,15 +39,16 @@ from gateway.messages import (
 from gateway.metrics import RequestMetrics, StateMetrics
 from gateway.named_streams import NamedStreams, ResponseT
 from gateway.operator import OPERATOR_SERVICE_NAME, OperatorServicer
-from gateway.prompts import Encode, Prompt, encode_dialogs, encode_texts, take_ids
+from gateway.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
+from gateway.read_dialogs import Dialogs, read_dialog, read_dialogs
 from gateway.request import (
     ChatRequest,
     Options,
     RequestLimits,
     TextRequest,
     chat_violations,
+    default_max_gen_len,
     options,
-    parse_dialog,
     render_violations,
     request_id_violations,
     text_violations,
@@ -163,23 +164,28 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def RenderPrompt(
         self, request: chat_pb2.RenderPromptRequest, context: Context
     ) -> chat_pb2.RenderPromptResponse:
-        model = self._replicas.model
-        _refuse(render_violations(request, self._limits))
-        messages = parse_dialog(request.dialog)
-        [prompt] = await encode_dialogs(
-            {"dialog": messages},
-            self._encoder(context.time_remaining),
-            model.context_length,
-            drop_oldest_turns=_drops(request.context_policy),
-        )
-        kept = drop_oldest_turns(messages, prompt.dropped_turns)
+        window, read = self._window(), Dialogs()
+        max_gen_len = default_max_gen_len(window.length)
+        if request.HasField("max_gen_len"):
+            max_gen_len = request.max_gen_len
+        read_dialog("dialog", request.dialog, self._limits, into=read)
+        _refuse(render_violations(request, read.violations))
+        # It runs nothing, but takes a place while it is encoded: that is work, too.
+        with self.admission.admit(1, 0, context.time_remaining()):
+            [prompt] = await encode_dialogs(
+                read.messages,
+                self._encoder(context.time_remaining),
+                window,
+                answer_room=_answer_room(request.context_policy, window, max_gen_len),
+            )
+        kept = drop_oldest_turns(read.messages["dialog"], prompt.dropped_turns)
         return chat_pb2.RenderPromptResponse(
             ids=prompt.ids,
             segments=[segment.text for segment in render(kept)],
             prompt_tokens=len(prompt.ids),
-            remaining_tokens=model.context_length - len(prompt.ids),
+            remaining_tokens=window.length - len(prompt.ids),
             dropped_turns=prompt.dropped_turns,
-            unsafe=has_special_tags(messages),
+            unsafe=bool(read.unsafe),
         )
 
     async def GetModel(
@@ -201,24 +207,24 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self, request: ChatRequest, time_remaining: TimeRemaining
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
-        vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
-        _refuse(chat_violations(request, self._callers_limits(), len(vocabulary)))
-        dialogs = {
-            f"dialogs[{index}]": parse_dialog(each) for index, each in enumerate(request.dialogs)
-        }
-        safe = {path: each for path, each in dialogs.items() if not has_special_tags(each)}
-        chosen = options(request, model.context_length)
+        vocabulary, window = self._tokenizer.vocabulary, self._window()
+        limits = self._callers_limits()
+        read = await read_dialogs(request.dialogs, limits)
+        _refuse(chat_violations(request, read.violations, limits, len(vocabulary)))
+        chosen = options(request, window.length)
+        max_gen_len = chosen.sampling.max_gen_len
+        safe = read.safe
         sequences = len(safe) * chosen.n
         with self.admission.admit(sequences, chosen.priority, time_remaining()) as admitted:
             encoded = await encode_dialogs(
                 safe,
                 self._encoder(time_remaining),
-                model.context_length,
-                drop_oldest_turns=_drops(request.context_policy),
+                window,
+                answer_room=_answer_room(request.context_policy, window, max_gen_len),
             )
             by_path = dict(zip(safe, encoded, strict=True))
-            prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in dialogs]
-            subjects = [*dialogs.values()]
+            prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in read.messages]
+            subjects = [*read.messages.values()]
             lasting = _lasting(request, time_remaining)
             events = await self._begin(
                 prompts, subjects, chosen, admitted, lasting, arrived=arrived
@@ -231,19 +237,16 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self, request: TextRequest, time_remaining: TimeRemaining
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
-        vocabulary, model = self._tokenizer.vocabulary, self._replicas.model
-        _refuse(text_violations(request, self._callers_limits(), len(vocabulary)))
-        chosen = options(request, model.context_length)
+        vocabulary, window = self._tokenizer.vocabulary, self._window()
+        _refuse(text_violations(request, self._callers_limits(), len(vocabulary), window))
+        chosen = options(request, window.length)
         sequences = (len(request.prompts) + len(request.prompt_ids)) * chosen.n
         with self.admission.admit(sequences, chosen.priority, time_remaining()) as admitted:
             if request.prompt_ids:
-                given = {f"prompt_ids[{i}]": list(p.ids) for i, p in enumerate(request.prompt_ids)}
-                prompts = take_ids(given, model.context_length)
+                prompts = [Prompt(list(each.ids)) for each in request.prompt_ids]
             else:
                 texts = {f"prompts[{i}]": text for i, text in enumerate(request.prompts)}
-                prompts = await encode_texts(
-                    texts, self._encoder(time_remaining), model.context_length
-                )
+                prompts = await encode_texts(texts, self._encoder(time_remaining), window)
             subjects = [*request.prompts]
             if self._classifier is not None and request.prompt_ids:
                 subjects = [text_of(prompt.ids, vocabulary) for prompt in prompts]
@@ -254,6 +257,11 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             async with aclosing(events):
                 async for event in events:
                     yield event
+
+    def _window(self) -> Window:
+        """UNAVAILABLE while there is no tokenizer service or no replica."""
+        max_token_bytes = self._tokenizer.vocabulary.max_token_bytes
+        return Window(self._replicas.model.context_length, max_token_bytes)
 
     def _callers_limits(self) -> RequestLimits:
         return self._limits.within(caller.current().limits)
@@ -330,5 +338,10 @@ def _refuse(violations: Sequence[Violation]) -> None:
         raise invalid_argument(violations)
 
 
-def _drops(policy: "chat_pb2.ContextPolicy.ValueType") -> bool:
-    return policy == chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS
+def _answer_room(
+    policy: "chat_pb2.ContextPolicy.ValueType", window: Window, max_gen_len: int
+) -> int | None:
+    """The room that dropping turns keeps for an answer; None where no turns may be dropped."""
+    if policy != chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS:
+        return None
+    return window.answer_room(max_gen_len)

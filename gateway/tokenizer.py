@@ -4,7 +4,7 @@ service that comes back with another model file is not used.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -26,10 +26,18 @@ from gateway.peer import (
 )
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from llama.v1.operator_pb2 import PEER_STATE_CONNECTING
+from serving import caller
 from serving.errors import RequestError, resource_exhausted, unavailable
+from serving.fair_turns import FairTurns
 
 SERVICE = "llama.v1.TokenizerService"
 MAX_SEGMENTS_PER_CALL = 4096  # the contract's limit
+# Of the texts in one call: a large request is encoded in pieces, and others take turns with it.
+BYTES_PER_CALL = 256 * 1024
+# Of the texts that are encoded at once, for all callers; others wait for their turn.
+MAX_BYTES_AT_ONCE = 1024 * 1024
+# What a segment costs beyond its bytes.
+_SEGMENT_BYTES = 64
 # What a call gets whose server goes away.
 _CUT_OFF = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
@@ -46,6 +54,7 @@ class Tokenizer:
         self.peer = Peer(target, changed)
         self._patience = patience
         self._connect = connect
+        self._turns = FairTurns(MAX_BYTES_AT_ONCE)
         self._stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub | None = None  # while connected
         self._vocabulary: Vocabulary | None = None
         self._loaded = asyncio.Event()
@@ -74,29 +83,39 @@ class Tokenizer:
 
     async def encode(
         self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
-    ) -> list[list[int]]:
-        """The ids of each segment, in one call unless there are more than a call may hold."""
-        encoded: list[list[int]] = []
-        for first in range(0, len(segments), MAX_SEGMENTS_PER_CALL):
-            batch = segments[first : first + MAX_SEGMENTS_PER_CALL]
-            encoded += await self._encode(batch, time_remaining)
+    ) -> list[Sequence[int]]:
+        """The ids of each segment, in one call unless there is more than a call may hold.
+
+        Calls wait for their turn: what is encoded at once is bounded, and the current caller takes
+        turns with others.
+        """
+        key = caller.current()
+        encoded: list[Sequence[int]] = []
+        for request, cost in _calls(segments, key.name):
+            await self._until_serving()
+            async with self._turns.turn(key.name, cost, key.limits.weight):
+                response = await self._encode(request, time_remaining)
+            encoded += [each.ids for each in response.segments]
         return encoded
 
-    async def _encode(
-        self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
-    ) -> list[list[int]]:
-        request = tokenizer_pb2.EncodeRequest(
-            segments=[
-                tokenizer_pb2.Segment(text=each.text, bos=each.bos, eos=each.eos)
-                for each in segments
-            ]
-        )
+    async def _until_serving(self) -> None:
+        """Before a turn is taken, so that it is not spent on waiting for a service that is away."""
         try:
             async with asyncio.timeout(self._patience):
-                response = await self._encode_when_ready(request, time_remaining)
+                await self.peer.until_serving()
         except TimeoutError:
             raise _unavailable() from None
-        return [list(each.ids) for each in response.segments]
+
+    async def _encode(
+        self,
+        request: tokenizer_pb2.EncodeRequest,
+        time_remaining: Callable[[], float | None],
+    ) -> tokenizer_pb2.EncodeResponse:
+        try:
+            async with asyncio.timeout(self._patience):
+                return await self._encode_when_ready(request, time_remaining)
+        except TimeoutError:
+            raise _unavailable() from None
 
     async def _encode_when_ready(
         self,
@@ -135,6 +154,7 @@ class Tokenizer:
                 ((piece.bytes, piece.kind) for piece in response.pieces),
                 dummy_prefix=response.dummy_prefix,
                 eos_id=response.eos_id,
+                max_token_bytes=response.max_token_bytes or None,
             )
             self.fingerprint = response.fingerprint
             self._loaded.set()
@@ -144,6 +164,23 @@ class Tokenizer:
                 f"started ({self.fingerprint[:12]}): restart the gateway to use it"
             )
         _log.info("tokenizer service connected", peer=self.peer.target, tokens=len(response.pieces))
+
+
+def _calls(
+    segments: Sequence[Segment], caller_name: str
+) -> Iterator[tuple[tokenizer_pb2.EncodeRequest, int]]:
+    """The requests that the segments take, each with its cost."""
+    request, cost = tokenizer_pb2.EncodeRequest(caller=caller_name), 0
+    for each in segments:
+        size = len(each.text.encode()) + _SEGMENT_BYTES
+        full = cost + size > BYTES_PER_CALL or len(request.segments) == MAX_SEGMENTS_PER_CALL
+        if request.segments and full:
+            yield request, cost
+            request, cost = tokenizer_pb2.EncodeRequest(caller=caller_name), 0
+        request.segments.add(text=each.text, bos=each.bos, eos=each.eos)
+        cost += size
+    if request.segments:
+        yield request, cost
 
 
 def _unavailable() -> RequestError:

@@ -189,7 +189,7 @@ def prompt_violations(
     return token_id_violations(ids, vocab_size, path)
 
 
-def too_long(tokens: int, context_length: int) -> str:
+def too_long(tokens: int | str, context_length: int) -> str:
     """What is wrong with a prompt of more tokens than the context has."""
     return f"the prompt has {tokens} tokens, the context length is {context_length}"
 

@@ -1,10 +1,14 @@
 """TokenizerService over gRPC: limits and field-level errors around a `Tokenizer`.
 
 SentencePiece runs in worker threads (it releases the interpreter lock), because a request of the
-largest size takes most of a second and health checks must not wait for it.
+largest size takes most of a second and health checks must not wait for it. What is encoded or
+decoded at once is bounded in bytes, because SentencePiece takes some 70 bytes of memory for each,
+and callers take turns.
 """
 
 import asyncio
+from collections.abc import Coroutine
+from typing import TypeVar
 
 import grpc
 from prometheus_client import Counter
@@ -20,10 +24,16 @@ from llama.v1.tokenizer_pb2 import (
     GetVocabularyResponse,
 )
 from serving.errors import Violation, invalid_argument
+from serving.fair_turns import FairTurns
 from serving.server import Service
 from tokenizer_service.tokenizer import TokenIdError, Tokenizer
 
 MAX_SEGMENTS = 4096
+# In work at once; a larger request runs alone.
+MAX_BYTES_AT_ONCE = 1024 * 1024
+# What a call costs beyond its bytes, so that tiny ones are bounded, too.
+CALL_BYTES = 1024
+ResponseT = TypeVar("ResponseT")
 SERVICE_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 
 
@@ -40,6 +50,7 @@ def tokenizer_service(tokenizer: Tokenizer) -> Service:
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._turns = FairTurns(MAX_BYTES_AT_ONCE)
         self._segments = Counter(
             "chasqui_tokenizer_segments_total", "Segments encoded.", registry=None
         )
@@ -57,15 +68,18 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             pad_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
             dummy_prefix=tokenizer.dummy_prefix,
             fingerprint=tokenizer.fingerprint,
+            max_token_bytes=tokenizer.max_token_bytes,
         )
 
     async def Encode(self, request: EncodeRequest, _context: object) -> EncodeResponse:
         _check_count("segments", len(request.segments))
-        return await asyncio.to_thread(self._encode, request)
+        async with self._turns.turn(request.caller, CALL_BYTES + request.ByteSize()):
+            return await _to_its_end(asyncio.to_thread(self._encode, request))
 
     async def Decode(self, request: DecodeRequest, _context: object) -> DecodeResponse:
         _check_count("sequences", len(request.sequences))
-        return await asyncio.to_thread(self._decode, request)
+        async with self._turns.turn("", CALL_BYTES + request.ByteSize()):
+            return await _to_its_end(asyncio.to_thread(self._decode, request))
 
     async def GetVocabulary(
         self, _request: GetVocabularyRequest, _context: object
@@ -91,6 +105,18 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         if violations:
             raise invalid_argument(violations)
         return DecodeResponse(texts=texts)
+
+
+async def _to_its_end(work: Coroutine[None, None, ResponseT]) -> ResponseT:
+    """The result of work in a thread, which cannot be interrupted: a cancelled call keeps its turn
+    until the thread is done.
+    """
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _check_count(field: str, count: int) -> None:

@@ -8,7 +8,10 @@ import hashlib
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.unknown_fields import UnknownFieldSet
 from sentencepiece import SentencePieceProcessor
 
 from llama.v1.tokenizer_pb2 import (
@@ -18,6 +21,9 @@ from llama.v1.tokenizer_pb2 import (
     PIECE_KIND_UNKNOWN,
     Piece,
 )
+
+# Field numbers of sentencepiece_model.proto, whose generated code needs another protobuf than ours.
+_NORMALIZER_SPEC, _CHARSMAP, _REMOVE_EXTRA_WHITESPACES = 3, 2, 4
 
 SPACE_SYMBOL = "\u2581"  # what SentencePiece writes for a space inside of a piece
 
@@ -55,6 +61,16 @@ class Tokenizer:
         self.pad_id: int = self._processor.pad_id()  # -1 where the model has none, as in Llama 2
         # Encoding puts a space in front of every text, and decoding takes it off again.
         self.dummy_prefix = self._processor.Normalize("a") == SPACE_SYMBOL + "a"
+        self._keeps_text = _keeps_text(model)
+
+    @property
+    def max_token_bytes(self) -> int | None:
+        """The most bytes of a text that one token stands for; None where there is no bound."""
+        # Without byte pieces, one unknown token stands for a whole run of characters.
+        ids = range(self.n_words)
+        if not self._keeps_text or not any(map(self._processor.IsByte, ids)):
+            return None
+        return max(len(self._piece(token_id).bytes) for token_id in ids)
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, with `bos_id` in front and `eos_id` at the end where asked for.
@@ -94,6 +110,19 @@ class Tokenizer:
         if self._processor.IsUnknown(token_id):
             return Piece(bytes=self.decode(token_id).encode(), kind=PIECE_KIND_UNKNOWN)
         return Piece(bytes=written.replace(SPACE_SYMBOL, " ").encode(), kind=PIECE_KIND_NORMAL)
+
+
+def _keeps_text(model: bytes) -> bool:
+    """Whether the model's normalizer leaves every text as it is, but for escaping spaces."""
+    normalizer = _fields(_fields(model).get(_NORMALIZER_SPEC, b""))
+    return not normalizer.get(_CHARSMAP) and not normalizer.get(_REMOVE_EXTRA_WHITESPACES, True)
+
+
+def _fields(serialized: bytes) -> dict[int, Any]:
+    """The fields of a message by their numbers; of a repeated one, the last."""
+    fields = UnknownFieldSet(Empty.FromString(serialized))
+    each = (fields[index] for index in range(len(fields)))
+    return {field.field_number: field.data for field in each}
 
 
 def _load(model: bytes, path: str | PathLike[str]) -> SentencePieceProcessor:

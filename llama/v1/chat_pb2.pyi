@@ -60,7 +60,10 @@ class _ContextPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Context
     CONTEXT_POLICY_REJECT: _ContextPolicy.ValueType  # 1
     """INVALID_ARGUMENT that states both numbers."""
     CONTEXT_POLICY_DROP_OLDEST_TURNS: _ContextPolicy.ValueType  # 2
-    """The oldest user/assistant pairs are dropped until it fits; never the system message or the last turn."""
+    """The oldest user/assistant pairs are dropped until the prompt fits and leaves room for an answer:
+    `max_gen_len` tokens, at most a quarter of the context length. The system message and the last turn
+    always stay; if they alone leave less room, the answer gets what they leave.
+    """
 
 class ContextPolicy(_ContextPolicy, metaclass=_ContextPolicyEnumTypeWrapper):
     """What happens to a dialog that does not fit the context length."""
@@ -70,7 +73,10 @@ CONTEXT_POLICY_UNSPECIFIED: ContextPolicy.ValueType  # 0
 CONTEXT_POLICY_REJECT: ContextPolicy.ValueType  # 1
 """INVALID_ARGUMENT that states both numbers."""
 CONTEXT_POLICY_DROP_OLDEST_TURNS: ContextPolicy.ValueType  # 2
-"""The oldest user/assistant pairs are dropped until it fits; never the system message or the last turn."""
+"""The oldest user/assistant pairs are dropped until the prompt fits and leaves room for an answer:
+`max_gen_len` tokens, at most a quarter of the context length. The system message and the last turn
+always stay; if they alone leave less room, the answer gets what they leave.
+"""
 Global___ContextPolicy: _TypeAlias = ContextPolicy  # noqa: Y015
 
 @_typing.final
@@ -1132,8 +1138,13 @@ class RenderPromptRequest(_message.Message):
 
     DIALOG_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
+    MAX_GEN_LEN_FIELD_NUMBER: _builtins.int
     context_policy: Global___ContextPolicy.ValueType
     """What to do with a dialog that is too long."""
+    max_gen_len: _builtins.int
+    """`SamplingParams.max_gen_len` of the request to come: CONTEXT_POLICY_DROP_OLDEST_TURNS keeps room
+    for it. Default: context length - 1.
+    """
     @_builtins.property
     def dialog(self) -> Global___Dialog:
         """The dialog; the same rules hold as for ChatComplete."""
@@ -1143,12 +1154,15 @@ class RenderPromptRequest(_message.Message):
         *,
         dialog: Global___Dialog | None = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
+        max_gen_len: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dialog", b"dialog"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_gen_len", b"_max_gen_len", "dialog", b"dialog", "max_gen_len", b"max_gen_len"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_policy", b"context_policy", "dialog", b"dialog"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_gen_len", b"_max_gen_len", "context_policy", b"context_policy", "dialog", b"dialog", "max_gen_len", b"max_gen_len"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_gen_len: _TypeAlias = _typing.Literal["max_gen_len"]  # noqa: Y015
+    _WhichOneofArgType__max_gen_len: _TypeAlias = _typing.Literal["_max_gen_len", b"_max_gen_len"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_gen_len) -> _WhichOneofReturnType__max_gen_len | None: ...
 
 Global___RenderPromptRequest: _TypeAlias = RenderPromptRequest  # noqa: Y015
 

@@ -89,6 +89,11 @@ class EncodeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SEGMENTS_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    caller: _builtins.str
+    """Whom the work is for. When more is asked for than is encoded at once, calls for different callers
+    take turns, by the bytes of their texts.
+    """
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Segment]:
         """Encoded each on its own; at most 4096."""
@@ -97,10 +102,11 @@ class EncodeRequest(_message.Message):
         self,
         *,
         segments: _abc.Iterable[Global___Segment] | None = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["segments", b"segments"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "segments", b"segments"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -233,6 +239,7 @@ class GetVocabularyResponse(_message.Message):
     PAD_ID_FIELD_NUMBER: _builtins.int
     DUMMY_PREFIX_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MAX_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     bos_id: _builtins.int
     """Beginning of sequence."""
     eos_id: _builtins.int
@@ -243,6 +250,11 @@ class GetVocabularyResponse(_message.Message):
     """A leading space of the first piece belongs to the encoding and not to the text."""
     fingerprint: _builtins.str
     """SHA-256 of the model file, hexadecimal."""
+    max_token_bytes: _builtins.int
+    """No token stands for more bytes of a text than this, so a text has at least its bytes divided by it
+    as tokens. Absent where a model has no such bound: its normalizer may shorten texts, or one token
+    stands for any number of characters without a piece.
+    """
     @_builtins.property
     def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Piece]:
         """The piece of each id, in order."""
@@ -256,13 +268,19 @@ class GetVocabularyResponse(_message.Message):
         pad_id: _builtins.int | None = ...,
         dummy_prefix: _builtins.bool = ...,
         fingerprint: _builtins.str = ...,
+        max_token_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_pad_id", b"_pad_id", "pad_id", b"pad_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_token_bytes", b"_max_token_bytes", "_pad_id", b"_pad_id", "max_token_bytes", b"max_token_bytes", "pad_id", b"pad_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pad_id", b"_pad_id", "bos_id", b"bos_id", "dummy_prefix", b"dummy_prefix", "eos_id", b"eos_id", "fingerprint", b"fingerprint", "pad_id", b"pad_id", "pieces", b"pieces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_token_bytes", b"_max_token_bytes", "_pad_id", b"_pad_id", "bos_id", b"bos_id", "dummy_prefix", b"dummy_prefix", "eos_id", b"eos_id", "fingerprint", b"fingerprint", "max_token_bytes", b"max_token_bytes", "pad_id", b"pad_id", "pieces", b"pieces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_token_bytes: _TypeAlias = _typing.Literal["max_token_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_token_bytes: _TypeAlias = _typing.Literal["_max_token_bytes", b"_max_token_bytes"]  # noqa: Y015
     _WhichOneofReturnType__pad_id: _TypeAlias = _typing.Literal["pad_id"]  # noqa: Y015
     _WhichOneofArgType__pad_id: _TypeAlias = _typing.Literal["_pad_id", b"_pad_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_token_bytes) -> _WhichOneofReturnType__max_token_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pad_id) -> _WhichOneofReturnType__pad_id | None: ...
 
 Global___GetVocabularyResponse: _TypeAlias = GetVocabularyResponse  # noqa: Y015

@@ -1,5 +1,6 @@
 """Every field of a request against the range that the contract documents."""
 
+import asyncio
 import math
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.prompts import Window
+from gateway.read_dialogs import read_dialogs
 from gateway.request import RequestLimits, chat_violations, options, text_violations
 from llama.v1.chat_pb2 import (
     ROLE_USER,
@@ -20,6 +23,7 @@ from llama.v1.sampling_pb2 import SamplingParams, TokenIds
 
 LIMITS = RequestLimits(max_dialogs=3, max_messages=5, max_choices=4, max_sequences=8)
 VOCAB_SIZE = 560
+WINDOW = Window(256)
 
 QUESTION = Dialog(messages=[Message(role=ROLE_USER, content="?")])
 
@@ -46,9 +50,10 @@ def text(**fields: Any) -> TextCompleteRequest:
 
 def told(request: ChatCompleteRequest | TextCompleteRequest) -> list[str]:
     if isinstance(request, ChatCompleteRequest):
-        found = chat_violations(request, LIMITS, VOCAB_SIZE)
+        dialogs = asyncio.run(read_dialogs(request.dialogs, LIMITS))
+        found = chat_violations(request, dialogs.violations, LIMITS, VOCAB_SIZE)
     else:
-        found = text_violations(request, LIMITS, VOCAB_SIZE)
+        found = text_violations(request, LIMITS, VOCAB_SIZE, WINDOW)
     return [f"{each.field}: {each.description}" for each in found]
 
 

@@ -1,5 +1,6 @@
 """TokenizerService over gRPC."""
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ from llama.v1.tokenizer_pb2 import (
     Segment,
 )
 from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
+from tokenizer_service.servicer import MAX_BYTES_AT_ONCE, TokenizerServicer
 from tokenizer_service.tokenizer import Tokenizer
 
 SERVICE = "llama.v1.TokenizerService"
@@ -117,3 +119,19 @@ def test_reflection_describes_the_service(channel: grpc.Channel) -> None:
     assert set(database.get_services()) >= {SERVICE, "grpc.health.v1.Health"}
     described = database.FindFileContainingSymbol(SERVICE).service[0]
     assert [method.name for method in described.method] == ["Encode", "Decode", "GetVocabulary"]
+
+
+async def test_small_call_takes_turns_with_a_caller_of_large_ones(tokenizer: Tokenizer) -> None:
+    servicer, done = TokenizerServicer(tokenizer), []
+    text = "llama " * (MAX_BYTES_AT_ONCE // 6)
+
+    async def encode(caller: str, text: str) -> None:
+        request = EncodeRequest(segments=[Segment(text=text)], caller=caller)
+        await servicer.Encode(request, None)
+        done.append(caller)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(12):
+            group.create_task(encode("large", text))
+        group.create_task(encode("small", "llama"))
+    assert done.index("small") <= 2

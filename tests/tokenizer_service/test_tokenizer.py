@@ -107,16 +107,19 @@ def test_vocabulary_tells_kinds_apart(tokenizer: Tokenizer) -> None:
     assert set(kinds[259:]) == {PIECE_KIND_NORMAL}
 
 
+@given(text=TEXTS)
+def test_no_token_stands_for_more_bytes_than_told(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.max_token_bytes == 8
+    assert len(tokenizer.encode(text, bos=False, eos=False)) * 8 >= len(text.encode())
+
+
 def train(path: Path, **options: Any) -> Path:
     """Writes a SentencePiece model of another make than Llama 2's."""
     model = io.BytesIO()
     SentencePieceTrainer.Train(
         sentence_iterator=iter(["what do llamas eat"] * 10),
         model_writer=model,
-        vocab_size=30,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
+        **{"vocab_size": 30, "hard_vocab_limit": False, "minloglevel": 2, **options},
     )
     path.write_bytes(model.getvalue())
     return path
@@ -127,6 +130,28 @@ def test_dummy_prefix_and_padding_are_read_from_the_model(tmp_path: Path) -> Non
     tokenizer = Tokenizer(path)
     assert tokenizer.pad_id == 3
     assert not tokenizer.dummy_prefix
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": False}, None),
+        ({"normalization_rule_name": "identity", "remove_extra_whitespaces": True}, None),
+        ({"byte_fallback": False}, None),
+        ({}, 5),  # " what"
+    ],
+)
+def test_tokens_have_a_bound_only_where_no_text_is_left_out(
+    tmp_path: Path, options: dict[str, Any], bound: int | None
+) -> None:
+    llamas = {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+        "vocab_size": 300,
+    }
+    path = train(tmp_path / "other.model", **{**llamas, **options})
+    assert Tokenizer(path).max_token_bytes == bound
 
 
 def test_model_without_bos_and_eos_is_refused(tmp_path: Path) -> None:
