@@ -11,9 +11,9 @@ from llama import Llama
 
 PROMPTS = [
     "The llama is",
-    "High in the Andes,",
-    "To make a good soup,",
-    "The chasquis ran",
+    "The Andes are",
+    "To make a good soup you need",
+    "The chasquis were",
 ]
 
 

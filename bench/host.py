@@ -26,7 +26,7 @@ FEATURES: Mapping[str, frozenset[str]] = {
     "sve": frozenset({"sve"}),
 }
 PACKAGES = (
-    *("chasqui", "torch", "fairscale", "numpy", "gguf", "safetensors", "matplotlib"),
+    *("chasqui-llama", "torch", "fairscale", "numpy", "gguf", "safetensors", "matplotlib"),
     *("triton", "flashinfer-python", "torchao", "transformers"),
 )
 

@@ -84,7 +84,7 @@ def _instructions(_context: click.Context, _flag: click.Parameter, value: str | 
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="chasqui")
+@click.version_option(package_name="chasqui-llama")
 def main() -> None:
     """Llama 2 Chat as gRPC services: start them, talk to them."""
     # Text that is not valid here is for the request's check to refuse, or shown as "?".

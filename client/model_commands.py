@@ -38,10 +38,10 @@ def model() -> None:
     help="Form of the linear layers' weights.",
 )
 def quantize(ckpt_dir: Path, output_dir: Path, quantization: str) -> None:
-    """Write a quantized checkpoint, which is a half or a quarter as large and loads as it is."""
+    """Write a quantized checkpoint, which is half (int4: a third) as large and loads as it is."""
     if importlib.util.find_spec("torch") is None:
         raise click.ClickException(
-            "PyTorch is not installed here: pip install 'chasqui[model]' brings it"
+            "PyTorch is not installed here: pip install '.[model]' in the source tree brings it"
         )
     command = [sys.executable, "-m", "model_service.quantize", "--ckpt_dir", str(ckpt_dir)]
     command += ["--output_dir", str(output_dir), "--quantize", quantization]

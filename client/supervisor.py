@@ -354,9 +354,9 @@ def _require_extras() -> None:
     missing = [extra for extra, module in EXTRAS.items() if not importlib.util.find_spec(module)]
     if missing:
         raise SupervisorError(
-            f"the services are not installed here: install chasqui with its extras "
-            f"{', '.join(missing)}, as pip install '.[all]' does in the source tree, or start the "
-            "services elsewhere and name their --target"
+            f"the services are not installed here (missing: {', '.join(missing)}): pip install "
+            "'.[all]' in the source tree brings them. Or start the services elsewhere and name "
+            "their --target"
         )
 
 

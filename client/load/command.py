@@ -191,8 +191,7 @@ def bench(
         raise click.UsageError("--shared_prefix is for random prompts, and --dialogs has its own")
     if plot_file is not None and not plot.available():
         raise click.ClickException(
-            "--plot needs matplotlib: install chasqui with its extra bench, as "
-            "pip install '.[bench]' does in the source tree"
+            "--plot needs matplotlib: pip install '.[bench]' in the source tree brings it"
         )
     if requests is None and duration is None:
         requests = DEFAULT_REQUESTS

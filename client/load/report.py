@@ -37,7 +37,7 @@ def document(measurement: Measurement) -> dict[str, object]:
     """Everything, ready for `json.dump`."""
     run, summary = measurement.run, measurement.summary
     return {
-        "chasqui": version("chasqui"),
+        "chasqui": version("chasqui-llama"),
         "started": run.started.isoformat(timespec="seconds"),
         "target": measurement.plan.target,
         "settings": _settings(measurement.plan),

@@ -62,5 +62,5 @@ def _without_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int)
     if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return "FlashInfer needs compute capability 8.0"
     if importlib.util.find_spec("flashinfer") is None:
-        return "FlashInfer is not installed: pip install 'chasqui[cuda]'"
+        return "FlashInfer is not installed: pip install '.[cuda]' in the source tree"
     return ""

@@ -24,7 +24,7 @@ class ChasquiWorker:
         replica = load_replica(options)
         self._session = Session(replica)
         self._vocab_size = replica.info.vocab_size
-        return versions(("chasqui", "torch")) | {"threads": str(torch.get_num_threads())}
+        return versions(("chasqui-llama", "torch")) | {"threads": str(torch.get_num_threads())}
 
     def prefill(self, tokens: int, seed: int) -> list[float]:
         (prompt,) = self._prompts(1, tokens, seed)

@@ -154,7 +154,7 @@ def test_a_plot_without_the_extra_is_refused_before_anything_is_sent(
     done = CliRunner().invoke(main, ["bench", "--target", NOWHERE, "--plot", "run.png"])
 
     assert done.exit_code == 1
-    assert "--plot needs matplotlib: install chasqui with its extra bench" in done.output
+    assert "--plot needs matplotlib: pip install '.[bench]'" in done.output
 
 
 @pytest.mark.parametrize(
