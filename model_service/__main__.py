@@ -1,95 +1,17 @@
-"""`python -m model_service`, or under torchrun one process per shard.
+"""`python -m model_service`, or under torchrun one process per shard."""
 
-Rank 0 leads: it alone serves gRPC. The others run its steps until it lets them go.
-"""
-
-import asyncio
-import hashlib
-import signal
-import threading
-from concurrent.futures import Future
-from pathlib import Path
-
-from model_service import distributed
-from model_service.arithmetic import choose_device
-from model_service.replica import Replica, ReplicaOptions, load_replica
-from model_service.server import ModelServer
 from model_service.settings import ModelSettings
-from serving.errors import StartError
-from serving.logs import configure, exit_with_error
-from serving.server import serve
+from serving.logs import configure
 from serving.settings import parse
 
 
 def main() -> None:
     settings = parse(ModelSettings, "python -m model_service")
     configure(settings)
-    try:
-        replica = load(settings.replica_options())
-        shards = distributed.Shards(settings.shard_timeout)
-        if not replica.is_leader:
-            follow(replica, shards)
-            return
-        asyncio.run(lead(settings, replica, shards))
-        try:
-            replica.runner.release_followers()
-        except RuntimeError as error:
-            raise shards.failure(error) from error
-    except distributed.ShardLostError as error:
-        exit_with_error(str(error))
-    except StartError as error:
-        # All ranks find the same fault; once on each machine is enough.
-        if not distributed.first_on_machine():
-            raise SystemExit(1) from None
-        exit_with_error(str(error))
+    # Importing PyTorch takes more than a second: wrong settings and --help are told before that.
+    from model_service.rank import run  # noqa: PLC0415
 
-
-def load(options: ReplicaOptions) -> Replica:
-    """`load_replica`; on the CPU in a thread that ends with it.
-
-    OpenMP's threads belong to the thread that first computed with them, and live as long. Those of
-    the main thread would count as running beside the engine's, which then sleep at every product
-    where they should spin: a third of the rate.
-    """
-    if choose_device(options.device) == "cuda":  # whose current device is each thread's own
-        return load_replica(options)
-    loaded: Future[Replica] = Future()
-
-    def run() -> None:
-        try:
-            loaded.set_result(load_replica(options))
-        except BaseException as error:  # the main thread has to hear of all of it
-            loaded.set_exception(error)
-
-    thread = threading.Thread(target=run, name="loading", daemon=True)
-    thread.start()
-    thread.join()
-    return loaded.result()
-
-
-async def lead(settings: ModelSettings, replica: Replica, shards: distributed.Shards) -> None:
-    path = settings.tokenizer_path
-    fingerprint = "" if path is None else tokenizer_fingerprint(path)
-    server = ModelServer(replica, fingerprint, shards)
-    await serve(settings, server.service())
-    server.stop()
-
-
-def follow(replica: Replica, shards: distributed.Shards) -> None:
-    # torchrun passes SIGTERM to every rank, but the leader still has sequences to finish.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, signal.SIG_IGN)
-    try:
-        replica.runner.follow()
-    except RuntimeError as error:  # what torch.distributed raises when a peer is gone
-        raise shards.failure(error) from error
-
-
-def tokenizer_fingerprint(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise StartError(f"--tokenizer_path {path}: {error.strerror}") from error
+    run(settings)
 
 
 if __name__ == "__main__":
