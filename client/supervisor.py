@@ -69,13 +69,12 @@ class Deployment:
         return service_command("tokenizer_service", port=0, tokenizer_path=self.tokenizer_path)
 
     def model_command(self, port: int = 0) -> list[str]:
-        launcher = ("torch.distributed.run", "--standalone", f"--nproc_per_node={self.shards}")
         # A model takes all cores unless told that it shares them.
         share = max(1, (os.cpu_count() or 1) // (self.shards * self.replicas))
         return service_command(
             "model_service",
-            *(launcher if self.shards > 1 else ()),
             port=port,
+            shards=self.shards,
             ckpt_dir=self.ckpt_dir,
             tokenizer_path=self.tokenizer_path,
             model_name=self.model_name,
@@ -107,15 +106,14 @@ def demonstration() -> Deployment:
     return Deployment(folder, folder / "tokenizer.model", model_name="chasqui-demo")
 
 
-def service_command(module: str, *launcher: str, **flags: object) -> list[str]:
+def service_command(module: str, **flags: object) -> list[str]:
     """How to run a service so that `listening_address` can read its log; None leaves a flag out.
 
     True and False become `--name` and `--no-name`, as the services want it.
     """
-    modules = ("-m", *launcher, "-m", module) if launcher else ("-m", module)
     flags = {"host": LOOPBACK, "log_format": "json", **flags}
     given = (_flag(name, value) for name, value in flags.items() if value is not None)
-    return [sys.executable, *modules, *given]
+    return [sys.executable, "-m", module, *given]
 
 
 def _flag(name: str, value: object) -> str:
@@ -131,7 +129,7 @@ def listening_address(line: str) -> str | None:
 
 
 def readable(line: str) -> str:
-    """A log line for people; what is not JSON (a traceback, torchrun's own words) stays."""
+    """A log line for people; what is not JSON (such as a traceback) stays."""
     record = _record(line)
     if "event" not in record:
         return line

@@ -1,17 +1,28 @@
-"""`python -m model_service`, or under torchrun one process per shard."""
+"""`python -m model_service`: one rank, or with --shards the launcher of several."""
 
+import sys
+
+from model_service.launcher import is_rank, launch
 from model_service.settings import ModelSettings
-from serving.logs import configure
+from serving.errors import StartError
+from serving.logs import configure, exit_with_error
 from serving.settings import parse
 
 
 def main() -> None:
     settings = parse(ModelSettings, "python -m model_service")
     configure(settings)
-    # Importing PyTorch takes more than a second: wrong settings and --help are told before that.
-    from model_service.rank import run  # noqa: PLC0415
+    if is_rank() or settings.shards in (None, 1):
+        # Only here, as a launcher and --help need no PyTorch, which takes a second to import.
+        from model_service.rank import run  # noqa: PLC0415
 
-    run(settings)
+        run(settings)
+        return
+    try:
+        status = launch([sys.executable, "-m", "model_service", *sys.argv[1:]], settings.shards)
+    except StartError as error:
+        exit_with_error(str(error))
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Rank 0 leads: it alone serves gRPC. The others run its steps until it lets them 
 
 import asyncio
 import hashlib
+import os
 import signal
 import threading
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ from serving.server import serve
 
 def run(settings: ModelSettings) -> None:
     try:
+        _check_shards(settings.shards)
         replica = load(replica_options(settings))
         shards = distributed.Shards(settings.shard_timeout)
         if not replica.is_leader:
@@ -85,6 +87,15 @@ def follow(replica: Replica, shards: distributed.Shards) -> None:
         replica.runner.follow()
     except RuntimeError as error:  # what torch.distributed raises when a peer is gone
         raise shards.failure(error) from error
+
+
+def _check_shards(shards: int | None) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if shards not in (None, ranks):
+        raise StartError(
+            f"--shards (or CHASQUI_SHARDS) is {shards}, but torchrun has started {ranks} "
+            f"process{'es' * (ranks > 1)}: leave --shards out, or torchrun"
+        )
 
 
 def tokenizer_fingerprint(path: Path) -> str:

@@ -20,6 +20,14 @@ class ModelSettings(ServerSettings):
         Path | None,
         Field(description="the checkpoint's tokenizer.model; the gateway then refuses another"),
     ] = None
+    shards: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="processes on this machine to cut the model over; default 1, or as many "
+            "as torchrun has started",
+        ),
+    ] = None
     max_seq_len: Annotated[
         int,
         Field(ge=2, le=MAX_CONTEXT, description="most tokens of a prompt and its answer together"),
