@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import click
 
 from client.channel import DEFAULT_TARGET, Access, Tls
+from client.deployment import SupervisorError
 from client.errors import ChasquiError, UnreachableError
-from client.supervisor import SupervisorError
 
 F = TypeVar("F", bound=Callable[..., object])
 

@@ -12,15 +12,10 @@ import psutil
 import pytest
 
 from client import Client, FinishReason, UnreachableError
+from client.deployment import Deployment, SupervisorError
 from client.results import Finished
-from client.supervisor import (
-    Deployment,
-    Supervisor,
-    SupervisorError,
-    failure,
-    listening_address,
-    readable,
-)
+from client.service_log import failure, listening_address, readable
+from client.supervisor import Supervisor
 
 LISTENING = '{"address": "127.0.0.1:5", "event": "listening", "level": "info"}'
 FAILED = '{"event": "no such file", "level": "critical", "path": "a b"}'
