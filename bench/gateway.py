@@ -21,8 +21,9 @@ import psutil
 
 from bench.engine.session import FIRST_ORDINARY_ID
 from bench.report import RESULTS, Row, make_report, result_folder, write_report
+from client.deployment import demonstration
 from client.load.summary import distribution
-from client.supervisor import demonstration, in_background
+from client.supervisor import in_background
 from llama.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, sampling_pb2
 
 Prompts = Sequence[tuple[int, ...]]

@@ -27,7 +27,8 @@ from bench.engine.session import FIRST_ORDINARY_ID, Session, Variant, session
 from bench.report import RESULTS, Row, make_report, result_folder, write_report
 from bench.shapes import SHAPES
 from bench.summary import summarize
-from client.supervisor import Deployment, in_background
+from client.deployment import Deployment
+from client.supervisor import in_background
 from demo.checkpoint import CHECKPOINT, TOKENIZER
 from llama.v1 import chat_pb2, chat_pb2_grpc, sampling_pb2
 

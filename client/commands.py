@@ -21,6 +21,7 @@ from click.core import ParameterSource
 from client.aio import AsyncClient
 from client.channel import Access
 from client.conversation import Conversation, print_choices, printed
+from client.deployment import Deployment, demonstration
 from client.errors import ChasquiError, ConnectionSettingsError, UnreachableError
 from client.flags import (
     access_settings,
@@ -34,15 +35,10 @@ from client.load.command import bench
 from client.model_commands import model
 from client.requests import ChatOptions, TextOptions
 from client.results import Model
+from client.service_log import readable
+from client.service_process import Log
 from client.status_command import status
-from client.supervisor import (
-    Deployment,
-    Log,
-    Supervisor,
-    demonstration,
-    in_background,
-    readable,
-)
+from client.supervisor import Supervisor, in_background
 from client.sync import Client
 from client.tags import special_tags
 

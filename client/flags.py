@@ -11,8 +11,8 @@ import click
 
 from client import targets
 from client.channel import DEFAULT_TARGET, Access, Tls
+from client.deployment import SupervisorError
 from client.errors import ChasquiError, ConnectionSettingsError, UnreachableError
-from client.supervisor import SupervisorError
 
 F = TypeVar("F", bound=Callable[..., object])
 

@@ -10,23 +10,18 @@ guard's input ends and it terminates the group: no way of dying leaves a service
 import asyncio
 import contextlib
 import importlib.util
-import json
 import os
-import sys
 import threading
-import time
 from asyncio import FIRST_COMPLETED, Future
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import grpc
 
 from client.channel import channel_options
+from client.deployment import LOOPBACK, Deployment, SupervisorError
+from client.service_process import Log, ServiceProcess
 
 # How variables begin that each service needs for itself: with one for all they would not find each
 # other (TLS), or share a port.
@@ -34,121 +29,9 @@ OF_ONE_SERVICE = ("CHASQUI_TLS_", "CHASQUI_PEER_", "CHASQUI_HEALTH_PORT", "CHASQ
 # The distribution's extras, each with a module that it alone brings.
 EXTRAS = {"serving": "grpc_health", "tokenizer": "sentencepiece", "model": "torch"}
 GUARD = "read _; kill -TERM 0"
-LOOPBACK = "127.0.0.1"
-LINES_KEPT = 200
 LINE_LIMIT = 1 << 20  # bytes
-# A replica that lived for so long is not counted as one that cannot live, in seconds.
-SETTLED = 60.0
 MOST_RESTARTS = 5  # in a row
 FIRST_PAUSE = 0.5  # seconds before the first restart; each further one waits twice as long
-# More than the services' grace period: what has not ended by then hangs.
-STOP_SECONDS = 60.0
-
-Log = Callable[[str, str], None]
-
-
-class SupervisorError(Exception):
-    """The services cannot start, or one of them ended by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deployment:
-    """What to serve on this machine; `model_settings` are flags of the model service by name."""
-
-    ckpt_dir: Path
-    tokenizer_path: Path
-    model_name: str | None = None
-    shards: int = 1
-    replicas: int = 1
-    host: str = LOOPBACK
-    port: int = 0
-    safety: bool = False  # whether dialogs and answers are judged, by the rules that ship
-    model_settings: Mapping[str, object] = field(default_factory=dict)
-
-    def tokenizer_command(self) -> list[str]:
-        return service_command("tokenizer_service", port=0, tokenizer_path=self.tokenizer_path)
-
-    def model_command(self, port: int = 0) -> list[str]:
-        launcher = ("torch.distributed.run", "--standalone", f"--nproc_per_node={self.shards}")
-        # A model takes all cores unless told that it shares them.
-        share = max(1, (os.cpu_count() or 1) // (self.shards * self.replicas))
-        return service_command(
-            "model_service",
-            *(launcher if self.shards > 1 else ()),
-            port=port,
-            ckpt_dir=self.ckpt_dir,
-            tokenizer_path=self.tokenizer_path,
-            model_name=self.model_name,
-            threads=share if self.replicas > 1 else None,
-            **self.model_settings,
-        )
-
-    def safety_command(self) -> list[str]:
-        return service_command("safety_service", port=0)
-
-    def gateway_command(
-        self, tokenizer: str, models: Sequence[str], safety: str | None = None
-    ) -> list[str]:
-        return service_command(
-            "gateway",
-            host=self.host,
-            port=self.port,
-            tokenizer_target=tokenizer,
-            model_targets=",".join(models),
-            safety_target=safety,
-        )
-
-
-def demonstration() -> Deployment:
-    """The checkpoint that comes with the distribution."""
-    folder = Path(str(resources.files("demo") / "checkpoint"))
-    if not folder.is_dir():
-        raise SupervisorError(f"the demonstration checkpoint is missing: no folder {folder}")
-    return Deployment(folder, folder / "tokenizer.model", model_name="chasqui-demo")
-
-
-def service_command(module: str, *launcher: str, **flags: object) -> list[str]:
-    """How to run a service so that `listening_address` can read its log; None leaves a flag out.
-
-    True and False become `--name` and `--no-name`, as the services want it.
-    """
-    modules = ("-m", *launcher, "-m", module) if launcher else ("-m", module)
-    flags = {"host": LOOPBACK, "log_format": "json", **flags}
-    given = (_flag(name, value) for name, value in flags.items() if value is not None)
-    return [sys.executable, *modules, *given]
-
-
-def _flag(name: str, value: object) -> str:
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name}={value}"
-
-
-def listening_address(line: str) -> str | None:
-    """The address in the log line by which a service says that it listens; None in any other."""
-    record = _record(line)
-    return str(record["address"]) if record.get("event") == "listening" else None
-
-
-def readable(line: str) -> str:
-    """A log line for people; what is not JSON (a traceback, torchrun's own words) stays."""
-    record = _record(line)
-    if "event" not in record:
-        return line
-    values = (
-        f"{name}={value}"
-        for name, value in record.items()
-        if name not in ("event", "level", "logger", "timestamp")
-    )
-    return " ".join((str(record["event"]), *values))
-
-
-def failure(lines: Sequence[str]) -> str:
-    """Of a service's last lines, those that say why it ended; each once, as shards say it all."""
-    errors = list(filter(_is_error, lines))
-    if errors:
-        return "\n".join(dict.fromkeys(map(readable, errors)))
-    return "\n".join(("its last lines were", *map(readable, lines[-10:])))
 
 
 class Supervisor:
@@ -158,9 +41,9 @@ class Supervisor:
         self._deployment = deployment
         self._log = log
         self._guard: Process | None = None
-        self._children: list[_Child] = []
+        self._children: list[ServiceProcess] = []
         self._replica_ports: dict[str, int] = {}  # by the names of replicas, once they listen
-        self._ended: asyncio.Queue[_Child] = asyncio.Queue()
+        self._ended: asyncio.Queue[ServiceProcess] = asyncio.Queue()
 
     async def start(self) -> str:
         """Starts the services, waits until the gateway is SERVING, returns its address."""
@@ -238,7 +121,7 @@ class Supervisor:
             serving.cancel()
         return address
 
-    async def _restart(self, child: "_Child") -> None:
+    async def _restart(self, child: ServiceProcess) -> None:
         """At the same address, where the gateway looks for it."""
         failures = child.failures_in_a_row
         await asyncio.sleep(FIRST_PAUSE * 2 ** (failures - 1))
@@ -249,7 +132,7 @@ class Supervisor:
         self._children.remove(again)
         self._children[self._children.index(child)] = again
 
-    async def _spawn(self, name: str, command: Sequence[str], group: int) -> "_Child":
+    async def _spawn(self, name: str, command: Sequence[str], group: int) -> ServiceProcess:
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=DEVNULL,
@@ -260,65 +143,9 @@ class Supervisor:
             env={**os.environ, "no_grpc_proxy": LOOPBACK},
             process_group=group,
         )
-        child = _Child(name, process, self._log, self._ended.put_nowait)
+        child = ServiceProcess(name, process, self._log, self._ended.put_nowait)
         self._children.append(child)
         return child
-
-
-class _Child:
-    """One service's process.
-
-    `address` is known when it listens, `complaint` when it has logged an error, and `ended` is done
-    when it is gone.
-    """
-
-    def __init__(
-        self, name: str, process: Process, log: Log, on_end: Callable[["_Child"], None]
-    ) -> None:
-        self.address: Future[str] = asyncio.get_running_loop().create_future()
-        self.complaint: Future[str] = asyncio.get_running_loop().create_future()
-        self.ended = asyncio.create_task(self._follow(log, on_end))
-        self.name = name
-        self.earlier_failures = 0  # of those that it replaces, in a row
-        self._started_at = time.monotonic()
-        self._process = process
-        self._lines: deque[str] = deque(maxlen=LINES_KEPT)
-
-    def obituary(self) -> str:
-        reason = failure(list(self._lines))
-        return f"{self.name} ended with status {self._process.returncode}: {reason}"
-
-    @property
-    def failures_in_a_row(self) -> int:
-        """The end of the process itself included."""
-        settled = time.monotonic() - self._started_at > SETTLED
-        return 1 if settled else self.earlier_failures + 1
-
-    def terminate(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
-
-    async def stop(self) -> None:
-        self.terminate()
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await self.ended
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-
-    async def _follow(self, log: Log, on_end: Callable[["_Child"], None]) -> None:
-        async for line in cast("asyncio.StreamReader", self._process.stdout):
-            text = line.decode(errors="replace").rstrip()
-            self._lines.append(text)
-            log(self.name, text)
-            address = listening_address(text)
-            if address is not None and not self.address.done():
-                self.address.set_result(address)
-            if _is_error(text) and not self.complaint.done():
-                self.complaint.set_result(readable(text))
-        await self._process.wait()
-        on_end(self)
 
 
 @contextlib.contextmanager
@@ -367,15 +194,3 @@ def _refuse_variables_of_one_service() -> None:
             f"{', '.join(given)} would hold for all services, and each needs its own: unset them, "
             "or start the services one by one"
         )
-
-
-def _is_error(line: str) -> bool:
-    return _record(line).get("level") in ("error", "critical")
-
-
-def _record(line: str) -> dict[str, object]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}

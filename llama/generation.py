@@ -77,7 +77,8 @@ class Llama:
         if model_parallel_size not in (None, processes):
             raise StartError(
                 f"model_parallel_size is {model_parallel_size}, but {processes} processes run: "
-                f"start with torchrun --nproc_per_node {model_parallel_size}"
+                f"start the program with python -m model_service.launcher "
+                f"--shards {model_parallel_size}"
             )
         tokenizer = Tokenizer(tokenizer_path)
         options = ReplicaOptions(

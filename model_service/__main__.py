@@ -1,96 +1,29 @@
-"""`python -m model_service`, or under torchrun one process per shard.
+"""`python -m model_service`: one rank, or with --shards the launcher of several."""
 
-Rank 0 leads: it alone serves gRPC. The others run its steps until it lets them go.
-"""
-
-import asyncio
-import hashlib
-import signal
-import threading
-from concurrent.futures import Future
-from pathlib import Path
+import sys
 
 import serving  # noqa: F401  # before grpc
-from model_service import distributed
-from model_service.arithmetic import choose_device
-from model_service.replica import Replica, ReplicaOptions, load_replica
-from model_service.server import ModelServer
+from model_service.launcher import is_rank, launch
 from model_service.settings import ModelSettings
 from serving.errors import StartError
 from serving.logs import configure, exit_with_error
-from serving.server import serve
 from serving.settings import parse
 
 
 def main() -> None:
     settings = parse(ModelSettings, "python -m model_service")
     configure(settings)
+    if is_rank() or settings.shards in (None, 1):
+        # Only here, as a launcher and --help need no PyTorch, which takes a second to import.
+        from model_service.rank import run  # noqa: PLC0415
+
+        run(settings)
+        return
     try:
-        replica = load(settings.replica_options())
-        shards = distributed.Shards(settings.shard_timeout)
-        if not replica.is_leader:
-            follow(replica, shards)
-            return
-        asyncio.run(lead(settings, replica, shards))
-        try:
-            replica.runner.release_followers()
-        except RuntimeError as error:
-            raise shards.failure(error) from error
-    except distributed.ShardLostError as error:
-        exit_with_error(str(error))
+        status = launch([sys.executable, "-m", "model_service", *sys.argv[1:]], settings.shards)
     except StartError as error:
-        # All ranks find the same fault; once on each machine is enough.
-        if not distributed.first_on_machine():
-            raise SystemExit(1) from None
         exit_with_error(str(error))
-
-
-def load(options: ReplicaOptions) -> Replica:
-    """`load_replica`; on the CPU in a thread that ends with it.
-
-    OpenMP's threads belong to the thread that first computed with them, and live as long. Those of
-    the main thread would count as running beside the engine's, which then sleep at every product
-    where they should spin: a third of the rate.
-    """
-    if choose_device(options.device) == "cuda":  # whose current device is each thread's own
-        return load_replica(options)
-    loaded: Future[Replica] = Future()
-
-    def run() -> None:
-        try:
-            loaded.set_result(load_replica(options))
-        except BaseException as error:  # the main thread has to hear of all of it
-            loaded.set_exception(error)
-
-    thread = threading.Thread(target=run, name="loading", daemon=True)
-    thread.start()
-    thread.join()
-    return loaded.result()
-
-
-async def lead(settings: ModelSettings, replica: Replica, shards: distributed.Shards) -> None:
-    path = settings.tokenizer_path
-    fingerprint = "" if path is None else tokenizer_fingerprint(path)
-    server = ModelServer(replica, fingerprint, shards)
-    await serve(settings, server.service())
-    server.stop()
-
-
-def follow(replica: Replica, shards: distributed.Shards) -> None:
-    # torchrun passes SIGTERM to every rank, but the leader still has sequences to finish.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, signal.SIG_IGN)
-    try:
-        replica.runner.follow()
-    except RuntimeError as error:  # what torch.distributed raises when a peer is gone
-        raise shards.failure(error) from error
-
-
-def tokenizer_fingerprint(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise StartError(f"--tokenizer_path {path}: {error.strerror}") from error
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,29 @@
-"""The process group of a replica: one process per shard, as torchrun starts them, or a single one.
+"""The process group of a replica: one process per shard, or a single one.
 
-Without torchrun's environment the process makes a group of its own, so `python -m model_service`
-needs nothing but the command.
+`model_service.launcher` starts the ranks of one machine, torchrun those of several; a process that
+neither has started makes a group of its own. Nothing on these sockets is authenticated, so if all
+ranks are on one machine, their sockets listen on loopback.
 """
 
 import atexit
 import contextlib
 import io
 import os
+import socket
 from datetime import timedelta
 
 import psutil
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
-from torch._C._distributed_c10d import HashStore, PrefixStore
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
+from model_service.launcher import STORE_VARIABLE, is_rank
 from serving.errors import StartError
+
+LOOPBACK = "127.0.0.1"
 
 
 def initialize(device_type: str) -> torch.device:
@@ -41,14 +46,10 @@ def initialize(device_type: str) -> torch.device:
     if not dist.is_initialized():
         # Plans travel on the CPU (gloo) whatever the device of the weights.
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        if "WORLD_SIZE" in os.environ:
-            store, rank, world_size = next(rendezvous("env://"))
-            # torchrun's store outlives a restart, with the addresses of the ranks that died.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            own = PrefixStore(attempt, store) if _alone_on_machine() else store
-            dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
-        else:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        if on_one_machine():
+            _stay_on_loopback()
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        dist.init_process_group(backend, store=_store(rank), rank=rank, world_size=world_size)
         # Else gloo's threads outlive the interpreter, and may abort the process at its end.
         atexit.register(dist.destroy_process_group)
     if not fairscale_groups.model_parallel_is_initialized():
@@ -65,9 +66,49 @@ def initialize(device_type: str) -> torch.device:
     return torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
 
 
-def _alone_on_machine() -> bool:
-    """Whether no other machine has shards: several count their restarts each for itself."""
-    return os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
+def on_one_machine() -> bool:
+    """Whether all ranks are on this machine, as far as their starter says."""
+    return not is_rank() or os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
+
+
+def _stay_on_loopback() -> None:
+    """Binds the sockets of gloo and NCCL, which else listen at the address of the host's name."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == LOOPBACK for each in addresses):
+            os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+            return
+    raise StartError(f"no network interface has the address {LOOPBACK}, where the shards meet")
+
+
+def _store(rank: int) -> Store:
+    """Where the ranks tell each other their addresses."""
+    if not is_rank():
+        return HashStore()
+    world_size = int(os.environ["WORLD_SIZE"])
+    if path := os.environ.get(STORE_VARIABLE):
+        return FileStore(path, world_size)
+    if not on_one_machine():
+        store: Store = next(rendezvous("env://"))[0]
+        return store
+    # torchrun's store outlives a restart, with the addresses of the ranks that died. Of several
+    # machines each counts its restarts for itself.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(attempt, _store_on_loopback(rank, world_size))
+
+
+def _store_on_loopback(rank: int, world_size: int) -> Store:
+    """The store at torchrun's port. Where torchrun leaves it to rank 0, it listens on loopback."""
+    port = int(os.environ["MASTER_PORT"])
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    listener = socket.create_server((LOOPBACK, port)).detach() if is_server else None
+    return TCPStore(
+        LOOPBACK,
+        port,
+        world_size,
+        is_master=is_server,
+        timeout=default_pg_timeout,
+        master_listen_fd=listener,
+    )
 
 
 class ShardLostError(StartError):

@@ -52,8 +52,8 @@ class MemoryPlan:
                 f"{shards} would need {readable_size(needed)} on {device} ({self}, working memory "
                 f"{readable_size(self.working)}), but {readable_size(free)} are free. "
                 "To fix: lower --kv_cache_tokens, --max_batch_size, --max_step_tokens or "
-                "--max_seq_len, choose a smaller --dtype, or spread the model over more machines "
-                "or GPUs with torchrun"
+                "--max_seq_len, choose a smaller --dtype, or spread the model over more GPUs "
+                "(--shards) or machines (docs/operations.md)"
             )
 
 

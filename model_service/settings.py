@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from model_service.engine.thread import PROBE_INTERVAL
-from model_service.replica import ReplicaOptions
+from model_service.probe import PROBE_INTERVAL
 from serving.settings import Port, ServerSettings
 
 MAX_CONTEXT = 4096  # what Llama 2 was trained on
@@ -20,6 +19,14 @@ class ModelSettings(ServerSettings):
     tokenizer_path: Annotated[
         Path | None,
         Field(description="the checkpoint's tokenizer.model; the gateway then refuses another"),
+    ] = None
+    shards: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="processes on this machine to cut the model over; default 1, or as many "
+            "as torchrun has started",
+        ),
     ] = None
     max_seq_len: Annotated[
         int,
@@ -112,7 +119,3 @@ class ModelSettings(ServerSettings):
     model_name: Annotated[
         str | None, Field(description="name that clients see; default the folder's name")
     ] = None
-
-    def replica_options(self) -> ReplicaOptions:
-        names = ReplicaOptions.__dataclass_fields__
-        return ReplicaOptions(**{name: getattr(self, name) for name in names})

@@ -60,7 +60,7 @@ def memory_for_steps(limits: EngineLimits, device: torch.device) -> Iterator[Non
             f"{device} ran out of memory for steps of {limits.max_step_tokens} tokens or "
             f"{limits.max_batch_size} sequences beside the weights and the KV cache. To fix: lower "
             "--kv_cache_tokens, --max_step_tokens or --max_batch_size, choose a smaller --dtype or "
-            "--quantize, or spread the model over more GPUs with torchrun"
+            "--quantize, or spread the model over more GPUs with --shards"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """Step time on several shards: each count runs in processes of its own, as in production.
 
-This module is also the program that torchrun starts on every rank.
+This module is also the program that runs on every rank.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def shard_sweep(
 
 def _measure(variant: Variant, shards: int, batch: int, context: int, steps: int) -> Summary:
     """Raises RuntimeError with the processes' output when they fail."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={shards}", "-m", "bench.engine.shards"]
+    command = [sys.executable, "-m", "model_service.launcher", f"--shards={shards}"]
+    command += ["-m", "bench.engine.shards"]
     command += [str(variant.ckpt_dir), variant.dtype, variant.quantize or ""]
     command += [str(number) for number in (batch, context, steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

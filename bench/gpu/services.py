@@ -25,10 +25,10 @@ from bench.service import KNOWN_PIECES, Rates, made_up_tokenizer
 from bench.shapes import Shape
 from bench.summary import summarize
 from client import requests
+from client.deployment import Deployment
 from client.load.records import Record, Success
 from client.load.sender import Sender, clock
 from client.load.workload import Work
-from client.supervisor import Deployment
 from llama.v1 import chat_pb2
 from model_service.replica import load_replica
 

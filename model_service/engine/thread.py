@@ -14,9 +14,7 @@ from dataclasses import dataclass
 
 from model_service.engine.engine import Engine, EngineLimits, EngineLoad
 from model_service.engine.sequence import FinishReason, GenerationRequest, SequenceOutput
-
-# While idle, a token goes through all shards this often: a shard that died or hangs is noticed.
-PROBE_INTERVAL = 5.0  # seconds
+from model_service.probe import PROBE_INTERVAL
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from client.supervisor import demonstration
+from client.deployment import demonstration
 
 
 def test_quantized_checkpoint_is_half_as_large(run: Any, tmp_path: Path) -> None:

@@ -29,8 +29,6 @@ SERVICES: dict[str, type[ServerSettings]] = {
     "safety": SafetySettings,
     "model": ModelSettings,
 }
-# What the images read besides the services' settings.
-IMAGE_VARIABLES = {"CHASQUI_SHARDS"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def read_settings(monkeypatch: pytest.MonkeyPatch) -> ReadSettings:
         settings = SERVICES[service]
         known = {ENV_PREFIX + name.upper() for name in settings.model_fields}
         ours = {name for name in environment if name.startswith(ENV_PREFIX)}
-        assert ours <= known | IMAGE_VARIABLES
+        assert ours <= known
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from serving.settings import ENV_PREFIX
-from tests.deploy.conftest import IMAGE_VARIABLES, ROOT, SERVICES
+from tests.deploy.conftest import ROOT, SERVICES
 
 DOCUMENT = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 # What a deployment does not change, or changes by a further file, as files need mounts.
@@ -36,7 +36,7 @@ def test_service_runs_without_privileges_on_a_read_only_file_system(name: str) -
 @pytest.mark.parametrize("name", OURS)
 def test_variables_are_settings_of_the_service(name: str) -> None:
     known = {ENV_PREFIX + field.upper() for field in SERVICES[name].model_fields}
-    assert OURS[name]["environment"].keys() <= known | IMAGE_VARIABLES
+    assert OURS[name]["environment"].keys() <= known
 
 
 @pytest.mark.parametrize("name", OURS)

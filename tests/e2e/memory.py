@@ -53,7 +53,7 @@ async def watch_memory(processes: Mapping[str, psutil.Process]) -> dict[str, Res
 
 
 def with_shards(name: str, process: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
-    """A process and, where torchrun started them, its ranks."""
+    """A process and, if it has started several, its ranks."""
     yield name, process
     for child in process.children(recursive=True):
         if (rank := child.environ().get("RANK")) is not None:

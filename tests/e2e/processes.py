@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -139,6 +138,10 @@ class ServiceProcess:
         os.killpg(self._process.pid, signal.SIGKILL)
         self.stop()
 
+    def wait(self) -> int:
+        """Its exit status, when it has ended by itself."""
+        return self._process.wait(TIMEOUT)
+
     def stop(self) -> int:
         """Ends it; returns its exit status."""
         self.terminate()
@@ -165,26 +168,15 @@ class ServiceProcess:
             self._address.set_exception(RuntimeError(f"{self.name} ended before it listened"))
 
 
-def unused_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return int(unused.getsockname()[1])
-
-
 def start_tokenizer(**flags: object) -> ServiceProcess:
     flags = {"tokenizer_path": GOLDEN / "tokenizer.model", **flags}
     return ServiceProcess("tokenizer_service", "-m", "tokenizer_service", **flags)
 
 
 def start_model(checkpoint: str, shards: int, **flags: object) -> ServiceProcess:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--max_restarts", 2)
-    flags = {"max_seq_len": CONTEXT_LENGTH, "threads": 1, **flags}
-    if shards > 1:
-        # The address must be the same after a restart.
-        flags = {"port": unused_port(), **flags}
+    flags = {"max_seq_len": CONTEXT_LENGTH, "threads": 1, "shards": shards, **flags}
     return ServiceProcess(
         "model_service",
-        *((*torchrun, "--nproc_per_node", shards) if shards > 1 else ()),
         *("-m", "model_service"),
         ckpt_dir=GOLDEN / "checkpoints" / checkpoint,
         tokenizer_path=GOLDEN / "tokenizer.model",

@@ -153,4 +153,6 @@ async def test_streams_outlive_a_shard_and_its_replica_comes_back(fleet: RunFlee
         assert resumed(streams.answers) >= STREAMS / 4
         failovers = running.gateway.scrape().value("chasqui_gateway_failovers_total")
         assert failovers == resumed(streams.answers)
-        await assert_all_serve(running)
+        assert await asyncio.to_thread(running.models[0].wait) == 1
+        with running.models[0].again():
+            await assert_all_serve(running)

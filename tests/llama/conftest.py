@@ -1,4 +1,4 @@
-"""Models in this process and under torchrun, on the golden checkpoints."""
+"""Models in this process and as several ranks, on the golden checkpoints."""
 
 import subprocess
 import sys
@@ -26,9 +26,14 @@ def llama() -> Llama:
     return build("gqa-mp1")
 
 
-def torchrun(processes: int, *command: object) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    arguments = [sys.executable, *launcher, *map(str, command)]
+def python(*command: object) -> str:
+    """What the command printed; it must end well."""
+    arguments = [sys.executable, *map(str, command)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def launch(shards: int, *command: object) -> str:
+    """The same for a Python script that runs as so many ranks."""
+    return python("-m", "model_service.launcher", f"--shards={shards}", *command)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama import Llama
-from tests.llama.conftest import DIALOG, GOLDEN, TOKENIZER, build, torchrun
+from tests.llama.conftest import DIALOG, GOLDEN, TOKENIZER, build, launch
 
 PROMPT = [1, 100, 101]
 
@@ -211,7 +211,7 @@ def test_after_ctrl_c_in_a_call_the_next_one_works_on_every_rank(
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED)
     ranks = len(interrupts["0"])
-    torchrun(ranks, script, tmp_path, GOLDEN / "checkpoints" / checkpoint, TOKENIZER, *interrupts)
+    launch(ranks, script, tmp_path, GOLDEN / "checkpoints" / checkpoint, TOKENIZER, *interrupts)
     for rank in range(ranks):
         outcomes = json.loads((tmp_path / f"outcomes-{rank}.json").read_text())
         assert outcomes == [[each[rank], expected] for each in interrupts.values()]

@@ -8,7 +8,16 @@ import pytest
 
 from llama import Llama
 from serving.errors import StartError
-from tests.llama.conftest import DIALOG, GOLDEN, REFUSAL, ROOT, TOKENIZER, build, torchrun
+from tests.llama.conftest import (
+    DIALOG,
+    GOLDEN,
+    REFUSAL,
+    ROOT,
+    TOKENIZER,
+    build,
+    launch,
+    python,
+)
 
 
 def read_cases(name: str, kind: str) -> list[dict[str, Any]]:
@@ -140,7 +149,7 @@ def test_every_rank_of_two_returns_what_metas_code_answers(tmp_path: Path) -> No
     folder, cases, every = GOLDEN / "checkpoints" / "gqa-mp2", GOLDEN / "gqa.json", 3
     expected = json.loads(cases.read_text())["cases"][::every]
     assert {case["kind"] for case in expected} == {"chat", "text"}
-    output = torchrun(2, script, tmp_path / "answers", folder, TOKENIZER, cases, every)
+    output = launch(2, script, tmp_path / "answers", folder, TOKENIZER, cases, every)
     assert output.count("answered") == 1  # rank 0 alone prints
     for rank in range(2):
         answers = json.loads((tmp_path / f"answers-{rank}.json").read_text())
@@ -150,10 +159,16 @@ def test_every_rank_of_two_returns_what_metas_code_answers(tmp_path: Path) -> No
                 assert answer["logprobs"] == pytest.approx(case["logprobs"], abs=1e-4)
 
 
-@pytest.mark.parametrize(("example", "processes"), [("text", 1), ("chat", 2)])
-def test_metas_example_commands_run(example: str, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("example", "launcher"),
+    [
+        ("text", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")),
+        ("chat", ("-m", "model_service.launcher", "--shards=2")),
+    ],
+)
+def test_metas_example_commands_run(example: str, launcher: tuple[str, ...]) -> None:
     script = ROOT / f"example_{example}_completion.py"
     options = ["--ckpt_dir", GOLDEN / "checkpoints" / "gqa-mp2", "--tokenizer_path", TOKENIZER]
-    output = torchrun(processes, script, *options, "--max_seq_len", "256", "--max_gen_len", "8")
+    output = python(*launcher, script, *options, "--max_seq_len", "256", "--max_gen_len", "8")
     assert output.count("==================================") == (5 if example == "chat" else 4)
     assert output.startswith("Loaded in ")

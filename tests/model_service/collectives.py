@@ -39,4 +39,5 @@ def count(logit_rows: list[int]) -> dict[str, int]:
 
 
 runner = load_replica(ReplicaOptions(Path(sys.argv[1]), max_seq_len=64, device="cpu")).runner
-print(json.dumps([count([0, 3]), count([])]))
+# In one write, so that the lines of two ranks stay apart.
+sys.stdout.write(json.dumps([count([0, 3]), count([])]) + "\n")

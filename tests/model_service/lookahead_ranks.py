@@ -1,4 +1,4 @@
-"""Under torchrun: answers of one replica with lookahead, then of one without, as JSON on stdout."""
+"""The answers of a replica with lookahead, then of one without, as JSON; run as several ranks."""
 
 import dataclasses
 import json

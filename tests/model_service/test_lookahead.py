@@ -177,7 +177,7 @@ def test_the_last_token_arrives_though_no_other_request_comes(make_engine: Any) 
 
 def test_shards_take_drawn_tokens_from_the_leader(golden: Path) -> None:
     script = str(Path(__file__).with_name("lookahead_ranks.py"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [sys.executable, "-m", "model_service.launcher", "--shards=2"]
     command = [*launcher, script, str(golden / "checkpoints" / "gqa-mp1")]
     made = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
     ahead, plain = json.loads(made)

@@ -11,6 +11,7 @@ import pytest
 
 from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.distributed import Shards
+from model_service.rank import replica_options
 from model_service.replica import load_replica
 from model_service.server import ModelServer
 from model_service.settings import ModelSettings
@@ -74,7 +75,7 @@ def ids(events: list[Any]) -> list[int]:
 @pytest.fixture
 async def server(golden: Path) -> AsyncIterator[ModelServer]:
     settings = ModelSettings(port=0, ckpt_dir=golden / "checkpoints" / "gqa-mp1", max_seq_len=256)
-    server = ModelServer(load_replica(settings.replica_options()), "of-the-tokenizer", Shards(60))
+    server = ModelServer(load_replica(replica_options(settings)), "of-the-tokenizer", Shards(60))
     async with AsyncExitStack() as stack:
         stack.callback(server.stop)
         up = await stack.enter_async_context(running(settings, server.service()))

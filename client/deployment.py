@@ -1,0 +1,85 @@
+"""What `chasqui serve` runs on this machine: a deployment, and the commands of its services."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+
+
+class SupervisorError(Exception):
+    """The services cannot start, or one of them ended by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What to serve on this machine; `model_settings` are flags of the model service by name."""
+
+    ckpt_dir: Path
+    tokenizer_path: Path
+    model_name: str | None = None
+    shards: int = 1
+    replicas: int = 1
+    host: str = LOOPBACK
+    port: int = 0
+    safety: bool = False  # whether dialogs and answers are judged, by the rules that ship
+    model_settings: Mapping[str, object] = field(default_factory=dict)
+
+    def tokenizer_command(self) -> list[str]:
+        return service_command("tokenizer_service", port=0, tokenizer_path=self.tokenizer_path)
+
+    def model_command(self, port: int = 0) -> list[str]:
+        # A model takes all cores unless told that it shares them.
+        share = max(1, (os.cpu_count() or 1) // (self.shards * self.replicas))
+        return service_command(
+            "model_service",
+            port=port,
+            shards=self.shards,
+            ckpt_dir=self.ckpt_dir,
+            tokenizer_path=self.tokenizer_path,
+            model_name=self.model_name,
+            threads=share if self.replicas > 1 else None,
+            **self.model_settings,
+        )
+
+    def safety_command(self) -> list[str]:
+        return service_command("safety_service", port=0)
+
+    def gateway_command(
+        self, tokenizer: str, models: Sequence[str], safety: str | None = None
+    ) -> list[str]:
+        return service_command(
+            "gateway",
+            host=self.host,
+            port=self.port,
+            tokenizer_target=tokenizer,
+            model_targets=",".join(models),
+            safety_target=safety,
+        )
+
+
+def demonstration() -> Deployment:
+    """The checkpoint that comes with the distribution."""
+    folder = Path(str(resources.files("demo") / "checkpoint"))
+    if not folder.is_dir():
+        raise SupervisorError(f"the demonstration checkpoint is missing: no folder {folder}")
+    return Deployment(folder, folder / "tokenizer.model", model_name="chasqui-demo")
+
+
+def service_command(module: str, **flags: object) -> list[str]:
+    """How to run a service so that `listening_address` can read its log; None leaves a flag out.
+
+    True and False become `--name` and `--no-name`, as the services want it.
+    """
+    flags = {"host": LOOPBACK, "log_format": "json", **flags}
+    given = (_flag(name, value) for name, value in flags.items() if value is not None)
+    return [sys.executable, "-m", module, *given]
+
+
+def _flag(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"

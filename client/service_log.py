@@ -1,0 +1,43 @@
+"""The services' log lines, as `chasqui serve` reads them, and its own in the same format."""
+
+import json
+from collections.abc import Sequence
+
+
+def listening_address(line: str) -> str | None:
+    """The address in the log line by which a service says that it listens; None in any other."""
+    record = _record(line)
+    return str(record["address"]) if record.get("event") == "listening" else None
+
+
+def readable(line: str) -> str:
+    """A log line for people; what is not JSON (such as a traceback) stays."""
+    record = _record(line)
+    if "event" not in record:
+        return line
+    values = (
+        f"{name}={value}"
+        for name, value in record.items()
+        if name not in ("event", "level", "logger", "timestamp")
+    )
+    return " ".join((str(record["event"]), *values))
+
+
+def failure(lines: Sequence[str]) -> str:
+    """Of a service's last lines, those that say why it ended; each once, as shards say it all."""
+    errors = list(filter(is_error, lines))
+    if errors:
+        return "\n".join(dict.fromkeys(map(readable, errors)))
+    return "\n".join(("its last lines were", *map(readable, lines[-10:])))
+
+
+def is_error(line: str) -> bool:
+    return _record(line).get("level") in ("error", "critical")
+
+
+def _record(line: str) -> dict[str, object]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,76 @@
+"""One service as a child process of `chasqui serve`."""
+
+import asyncio
+import contextlib
+import time
+from asyncio import Future
+from asyncio.subprocess import Process
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from client.service_log import failure, is_error, listening_address, readable
+
+LINES_KEPT = 200
+# A replica that lived for so long is not counted as one that cannot live, in seconds.
+SETTLED = 60.0
+# More than the services' grace period: what has not ended by then hangs.
+STOP_SECONDS = 60.0
+
+Log = Callable[[str, str], None]
+
+
+class ServiceProcess:
+    """A child process, followed by its log.
+
+    `address` is known when it listens, `complaint` when it has logged an error, and `ended` is done
+    when it is gone.
+    """
+
+    def __init__(
+        self, name: str, process: Process, log: Log, on_end: Callable[["ServiceProcess"], None]
+    ) -> None:
+        self.address: Future[str] = asyncio.get_running_loop().create_future()
+        self.complaint: Future[str] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.create_task(self._follow(log, on_end))
+        self.name = name
+        self.earlier_failures = 0  # of those that it replaces, in a row
+        self._started_at = time.monotonic()
+        self._process = process
+        self._lines: deque[str] = deque(maxlen=LINES_KEPT)
+
+    def obituary(self) -> str:
+        reason = failure(list(self._lines))
+        return f"{self.name} ended with status {self._process.returncode}: {reason}"
+
+    @property
+    def failures_in_a_row(self) -> int:
+        """The end of the process itself included."""
+        settled = time.monotonic() - self._started_at > SETTLED
+        return 1 if settled else self.earlier_failures + 1
+
+    def terminate(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    async def stop(self) -> None:
+        self.terminate()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self.ended
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def _follow(self, log: Log, on_end: Callable[["ServiceProcess"], None]) -> None:
+        async for line in cast("asyncio.StreamReader", self._process.stdout):
+            text = line.decode(errors="replace").rstrip()
+            self._lines.append(text)
+            log(self.name, text)
+            address = listening_address(text)
+            if address is not None and not self.address.done():
+                self.address.set_result(address)
+            if is_error(text) and not self.complaint.done():
+                self.complaint.set_result(readable(text))
+        await self._process.wait()
+        on_end(self)

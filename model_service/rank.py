@@ -1,0 +1,105 @@
+"""One rank of a replica, from loading to its end.
+
+Rank 0 leads: it alone serves gRPC. The others run its steps until it lets them go.
+"""
+
+import asyncio
+import hashlib
+import os
+import signal
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from model_service import distributed
+from model_service.arithmetic import choose_device
+from model_service.replica import Replica, ReplicaOptions, load_replica
+from model_service.server import ModelServer
+from model_service.settings import ModelSettings
+from serving.errors import StartError
+from serving.logs import exit_with_error
+from serving.server import serve
+
+
+def run(settings: ModelSettings) -> None:
+    try:
+        _check_shards(settings.shards)
+        replica = load(replica_options(settings))
+        shards = distributed.Shards(settings.shard_timeout)
+        if not replica.is_leader:
+            follow(replica, shards)
+            return
+        asyncio.run(lead(settings, replica, shards))
+        try:
+            replica.runner.release_followers()
+        except RuntimeError as error:
+            raise shards.failure(error) from error
+    except distributed.ShardLostError as error:
+        exit_with_error(str(error))
+    except StartError as error:
+        # All ranks find the same fault; once on each machine is enough.
+        if not distributed.first_on_machine():
+            raise SystemExit(1) from None
+        exit_with_error(str(error))
+
+
+def replica_options(settings: ModelSettings) -> ReplicaOptions:
+    names = ReplicaOptions.__dataclass_fields__
+    return ReplicaOptions(**{name: getattr(settings, name) for name in names})
+
+
+def load(options: ReplicaOptions) -> Replica:
+    """`load_replica`; on the CPU in a thread that ends with it.
+
+    OpenMP's threads belong to the thread that first computed with them, and live as long. Those of
+    the main thread would count as running beside the engine's, which then sleep at every product
+    where they should spin: a third of the rate.
+    """
+    if choose_device(options.device) == "cuda":  # whose current device is each thread's own
+        return load_replica(options)
+    loaded: Future[Replica] = Future()
+
+    def run() -> None:
+        try:
+            loaded.set_result(load_replica(options))
+        except BaseException as error:  # the main thread has to hear of all of it
+            loaded.set_exception(error)
+
+    thread = threading.Thread(target=run, name="loading", daemon=True)
+    thread.start()
+    thread.join()
+    return loaded.result()
+
+
+async def lead(settings: ModelSettings, replica: Replica, shards: distributed.Shards) -> None:
+    path = settings.tokenizer_path
+    fingerprint = "" if path is None else tokenizer_fingerprint(path)
+    server = ModelServer(replica, fingerprint, shards)
+    await serve(settings, server.service())
+    server.stop()
+
+
+def follow(replica: Replica, shards: distributed.Shards) -> None:
+    # torchrun passes SIGTERM to every rank, but the leader still has sequences to finish.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, signal.SIG_IGN)
+    try:
+        replica.runner.follow()
+    except RuntimeError as error:  # what torch.distributed raises when a peer is gone
+        raise shards.failure(error) from error
+
+
+def _check_shards(shards: int | None) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if shards not in (None, ranks):
+        raise StartError(
+            f"--shards (or CHASQUI_SHARDS) is {shards}, but torchrun has started {ranks} "
+            f"process{'es' * (ranks > 1)}: leave --shards out, or torchrun"
+        )
+
+
+def tokenizer_fingerprint(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise StartError(f"--tokenizer_path {path}: {error.strerror}") from error
