@@ -163,7 +163,8 @@ def test_a_second_signal_ends_all_ranks_at_once(start: Start) -> None:
     process.send_signal(signal.SIGINT)
     process.terminate()
     process.communicate()
-    assert process.returncode == -signal.SIGTERM
+    # Two signals that are pending at once may arrive in either order.
+    assert -process.returncode in {signal.SIGINT, signal.SIGTERM}
     assert not any(map(psutil.pid_exists, ranks))
 
 
