@@ -16,6 +16,7 @@ from client.requests import ChatOptions, Dialog, Message, Prompt, Sampling, Text
 from client.results import (
     ChatPrediction,
     Delta,
+    Determinism,
     Event,
     Finished,
     FinishReason,
@@ -40,6 +41,7 @@ __all__ = [
     "Client",
     "DeadlineExceededError",
     "Delta",
+    "Determinism",
     "Dialog",
     "Event",
     "FinishReason",

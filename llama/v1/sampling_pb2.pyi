@@ -21,6 +21,40 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Determinism:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeterminismEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Determinism.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DETERMINISM_UNSPECIFIED: _Determinism.ValueType  # 0
+    """Not known."""
+    DETERMINISM_SEEDED: _Determinism.ValueType  # 1
+    """The draw is repeatable: one number per token, a function of seed and position alone. The logits may
+    differ in their last bits with what else runs in the same step, with what the prefix cache holds, with
+    speculation, and after preemption or failover. So a replay may come to a token that differs, and go on
+    differently from there: in float32 hardly ever, in narrower types and with quantized weights often.
+    """
+    DETERMINISM_BATCH_INVARIANT: _Determinism.ValueType  # 2
+    """The logits do not depend on any of these, to the last bit: a replay gives the same tokens."""
+
+class Determinism(_Determinism, metaclass=_DeterminismEnumTypeWrapper):
+    """What a replay may depend on. A replay is the same prompt and settings with the same seed, at a replica
+    with the same fingerprint: a call that is repeated, or a generation that goes on at another replica.
+    """
+
+DETERMINISM_UNSPECIFIED: Determinism.ValueType  # 0
+"""Not known."""
+DETERMINISM_SEEDED: Determinism.ValueType  # 1
+"""The draw is repeatable: one number per token, a function of seed and position alone. The logits may
+differ in their last bits with what else runs in the same step, with what the prefix cache holds, with
+speculation, and after preemption or failover. So a replay may come to a token that differs, and go on
+differently from there: in float32 hardly ever, in narrower types and with quantized weights often.
+"""
+DETERMINISM_BATCH_INVARIANT: Determinism.ValueType  # 2
+"""The logits do not depend on any of these, to the last bit: a replay gives the same tokens."""
+Global___Determinism: _TypeAlias = Determinism  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -113,8 +147,9 @@ class SamplingParams(_message.Message):
     At least 1; default: context length - 1.
     """
     seed: _builtins.int
-    """Makes sampling repeatable: the same seed, prompt and settings give the same tokens on the same
-    fingerprint. Absent: the server draws one and reports it.
+    """Makes the draw repeatable: with the same seed, prompt and settings, equal logits give equal tokens.
+    GetModelResponse.determinism says whether the logits are always equal on the same fingerprint.
+    Absent: the server draws one and reports it.
     """
     repetition_penalty: _builtins.float
     """Divides positive and multiplies negative logits of tokens seen in prompt or answer (Keskar et al.,

@@ -10,6 +10,7 @@ from client import (
     AsyncClient,
     Client,
     Delta,
+    Determinism,
     Event,
     Finished,
     FinishReason,
@@ -100,8 +101,10 @@ def test_token_ids_complete_like_their_text(target: str) -> None:
 def test_the_model_says_what_its_defaults_and_limits_are(target: str) -> None:
     with Client(target) as client:
         model = client.get_model()
+        answer = client.chat(HELLO, max_gen_len=1)
 
     assert (model.name, model.context_length, model.shards) == ("gqa-mp1", 256, 1)
+    assert model.determinism is answer.determinism is Determinism.SEEDED
     assert model.sampling_defaults["temperature"] == 0.6
     assert model.limits.max_top_logprobs == 20
 
