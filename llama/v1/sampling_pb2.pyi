@@ -153,13 +153,16 @@ class SamplingParams(_message.Message):
     """
     repetition_penalty: _builtins.float
     """Divides positive and multiplies negative logits of tokens seen in prompt or answer (Keskar et al.,
-    2019). Range above 0 to 10; default 1 (off).
+    2019), except those that end the answer: the end-of-sequence token (unless `ignore_eos`) and
+    `stop_token_ids`. Range above 0 to 10; default 1 (off).
     """
     presence_penalty: _builtins.float
-    """Subtracted from the logit of each token that the answer already holds. Range -2 to 2; default 0."""
+    """Subtracted from the logit of each token that the answer already holds, except those that end the
+    answer. Range -2 to 2; default 0.
+    """
     frequency_penalty: _builtins.float
-    """Subtracted from the logit of a token once for each time the answer already holds it.
-    Range -2 to 2; default 0.
+    """Subtracted from the logit of a token once for each time the answer already holds it, except those
+    that end the answer. Range -2 to 2; default 0.
     """
     ignore_eos: _builtins.bool
     """Goes on after the end-of-sequence token, up to the length limit. For benchmarks. Default false."""

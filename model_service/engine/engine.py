@@ -63,6 +63,11 @@ class EngineLimits:
             raise ValueError(
                 f"prompt_ids holds {outside[0]}, the vocabulary has {self.vocab_size} tokens"
             )
+        stops = [token for token in request.stop_ids if not 0 <= token < self.vocab_size]
+        if stops:
+            raise ValueError(
+                f"stop_ids holds {stops[0]}, the vocabulary has {self.vocab_size} tokens"
+            )
         if not 0 <= request.offset < len(prompt):
             raise ValueError("offset must leave at least one token of the prompt")
 
