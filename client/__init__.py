@@ -17,6 +17,7 @@ from client.requests import ChatOptions, Dialog, Message, Prompt, Sampling, Text
 from client.results import (
     ChatPrediction,
     Delta,
+    Determinism,
     Event,
     Finished,
     FinishReason,
@@ -43,6 +44,7 @@ __all__ = [
     "ConnectionSettingsError",
     "DeadlineExceededError",
     "Delta",
+    "Determinism",
     "Dialog",
     "Event",
     "FinishReason",

@@ -30,6 +30,17 @@ class FinishReason(Enum):
 _FINISH_REASONS: Mapping[int, FinishReason] = {reason.value: reason for reason in FinishReason}
 
 
+class Determinism(Enum):
+    """What a replay may depend on."""
+
+    UNSPECIFIED = sampling_pb2.DETERMINISM_UNSPECIFIED
+    SEEDED = sampling_pb2.DETERMINISM_SEEDED
+    BATCH_INVARIANT = sampling_pb2.DETERMINISM_BATCH_INVARIANT
+
+
+_DETERMINISMS: Mapping[int, Determinism] = {each.value: each for each in Determinism}
+
+
 @dataclass(frozen=True, slots=True)
 class TopLogprob:
     """One of the most probable tokens at a position."""
@@ -79,6 +90,7 @@ class ChatPrediction:
     choice_index: int
     resumed: int = 0
     safety_categories: tuple[str, ...] = ()
+    determinism: Determinism = Determinism.UNSPECIFIED
 
     @property
     def message(self) -> Message:
@@ -102,6 +114,7 @@ class TextPrediction:
     choice_index: int
     resumed: int = 0
     safety_categories: tuple[str, ...] = ()
+    determinism: Determinism = Determinism.UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +127,7 @@ class Started:
     seed: int
     fingerprint: str
     dropped_turns: int = 0
+    determinism: Determinism = Determinism.UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +194,12 @@ class Model:
     fingerprint: str
     limits: Limits
     sampling_defaults: Sampling
+    determinism: Determinism = Determinism.UNSPECIFIED
+
+
+def determinism(value: int) -> Determinism:
+    """A value that this client is too old to know is UNSPECIFIED."""
+    return _DETERMINISMS.get(value, Determinism.UNSPECIFIED)
 
 
 def chat_prediction(prediction: chat_pb2.ChatPrediction) -> ChatPrediction:
@@ -190,6 +210,7 @@ def chat_prediction(prediction: chat_pb2.ChatPrediction) -> ChatPrediction:
         usage=_usage(prediction.usage),
         seed=prediction.seed,
         fingerprint=prediction.fingerprint,
+        determinism=determinism(prediction.determinism),
         dropped_turns=prediction.dropped_turns,
         choice_index=prediction.choice_index,
         resumed=prediction.resumed,
@@ -205,6 +226,7 @@ def text_prediction(prediction: chat_pb2.TextPrediction) -> TextPrediction:
         usage=_usage(prediction.usage),
         seed=prediction.seed,
         fingerprint=prediction.fingerprint,
+        determinism=determinism(prediction.determinism),
         choice_index=prediction.choice_index,
         resumed=prediction.resumed,
         safety_categories=tuple(prediction.safety_categories),
@@ -220,6 +242,7 @@ def chat_event(response: chat_pb2.ChatCompleteStreamResponse) -> Event:
             prompt_tokens=started.usage.prompt_tokens,
             seed=started.seed,
             fingerprint=started.fingerprint,
+            determinism=determinism(started.determinism),
             dropped_turns=started.dropped_turns,
         )
     if response.HasField("delta"):
@@ -238,6 +261,7 @@ def text_event(response: chat_pb2.TextCompleteStreamResponse) -> Event:
             prompt_tokens=started.usage.prompt_tokens,
             seed=started.seed,
             fingerprint=started.fingerprint,
+            determinism=determinism(started.determinism),
         )
     if response.HasField("delta"):
         delta = response.delta
@@ -269,6 +293,7 @@ def model(response: chat_pb2.GetModelResponse) -> Model:
         dtype=response.dtype,
         quantization=response.quantization,
         fingerprint=response.fingerprint,
+        determinism=determinism(response.determinism),
         limits=Limits(
             max_dialogs=limits.max_dialogs,
             max_messages=limits.max_messages,

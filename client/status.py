@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
+from client.results import Determinism, determinism
 from llama.v1 import model_pb2, operator_pb2
 
 
@@ -46,6 +47,7 @@ class ReplicaInfo:
     quantization: str
     device: str
     fingerprint: str
+    determinism: Determinism
     max_batch_size: int
 
 
@@ -124,7 +126,8 @@ def _replica(status: operator_pb2.ReplicaStatus) -> ReplicaStatus:
 
 
 def _info(info: model_pb2.GetModelInfoResponse) -> ReplicaInfo:
-    return ReplicaInfo(**{name: getattr(info, name) for name in ReplicaInfo.__dataclass_fields__})
+    fields = {name: getattr(info, name) for name in ReplicaInfo.__dataclass_fields__}
+    return ReplicaInfo(**fields | {"determinism": determinism(info.determinism)})
 
 
 def _load(load: model_pb2.GetLoadResponse) -> Load:

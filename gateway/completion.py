@@ -25,6 +25,7 @@ from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import (
     FINISH_REASON_STOP_STRING,
     FINISH_REASON_UNSAFE,
+    Determinism,
     FinishReason,
     SamplingParams,
 )
@@ -49,6 +50,7 @@ class Started:
     usage: chat_pb2.Usage
     seed: int
     fingerprint: str
+    determinism: "Determinism.ValueType"
     dropped_turns: int
 
 
@@ -150,7 +152,7 @@ async def complete(
                     answer, starts[each.place], next(turns), replicas, deliver
                 )
         for each in requests:
-            yield each.place, _started(each, model.fingerprint)
+            yield each.place, _started(each, model)
             for event in _first_events(each, running.get(each.place), arrived):
                 yield each.place, event
         while running:
@@ -233,11 +235,17 @@ def _deliver_to(made: UnreadEvents[Place], place: Place) -> Callable[[Outcome], 
     return deliver
 
 
-def _started(request: _Request, fingerprint: str) -> Started:
-    if isinstance(request.prompt, Refusal):
-        return Started(chat_pb2.Usage(), request.seed, fingerprint, dropped_turns=0)
-    usage = chat_pb2.Usage(prompt_tokens=len(request.prompt.ids))
-    return Started(usage, request.seed, fingerprint, request.prompt.dropped_turns)
+def _started(request: _Request, model: model_pb2.GetModelInfoResponse) -> Started:
+    prompt_tokens = dropped_turns = 0
+    if isinstance(prompt := request.prompt, Prompt):
+        prompt_tokens, dropped_turns = len(prompt.ids), prompt.dropped_turns
+    return Started(
+        chat_pb2.Usage(prompt_tokens=prompt_tokens),
+        request.seed,
+        model.fingerprint,
+        model.determinism,
+        dropped_turns,
+    )
 
 
 def _first_events(

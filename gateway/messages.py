@@ -39,6 +39,7 @@ def chat_event(sequence: int, place: Place, event: Event) -> ChatCompleteStreamR
                 usage=event.usage,
                 seed=event.seed,
                 fingerprint=event.fingerprint,
+                determinism=event.determinism,
                 dropped_turns=event.dropped_turns,
             )
             response.started.CopyFrom(started)
@@ -74,6 +75,7 @@ def text_event(sequence: int, place: Place, event: Event) -> TextCompleteStreamR
                 usage=event.usage,
                 seed=event.seed,
                 fingerprint=event.fingerprint,
+                determinism=event.determinism,
             )
             response.started.CopyFrom(started)
         case Delta():
@@ -119,6 +121,7 @@ def chat_prediction(prediction: Prediction) -> ChatPrediction:
         safety_categories=prediction.finished.safety_categories,
         seed=prediction.started.seed,
         fingerprint=prediction.started.fingerprint,
+        determinism=prediction.started.determinism,
         dropped_turns=prediction.started.dropped_turns,
     )
 
@@ -134,6 +137,7 @@ def text_prediction(prediction: Prediction) -> TextPrediction:
         safety_categories=prediction.finished.safety_categories,
         seed=prediction.started.seed,
         fingerprint=prediction.started.fingerprint,
+        determinism=prediction.started.determinism,
     )
 
 
@@ -153,6 +157,7 @@ def model_response(
         dtype=info.dtype,
         quantization=info.quantization,
         fingerprint=info.fingerprint,
+        determinism=info.determinism,
         limits=Limits(
             max_dialogs=settings.max_dialogs,
             max_messages=settings.max_messages,

@@ -176,4 +176,8 @@ def _identity(info: model_pb2.GetModelInfoResponse) -> tuple[str, int]:
 
 
 def _describe(info: model_pb2.GetModelInfoResponse) -> str:
-    return f"{info.name} (fingerprint {info.fingerprint}, context length {info.context_length})"
+    arithmetic = f"{info.dtype} {info.quantization}".strip()
+    return (
+        f"{info.name} (fingerprint {info.fingerprint}, context length {info.context_length}, "
+        f"{arithmetic} on {info.device})"
+    )

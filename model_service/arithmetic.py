@@ -1,5 +1,6 @@
 """In which numbers a replica computes: what `auto` means on this machine, and what does not go."""
 
+import enum
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,13 @@ _MULTIPLES: dict[tuple[str, Quantization], tuple[int, int]] = {
 }
 
 
+class Determinism(enum.Enum):
+    """What a replay may depend on; the contract's `Determinism` says what each means."""
+
+    SEEDED = enum.auto()
+    BATCH_INVARIANT = enum.auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """The dtype of activations, how the linear layers hold their weights, and how the cache its
@@ -62,6 +70,15 @@ class Arithmetic:
     def read_dtype(self) -> torch.dtype:
         """As which weights are read before they get their form."""
         return self.dtype if self.quantization == "none" else torch.float32
+
+    @property
+    def determinism(self) -> Determinism:
+        """In no type do the kernels give bit for bit the same logits for any number of rows.
+
+        float32 logits differ by some 1e-6. That moves the borders between tokens by as little, so
+        a replay differs in one token of many thousands; it is no guarantee.
+        """
+        return Determinism.SEEDED
 
     def shard_bytes(self, source: WeightSource, shards: int) -> int:
         """Memory for the weights of one of `shards` ranks."""

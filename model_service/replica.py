@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from model_service import distributed
-from model_service.arithmetic import Arithmetic, choose_arithmetic, choose_device
+from model_service.arithmetic import Arithmetic, Determinism, choose_arithmetic, choose_device
 from model_service.engine.engine import Engine, EngineLimits
 from model_service.engine.plan_channel import LEADER, PlanChannel
 from model_service.engine.runner import ModelRunner
@@ -22,6 +22,7 @@ from model_service.model.attention import CachedAttention, CacheShape
 from model_service.model.backends import make_attention
 from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.config import ModelConfig
+from model_service.model.cpu import instructions
 from model_service.model.graphs import record_decode
 from model_service.model.network import load_network
 from model_service.model.packing import packing
@@ -78,6 +79,7 @@ class ModelInfo:
     quantization: Quantization
     device: str
     fingerprint: str
+    determinism: Determinism
     max_batch_size: int
 
 
@@ -174,8 +176,9 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
         shards=shards,
         dtype=arithmetic.dtype_name,
         quantization=arithmetic.quantization,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        fingerprint=_fingerprint(source, shards, arithmetic),
+        device=_device_name(device),
+        fingerprint=_fingerprint(source, shards, arithmetic, device),
+        determinism=arithmetic.determinism,
         max_batch_size=limits.max_batch_size,
     )
     return Replica(info, limits, runner, is_leader=rank == LEADER)
@@ -292,6 +295,16 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def _fingerprint(source: WeightSource, shards: int, arithmetic: Arithmetic) -> str:
-    identity = f"{source.fingerprint()} {shards} {arithmetic}"
+def _device_name(device: torch.device) -> str:
+    """With what tells kernels apart that round differently."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({instructions()})"
+
+
+def _fingerprint(
+    source: WeightSource, shards: int, arithmetic: Arithmetic, device: torch.device
+) -> str:
+    kernels = f"{_device_name(device)} {torch.__version__}"
+    identity = f"{source.fingerprint()} {shards} {arithmetic} {kernels}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

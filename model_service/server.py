@@ -16,7 +16,8 @@ from typing import cast
 import grpc
 import structlog
 
-from llama.v1 import model_pb2, model_pb2_grpc
+from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
+from model_service.arithmetic import Determinism
 from model_service.distributed import Shards
 from model_service.engine.sequence import SequenceOutput
 from model_service.engine.thread import EngineThread
@@ -34,6 +35,11 @@ SERVICE_NAME = "llama.v1.ModelService"
 # SERVING means that a token went through all shards lately; an idle engine sends one every 5 s.
 STALL_LIMIT = 30.0  # seconds
 HEALTH_INTERVAL = 1.0  # seconds
+
+_DETERMINISM = {
+    Determinism.SEEDED: sampling_pb2.DETERMINISM_SEEDED,
+    Determinism.BATCH_INVARIANT: sampling_pb2.DETERMINISM_BATCH_INVARIANT,
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -117,6 +123,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
             quantization="" if info.quantization == "none" else info.quantization,
             device=info.device,
             fingerprint=info.fingerprint,
+            determinism=_DETERMINISM[info.determinism],
             tokenizer_fingerprint=self._tokenizer_fingerprint,
             max_batch_size=info.max_batch_size,
         )

@@ -35,13 +35,13 @@ def table(measurement: Measurement) -> str:
 
 def document(measurement: Measurement) -> dict[str, object]:
     """Everything, ready for `json.dump`."""
-    run, summary = measurement.run, measurement.summary
+    run, summary, model = measurement.run, measurement.summary, measurement.model
     return {
         "chasqui": version("chasqui-llama"),
         "started": run.started.isoformat(timespec="seconds"),
         "target": measurement.plan.target,
         "settings": _settings(measurement.plan),
-        "model": asdict(measurement.model),
+        "model": asdict(model) | {"determinism": model.determinism.name},
         "client": {
             **_host(),
             "cpu_seconds": run.cpu_seconds,

@@ -247,20 +247,25 @@ class ChatPrediction(_message.Message):
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
     seed: _builtins.int
-    """The seed that reproduces it."""
+    """The seed that its tokens were drawn with."""
     fingerprint: _builtins.str
-    """Weights, shard count and dtype: must be equal for a replay with `seed` to be exact."""
+    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with `seed` to be
+    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
+    """
     dropped_turns: _builtins.int
     """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
     choice_index: _builtins.int
     """Which of the dialog's `n` answers, from 0."""
     resumed: _builtins.int
-    """How often it went on at another replica, because the one that made it was lost. Its tokens are
-    the same as without.
+    """How often it went on at another replica, because the one that made it was lost. With
+    DETERMINISM_BATCH_INVARIANT its tokens are the same as without.
     """
+    determinism: _sampling_pb2.Determinism.ValueType
+    """What a replay of it may depend on."""
     @_builtins.property
     def generation(self) -> Global___Message:
         """The answer, with ROLE_ASSISTANT."""
@@ -290,10 +295,11 @@ class ChatPrediction(_message.Message):
         choice_index: _builtins.int = ...,
         resumed: _builtins.int = ...,
         safety_categories: _abc.Iterable[_builtins.str] | None = ...,
+        determinism: _sampling_pb2.Determinism.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "resumed", b"resumed", "safety_categories", b"safety_categories", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "resumed", b"resumed", "safety_categories", b"safety_categories", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -314,20 +320,25 @@ class TextPrediction(_message.Message):
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
     generation: _builtins.str
     """The text made; with `echo`, prompt included."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
     seed: _builtins.int
-    """The seed that reproduces it."""
+    """The seed that its tokens were drawn with."""
     fingerprint: _builtins.str
-    """Weights, shard count and dtype: must be equal for a replay with `seed` to be exact."""
+    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with `seed` to be
+    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
+    """
     choice_index: _builtins.int
     """Which of the prompt's `n` continuations, from 0."""
     resumed: _builtins.int
-    """How often it went on at another replica, because the one that made it was lost. Its tokens are
-    the same as without.
+    """How often it went on at another replica, because the one that made it was lost. With
+    DETERMINISM_BATCH_INVARIANT its tokens are the same as without.
     """
+    determinism: _sampling_pb2.Determinism.ValueType
+    """What a replay of it may depend on."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
         """Its tokens; only with `logprobs`; with `echo`, prompt included."""
@@ -352,10 +363,11 @@ class TextPrediction(_message.Message):
         choice_index: _builtins.int = ...,
         resumed: _builtins.int = ...,
         safety_categories: _abc.Iterable[_builtins.str] | None = ...,
+        determinism: _sampling_pb2.Determinism.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "resumed", b"resumed", "safety_categories", b"safety_categories", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "resumed", b"resumed", "safety_categories", b"safety_categories", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -570,16 +582,21 @@ class ChatStarted(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DROPPED_TURNS_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
     dialog_index: _builtins.int
     """Which dialog of the request."""
     seed: _builtins.int
-    """The seed that reproduces it."""
+    """The seed that its tokens were drawn with."""
     fingerprint: _builtins.str
-    """Weights, shard count and dtype: must be equal for a replay with `seed` to be exact."""
+    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with `seed` to be
+    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
+    """
     dropped_turns: _builtins.int
     """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
     choice_index: _builtins.int
     """Which of the dialog's `n` answers, from 0."""
+    determinism: _sampling_pb2.Determinism.ValueType
+    """What a replay of it may depend on."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Its prompt tokens; other fields are zero until the end."""
@@ -593,10 +610,11 @@ class ChatStarted(_message.Message):
         fingerprint: _builtins.str = ...,
         dropped_turns: _builtins.int = ...,
         choice_index: _builtins.int = ...,
+        determinism: _sampling_pb2.Determinism.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dialog_index", b"dialog_index", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dialog_index", b"dialog_index", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -657,8 +675,8 @@ class ChatFinished(_message.Message):
     choice_index: _builtins.int
     """Which of the dialog's `n` answers, from 0."""
     resumed: _builtins.int
-    """How often it went on at another replica, because the one that made it was lost. Its tokens are
-    the same as without.
+    """How often it went on at another replica, because the one that made it was lost. With
+    DETERMINISM_BATCH_INVARIANT its tokens are the same as without.
     """
     @_builtins.property
     def usage(self) -> Global___Usage:
@@ -920,14 +938,19 @@ class TextStarted(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
     prompt_index: _builtins.int
     """Which prompt of the request."""
     seed: _builtins.int
-    """The seed that reproduces it."""
+    """The seed that its tokens were drawn with."""
     fingerprint: _builtins.str
-    """Weights, shard count and dtype: must be equal for a replay with `seed` to be exact."""
+    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with `seed` to be
+    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
+    """
     choice_index: _builtins.int
     """Which of the prompt's `n` continuations, from 0."""
+    determinism: _sampling_pb2.Determinism.ValueType
+    """What a replay of it may depend on."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Its prompt tokens; other fields are zero until the end."""
@@ -940,10 +963,11 @@ class TextStarted(_message.Message):
         seed: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         choice_index: _builtins.int = ...,
+        determinism: _sampling_pb2.Determinism.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "fingerprint", b"fingerprint", "prompt_index", b"prompt_index", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "fingerprint", b"fingerprint", "prompt_index", b"prompt_index", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1004,8 +1028,8 @@ class TextFinished(_message.Message):
     choice_index: _builtins.int
     """Which of the prompt's `n` continuations, from 0."""
     resumed: _builtins.int
-    """How often it went on at another replica, because the one that made it was lost. Its tokens are
-    the same as without.
+    """How often it went on at another replica, because the one that made it was lost. With
+    DETERMINISM_BATCH_INVARIANT its tokens are the same as without.
     """
     @_builtins.property
     def usage(self) -> Global___Usage:
@@ -1246,6 +1270,7 @@ class GetModelResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name given to the model, such as "llama-2-7b-chat"."""
     context_length: _builtins.int
@@ -1263,7 +1288,11 @@ class GetModelResponse(_message.Message):
     quantization: _builtins.str
     """Weight quantization, such as "int8"; empty: none."""
     fingerprint: _builtins.str
-    """Weights, shard count and dtype: must be equal for a replay with a seed to be exact."""
+    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with a seed to be
+    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
+    """
+    determinism: _sampling_pb2.Determinism.ValueType
+    """What a replay may depend on."""
     @_builtins.property
     def limits(self) -> Global___Limits:
         """What a request may hold."""
@@ -1286,10 +1315,11 @@ class GetModelResponse(_message.Message):
         fingerprint: _builtins.str = ...,
         limits: Global___Limits | None = ...,
         sampling_defaults: _sampling_pb2.SamplingParams | None = ...,
+        determinism: _sampling_pb2.Determinism.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "dtype", b"dtype", "fingerprint", b"fingerprint", "limits", b"limits", "name", b"name", "parameters", b"parameters", "quantization", b"quantization", "replicas", b"replicas", "sampling_defaults", b"sampling_defaults", "shards", b"shards", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "determinism", b"determinism", "dtype", b"dtype", "fingerprint", b"fingerprint", "limits", b"limits", "name", b"name", "parameters", b"parameters", "quantization", b"quantization", "replicas", b"replicas", "sampling_defaults", b"sampling_defaults", "shards", b"shards", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -73,7 +73,7 @@ class StartSequence(_message.Message):
     """Chosen by the caller, unique among those running on its stream."""
     offset: _builtins.int
     """How many of the last prompt_ids are answer tokens already made: they count towards max_gen_len
-    and the penalties, and the generation goes on exactly as if it had never moved.
+    and the penalties. With DETERMINISM_BATCH_INVARIANT the generation goes on as if it had never moved.
     """
     logprobs: _builtins.bool
     """Report logprobs of generated tokens."""
@@ -362,6 +362,7 @@ class GetModelInfoResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name given to the model."""
     parameters: _builtins.int
@@ -377,13 +378,15 @@ class GetModelInfoResponse(_message.Message):
     quantization: _builtins.str
     """Weight quantization, such as "int8"; empty: none."""
     device: _builtins.str
-    """Device, such as "cpu" or the card's name."""
+    """Device: the card's name, or "cpu" with the instructions that its kernels use."""
     fingerprint: _builtins.str
-    """Weights, shard count and dtype, as one short hash."""
+    """Weights, shard count, arithmetic types and kernels, as one short hash."""
     tokenizer_fingerprint: _builtins.str
     """SHA-256 of the tokenizer's model file, if the service was given one; else empty."""
     max_batch_size: _builtins.int
     """Sequences that may run at once."""
+    determinism: _sampling_pb2.Determinism.ValueType
+    """What a replay may depend on."""
     def __init__(
         self,
         *,
@@ -398,10 +401,11 @@ class GetModelInfoResponse(_message.Message):
         fingerprint: _builtins.str = ...,
         tokenizer_fingerprint: _builtins.str = ...,
         max_batch_size: _builtins.int = ...,
+        determinism: _sampling_pb2.Determinism.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_batch_size", b"max_batch_size", "name", b"name", "parameters", b"parameters", "quantization", b"quantization", "shards", b"shards", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_batch_size", b"max_batch_size", "name", b"name", "parameters", b"parameters", "quantization", b"quantization", "shards", b"shards", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,6 +21,40 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Determinism:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeterminismEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Determinism.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DETERMINISM_UNSPECIFIED: _Determinism.ValueType  # 0
+    """Not known."""
+    DETERMINISM_SEEDED: _Determinism.ValueType  # 1
+    """The draw is repeatable: one number per token, a function of seed and position alone. The logits may
+    differ in their last bits with what else runs in the same step, with what the prefix cache holds, with
+    speculation, and after preemption or failover. So a replay may come to a token that differs, and go on
+    differently from there: in float32 hardly ever, in narrower types and with quantized weights often.
+    """
+    DETERMINISM_BATCH_INVARIANT: _Determinism.ValueType  # 2
+    """The logits do not depend on any of these, to the last bit: a replay gives the same tokens."""
+
+class Determinism(_Determinism, metaclass=_DeterminismEnumTypeWrapper):
+    """What a replay may depend on. A replay is the same prompt and settings with the same seed, at a replica
+    with the same fingerprint: a call that is repeated, or a generation that goes on at another replica.
+    """
+
+DETERMINISM_UNSPECIFIED: Determinism.ValueType  # 0
+"""Not known."""
+DETERMINISM_SEEDED: Determinism.ValueType  # 1
+"""The draw is repeatable: one number per token, a function of seed and position alone. The logits may
+differ in their last bits with what else runs in the same step, with what the prefix cache holds, with
+speculation, and after preemption or failover. So a replay may come to a token that differs, and go on
+differently from there: in float32 hardly ever, in narrower types and with quantized weights often.
+"""
+DETERMINISM_BATCH_INVARIANT: Determinism.ValueType  # 2
+"""The logits do not depend on any of these, to the last bit: a replay gives the same tokens."""
+Global___Determinism: _TypeAlias = Determinism  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -114,18 +148,22 @@ class SamplingParams(_message.Message):
     Default: context length - 1.
     """
     seed: _builtins.int
-    """Makes sampling repeatable: the same seed, prompt and settings give the same tokens on the same
-    fingerprint. Absent: the server draws one and reports it.
+    """Makes the draw repeatable: with the same seed, prompt and settings, equal logits give equal tokens.
+    GetModelResponse.determinism says whether the logits are always equal on the same fingerprint.
+    Absent: the server draws one and reports it.
     """
     repetition_penalty: _builtins.float
     """Divides positive and multiplies negative logits of tokens seen in prompt or answer (Keskar et al.,
-    2019). Range above 0 to 10; default 1 (off).
+    2019), except those that end the answer: the end-of-sequence token (unless `ignore_eos`) and
+    `stop_token_ids`. Range above 0 to 10; default 1 (off).
     """
     presence_penalty: _builtins.float
-    """Subtracted from the logit of each token that the answer already holds. Range -2 to 2; default 0."""
+    """Subtracted from the logit of each token that the answer already holds, except those that end the
+    answer. Range -2 to 2; default 0.
+    """
     frequency_penalty: _builtins.float
-    """Subtracted from the logit of a token once for each time the answer already holds it.
-    Range -2 to 2; default 0.
+    """Subtracted from the logit of a token once for each time the answer already holds it, except those
+    that end the answer. Range -2 to 2; default 0.
     """
     ignore_eos: _builtins.bool
     """Goes on after the end-of-sequence token, up to the length limit. For benchmarks. Default false."""

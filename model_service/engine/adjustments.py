@@ -80,16 +80,19 @@ class Adjustments:
         request = sequence.request
         bias = request.sampling.logit_bias
         answer = sequence.tokens[len(request.prompt_ids) - request.offset :]
-        tokens, answered, biased, values = upload(
+        tokens, answered, stops, biased, values = upload(
             self._device,
             np.array(sequence.tokens, dtype=np.int64),
             np.array(answer, dtype=np.int64),
+            np.array([*request.stop_ids], dtype=np.int64),
             np.array([*bias], dtype=np.int64),
             np.array([*bias.values()], dtype=np.float32),
         )
         stands, counts, biases = self._stands[slot], self._counts[slot], self._biases[slot]
-        stands.zero_().index_fill_(0, tokens, True)
+        # Stop ids are exempt from penalties; one that is drawn later ends the sequence.
+        stands.zero_().index_fill_(0, tokens, True).index_fill_(0, stops, False)
         counts.zero_().index_add_(0, answered, torch.ones_like(answered, dtype=torch.float32))
+        counts.index_fill_(0, stops, 0.0)
         biases.zero_().index_copy_(0, biased, values)
 
     def _enlarge(self) -> None:

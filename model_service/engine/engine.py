@@ -32,7 +32,7 @@ from model_service.engine.sequence import (
 )
 from model_service.engine.speculation import NgramDrafter, Speculation
 from model_service.engine.step_times import StepTimes
-from serving.request_rules import prompt_violations
+from serving.request_rules import prompt_violations, token_id_violations
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,10 @@ class EngineLimits:
     def check(self, request: GenerationRequest) -> None:
         """Raises ValueError, naming the rule, when no engine with these limits takes `request`."""
         prompt = request.prompt_ids
-        broken = prompt_violations(prompt, self.vocab_size, self.context_length, "prompt_ids")
+        broken = [
+            *prompt_violations(prompt, self.vocab_size, self.context_length, "prompt_ids"),
+            *token_id_violations(sorted(request.stop_ids), self.vocab_size, "stop_ids"),
+        ]
         if broken:
             raise ValueError(f"{broken[0].field}: {broken[0].description}")
         if not 0 <= request.offset < len(prompt):

@@ -79,4 +79,5 @@ def _sampling_row(row: Row) -> SamplingRow:
     sequence, before = row.sequence, row.drafts_before
     request = sequence.request
     tokens = sequence.tokens + row.drafts[:before] if before else sequence.tokens
-    return SamplingRow(request.sampling, tokens, len(request.prompt_ids) - request.offset)
+    answer_start = len(request.prompt_ids) - request.offset
+    return SamplingRow(request.sampling, tokens, answer_start, request.stop_ids)

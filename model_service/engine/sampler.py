@@ -31,6 +31,7 @@ class SamplingRow:
     params: SamplingParams
     tokens: Sequence[int]  # all before the one to be chosen
     answer_start: int  # index of the answer's first token
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the answer; no penalty changes them
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -59,6 +60,7 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     adjusted = logits.clone()
     _penalize_repetition(adjusted, rows)
     _penalize_answers(adjusted, rows)
+    _restore_stops(adjusted, logits, rows)
     _add_biases(adjusted, rows)
     return adjusted
 
@@ -158,6 +160,21 @@ def _penalize_answers(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None
     penalized -= _on_device(frequency * counts.astype(np.float32), logits)
     penalized -= _on_device(presence, logits)
     logits.view(-1)[positions] = penalized
+
+
+def _restore_stops(
+    adjusted: torch.Tensor, logits: torch.Tensor, rows: Sequence[SamplingRow]
+) -> None:
+    """Takes the penalties of each row's stop ids back, in place.
+
+    The EOS that ends the earlier turns of a dialog must not make a later answer longer.
+    """
+    wanted = [(i, row) for i, row in enumerate(rows) if row.stop_ids]
+    if not wanted:
+        return
+    stops = [row.stop_ids for _, row in wanted]
+    positions = _on_device(_flat(wanted, stops, [*map(len, stops)], logits), logits)
+    adjusted.view(-1)[positions] = logits.reshape(-1)[positions]
 
 
 def _add_biases(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:

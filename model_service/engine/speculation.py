@@ -1,9 +1,9 @@
 """Guesses the next tokens of a sequence, so that one step may make several.
 
 A guess is checked in the step that computes it: it stands exactly when it is the token that
-sampling draws there, which depends on seed and position alone. So guesses change how fast an answer
-comes, and nothing else. Here is decided whether they are worth it: a guess costs a row of the step,
-a right one saves its sequence a whole step.
+sampling draws there. So guesses change how fast an answer comes; its tokens only in so far as the
+number of rows in a step changes the last bits of the logits. Here is decided whether they are worth
+it: a guess costs a row of the step, a right one saves its sequence a whole step.
 """
 
 import math

@@ -12,6 +12,7 @@ from client import (
     AsyncClient,
     Client,
     Delta,
+    Determinism,
     Event,
     Finished,
     FinishReason,
@@ -144,8 +145,10 @@ def test_priority_reaches_the_gateway(target: str) -> None:
 def test_the_model_says_what_its_defaults_and_limits_are(target: str) -> None:
     with Client(target) as client:
         model = client.get_model()
+        answer = client.chat(HELLO, max_gen_len=1)
 
     assert (model.name, model.context_length, model.shards) == ("gqa-mp1", 256, 1)
+    assert model.determinism is answer.determinism is Determinism.SEEDED
     assert model.sampling_defaults["temperature"] == 0.6
     assert model.limits.max_top_logprobs == 20
 

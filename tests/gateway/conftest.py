@@ -20,7 +20,7 @@ from gateway.detokenizer import Vocabulary
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc, operator_pb2_grpc
-from llama.v1.sampling_pb2 import FINISH_REASON_CANCELLED
+from llama.v1.sampling_pb2 import DETERMINISM_SEEDED, FINISH_REASON_CANCELLED
 from safety_service.rules import Rules
 from safety_service.servicer import Classifier, safety_service
 from serving.server import Service, channel, running
@@ -197,7 +197,10 @@ def model_info(tokenizer: Tokenizer) -> model_pb2.GetModelInfoResponse:
         vocab_size=tokenizer.n_words,
         context_length=CONTEXT_LENGTH,
         max_batch_size=64,
+        dtype="float32",
+        device="cpu",
         fingerprint="weights",
+        determinism=DETERMINISM_SEEDED,
         tokenizer_fingerprint=tokenizer.fingerprint,
     )
 

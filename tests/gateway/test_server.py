@@ -21,6 +21,7 @@ from llama.v1.chat_pb2 import (
 )
 from llama.v1.model_pb2 import SequenceError, Timings
 from llama.v1.sampling_pb2 import (
+    DETERMINISM_SEEDED,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
     FINISH_REASON_STOP_STRING,
@@ -106,6 +107,7 @@ async def test_unary_answer_folds_the_events(
     [prediction] = (await call).predictions
     assert prediction.generation.content == "grass and leaves"
     assert (prediction.seed, prediction.fingerprint) == (7, "weights")
+    assert prediction.determinism == DETERMINISM_SEEDED
     assert prediction.usage.prompt_tokens == len(start.prompt_ids)
     assert prediction.usage.cached_prompt_tokens == 3
     assert prediction.usage.prefill.ToMilliseconds() == 30
@@ -302,8 +304,8 @@ async def test_sequences_go_to_the_replica_with_the_least_outstanding_tokens(
     [
         ({"tokenizer_fingerprint": "f" * 64}, "was given the tokenizer ffffffffffff"),
         ({"vocab_size": 32000}, "its embedding has 32000 rows, the tokenizer service has 560"),
-        ({"fingerprint": "other"}, "serves scripted (fingerprint other, context length 256), but"),
-        ({"context_length": 4096}, "context length 4096), but"),
+        ({"fingerprint": "other"}, "serves scripted (fingerprint other, context length 256, "),
+        ({"context_length": 4096}, "context length 4096, float32 on cpu"),
     ],
 )
 async def test_replica_that_does_not_fit_is_refused_and_said_why(

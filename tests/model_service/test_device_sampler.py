@@ -46,6 +46,7 @@ def sequences(choose: st.DrawFn) -> Sequence:
         tuple(prompt),
         1000,
         choose(params),
+        stop_ids=choose(st.frozensets(st.integers(0, 4), max_size=2)),
         offset=choose(st.integers(0, len(prompt) - 1)),
         logprobs=choose(st.booleans()),
         prompt_logprobs=choose(st.booleans()),

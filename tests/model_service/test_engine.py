@@ -24,6 +24,7 @@ def differences(answers: dict[Any, Any], cases: list[Case]) -> list[str]:
     ]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize(
     ("checkpoint", "name"),

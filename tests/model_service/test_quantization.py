@@ -56,6 +56,7 @@ def test_narrow_is_a_part_of_the_whole(name: Any, weight: torch.Tensor, data: An
     )
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("quantization", FORMATS)
 def test_quantized_checkpoint_answers_as_the_original_quantized_at_load(
     quantization: Any,

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from typing import Any
 
@@ -64,6 +65,15 @@ def test_repetition_penalty_counts_prompt_and_answer() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.9, -1.0]])
     assert sample(logits, [row((1, 0), temperature=0.0)]) == [1]
     assert sample(logits, [row((1, 0), temperature=0.0, repetition_penalty=1.5)]) == [2]
+
+
+def test_a_stop_id_that_ends_earlier_turns_is_not_penalized() -> None:
+    logits = torch.tensor([[1.0, 0.9, -0.5]])
+    penalties: Any = {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.0}
+    penalized = row((0, 1, 0), answer=2, temperature=0.0, **penalties, logit_bias={0: 0.5})
+    exempt = dataclasses.replace(penalized, stop_ids=frozenset([0]))
+    assert adjust(logits, [exempt])[0, 0].item() == 1.5
+    assert sample(logits.repeat(2, 1), [penalized, exempt]) == [2, 0]
 
 
 def test_presence_and_frequency_penalties_count_the_answer_alone() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.distributed import Shards
+from model_service.model import cpu
 from model_service.rank import replica_options
 from model_service.replica import load_replica
 from model_service.server import ModelServer
@@ -227,3 +228,5 @@ async def test_model_info_says_what_was_loaded(model: Model) -> None:
     assert (info.context_length, info.shards, info.dtype) == (256, 1, "float32")
     assert info.tokenizer_fingerprint == "of-the-tokenizer"
     assert len(info.fingerprint) == 16
+    assert info.determinism == sampling_pb2.DETERMINISM_SEEDED
+    assert info.device == f"cpu ({cpu.instructions()})"

@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from model_service.model.weights import PackedWeight, pack_fp8, pack_int4, pack_int8, prepack
 
+pytestmark = pytest.mark.kernels
+
 ROUNDING = {"prepack": 1e-5, "int8": 0.03, "int4": 0.15, "fp8": 0.05}
 PACK: dict[str, Any] = {
     "prepack": prepack,

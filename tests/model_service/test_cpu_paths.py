@@ -1,0 +1,60 @@
+"""The tests of the CPU's kernels, once more for each older processor that this one can stand for.
+
+Environment variables hold each library to older instructions; they are read when it is loaded, so
+every path has a process of its own. What was covered is printed at the end of the test run.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from model_service.model import cpu
+
+FOLDER = Path(__file__).parent
+PATHS = {
+    "avx512 vnni bf16 amx": {},
+    "avx512 vnni bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+}
+
+
+def is_older(path: str, own: str) -> bool:
+    """Whether a processor with the instructions `own` can be held to those of `path`."""
+    needed = {*path.split()} - {"avx2"}  # which all with AVX-512 have
+    return path != own and "avx512" in own and needed <= {*own.split()}
+
+
+@pytest.mark.kernels
+def test_the_kernels_of_this_processor_are_covered(
+    record_property: Callable[[str, object], None],
+) -> None:
+    record_property("cpu_path", cpu.instructions())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_kernels_pass_their_tests_on_an_older_path(
+    path: str, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("cpu_path", path)
+    if not is_older(path, own := cpu.instructions()):
+        pytest.skip(f"this process runs {own}")
+    arguments = ["-m", "kernels", "-n", "0", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, FOLDER],
+        env=os.environ | PATHS[path],
+        cwd=FOLDER.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout
+    assert f"kernels covered: {path};" in run.stdout
