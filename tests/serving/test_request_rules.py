@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.numbers import format_apart, format_float32
 from serving.request_rules import (
     NUMBER_RULES,
     FloatRule,
     IntegerRule,
-    format_float32,
     number_violations,
 )
 
@@ -70,6 +70,15 @@ def test_a_float_is_printed_so_that_it_reads_as_itself(value: float) -> None:
 )
 def test_the_shortest_form_of_a_number_is_printed(value: float, printed: str) -> None:
     assert format_float32(ctypes.c_float(value).value) == printed
+
+
+@given(one=st.floats(0, 2**50), other=st.floats(0, 2**50))
+def test_numbers_that_are_compared_are_printed_so_that_they_differ(
+    one: float, other: float
+) -> None:
+    texts = format_apart(one, other)
+    assert (float(texts[0]) < float(texts[1])) is (one < other)
+    assert (texts[0] == texts[1]) is (one == other)
 
 
 @pytest.mark.parametrize("value", [None, "0.5", b"1", [1], object, math, 1j])
