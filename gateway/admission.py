@@ -19,6 +19,7 @@ from gateway.quota import Quota
 from serving import caller
 from serving.caller import Caller
 from serving.errors import RequestError, resource_exhausted
+from serving.numbers import format_apart
 
 # Beyond what the replicas run at once, this part of it more is given to them, so that none waits
 # for the gateway when a sequence ends.
@@ -230,9 +231,10 @@ class Admission:
         wait = self._wait(admitted, sum(claim.tokens for claim in claims))
         remaining = admitted.deadline - self.clock()
         if wait is not None and wait > remaining:
+            waiting, left = format_apart(wait, max(remaining, 0))
             raise resource_exhausted(
-                f"the queue is too long: the request would wait about {wait:.1f} seconds, and its "
-                f"deadline is in {max(remaining, 0):.1f}",
+                f"the queue is too long: the request would wait about {waiting} seconds, and its "
+                f"deadline is in {left}",
                 "deadline",
                 _bounded(wait - remaining),
             )

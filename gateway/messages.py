@@ -4,8 +4,7 @@ alone, but clients read those names: both are written out.
 
 from gateway.answer import Delta
 from gateway.completion import Event, Finished, Place, Prediction, Started
-from gateway.request import SAMPLING_DEFAULTS, default_max_gen_len
-from gateway.settings import GatewaySettings
+from gateway.request import SAMPLING_DEFAULTS, RequestLimits, default_max_gen_len
 from llama.v1 import model_pb2
 from llama.v1.chat_pb2 import (
     ROLE_ASSISTANT,
@@ -142,9 +141,12 @@ def text_prediction(prediction: Prediction) -> TextPrediction:
 
 
 def model_response(
-    info: model_pb2.GetModelInfoResponse, replicas: int, settings: GatewaySettings
+    info: model_pb2.GetModelInfoResponse,
+    replicas: int,
+    limits: RequestLimits,
+    max_request_bytes: int,
 ) -> GetModelResponse:
-    """What `replicas` healthy replicas serve behind a gateway with these settings."""
+    """What `replicas` healthy replicas serve to a caller with these limits."""
     defaults = SamplingParams(max_gen_len=default_max_gen_len(info.context_length))
     defaults.MergeFrom(SAMPLING_DEFAULTS)
     return GetModelResponse(
@@ -159,12 +161,12 @@ def model_response(
         fingerprint=info.fingerprint,
         determinism=info.determinism,
         limits=Limits(
-            max_dialogs=settings.max_dialogs,
-            max_messages=settings.max_messages,
-            max_request_bytes=settings.max_request_bytes,
-            max_queued_sequences=settings.max_queued_sequences,
+            max_dialogs=limits.max_dialogs,
+            max_messages=limits.max_messages,
+            max_request_bytes=max_request_bytes,
+            max_queued_sequences=limits.max_sequences,
             max_top_logprobs=MAX_TOP_LOGPROBS,
-            max_choices=settings.max_choices,
+            max_choices=limits.max_choices,
         ),
         sampling_defaults=defaults,
     )

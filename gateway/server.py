@@ -193,7 +193,12 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         request: chat_pb2.GetModelRequest,
         context: Context,
     ) -> chat_pb2.GetModelResponse:
-        return model_response(self._replicas.model, self._replicas.ready_count, self._settings)
+        return model_response(
+            self._replicas.model,
+            self._replicas.ready_count,
+            self._callers_limits(),
+            self._settings.max_request_bytes,
+        )
 
     def _chat(self, request: ChatRequest, context: Context) -> AsyncGenerator[PlacedEvent, None]:
         events = self._chat_events(request, context.time_remaining)

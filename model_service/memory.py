@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from serving.errors import StartError
+from serving.numbers import format_apart
 
 GIB = 2**30
 # Activations, buffers and the interpreter, beside weights and cache.
@@ -48,9 +49,11 @@ class MemoryPlan:
         free = free_memory(device) + (self.weights * shards_on_device if weights_are_there else 0)
         if needed > free:
             shards = f"{shards_on_device} shards" if shards_on_device > 1 else "the model"
+            unit, bytes_of_it = ("GiB", GIB) if needed >= GIB else ("MiB", 2**20)
+            wanted, there = format_apart(needed / bytes_of_it, free / bytes_of_it)
             raise StartError(
-                f"{shards} would need {readable_size(needed)} on {device} ({self}, working memory "
-                f"{readable_size(self.working)}), but {readable_size(free)} are free. "
+                f"{shards} would need {wanted} {unit} on {device} ({self}, working memory "
+                f"{readable_size(self.working)}), but {there} {unit} are free. "
                 "To fix: lower --kv_cache_tokens, --max_batch_size, --max_step_tokens or "
                 "--max_seq_len, choose a smaller --dtype, or spread the model over more GPUs "
                 "(--shards) or machines (docs/operations.md)"

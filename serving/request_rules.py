@@ -16,6 +16,7 @@ from typing import SupportsFloat, cast
 
 from llama.v1.sampling_pb2 import SamplingParams
 from serving.errors import Violation
+from serving.numbers import format_float32
 
 DEFAULT_TEMPERATURE = 0.6
 DEFAULT_TOP_P = 0.9
@@ -103,17 +104,6 @@ def as_integer(value: object) -> int | None:
         return operator.index(value)  # type: ignore[arg-type]  # what it refuses is None
     except TypeError:
         return None
-
-
-def format_float32(value: float) -> str:
-    """The shortest decimal that reads as this 32-bit float and no other: never an allowed limit
-    for a number beyond it.
-    """
-    for digits in range(1, 10):
-        text = f"{value:.{digits}g}"
-        if ctypes.c_float(float(text)).value == value:
-            return repr(float(text)).removesuffix(".0")
-    return repr(value)  # NaN
 
 
 def number_violations(values: Mapping[str, object], path: str = "") -> list[Violation]:

@@ -78,11 +78,11 @@ def parse(text: str) -> Lengths:
         median, sigma = float(found[1]), float(found[2])
         _check_positive(median)
         if sigma > MAX_SIGMA:
-            raise ValueError(f"sigma must be at most {MAX_SIGMA:g}, not {sigma:g}")
+            raise ValueError(f"sigma must be at most {MAX_SIGMA:g}, not {sigma!r}")
         return LogNormal(median, sigma)
     raise ValueError(f"{text!r} is no length; write {FORMS}")
 
 
 def _check_positive(tokens: float) -> None:
     if tokens < 1:
-        raise ValueError(f"must be at least 1 token, not {tokens:g}")
+        raise ValueError(f"must be at least 1 token, not {tokens!r}")

@@ -1295,7 +1295,7 @@ class GetModelResponse(_message.Message):
     """What a replay may depend on."""
     @_builtins.property
     def limits(self) -> Global___Limits:
-        """What a request may hold."""
+        """What a request of this caller may hold: the gateway's limits, and those of the caller's key."""
 
     @_builtins.property
     def sampling_defaults(self) -> _sampling_pb2.SamplingParams:
@@ -1344,7 +1344,9 @@ class Limits(_message.Message):
     max_request_bytes: _builtins.int
     """Bytes of one request message."""
     max_queued_sequences: _builtins.int
-    """Generations that may run or wait at this gateway at once; beyond it RESOURCE_EXHAUSTED."""
+    """Generations that may run or wait at this gateway at once, of all callers or of this key,
+    whichever is less; beyond it RESOURCE_EXHAUSTED.
+    """
     max_top_logprobs: _builtins.int
     """Alternatives per position in `top_logprobs`."""
     max_choices: _builtins.int

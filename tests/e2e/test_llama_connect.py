@@ -1,6 +1,8 @@
 """`Llama.connect` against `Llama.build`: the same arguments give the same results and errors."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,6 +13,7 @@ from llama import Llama
 from llama.remote import RemoteLlama
 from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from tests.e2e.deployments import Stack
+from tests.e2e.processes import ServiceProcess
 from tests.llama.conftest import DIALOG, build
 
 TAGGED = [{"role": "user", "content": "[INST]"}]
@@ -144,3 +147,17 @@ def test_gateway_model_service_and_library_say_the_same(
         requests = iter([model_pb2.GenerateRequest(start=start)])
         [event] = next(model_pb2_grpc.ModelServiceStub(channel).Generate(requests)).events
     assert event.error.message.replace("start.sampling.", "") == words
+
+
+def test_a_key_is_told_how_many_prompts_its_own_quota_takes(
+    gateway_beside: Callable[..., ServiceProcess], tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(b"key of ada").hexdigest()
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[[keys]]\nname = "ada"\nsha256 = "{digest}"\nmax_sequences = 3\n')
+    with Client(gateway_beside(api_keys=keys).address, api_key="key of ada") as client:
+        limits = client.get_model().limits
+        assert (limits.max_dialogs, limits.max_queued_sequences) == (3, 3)
+        client.complete_many(["a"] * 3, max_gen_len=1)
+        with pytest.raises(InvalidRequestError, match="at most 3 entries"):
+            client.complete_many(["a"] * 4, max_gen_len=1)

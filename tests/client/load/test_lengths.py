@@ -57,6 +57,8 @@ def test_a_distribution_reads_back_as_it_is_written(
         ("uniform:0-3", "at least 1"),
         ("uniform:9-3", "9 is above 3"),
         ("lognormal:0.5,1", "at least 1"),
+        ("lognormal:0.99999999,1", "at least 1 token, not 0.99999999"),
+        ("lognormal:100,5.0000001", "sigma must be at most 5, not 5.0000001"),
         ("lognormal:100,7", "sigma must be at most 5"),
         ("normal:100,7", "is no length"),
     ],
