@@ -18,7 +18,7 @@ from gateway.pace import Pace
 from gateway.quota import Quota
 from serving import caller
 from serving.caller import Caller
-from serving.errors import RequestError, resource_exhausted
+from serving.errors import RequestError, resource_exhausted, unavailable
 from serving.numbers import format_apart
 
 # Beyond what the replicas run at once, this part of it more is given to them, so that none waits
@@ -68,6 +68,7 @@ class Admission:
         self._queue = FairQueue()
         self._turns: dict[Claim, Turn] = {}  # those that wait
         self._running = 0
+        self._closed = False
         self._pace = Pace()
 
     @property
@@ -90,16 +91,22 @@ class Admission:
         """The tokens that those will probably take, by the name of the caller's key."""
         return self._queue.waiting_tokens
 
+    def close(self) -> None:
+        """Admits no more requests; those that are admitted go on."""
+        self._closed = True
+
     @contextmanager
     def admit(
         self, sequences: int, priority: int, time_remaining: float | None
     ) -> Iterator["Admitted"]:
         """Holds room for a request of the current caller while the context lasts.
 
-        RESOURCE_EXHAUSTED without room, and when a request of another key displaces this one.
-        `time_remaining` is what is left until the request's deadline, in seconds; None is without
-        one.
+        RESOURCE_EXHAUSTED without room, and when a request of another key displaces this one;
+        UNAVAILABLE once closed. `time_remaining` is what is left until the request's deadline, in
+        seconds; None is without one.
         """
+        if self._closed:
+            raise unavailable("this gateway is shutting down")
         deadline = None if time_remaining is None else self.clock() + time_remaining
         admitted = Admitted(self, caller.current(), priority, deadline)
         self._requests[admitted.holding] = admitted

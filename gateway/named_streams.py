@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 import structlog
 
+from gateway.ended_streams import EndedStreams, StreamKey
 from llama.v1 import chat_pb2
 from serving import caller
 from serving.errors import RequestError, unavailable
@@ -21,13 +22,14 @@ from serving.errors import RequestError, unavailable
 # What it costs to keep an event, beyond its own bytes. Events are kept as they go over the wire:
 # as an object of the protobuf library one of 33 bytes takes 930, one with alternatives six-fold.
 EVENT_OVERHEAD = 48
+# What it costs to keep a stream that has ended, beyond its events. Its objects take 4 KB, and the
+# call's context, with what logs and traces say of it, some more.
+STREAM_OVERHEAD = 8 * 1024
 
 StreamResponse = chat_pb2.ChatCompleteStreamResponse | chat_pb2.TextCompleteStreamResponse
 ResponseT = TypeVar(
     "ResponseT", chat_pb2.ChatCompleteStreamResponse, chat_pb2.TextCompleteStreamResponse
 )
-# Of a caller, and of the stream among that caller's.
-_Key = tuple[str, str]
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -38,7 +40,7 @@ class StreamLimits:
 
     grace: float  # seconds without a reader
     buffer_bytes: int  # of one stream's events
-    ended_bytes: int  # of the events of all streams that have ended
+    ended_bytes: int  # of all streams that have ended
 
 
 class NamedStreams:
@@ -46,8 +48,8 @@ class NamedStreams:
 
     def __init__(self, limits: StreamLimits) -> None:
         self._limits = limits
-        self._streams: dict[_Key, _Stream[Any]] = {}
-        self._ended: dict[_Key, int] = {}  # bytes kept, the stream that ended first in front
+        self._streams: dict[StreamKey, _Stream[Any]] = {}
+        self._ended = EndedStreams(limits.ended_bytes)
         self._draining = False
 
     @property
@@ -88,11 +90,14 @@ class NamedStreams:
         self._forget(key)
         await asyncio.wait({stream.task})
 
-    async def drain(self) -> None:
-        """Takes no new streams, and waits for those that run without a reader."""
+    def refuse_new(self) -> None:
+        """Begins no more streams; those that run can be resumed."""
         self._draining = True
-        while unread := [each.task for each in self._streams.values() if each.runs_unread]:
-            await asyncio.wait(unread)
+
+    async def drain(self) -> None:
+        """Waits until no stream runs. One that a call reads may lose it, and be resumed."""
+        while running := [each.task for each in self._streams.values() if not each.ended]:
+            await asyncio.wait(running)
 
     async def close(self) -> None:
         """Ends and forgets all streams."""
@@ -102,7 +107,7 @@ class NamedStreams:
         if tasks:
             await asyncio.wait(tasks)
 
-    def _find(self, key: _Key) -> "_Stream[Any]":
+    def _find(self, key: StreamKey) -> "_Stream[Any]":
         if key not in self._streams:
             raise RequestError(
                 grpc.StatusCode.NOT_FOUND,
@@ -111,28 +116,24 @@ class NamedStreams:
             )
         return self._streams[key]
 
-    def _give_up(self, key: _Key, stream: "_Stream[Any]") -> None:
+    def _give_up(self, key: StreamKey, stream: "_Stream[Any]") -> None:
         if self._streams.get(key) is not stream:  # another one may have the name by now
             return
         if not stream.ended:
             _log.info("stream given up", stream=key[1], events=stream.last)
         self._forget(key)
 
-    def _keep_ended(self, key: _Key, stream: "_Stream[Any]") -> None:
+    def _keep_ended(self, key: StreamKey, stream: "_Stream[Any]") -> None:
         if self._streams.get(key) is not stream:
             return
         if stream.last == 0:  # refused: the name is free for another try
             self._forget(key)
             return
-        self._ended[key] = stream.kept_bytes
-        surplus = sum(self._ended.values()) - self._limits.ended_bytes
-        while surplus > 0:
-            oldest = next(iter(self._ended))
-            surplus -= self._ended[oldest]
-            self._forget(oldest)
+        for forgotten in self._ended.add(key, stream.kept_bytes + STREAM_OVERHEAD):
+            self._streams.pop(forgotten).stop()
 
-    def _forget(self, key: _Key) -> None:
-        self._ended.pop(key, None)
+    def _forget(self, key: StreamKey) -> None:
+        self._ended.remove(key)
         self._streams.pop(key).stop()
 
 
@@ -275,7 +276,7 @@ class _Stream(Generic[ResponseT]):
             self._reader.set()
 
 
-def _key(name: str) -> _Key:
+def _key(name: str) -> StreamKey:
     return caller.current().name, name
 
 

@@ -69,8 +69,8 @@ TimeRemaining = Callable[[], float | None]
 
 
 def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
-    """The service as `serving` runs it. Its drain is for streams that no call reads just then; all
-    others end with their answers.
+    """The service as `serving` runs it. When it drains, named streams are refused first, and a
+    moment later all new requests for answers. Named streams that run can be resumed until they end.
     """
     streams = NamedStreams(settings.stream_limits)
     requests = RequestMetrics()
@@ -80,6 +80,10 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
     def register(server: grpc.aio.Server) -> None:
         chat_pb2_grpc.add_ChatServiceServicer_to_server(servicer, server)
         operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
+
+    async def drain() -> None:
+        servicer.admission.close()
+        await streams.drain()
 
     async def run(health: Health) -> None:
         try:
@@ -91,7 +95,8 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
         names=[SERVICE_NAME, OPERATOR_SERVICE_NAME],
         register=register,
         run=run,
-        drain=streams.drain,
+        begin_drain=streams.refuse_new,
+        drain=drain,
         authorize=authorizer(settings),
         options=connection_options(settings),
         collectors=[requests, StateMetrics(backend, servicer.admission, streams)],

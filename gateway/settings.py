@@ -83,7 +83,11 @@ class GatewaySettings(ServerSettings):
     ] = 1024 * 1024
     ended_streams_bytes: Annotated[
         int,
-        Field(ge=0, description="bytes of events kept of all named streams that have ended"),
+        Field(
+            ge=0,
+            description="bytes kept of all named streams that have ended, 8 KiB and its events "
+            "each; the key that keeps the most loses its oldest first",
+        ),
     ] = 64 * 1024 * 1024
     max_unread_bytes: Annotated[
         int,

@@ -1,8 +1,9 @@
 """Starts a gRPC server with all that every service here has, and ends it without dropping a call.
 
-The order of the end matters: health first, so that callers go elsewhere; then the service's own
-long-lived streams (`drain`); then health's Watch streams; then the listener, and whatever still
-runs. The service's background task outlives them all, because running calls may depend on it.
+The order of the end matters: health first, so that callers go elsewhere, and with it what the
+service refuses at once (`begin_drain`); then the service's own long-lived streams (`drain`); then
+health's Watch streams; then the listener, and whatever still runs. The service's background task
+outlives them all, because running calls may depend on it.
 """
 
 import asyncio
@@ -45,7 +46,9 @@ class Service:
 
     `names` are its full gRPC names, for health and reflection. `run` is a task beside the server
     that sets the health and watches peers; its failure ends the server, its return does not.
-    `drain` lets the service's own long-lived streams finish. `authorize` says who makes a call, or
+    `begin_drain` is called as soon as health says NOT_SERVING, for new work that may not begin any
+    more; other work is still taken for a moment. `drain` then lets the service's own long-lived
+    streams finish. `authorize` says who makes a call, or
     refuses it; without it everybody may call everything. `options` are more of gRPC's, for its own
     kind of callers. `collectors` are its own metrics.
     """
@@ -54,6 +57,7 @@ class Service:
     register: Callable[[grpc.aio.Server], None]
     run: Callable[[Health], Awaitable[None]] | None = None
     drain: Callable[[], Awaitable[None]] | None = None
+    begin_drain: Callable[[], None] | None = None
     authorize: Authorize | None = None
     options: Sequence[Option] = ()
     collectors: Sequence[Collector] = ()
@@ -226,6 +230,8 @@ async def _stop(server: grpc.aio.Server, service: Service, state: Health, grace:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + grace
     await state.drain()
+    if service.begin_drain is not None:
+        service.begin_drain()
     await asyncio.sleep(min(FAREWELL, grace))
     try:
         if service.drain is not None:

@@ -108,14 +108,18 @@ class RunningGateway:
     health: Any
     operator: "operator_pb2_grpc.OperatorServiceAsyncStub"
     address: str
+    server: AsyncExitStack  # ends the gateway earlier than the test
 
     @classmethod
-    def on(cls, to_gateway: grpc.aio.Channel, address: str) -> "RunningGateway":
+    def on(
+        cls, to_gateway: grpc.aio.Channel, address: str, server: AsyncExitStack
+    ) -> "RunningGateway":
         return cls(
             stub=chat_pb2_grpc.ChatServiceStub(to_gateway),
             health=health_pb2_grpc.HealthStub(to_gateway),
             operator=operator_pb2_grpc.OperatorServiceStub(to_gateway),
             address=address,
+            server=server,
         )
 
     async def until(self, serving: bool) -> None:
@@ -215,10 +219,9 @@ def start_gateway(servers: AsyncExitStack) -> StartGateway:
     async def start(tokenizer: str, *models: str, **settings: Any) -> RunningGateway:
         chosen = GatewaySettings(
             port=0,
-            grace_period=0,
             tokenizer_target=tokenizer,
             model_targets=",".join(models),
-            **settings,
+            **{"grace_period": 0, **settings},
         )
         backend = Backend(
             chosen.tokenizer_target,
@@ -226,11 +229,10 @@ def start_gateway(servers: AsyncExitStack) -> StartGateway:
             chosen.pool_options,
             safety=chosen.safety_options,
         )
-        server = await servers.enter_async_context(
-            running(chosen, gateway_service(backend, chosen))
-        )
+        own = await servers.enter_async_context(AsyncExitStack())
+        server = await own.enter_async_context(running(chosen, gateway_service(backend, chosen)))
         to_gateway = await servers.enter_async_context(channel(server.address))
-        return RunningGateway.on(to_gateway, server.address)
+        return RunningGateway.on(to_gateway, server.address, own)
 
     return start
 

@@ -56,7 +56,7 @@ async def test_services_inside_talk_mutual_tls(
         running(settings, gateway_service(backend, settings))
     )
     async with channel(server.address) as to_gateway:
-        gateway = RunningGateway.on(to_gateway, server.address)
+        gateway = RunningGateway.on(to_gateway, server.address, servers)
         await gateway.until(serving=True)
         assert (await gateway.stub.GetModel(chat_pb2.GetModelRequest())).name == "scripted"
 

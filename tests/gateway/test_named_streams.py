@@ -1,6 +1,8 @@
 """Named streams: what a client that lost its connection finds when it comes back."""
 
 import asyncio
+import gc
+import tracemalloc
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.named_streams import EVENT_OVERHEAD, NamedStreams, StreamLimits
+from gateway.named_streams import EVENT_OVERHEAD, STREAM_OVERHEAD, NamedStreams, StreamLimits
 from llama.v1.chat_pb2 import (
     ROLE_USER,
     CancelRequest,
@@ -297,13 +299,48 @@ async def test_slow_reader_loses_nothing_however_small_the_buffer(
     await streams.close()
 
 
+def ended_bytes(streams: int) -> int:
+    """So much that so many ended streams of three events each are kept."""
+    return streams * (STREAM_OVERHEAD + 4 * EVENT_OVERHEAD)
+
+
 async def test_ended_streams_are_kept_up_to_a_bound_in_all() -> None:
-    streams = NamedStreams(limits(ended_bytes=5 * EVENT_OVERHEAD))
+    streams = NamedStreams(limits(ended_bytes=ended_bytes(1)))
     for name in ("first", "second"):
         assert await all_of(streams.open(name, made(3), None)) == [1, 2, 3]
     assert await all_of(streams.resume("second", 0)) == [1, 2, 3]
     with pytest.raises(RequestError, match="there is no stream with the request_id 'first'"):
         streams.resume("first", 0)
+    await streams.close()
+
+
+async def test_callers_many_ended_streams_do_not_push_out_anothers() -> None:
+    streams = NamedStreams(limits(ended_bytes=ended_bytes(4)))
+    caller.identify(caller.Caller("ben", frozenset({"generate"})))
+    await all_of(streams.open("kept", made(3), None))
+    caller.identify(caller.Caller("ann", frozenset({"generate"})))
+    for number in range(9):
+        await all_of(streams.open(f"ann-{number}", made(3), None))
+    assert await all_of(streams.resume("ann-8", 0)) == [1, 2, 3]
+    with pytest.raises(RequestError, match="there is no stream"):
+        streams.resume("ann-5", 0)
+    caller.identify(caller.Caller("ben", frozenset({"generate"})))
+    assert await all_of(streams.resume("kept", 0)) == [1, 2, 3]
+    await streams.close()
+
+
+async def test_ended_stream_costs_no_more_than_is_counted() -> None:
+    streams, count = NamedStreams(limits(ended_bytes=10**9)), 200
+    await all_of(streams.open("warm-up", made(1), None))
+    gc.collect()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for number in range(count):
+        await all_of(streams.open(f"{number:0128d}", made(1), None))
+    gc.collect()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (after - before) / count < STREAM_OVERHEAD
     await streams.close()
 
 
@@ -322,17 +359,17 @@ async def test_names_belong_to_their_callers() -> None:
     await streams.close()
 
 
-async def test_drain_waits_for_streams_without_a_reader_and_takes_no_new_ones() -> None:
+async def test_drain_waits_for_streams_with_and_without_a_reader() -> None:
     streams, release = NamedStreams(limits()), asyncio.Event()
-    await begin(streams, "a", made(3, release))
+    await begin(streams, "left", made(3, release))
+    reading = asyncio.create_task(all_of(streams.open("read", made(3, release), None)))
     drain = asyncio.create_task(streams.drain())
     await asyncio.wait({drain}, timeout=0)
-    with pytest.raises(RequestError, match="shutting down"):
-        streams.open("b", made(1), None)
     assert not drain.done()
     release.set()
     await drain
-    assert await all_of(streams.resume("a", 1)) == [2, 3]
+    assert await reading == [1, 2, 3]
+    assert await all_of(streams.resume("left", 1)) == [2, 3]
     await streams.close()
 
 
