@@ -32,7 +32,10 @@ class SafetySettings(ServerSettings):
     ] = None
     guard_policy: Annotated[
         Path | None,
-        Field(description="text file of Llama Guard's categories; none: those of its model card"),
+        Field(
+            description="text file of Llama Guard's categories, such as its model card's own; "
+            "none: the same categories in other words"
+        ),
     ] = None
 
     @model_validator(mode="after")

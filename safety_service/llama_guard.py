@@ -1,6 +1,7 @@
 """A classifier that is a language model: Llama Guard (Inan et al., 2023), behind a gateway of this
 kind that serves it. The prompt is that of its model card, the answer "safe", or "unsafe" and a line
-of categories. The model was trained on this wording: change the policy by its file, nothing else.
+of categories. The categories are the model card's, in words of our own; an operator may name a file
+with the card's original, on which the model was trained. The rest of the prompt is the card's.
 """
 
 import asyncio
@@ -36,8 +37,8 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 def read_policy(path: Path | None = None) -> str:
-    """The categories as the prompt has them, by default those of the model card; StartError."""
-    source = path or resources.files("safety_service") / "llama_guard_policy.txt"
+    """The categories as the prompt has them, by default in our words; StartError."""
+    source = path or resources.files("safety_service") / "guard_policy.txt"
     try:
         policy = source.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -2,14 +2,12 @@
 model's own judgement, not a replacement for a classifier that reads.
 
 A rules file is TOML, a table per category with `terms`, which are found as whole words, and
-`patterns`, regular expressions. Both are matched against text in which spellings that look alike
-are one: Unicode's NFKC, case folded, invisible characters left out.
+`patterns`, regular expressions. Both are matched against the text that `normalization.py` makes;
+punctuation and white space hide no term, and none but the end of a sentence hides a pattern.
 """
 
 import re
-import sys
 import tomllib
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,32 +16,37 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from safety_service.normalization import comparable, normalized, spellings
 from safety_service.servicer import Judgement, Message, TimeRemaining
 from serving.errors import StartError
 
 _Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class _Category(BaseModel):
+class _CategoryRules(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     terms: list[_Words] = Field(default_factory=list)
     patterns: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
 
 
-_FILE = TypeAdapter(dict[str, _Category])
+_FILE = TypeAdapter(dict[str, _CategoryRules])
 
-# Soft hyphens, joiners, marks of direction: what splits a word for a program and not for a reader.
-_INVISIBLE = dict.fromkeys(
-    code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) == "Cf"
-)
+
+@dataclass(frozen=True, slots=True)
+class _Category:
+    """What is looked for under one name."""
+
+    words: re.Pattern[str] | None  # terms of one word
+    phrases: re.Pattern[str] | None  # terms of several
+    patterns: Sequence[re.Pattern[str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What is looked for, by category."""
 
-    patterns: Mapping[str, Sequence[re.Pattern[str]]]
+    categories: Mapping[str, _Category]
 
     @classmethod
     def read(cls, path: Path | None = None) -> "Rules":
@@ -71,40 +74,73 @@ class Rules:
 
     def find(self, text: str) -> tuple[str, ...]:
         """The categories of which a text holds something."""
-        seen = normalized(text)
+        joined, parted = normalized(text), normalized(text, " ")
+        for_words, for_phrases = comparable(joined), comparable(parted)
+        for_patterns = spellings(joined)
+        if joined != parted:
+            for_patterns |= spellings(parted)
         return tuple(
             name
-            for name, patterns in self.patterns.items()
-            if any(pattern.search(seen) for pattern in patterns)
+            for name, category in self.categories.items()
+            if (category.words and category.words.search(for_words))
+            or (category.phrases and category.phrases.search(for_phrases))
+            or any(pattern.search(each) for pattern in category.patterns for each in for_patterns)
         )
 
 
-def normalized(text: str) -> str:
-    """The text as rules see it."""
-    if text.isascii():
-        return text.casefold()
-    folded = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).casefold()
-    return unicodedata.normalize("NFKC", folded)  # folding can undo what the first made one
-
-
-def _compile(file: str, category: str, rules: _Category) -> list[re.Pattern[str]]:
-    """All terms of a category as one expression, then its patterns."""
-    compiled = [re.compile("|".join(map(_whole_words, rules.terms)))] if rules.terms else []
+def _compile(file: str, name: str, rules: _CategoryRules) -> _Category:
+    patterns = []
     for index, pattern in enumerate(rules.patterns):
         try:
-            compiled.append(re.compile(pattern))
+            patterns.append(re.compile(pattern))
         except re.error as error:
-            raise StartError(f"{file}: {category}.patterns.{index}: {error}") from error
-    if not compiled:
-        raise StartError(f"{file}: {category}: needs terms or patterns")
-    return compiled
+            raise StartError(f"{file}: {name}.patterns.{index}: {error}") from error
+    if not rules.terms and not patterns:
+        raise StartError(f"{file}: {name}: needs terms or patterns")
+    single, several = [], []
+    for index, term in enumerate(rules.terms):
+        written = comparable(normalized(term))
+        if not written:
+            raise StartError(f"{file}: {name}.terms.{index}: has no visible character")
+        words = re.findall(r"\w+", written)
+        (single if len(words) <= 1 else several).append(_expression(written, words))
+    return _Category(_any_of(single), _any_of(several), patterns)
 
 
-def _whole_words(term: str) -> str:
-    words = r"\s+".join(map(re.escape, normalized(term).split()))
+def _any_of(expressions: Sequence[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(expressions)) if expressions else None
+
+
+def _expression(written: str, words: Sequence[str]) -> str:
+    """A regular expression for a term, made of these words, for a `comparable` text.
+
+    Of the term's own punctuation, what stands between words is as good as any other, and what
+    stands at an end, as in "c++", must be there.
+    """
+    if words:
+        before = re.escape(written[: written.index(words[0])])
+        after = re.escape(written[written.rindex(words[-1]) + len(words[-1]) :])
+        expressions = [f"{before}{each}{after}" for each in _expressions(words)]
+    else:
+        expressions = [re.escape(written)]
     # What comes before is looked at behind the first character, as `re` quickly skips whatever
     # cannot begin a match only where the expression begins with a character. Not by \b, which
     # would never match in front of a term that begins with a sign.
-    first = re.match(r"\\?.", words)
-    start = first.end() if first else 0
-    return rf"{words[:start]}(?<!\w.){words[start:]}(?!\w)"
+    first = re.escape(written[0])
+    rest = "|".join(each.removeprefix(first) for each in expressions)
+    return rf"{first}(?<!\w.)(?:{rest})(?!\w)"
+
+
+def _expressions(words: Sequence[str]) -> list[str]:
+    """Expressions for words in a row, whatever punctuation and white space is put into them.
+
+    In a single word white space may stand between all characters or none: "c sam" is two words of
+    another meaning, "c s a m" is not. Several words make a phrase that nothing else looks like.
+    """
+    if len(words) > 1:
+        return [r"\W+".join(_characters(word, r"\W*") for word in words)]
+    return [_characters(words[0], r"[^\w\s]*"), _characters(words[0], r"\W+")]
+
+
+def _characters(word: str, between: str) -> str:
+    return between.join(map(re.escape, word))

@@ -1,6 +1,7 @@
 """What is shown of an answer, whatever its deltas, its chunks, and the time that verdicts take."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,10 +13,12 @@ from gateway.dialog import ASSISTANT, USER, Message
 from gateway.held_answer import HeldAnswer
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY, FINISH_REASON_STOP
+from safety_service.rules import Rules
 
 END = Finished(FINISH_REASON_STOP, chat_pb2.Usage(completion_tokens=3))
 PIECES = st.lists(st.sampled_from(["", " ", "a", " two", "words more", "é", "\n"]), max_size=40)
 CHUNKS = st.integers(1, 30)
+HIDDEN_PHRASE = "How to\n k.i\u034fll \u2014 my self"
 # After which deltas a verdict arrives, if one is awaited.
 ARRIVALS = st.lists(st.booleans(), min_size=40, max_size=40)
 
@@ -26,7 +29,10 @@ def tokens_of(piece: str) -> list[chat_pb2.Token]:
 
 
 def run(
-    held: HeldAnswer, pieces: Sequence[str], arrivals: Sequence[bool], unsafe_word: str = "\0"
+    held: HeldAnswer,
+    pieces: Sequence[str],
+    arrivals: Sequence[bool],
+    is_unsafe: Callable[[str], object] = lambda _: False,
 ) -> list[Event]:
     """All that is shown; a judgement is asked for as the gateway does, one at a time."""
     shown: list[Event] = []
@@ -41,7 +47,7 @@ def run(
     def answer() -> None:
         nonlocal judged
         if judged is not None:
-            unsafe, judged = unsafe_word in judged, None
+            unsafe, judged = is_unsafe(judged), None
             shown.extend(held.judged(Judgement(True, ("x",)) if unsafe else SAFE))
             judge()
 
@@ -78,10 +84,24 @@ def test_unsafe_word_is_never_shown(
     pieces: list[str], chunk: int, arrivals: list[bool], logprobs: bool
 ) -> None:
     said = [*pieces[:20], " bo", "mb", *pieces[20:]]
-    events = run(HeldAnswer("", chunk, logprobs=logprobs), said, [*arrivals, True, True], "bomb")
+    held = HeldAnswer("", chunk, logprobs=logprobs)
+    events = run(held, said, [*arrivals, True, True], lambda answer: "bomb" in answer)
     tokens = [token for event in events if isinstance(event, Delta) for token in event.tokens]
     assert "bomb" not in text(events)
     assert b"bomb" not in b"".join(token.bytes for token in tokens)
+    assert "".join(said).startswith(text(events))
+    assert events[-1] == Finished(FINISH_REASON_SAFETY, END.usage, safety_categories=("x",))
+
+
+@given(PIECES, CHUNKS, ARRIVALS, st.sets(st.integers(1, len(HIDDEN_PHRASE) - 1)))
+def test_phrase_that_rules_find_is_not_shown_wherever_chunks_cut_it(
+    pieces: list[str], chunk: int, arrivals: list[bool], cuts: set[int]
+) -> None:
+    borders = [0, *sorted(cuts), len(HIDDEN_PHRASE)]
+    phrase = [HIDDEN_PHRASE[first:last] for first, last in itertools.pairwise(borders)]
+    said = [*pieces, " ", *phrase, " ", *pieces]
+    events = run(HeldAnswer("", chunk, logprobs=False), said, arrivals * 3, Rules.read().find)
+    assert HIDDEN_PHRASE not in text(events)
     assert "".join(said).startswith(text(events))
     assert events[-1] == Finished(FINISH_REASON_SAFETY, END.usage, safety_categories=("x",))
 

@@ -1,9 +1,12 @@
 """Llama Guard's prompt and its answers. tests/gateway/test_llama_guard.py asks it over gRPC."""
 
+from pathlib import Path
+
 import pytest
 
 from safety_service.llama_guard import parse, read_policy, render
 from safety_service.servicer import ASSISTANT, SAFE, USER, Judgement, Message
+from serving.errors import StartError
 
 
 def test_prompt_is_that_of_the_model_card() -> None:
@@ -55,6 +58,15 @@ def test_policy_that_ships_has_the_six_categories() -> None:
         "O5: Regulated or Controlled Substances.",
         "O6: Self-Harm.",
     ]
+
+
+def test_policy_is_read_from_the_file_that_the_operator_names(tmp_path: Path) -> None:
+    path = tmp_path / "policy.txt"
+    path.write_text("O1: Anything.\nShould not\n- Be said.\n")
+    assert read_policy(path) == "O1: Anything.\nShould not\n- Be said."
+    path.write_text("\n")
+    with pytest.raises(StartError, match=r"policy\.txt is empty"):
+        read_policy(path)
 
 
 @pytest.mark.parametrize(
