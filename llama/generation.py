@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 from llama.types import ChatPrediction, CompletionPrediction, Dialog, Generation, Message
 
 if TYPE_CHECKING:
+    from client import Tls
     from gateway.dialog import Message as DialogMessage
     from llama.remote import RemoteLlama
     from model_service.engine.sequence import GenerationRequest
@@ -76,16 +77,25 @@ class Llama:
         return Llama(replica, tokenizer, seed)
 
     @staticmethod
-    def connect(target: str = "127.0.0.1:50051", timeout: float | None = None) -> "RemoteLlama":
+    def connect(
+        target: str = "127.0.0.1:50051",
+        timeout: float | None = None,
+        *,
+        tls: "Tls | None" = None,
+        api_key: str | None = None,
+    ) -> "RemoteLlama":
         """The same methods over gRPC, answered by the gateway at `target`.
 
         Args:
             target: host:port.
             timeout: seconds that a call may take; None is without limit.
+            tls: encryption, a `client.Tls`; None is plaintext.
+            api_key: for a gateway that asks for one; by default the variable CHASQUI_API_KEY's.
         """
         from llama.remote import RemoteLlama
 
-        return RemoteLlama(target, timeout)
+        key = api_key or os.environ.get("CHASQUI_API_KEY") or None
+        return RemoteLlama(target, timeout, tls=tls, api_key=key)
 
     def __init__(self, replica: "Replica", tokenizer: "Tokenizer", seed: int) -> None:
         self.tokenizer = tokenizer

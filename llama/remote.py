@@ -6,7 +6,7 @@ The server draws the seed of every sampling, so unlike `Llama.build` there is no
 from typing import Self
 
 from client import ChatPrediction as Chat
-from client import Client
+from client import Client, Tls
 from client import TextPrediction as Text
 from llama.types import ChatPrediction, CompletionPrediction, Dialog, Generation, Message
 
@@ -17,8 +17,15 @@ class RemoteLlama:
     Every method raises a `client.ChasquiError` when its call fails.
     """
 
-    def __init__(self, target: str, timeout: float | None = None) -> None:
-        self._client = Client(target)
+    def __init__(
+        self,
+        target: str,
+        timeout: float | None = None,
+        *,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self._client = Client(target, tls=tls, api_key=api_key)
         self._timeout = timeout
 
     def __enter__(self) -> Self:
