@@ -203,11 +203,10 @@ def test_the_command_says_it_in_one_line_and_gives_no_other_advice(
     for command in (("complete", "Once"), ("chat", "--serve", "--ask", "Hello"), ("status",)):
         done = run(*command, "--target", gateways["plaintext"], "--ca", str(files["our-ca.pem"]))
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == (
+        assert done.stderr == (
             f"Error: {gateways['plaintext']} speaks plaintext, and this client TLS: "
-            "leave out tls=, or --tls and --ca"
+            "leave out tls=, or --tls and --ca\n"
         )
-        assert "chasqui serve" not in done.stderr
 
 
 def test_metas_methods_reach_a_locked_gateway(
