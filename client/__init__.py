@@ -1,5 +1,6 @@
 """Clients of Chasqui's gateway: `Client`, `AsyncClient`, and the types they take and return."""
 
+from client import _grpc  # noqa: F401  # before anything else imports gRPC
 from client.aio import AsyncClient
 from client.channel import DEFAULT_TARGET, Tls
 from client.errors import (

@@ -16,6 +16,14 @@ from serving.tls import PeerCertificates, TlsFiles
 # Shorter than the longest pause between two sessions, after which one counts as begun.
 CONNECT_SECONDS = 4.0
 
+# What gRPC says of a connection that TLS prevents, and what it means here.
+_TLS_PROBLEMS = (
+    ("WRONG_VERSION_NUMBER", "it speaks plaintext; --peer_ca makes this gateway speak TLS"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not valid by --peer_ca"),
+    ("Hostname Verification", "its certificate has another name: set --peer_name"),
+    ("Socket closed", "it may speak TLS or ask for a certificate: set --peer_ca, --peer_cert"),
+)
+
 
 class Connect(Protocol):
     """Makes channels."""
@@ -54,3 +62,13 @@ async def connected(
             async with asyncio.timeout(CONNECT_SECONDS):
                 await new.channel_ready()
         yield new
+
+
+def failure_reason(error: grpc.aio.AioRpcError) -> str:
+    """Why a call failed, for whoever set the gateway up."""
+    details = error.details() or ""
+    if details.startswith("failed to connect"):
+        for sign, meaning in _TLS_PROBLEMS:
+            if sign in details:
+                return f"{error.code().name}: {details} ({meaning})"
+    return f"{error.code().name}: {details}"

@@ -1,5 +1,6 @@
 """What whoever runs a gateway can ask it. All of it is kept elsewhere: this only says it."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -31,6 +32,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         _context: Context,
     ) -> operator_pb2.GetStatusResponse:
         replicas, classifier = self._backend.replicas.replicas, self._backend.classifier
+        await asyncio.gather(*(replica.refresh_load() for replica in replicas))
         return operator_pb2.GetStatusResponse(
             tokenizer=_peer(self._backend.tokenizer.peer),
             replicas=map(_replica_status, replicas),

@@ -11,6 +11,7 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from gateway.connect import failure_reason
 from llama.v1.operator_pb2 import (
     PEER_STATE_CONNECTING,
     PEER_STATE_NOT_SERVING,
@@ -144,7 +145,7 @@ def _reasons(group: ExceptionGroup[Exception]) -> list[str]:
         if isinstance(error, ExceptionGroup):
             reasons += _reasons(error)
         elif isinstance(error, grpc.aio.AioRpcError):
-            reasons.append(f"{error.code().name}: {error.details()}")
+            reasons.append(failure_reason(error))
         else:
             reasons.append(str(error))
     return reasons

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ from llama.v1.operator_pb2 import PEER_STATE_CONNECTING, PEER_STATE_NOT_SERVING
 
 SERVICE = "llama.v1.ModelService"
 LOAD_INTERVAL = 1.0  # seconds from one load report to the next
+FRESH_LOAD_SECONDS = 0.5  # that a replica has to answer when its load of now is asked for
 OVERDUE = 3.0  # seconds after which a report says that the replica may hang
 # Seconds without a step, in hang timeouts: a step over a long prompt on a slow machine takes its
 # time, while the event loop that answers GetLoad has no excuse.
@@ -81,6 +83,8 @@ class Replica:
         self._numbers = itertools.count(1)
         self._commands: asyncio.Queue[model_pb2.GenerateRequest] = asyncio.Queue()
         self._load_at = 0.0
+        self._load_wanted = asyncio.Event()
+        self._awaiting_load: list[asyncio.Future[None]] = []
         self._last_event_at = 0.0
 
     @property
@@ -140,6 +144,17 @@ class Replica:
         self.load, self._load_at = load, time.monotonic()
         self.prefixes.resize(_indexed_blocks(load))
 
+    async def refresh_load(self) -> None:
+        """Waits for a report that is asked for from now on; in vain if it is late or lost."""
+        if self.info is None:
+            return
+        reported: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._awaiting_load.append(reported)
+        self._load_wanted.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FRESH_LOAD_SECONDS):
+                await reported
+
     async def _session(self) -> None:
         async with connected(self._connect, self.target, self._name) as channel:
             await self._serve_over(channel)
@@ -186,6 +201,8 @@ class Replica:
         stepped_at, timeout = time.monotonic(), self._hang_timeout
         while True:
             request = model_pb2.GetLoadRequest()
+            self._load_wanted.clear()
+            awaiting, self._awaiting_load = self._awaiting_load, []
             try:
                 load = await stub.GetLoad(request, timeout=timeout)
             except grpc.aio.AioRpcError as error:
@@ -196,9 +213,14 @@ class Replica:
             if self.load is None or load.steps != self.load.steps or not self._sequences:
                 stepped_at = now
             self.report(load)
+            for reported in awaiting:
+                if not reported.done():
+                    reported.set_result(None)
             if now - max(stepped_at, self._last_event_at) > STEP_TIMEOUTS * timeout:
                 raise PeerError(f"it hangs: no step within {STEP_TIMEOUTS * timeout:g} seconds")
-            await asyncio.sleep(LOAD_INTERVAL)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOAD_INTERVAL):
+                    await self._load_wanted.wait()
 
     def _take(self, event: model_pb2.TokenEvent) -> None:
         sequence = self._sequences.get(event.request_id)

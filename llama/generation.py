@@ -24,6 +24,7 @@ from llama.types import ChatPrediction, CompletionPrediction, Dialog, Generation
 from serving.request_rules import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, prompt_violations
 
 if TYPE_CHECKING:
+    from client import Tls
     from llama.remote import RemoteLlama
     from model_service.replica import Replica
     from tokenizer_service.tokenizer import Tokenizer
@@ -97,16 +98,25 @@ class Llama:
         return Llama(replica, tokenizer, seed)
 
     @staticmethod
-    def connect(target: str = "127.0.0.1:50051", timeout: float | None = None) -> "RemoteLlama":
+    def connect(
+        target: str = "127.0.0.1:50051",
+        timeout: float | None = None,
+        *,
+        tls: "Tls | None" = None,
+        api_key: str | None = None,
+    ) -> "RemoteLlama":
         """The same methods over gRPC, answered by the gateway at `target`.
 
         Args:
             target: host:port.
             timeout: seconds that a call may take; None is without limit.
+            tls: encryption, a `client.Tls`; None is plaintext.
+            api_key: for a gateway that asks for one; by default the variable CHASQUI_API_KEY's.
         """
         from llama.remote import RemoteLlama
 
-        return RemoteLlama(target, timeout)
+        key = api_key or os.environ.get("CHASQUI_API_KEY") or None
+        return RemoteLlama(target, timeout, tls=tls, api_key=key)
 
     def __init__(self, replica: "Replica", tokenizer: "Tokenizer", seed: int) -> None:
         self.tokenizer = tokenizer

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Self, TypeVar, cast
 
 from client import ChatPrediction as Chat
-from client import Client, InvalidRequestError, Violation
+from client import Client, InvalidRequestError, Tls, Violation
 from client import TextPrediction as Text
 from client.errors import invalid_request
 from gateway.dialog import Message as DialogMessage
@@ -35,8 +35,15 @@ class RemoteLlama:
     one after the other. Threads may share one object; their calls run at the same time.
     """
 
-    def __init__(self, target: str, timeout: float | None = None) -> None:
-        self._client = Client(target)
+    def __init__(
+        self,
+        target: str,
+        timeout: float | None = None,
+        *,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self._client = Client(target, tls=tls, api_key=api_key)
         self._timeout = timeout
         self._max_prompts: int | None = None  # in one request; not known yet
 

@@ -126,7 +126,9 @@ class ReplicaStatus(_message.Message):
 
     @_builtins.property
     def load(self) -> _model_pb2.GetLoadResponse:
-        """Its last report; absent before the first."""
+        """Its report, asked for with this call; the last one if it does not answer within half a second.
+        Absent before the first.
+        """
 
     @_builtins.property
     def load_age(self) -> _duration_pb2.Duration:

@@ -1,4 +1,4 @@
-"""Two sides that do not agree on TLS: what each of the clients says about it."""
+"""Locked gateways, and what each of the clients says where the two sides do not agree on TLS."""
 
 import asyncio
 import datetime
@@ -15,7 +15,8 @@ import grpc
 import pytest
 import trustme
 
-from client import AsyncClient, Client, ConnectionSettingsError, Message, Tls
+from client import AsyncClient, ChasquiError, Client, ConnectionSettingsError, Message, Tls
+from llama import Llama
 from llama.v1 import chat_pb2
 from tests.client.conftest import Run
 from tests.client.conftest import _handler as handler
@@ -67,9 +68,17 @@ def gateways(files: Files) -> Iterator[dict[str, str]]:
     def get_model(_request: object, _context: object) -> chat_pb2.GetModelResponse:
         return chat_pb2.GetModelResponse(name="reached")
 
-    service = grpc.method_handlers_generic_handler(
-        "llama.v1.ChatService", {"GetModel": handler("GetModel", get_model)}
-    )
+    def complete(
+        request: chat_pb2.TextCompleteRequest, context: grpc.ServicerContext
+    ) -> chat_pb2.TextCompleteResponse:
+        if ("authorization", "Bearer secret") not in context.invocation_metadata():
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no key that is known")
+        texts = [chat_pb2.TextPrediction(generation=f"{each}!") for each in request.prompts]
+        return chat_pb2.TextCompleteResponse(predictions=texts)
+
+    methods = {"GetModel": get_model, "TextComplete": complete}
+    handlers = {name: handler(name, behaviour) for name, behaviour in methods.items()}
+    service = grpc.method_handlers_generic_handler("llama.v1.ChatService", handlers)
 
     def credentials(name: str, *, client_ca: bool = False) -> grpc.ServerCredentials:
         pair = files[f"{name}.key"].read_bytes(), files[f"{name}.pem"].read_bytes()
@@ -194,11 +203,23 @@ def test_the_command_says_it_in_one_line_and_gives_no_other_advice(
     for command in (("complete", "Once"), ("chat", "--serve", "--ask", "Hello"), ("status",)):
         done = run(*command, "--target", gateways["plaintext"], "--ca", str(files["our-ca.pem"]))
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == (
+        assert done.stderr == (
             f"Error: {gateways['plaintext']} speaks plaintext, and this client TLS: "
-            "leave out tls=, or --tls and --ca"
+            "leave out tls=, or --tls and --ca\n"
         )
-        assert "chasqui serve" not in done.stderr
+
+
+def test_metas_methods_reach_a_locked_gateway(
+    files: Files, gateways: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked: Any = {"target": gateways["mutual"], "tls": files.tls(cert="friend")}
+    with Llama.connect(**locked, api_key="secret") as llama:
+        assert llama.text_completion(["Once"]) == [{"generation": "Once!"}]
+    with Llama.connect(**locked) as llama, pytest.raises(ChasquiError, match="no key"):
+        llama.text_completion(["Once"])
+    monkeypatch.setenv("CHASQUI_API_KEY", "secret")
+    with Llama.connect(**locked) as llama:
+        assert llama.text_completion(["Once"]) == [{"generation": "Once!"}]
 
 
 def test_files_that_are_no_certificates_are_named(run: Run, files: Files) -> None:

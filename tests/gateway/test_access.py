@@ -10,12 +10,14 @@ import pytest
 import trustme
 
 from gateway.backend import Backend
-from gateway.connect import connector
+from gateway.connect import connector, failure_reason
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2
 from llama.v1.model_pb2 import TopLogprobs
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP, TopLogprob
+from llama.v1.tokenizer_pb2 import GetVocabularyRequest
+from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from safety_service.rules import Rules
 from safety_service.servicer import safety_service
 from serving.server import Running, channel, running
@@ -59,6 +61,39 @@ async def test_services_inside_talk_mutual_tls(
         gateway = RunningGateway.on(to_gateway, server.address, servers)
         await gateway.until(serving=True)
         assert (await gateway.stub.GetModel(chat_pb2.GetModelRequest())).name == "scripted"
+
+
+@pytest.mark.parametrize(
+    ("service_settings", "gateway_settings", "meaning"),
+    [
+        ([], ["peer_ca"], "it speaks plaintext; --peer_ca makes this gateway speak TLS"),
+        (["tls_cert", "tls_key"], [], "it may speak TLS or ask for a certificate: set --peer_ca"),
+        (["tls_cert", "tls_key"], ["peer_ca"], "its certificate has another name: set --peer_name"),
+        (
+            ["tls_cert", "tls_key", "tls_client_ca"],
+            ["peer_ca", "peer_name"],
+            "it may speak TLS or ask for a certificate: set --peer_ca, --peer_cert",
+        ),
+    ],
+)
+async def test_gateway_says_which_side_speaks_tls(
+    pem: dict[str, Path],
+    tokenizer: Tokenizer,
+    start_server: StartServer,
+    service_settings: list[str],
+    gateway_settings: list[str],
+    meaning: str,
+) -> None:
+    values: dict[str, Any] = {"tls_client_ca": pem["ca"], "peer_name": "inside.example"}
+    values |= {f"{side}_{name}": file for side in ("tls", "peer") for name, file in pem.items()}
+    chosen = {name: values[name] for name in service_settings}
+    target, _ = await start_server(tokenizer_service(tokenizer), **chosen)
+    settings = GatewaySettings(**{name: values[name] for name in gateway_settings})
+    async with connector(settings)(target) as to_tokenizer:
+        stub = TokenizerServiceStub(to_tokenizer)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.GetVocabulary(GetVocabularyRequest())
+    assert meaning in failure_reason(refused.value)
 
 
 @pytest.fixture(params=[False, True], ids=["unjudged", "judged"])

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from gateway.replica import FRESH_LOAD_SECONDS
 from llama.v1.chat_pb2 import TextCompleteRequest, TextCompleteStreamRequest
 from llama.v1.operator_pb2 import (
     PEER_STATE_CONNECTING,
@@ -43,6 +44,24 @@ async def test_status_tells_services_load_and_what_runs(gateway: Any, model: Any
         model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
     await call
     assert (await status_when(gateway, lambda _: True)).running_sequences == 0
+
+
+async def test_status_tells_the_load_of_now(gateway: Any, model: Any) -> None:
+    for running in range(5):
+        model.load.running_sequences = running
+        [replica] = (await gateway.operator.GetStatus(GetStatusRequest())).replicas
+        assert replica.load.running_sequences == running
+
+
+async def test_status_of_a_replica_that_does_not_answer_is_its_last_report(
+    gateway: Any, model: Any
+) -> None:
+    model.load.running_sequences = 3
+    await gateway.operator.GetStatus(GetStatusRequest())
+    model.awake.clear()
+    [late] = (await gateway.operator.GetStatus(GetStatusRequest())).replicas
+    assert late.load.running_sequences == 3
+    assert late.load_age.ToTimedelta().total_seconds() >= FRESH_LOAD_SECONDS
 
 
 async def test_status_tells_why_a_replica_takes_no_work(
