@@ -22,7 +22,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from serving import caller, request_id, tracing
-from serving.errors import RequestError, to_status
+from serving.errors import RequestError, let_go, to_status
 from serving.metrics import CallMetrics, MethodMetrics
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -99,8 +99,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         span.enter_context(tracing.call(method, metadata))
                     if handler.request_streaming:
                         return await _call(handler, requests, context)
-                    request = parse(await self._only_one(context))
-                    return await _call(handler, request, context)
+                    # Not in a variable: this frame outlives the call in the traceback of an error.
+                    return await _call(handler, parse(await self._only_one(context)), context)
 
         # A request that does not parse must fail inside of `respond`. A single one arrives there as
         # bytes; of a stream, each is parsed while the service reads.
@@ -154,11 +154,13 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         await context.send_initial_metadata(identity)
         yield
         code = _code_set_on(context) or code
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
+        let_go(error)
         expired = context.time_remaining() == 0
         code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
         raise
-    except grpc.aio.BaseError:  # from gRPC itself: the service called abort, or the peer is gone
+    except grpc.aio.BaseError as error:  # gRPC's own: the service called abort, the peer is gone
+        let_go(error)
         code = _code_set_on(context) or grpc.StatusCode.CANCELLED
         raise
     except RequestError as error:
@@ -166,10 +168,12 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         call.metrics.refuse(error)
         status = to_status(error)
         details = (STATUS_DETAILS_KEY, status.SerializeToString())
+        let_go(error)
         await _abort(context, code, status.message, (*identity, details, *_pushback(error)))
-    except Exception:
+    except Exception as error:
         code = grpc.StatusCode.INTERNAL
         _log.exception("call failed", method=call.method)
+        let_go(error)
         await _abort(context, code, f"internal error, request id {call.id}", identity)
     finally:
         seconds = time.monotonic() - started
