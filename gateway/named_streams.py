@@ -17,7 +17,7 @@ import structlog
 from gateway.ended_streams import EndedStreams, StreamKey
 from llama.v1 import chat_pb2
 from serving import caller
-from serving.errors import RequestError, unavailable
+from serving.errors import RequestError, let_go, unavailable
 
 # What it costs to keep an event, beyond its own bytes. Events are kept as they go over the wire:
 # as an object of the protobuf library one of 33 bytes takes 930, one with alternatives six-fold.
@@ -268,6 +268,7 @@ class _Stream(Generic[ResponseT]):
             self._failure = task.exception()
         if self._failure is not None and not isinstance(self._failure, RequestError):
             _log.error("stream failed", exc_info=self._failure)
+        let_go(self._failure)
         self.ended = True
         self._tell_reader()
 

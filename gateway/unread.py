@@ -72,6 +72,8 @@ class UnreadEvents(Generic[Place]):
     def close(self) -> None:
         """Takes no more; RESOURCE_EXHAUSTED if it were too many."""
         self._closed = True
+        self._events.clear()
+        self._last.clear()
         if self._overrun and self._task is not None:
             self._task.uncancel()
             raise self._too_slow()

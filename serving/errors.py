@@ -4,6 +4,7 @@
 message and details both, and peers may refuse more than 8 KiB of those: hence the limits on size.
 """
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,6 +78,18 @@ def resource_exhausted(
         retry_after=retry_after,
         quota=quota_subject,
     )
+
+
+def let_go(error: BaseException | None) -> None:
+    """Clears the frames that an error and what led to it came through.
+
+    A traceback refers to its frames and they often to their error: what they hold, such as the
+    request, would stay in that cycle until the next full garbage collection.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def to_status(error: RequestError) -> Status:

@@ -22,7 +22,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from serving import caller, request_id, tracing
-from serving.errors import RequestError, resource_exhausted, to_status
+from serving.errors import RequestError, let_go, resource_exhausted, to_status
 from serving.metrics import CallMetrics, MethodMetrics
 from serving.seldom import Seldom
 
@@ -115,9 +115,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     if handler.request_streaming:
                         call.accepted = True
                         return await _call(handler, requests, context)
-                    serialized = await self._only_one(context)
-                    call.accepted = True
-                    return await _call(handler, parse(serialized), context)
+                    # Not in a variable: this frame outlives the call in the traceback of an error.
+                    return await _call(handler, parse(await self._only_one(call, context)), context)
 
         # A request that does not parse must fail inside of `respond`. A single one arrives there as
         # bytes; of a stream, each is parsed while the service reads.
@@ -132,7 +131,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    async def _only_one(self, context: Context) -> bytes:
+    async def _only_one(self, call: _Call, context: Context) -> bytes:
         """The call's request, still serialized."""
         if self._awaited_requests >= MAX_AWAITED_REQUESTS:
             message = f"this server awaits the requests of {MAX_AWAITED_REQUESTS} calls already"
@@ -148,6 +147,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._awaited_requests -= 1
         if request is grpc.aio.EOF:
             raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+        call.accepted = True
         return cast("bytes", request)
 
 
@@ -177,11 +177,13 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         await context.send_initial_metadata(identity)
         yield
         code = _code_set_on(context) or code
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
+        let_go(error)
         expired = context.time_remaining() == 0
         code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
         raise
-    except grpc.aio.BaseError:  # from gRPC itself: the service called abort, or the peer is gone
+    except grpc.aio.BaseError as error:  # gRPC's own: the service called abort, the peer is gone
+        let_go(error)
         code = _code_set_on(context) or grpc.StatusCode.CANCELLED
         raise
     except RequestError as error:
@@ -189,10 +191,12 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         call.metrics.refuse(error)
         status = to_status(error)
         details = (STATUS_DETAILS_KEY, status.SerializeToString())
+        let_go(error)
         await _abort(context, code, status.message, (*identity, details, *_pushback(error)))
-    except Exception:
+    except Exception as error:
         code = grpc.StatusCode.INTERNAL
         _log.exception("call failed", method=call.method)
+        let_go(error)
         await _abort(context, code, f"internal error, request id {call.id}", identity)
     finally:
         seconds = time.monotonic() - started
