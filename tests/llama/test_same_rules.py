@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.prompts import Window
 from gateway.request import RequestLimits, text_violations
 from llama.arguments import Arguments
 from llama.v1 import model_pb2
@@ -40,7 +41,9 @@ counts = st.integers(0, 2**32 - 1) | st.integers(0, 2)
 
 def gateway_says(sampling: SamplingParams) -> str:
     request = TextCompleteRequest(prompts=["a"], sampling=sampling)
-    found = text_violations(request, REQUEST_LIMITS, VOCAB_SIZE)
+    found = text_violations(
+        request, REQUEST_LIMITS, VOCAB_SIZE, Window(ENGINE_LIMITS.context_length)
+    )
     return invalid_argument(found).message
 
 
