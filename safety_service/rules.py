@@ -97,7 +97,8 @@ def _compile(file: str, name: str, rules: _CategoryRules) -> _Category:
             raise StartError(f"{file}: {name}.patterns.{index}: {error}") from error
     if not rules.terms and not patterns:
         raise StartError(f"{file}: {name}: needs terms or patterns")
-    single, several = [], []
+    single: list[str] = []
+    several: list[str] = []
     for index, term in enumerate(rules.terms):
         written = comparable(normalized(term))
         if not written:

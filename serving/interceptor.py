@@ -66,10 +66,26 @@ class _Call:
     method: str
     id: str
     metrics: MethodMetrics
-    early_ends: Seldom
-    # Whether its caller may make it and its request is here. Only such a call has a log line of its
-    # own: to begin calls and to reset them costs a client next to nothing, and needs no key.
+    early_ends: Seldom | None  # None where an early end is normal
+    # Whether its caller may make it and its first request is here. Only such a call has a log line
+    # of its own: to begin calls and to reset them costs a client next to nothing, and needs no key.
     accepted: bool = field(default=False, init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Requests:
+    """A call's stream of requests; the first makes it an accepted one."""
+
+    requests: AsyncIterator[object]
+    call: _Call
+
+    def __aiter__(self) -> AsyncIterator[object]:
+        return self
+
+    async def __anext__(self) -> object:
+        request = await anext(self.requests)
+        self.call.accepted = True
+        return request
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -97,7 +113,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metadata = handler_call_details.invocation_metadata
         call_id = request_id.from_metadata(metadata)
         metrics = self._metrics.method(method, _KINDS[streams])
-        call = _Call(method, call_id, metrics, self._early_ends)
+        # A session that ends before its first request is nothing to warn of.
+        call = _Call(method, call_id, metrics, None if streams[0] else self._early_ends)
         # A stream of requests is a session: what comes over it has traces of its own.
         traced = not (handler.request_streaming or method.startswith(_INFRASTRUCTURE))
         parse = _checked(cast("Callable[[bytes], object]", handler.request_deserializer))
@@ -113,8 +130,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     if traced:  # a stranger's traceparent would add to others' traces
                         span.enter_context(tracing.call(method, metadata))
                     if handler.request_streaming:
-                        call.accepted = True
-                        return await _call(handler, requests, context)
+                        return await _call(handler, _Requests(requests, call), context)
                     # Not in a variable: this frame outlives the call in the traceback of an error.
                     return await _call(handler, parse(await self._only_one(call, context)), context)
 
@@ -206,7 +222,7 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         log = _log.info if call.accepted and not infrastructure else _log.debug
         log("call finished", method=call.method, code=code.name, seconds=round(seconds, 6))
         # Refusals are logged where they are decided.
-        if not call.accepted and not infrastructure and code not in _REFUSED:
+        if call.early_ends and not (call.accepted or infrastructure or code in _REFUSED):
             event = "calls end before their request arrives"
             call.early_ends.warn(_log, event, method=call.method, code=code.name)
 

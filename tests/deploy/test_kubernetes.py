@@ -156,6 +156,20 @@ def test_gateway_finds_its_services_by_name(
         assert read_settings(pod.service, pod.environment).port == int(port)
 
 
+def test_no_two_services_share_a_secret(pods: list[Pod]) -> None:
+    secrets = [
+        volume["secret"]["secretName"]
+        for pod in pods
+        for volume in pod.spec["volumes"]
+        if "secret" in volume
+    ]
+    assert len(secrets) == len(set(secrets))
+
+
+def test_gateway_expects_of_each_service_the_name_that_it_calls(pods: list[Pod]) -> None:
+    assert all("CHASQUI_PEER_NAME" not in pod.environment for pod in pods)
+
+
 def test_volumes_that_are_mounted_exist(manifests: list[Manifest], pods: list[Pod]) -> None:
     claims = {m["metadata"]["name"] for m in manifests if m["kind"] == "PersistentVolumeClaim"}
     for pod in pods:

@@ -96,6 +96,34 @@ async def test_gateway_says_which_side_speaks_tls(
     assert meaning in failure_reason(refused.value)
 
 
+async def test_services_show_the_names_that_their_targets_have(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    model: ScriptedModel,
+    start_server: StartServer,
+    servers: AsyncExitStack,
+) -> None:
+    services, gateways = trustme.CA(), trustme.CA()
+    for name, authority in (("services", services), ("gateways", gateways)):
+        authority.cert_pem.write_to_path(tmp_path / name)
+    pair = tmp_path / "localhost", tmp_path / "gateway"
+    services.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pair[0])
+    gateways.issue_cert("a.gateway").private_key_and_cert_chain_pem.write_to_path(pair[1])
+    tls = {"tls_cert": pair[0], "tls_key": pair[0], "tls_client_ca": tmp_path / "gateways"}
+    to_tokenizer, to_model = [
+        (await start_server(service, **tls))[0].replace("127.0.0.1", "localhost")
+        for service in (tokenizer_service(tokenizer), model.service())
+    ]
+    peers: Any = {"peer_cert": pair[1], "peer_key": pair[1], "peer_ca": tmp_path / "services"}
+    settings = GatewaySettings(port=0, grace_period=0, **peers)
+    targets = [f"dns:///{to_model}"]
+    backend = Backend(to_tokenizer, targets, settings.pool_options, connector(settings))
+    service = gateway_service(backend, settings)
+    server: Running = await servers.enter_async_context(running(settings, service))
+    async with channel(server.address) as to_gateway:
+        await RunningGateway.on(to_gateway, server.address).until(serving=True)
+
+
 @pytest.fixture(params=[False, True], ids=["unjudged", "judged"])
 async def impatient(
     request: pytest.FixtureRequest,

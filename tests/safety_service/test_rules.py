@@ -72,14 +72,14 @@ def test_term_is_found_wherever_it_stands_as_a_word(before: str, after: str) -> 
     assert "child_sexual_abuse" in SHIPPED.find(f"{before} jailbait {after}")
 
 
-def written_with(draw: st.DrawFn, term: str, gaps: st.SearchStrategy[str]) -> str:
+def written_with(data: st.DataObject, term: str, gaps: st.SearchStrategy[str]) -> str:
     """The term with something before, between and behind all of its characters."""
-    return "".join(f"{draw(gaps)}{each}" for each in term) + draw(gaps)
+    return "".join(f"{data.draw(gaps)}{each}" for each in term) + data.draw(gaps)
 
 
 @given(st.data(), st.sampled_from([term for term in TERMS if " " in term]))
 def test_nothing_that_is_put_into_a_phrase_hides_it(data: st.DataObject, term: str) -> None:
-    assert SHIPPED.find(f"Say: {written_with(data.draw, term, ANY_GAP)}, now") == SHIPPED.find(term)
+    assert SHIPPED.find(f"Say: {written_with(data, term, ANY_GAP)}, now") == SHIPPED.find(term)
 
 
 @given(st.sampled_from([term for term in TERMS if " " in term]), IGNORABLE | CONTROL | PUNCTUATION)
@@ -89,7 +89,7 @@ def test_phrase_needs_no_white_space_between_its_words(term: str, between: str) 
 
 @given(st.data(), st.sampled_from([term for term in TERMS if " " not in term]))
 def test_nothing_but_white_space_hides_a_word(data: st.DataObject, term: str) -> None:
-    assert SHIPPED.find(f"Say {written_with(data.draw, term, UNSEEN)} now") == SHIPPED.find(term)
+    assert SHIPPED.find(f"Say {written_with(data, term, UNSEEN)} now") == SHIPPED.find(term)
 
 
 @pytest.mark.parametrize(
