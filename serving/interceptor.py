@@ -19,11 +19,11 @@ from typing import Any, TypeAlias, cast
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 
 from serving import caller, request_id, tracing
 from serving.errors import RequestError, let_go, to_status
 from serving.metrics import CallMetrics, MethodMetrics
+from serving.receive import Receiver, checked
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -61,13 +61,11 @@ class _Call:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """`receive_timeout` is in seconds, for a single request to arrive."""
-
     def __init__(
-        self, metrics: CallMetrics, receive_timeout: float, authorize: Authorize | None = None
+        self, metrics: CallMetrics, receiver: Receiver, authorize: Authorize | None = None
     ) -> None:
         self._metrics = metrics
-        self._receive_timeout = receive_timeout
+        self._receiver = receiver
         self._authorize = authorize
 
     async def intercept_service(
@@ -85,7 +83,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call = _Call(method, call_id, self._metrics.method(method, _KINDS[streams]))
         # A stream of requests is a session: what comes over it has traces of its own.
         traced = not (handler.request_streaming or method.startswith(_INFRASTRUCTURE))
-        parse = _checked(cast("Callable[[bytes], object]", handler.request_deserializer))
+        parse = cast("Callable[[bytes], object]", handler.request_deserializer)
 
         async def respond(requests: AsyncIterator[object], context: Context) -> object:
             with (
@@ -100,7 +98,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     if handler.request_streaming:
                         return await _call(handler, requests, context)
                     # Not in a variable: this frame outlives the call in the traceback of an error.
-                    return await _call(handler, parse(await self._only_one(context)), context)
+                    received = self._receiver.receive(context, parse)
+                    return await _call(handler, await received, context)
 
         # A request that does not parse must fail inside of `respond`. A single one arrives there as
         # bytes; of a stream, each is parsed while the service reads.
@@ -111,21 +110,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         return factory(
             respond,
-            request_deserializer=parse if handler.request_streaming else None,
+            request_deserializer=checked(parse) if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
         )
-
-    async def _only_one(self, context: Context) -> bytes:
-        """The call's request, still serialized."""
-        try:
-            async with asyncio.timeout(self._receive_timeout):
-                request = await context.read()
-        except TimeoutError:
-            message = f"the request did not arrive within {self._receive_timeout:g} seconds"
-            raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
-        if request is grpc.aio.EOF:
-            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
-        return cast("bytes", request)
 
 
 async def _call(handler: Handler, request: object, context: Context) -> object:
@@ -207,16 +194,3 @@ def _pushback(error: RequestError) -> tuple[tuple[str, str], ...]:
 
 def _code_set_on(context: Context) -> grpc.StatusCode | None:
     return cast("grpc.StatusCode | None", context.code())  # None where nobody set one
-
-
-def _checked(deserialize: Callable[[bytes], object]) -> Callable[[bytes], object]:
-    """The deserializer, with a fault of the request's bytes reported as the caller's fault."""
-
-    def parse(serialized: bytes) -> object:
-        try:
-            return deserialize(serialized)
-        except DecodeError as error:
-            message = f"malformed request: {error}; strings must be valid UTF-8"
-            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, message) from error
-
-    return parse
