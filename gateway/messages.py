@@ -108,10 +108,10 @@ def resumed_event(
 
 
 def chat_prediction(prediction: Prediction) -> ChatPrediction:
+    """All but the tokens."""
     return ChatPrediction(
         choice_index=prediction.place.choice,
         generation=Message(role=ROLE_ASSISTANT, content=prediction.text),
-        tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
         resumed=prediction.finished.resumed,
@@ -123,10 +123,10 @@ def chat_prediction(prediction: Prediction) -> ChatPrediction:
 
 
 def text_prediction(prediction: Prediction) -> TextPrediction:
+    """All but the tokens."""
     return TextPrediction(
         choice_index=prediction.place.choice,
         generation=prediction.text,
-        tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
         resumed=prediction.finished.resumed,
@@ -159,6 +159,7 @@ def model_response(
             max_queued_sequences=settings.max_queued_sequences,
             max_top_logprobs=MAX_TOP_LOGPROBS,
             max_choices=settings.max_choices,
+            max_response_bytes=settings.max_response_bytes,
         ),
         sampling_defaults=defaults,
     )
