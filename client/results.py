@@ -177,6 +177,7 @@ class Limits:
     max_queued_sequences: int
     max_top_logprobs: int
     max_choices: int
+    max_response_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +302,7 @@ def model(response: chat_pb2.GetModelResponse) -> Model:
             max_queued_sequences=limits.max_queued_sequences,
             max_top_logprobs=limits.max_top_logprobs,
             max_choices=limits.max_choices,
+            max_response_bytes=limits.max_response_bytes,
         ),
         sampling_defaults=_sampling(response.sampling_defaults),
     )

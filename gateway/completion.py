@@ -5,8 +5,7 @@ fold it. Whoever iterates `complete` must close it (contextlib.aclosing): that c
 
 import secrets
 import time
-from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -76,7 +75,7 @@ class Prediction:
     place: Place
     started: Started
     text: str
-    tokens: list[chat_pb2.Token]
+    tokens: list[bytes]  # serialized predictions, each with some of the tokens
     finished: Finished
 
 
@@ -169,27 +168,6 @@ async def complete(
         finally:
             for generation in running.values():
                 generation.cancel()
-
-
-async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
-    """The predictions of a request, in the order in which its generations were begun."""
-    started: dict[Place, Started] = {}
-    texts: defaultdict[Place, list[str]] = defaultdict(list)
-    tokens: defaultdict[Place, list[chat_pb2.Token]] = defaultdict(list)
-    finished: dict[Place, Finished] = {}
-    async for place, event in events:
-        match event:
-            case Started():
-                started[place] = event
-            case Delta():
-                texts[place].append(event.text)
-                tokens[place] += event.tokens
-            case Finished():
-                finished[place] = event
-    return [
-        Prediction(place, begun, "".join(texts[place]), tokens[place], finished[place])
-        for place, begun in started.items()
-    ]
 
 
 def _requests(prompts: Sequence[Prompt | Refusal], options: Options) -> Iterator[_Request]:

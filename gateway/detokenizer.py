@@ -42,6 +42,7 @@ class Vocabulary:
     eos_id: int
     # No token stands for more bytes of an encoded text; None where there is no bound.
     max_token_bytes: int | None = None
+    mean_token_bytes: float = 0.0
 
     @classmethod
     def build(
@@ -70,6 +71,7 @@ class Vocabulary:
             ),
             eos_id=eos_id,
             max_token_bytes=max_token_bytes,
+            mean_token_bytes=sum(len(piece) for piece, _ in table) / max(len(table), 1),
         )
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ alone, but clients read those names: both are written out.
 from gateway.answer import Delta
 from gateway.completion import Event, Finished, Place, Prediction, Started
 from gateway.request import SAMPLING_DEFAULTS, RequestLimits, default_max_gen_len
+from gateway.settings import GatewaySettings
 from llama.v1 import model_pb2
 from llama.v1.chat_pb2 import (
     ROLE_ASSISTANT,
@@ -110,10 +111,10 @@ def resumed_event(
 
 
 def chat_prediction(prediction: Prediction) -> ChatPrediction:
+    """All but the tokens."""
     return ChatPrediction(
         choice_index=prediction.place.choice,
         generation=Message(role=ROLE_ASSISTANT, content=prediction.text),
-        tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
         resumed=prediction.finished.resumed,
@@ -126,10 +127,10 @@ def chat_prediction(prediction: Prediction) -> ChatPrediction:
 
 
 def text_prediction(prediction: Prediction) -> TextPrediction:
+    """All but the tokens."""
     return TextPrediction(
         choice_index=prediction.place.choice,
         generation=prediction.text,
-        tokens=prediction.tokens,
         finish_reason=prediction.finished.reason,
         usage=prediction.finished.usage,
         resumed=prediction.finished.resumed,
@@ -144,7 +145,7 @@ def model_response(
     info: model_pb2.GetModelInfoResponse,
     replicas: int,
     limits: RequestLimits,
-    max_request_bytes: int,
+    settings: GatewaySettings,
 ) -> GetModelResponse:
     """What `replicas` healthy replicas serve to a caller with these limits."""
     defaults = SamplingParams(max_gen_len=default_max_gen_len(info.context_length))
@@ -163,10 +164,11 @@ def model_response(
         limits=Limits(
             max_dialogs=limits.max_dialogs,
             max_messages=limits.max_messages,
-            max_request_bytes=max_request_bytes,
+            max_request_bytes=settings.max_request_bytes,
             max_queued_sequences=limits.max_sequences,
             max_top_logprobs=MAX_TOP_LOGPROBS,
             max_choices=limits.max_choices,
+            max_response_bytes=settings.max_response_bytes,
         ),
         sampling_defaults=defaults,
     )

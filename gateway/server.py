@@ -24,7 +24,6 @@ from gateway.completion import (
     PlacedEvent,
     Refusal,
     complete,
-    fold,
 )
 from gateway.detokenizer import text_of
 from gateway.dialog import drop_oldest_turns, render
@@ -55,6 +54,7 @@ from gateway.request import (
 )
 from gateway.safety import Guard
 from gateway.settings import GatewaySettings
+from gateway.unary import add_tokens, fold, size_violations, within
 from gateway.unread import UnreadEvents
 from llama.v1 import chat_pb2, chat_pb2_grpc, operator_pb2_grpc
 from serving import caller
@@ -125,7 +125,10 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> chat_pb2.ChatCompleteResponse:
         async with aclosing(self._chat(request, context)) as events:
             predictions = await fold(events)
-        return chat_pb2.ChatCompleteResponse(predictions=map(chat_prediction, predictions))
+        response = chat_pb2.ChatCompleteResponse(predictions=map(chat_prediction, predictions))
+        for message, prediction in zip(response.predictions, predictions, strict=True):
+            await add_tokens(message, prediction)
+        return response
 
     async def ChatCompleteStream(
         self, request: chat_pb2.ChatCompleteStreamRequest, context: Context
@@ -140,7 +143,10 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> chat_pb2.TextCompleteResponse:
         async with aclosing(self._text(request, context)) as events:
             predictions = await fold(events)
-        return chat_pb2.TextCompleteResponse(predictions=map(text_prediction, predictions))
+        response = chat_pb2.TextCompleteResponse(predictions=map(text_prediction, predictions))
+        for message, prediction in zip(response.predictions, predictions, strict=True):
+            await add_tokens(message, prediction)
+        return response
 
     async def TextCompleteStream(
         self, request: chat_pb2.TextCompleteStreamRequest, context: Context
@@ -202,15 +208,19 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             self._replicas.model,
             self._replicas.ready_count,
             self._callers_limits(),
-            self._settings.max_request_bytes,
+            self._settings,
         )
 
     def _chat(self, request: ChatRequest, context: Context) -> AsyncGenerator[PlacedEvent, None]:
         events = self._chat_events(request, context.time_remaining)
+        if isinstance(request, chat_pb2.ChatCompleteRequest):
+            events = within(events, self._settings.max_response_bytes)
         return self._accounting.follow(events, request, context)
 
     def _text(self, request: TextRequest, context: Context) -> AsyncGenerator[PlacedEvent, None]:
         events = self._text_events(request, context.time_remaining)
+        if isinstance(request, chat_pb2.TextCompleteRequest):
+            events = within(events, self._settings.max_response_bytes)
         return self._accounting.follow(events, request, context)
 
     async def _chat_events(
@@ -225,6 +235,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         max_gen_len = chosen.sampling.max_gen_len
         safe = read.safe
         sequences = len(safe) * chosen.n
+        self._refuse_large_answer(request, chosen, sequences)
         with self.admission.admit(sequences, chosen.priority, time_remaining()) as admitted:
             encoded = await encode_dialogs(
                 safe,
@@ -251,6 +262,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         _refuse(text_violations(request, self._callers_limits(), len(vocabulary), window))
         chosen = options(request, window.length)
         sequences = (len(request.prompts) + len(request.prompt_ids)) * chosen.n
+        self._refuse_large_answer(request, chosen, sequences)
         with self.admission.admit(sequences, chosen.priority, time_remaining()) as admitted:
             if request.prompt_ids:
                 prompts = [Prompt(list(each.ids)) for each in request.prompt_ids]
@@ -267,6 +279,13 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             async with aclosing(events):
                 async for event in events:
                     yield event
+
+    def _refuse_large_answer(
+        self, request: ChatRequest | TextRequest, chosen: Options, sequences: int
+    ) -> None:
+        if isinstance(request, chat_pb2.ChatCompleteRequest | chat_pb2.TextCompleteRequest):
+            vocabulary, limit = self._tokenizer.vocabulary, self._settings.max_response_bytes
+            _refuse(size_violations(chosen, sequences, self._window(), vocabulary, limit))
 
     def _window(self) -> Window:
         """UNAVAILABLE while there is no tokenizer service or no replica."""

@@ -74,6 +74,14 @@ class GatewaySettings(ServerSettings):
     max_choices: Annotated[
         int, Field(ge=1, description="answers to one dialog or prompt, the request's n")
     ] = 16
+    max_response_bytes: Annotated[
+        int,
+        Field(
+            ge=1024,
+            le=2**31 - 1,
+            description="bytes of a unary answer; clients refuse more than 4 MiB by default",
+        ),
+    ] = 4 * 1024 * 1024
     stream_grace: Annotated[
         float,
         Field(ge=0, description="seconds that a named stream is kept while no call reads it"),

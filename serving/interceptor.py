@@ -19,11 +19,11 @@ from typing import Any, TypeAlias, cast
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 
 from serving import caller, request_id, tracing
-from serving.errors import RequestError, let_go, resource_exhausted, to_status
+from serving.errors import RequestError, let_go, to_status
 from serving.metrics import CallMetrics, MethodMetrics
+from serving.receive import Parse, Receiver, checked
 from serving.seldom import Seldom
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -50,8 +50,6 @@ _KINDS = {
     (True, False): "client_stream",
     (True, True): "bidi_stream",
 }
-# Accepted calls whose request has not arrived yet, of a server in all; each takes some 30 KB.
-MAX_AWAITED_REQUESTS = 8192
 # Calls that end before their request has arrived: one log line stands for all within this time.
 _EARLY_END_LOG_SECONDS = 10.0
 # What a refusal may wait for a caller that does not read; gRPC then keeps it without us.
@@ -89,16 +87,13 @@ class _Requests:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """`receive_timeout` is in seconds, for a single request to arrive."""
-
     def __init__(
-        self, metrics: CallMetrics, receive_timeout: float, authorize: Authorize | None = None
+        self, metrics: CallMetrics, receiver: Receiver, authorize: Authorize | None = None
     ) -> None:
         self._metrics = metrics
-        self._receive_timeout = receive_timeout
+        self._receiver = receiver
         self._authorize = authorize
         self._early_ends = Seldom(_EARLY_END_LOG_SECONDS)
-        self._awaited_requests = 0
 
     async def intercept_service(
         self,
@@ -117,7 +112,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call = _Call(method, call_id, metrics, None if streams[0] else self._early_ends)
         # A stream of requests is a session: what comes over it has traces of its own.
         traced = not (handler.request_streaming or method.startswith(_INFRASTRUCTURE))
-        parse = _checked(cast("Callable[[bytes], object]", handler.request_deserializer))
+        parse = cast("Parse", handler.request_deserializer)
 
         async def respond(requests: AsyncIterator[object], context: Context) -> object:
             with (
@@ -132,7 +127,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     if handler.request_streaming:
                         return await _call(handler, _Requests(requests, call), context)
                     # Not in a variable: this frame outlives the call in the traceback of an error.
-                    return await _call(handler, parse(await self._only_one(call, context)), context)
+                    return await _call(handler, await self._received(call, parse, context), context)
 
         # A request that does not parse must fail inside of `respond`. A single one arrives there as
         # bytes; of a stream, each is parsed while the service reads.
@@ -143,28 +138,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         return factory(
             respond,
-            request_deserializer=parse if handler.request_streaming else None,
+            request_deserializer=checked(parse) if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
         )
 
-    async def _only_one(self, call: _Call, context: Context) -> bytes:
-        """The call's request, still serialized."""
-        if self._awaited_requests >= MAX_AWAITED_REQUESTS:
-            message = f"this server awaits the requests of {MAX_AWAITED_REQUESTS} calls already"
-            raise resource_exhausted(message, "awaited requests")
-        self._awaited_requests += 1
-        try:
-            async with asyncio.timeout(self._receive_timeout):
-                request = await context.read()
-        except TimeoutError:
-            message = f"the request did not arrive within {self._receive_timeout:g} seconds"
-            raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
-        finally:
-            self._awaited_requests -= 1
-        if request is grpc.aio.EOF:
-            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+    async def _received(self, call: _Call, parse: Parse, context: Context) -> object:
+        serialized = await self._receiver.read(context)
         call.accepted = True
-        return cast("bytes", request)
+        return await self._receiver.parse(serialized, parse)
 
 
 async def _call(handler: Handler, request: object, context: Context) -> object:
@@ -249,16 +230,3 @@ def _pushback(error: RequestError) -> tuple[tuple[str, str], ...]:
 
 def _code_set_on(context: Context) -> grpc.StatusCode | None:
     return cast("grpc.StatusCode | None", context.code())  # None where nobody set one
-
-
-def _checked(deserialize: Callable[[bytes], object]) -> Callable[[bytes], object]:
-    """The deserializer, with a fault of the request's bytes reported as the caller's fault."""
-
-    def parse(serialized: bytes) -> object:
-        try:
-            return deserialize(serialized)
-        except DecodeError as error:
-            message = f"malformed request: {error}; strings must be valid UTF-8"
-            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, message) from error
-
-    return parse

@@ -28,6 +28,7 @@ from serving.interceptor import Authorize, CallInterceptor
 from serving.limits import Option, server_options
 from serving.logs import exit_with_error
 from serving.metrics import CallMetrics, exposed, registry_of
+from serving.receive import Receiver
 from serving.settings import ServerSettings
 from serving.tls import PeerCertificates, ServerCertificates, TlsFiles
 
@@ -100,7 +101,7 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
     registry = registry_of(state, service.collectors)
     calls = CallMetrics(registry)
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(calls, settings.receive_timeout, service.authorize)],
+        interceptors=[CallInterceptor(calls, Receiver(settings), service.authorize)],
         options=[*server_options(settings), *service.options],
     )
     service.register(server)
@@ -193,7 +194,7 @@ async def _health_server(
     """Health by itself, for orchestrators whose probes know neither TLS nor keys."""
     if settings.health_port is None:
         return None
-    interceptors = [CallInterceptor(calls, settings.receive_timeout)]
+    interceptors = [CallInterceptor(calls, Receiver(settings))]
     server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     address = _bind(server, settings.host, settings.health_port)

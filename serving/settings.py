@@ -53,6 +53,14 @@ class ServerSettings(BaseSettings):
     max_request_bytes: Annotated[
         int, Field(ge=1, le=2**31 - 1, description="bytes of the largest request message")
     ] = 4 * 1024 * 1024
+    max_request_fields: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="fields of the largest request message, in all of its parts; eight numbers "
+            "in a list count as one",
+        ),
+    ] = 100_000
     receive_timeout: Annotated[
         float, Field(gt=0, description="seconds that a request may take to arrive")
     ] = 30.0

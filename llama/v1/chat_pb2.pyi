@@ -1337,6 +1337,7 @@ class Limits(_message.Message):
     MAX_QUEUED_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     MAX_CHOICES_FIELD_NUMBER: _builtins.int
+    MAX_RESPONSE_BYTES_FIELD_NUMBER: _builtins.int
     max_dialogs: _builtins.int
     """Dialogs or prompts in one request."""
     max_messages: _builtins.int
@@ -1351,6 +1352,10 @@ class Limits(_message.Message):
     """Alternatives per position in `top_logprobs`."""
     max_choices: _builtins.int
     """Answers to one dialog or prompt, the request's `n`."""
+    max_response_bytes: _builtins.int
+    """Bytes of a unary answer. ChatComplete and TextComplete stop beyond it with RESOURCE_EXHAUSTED, and
+    refuse a request whose `logprobs` or `top_logprobs` could take more.
+    """
     def __init__(
         self,
         *,
@@ -1360,10 +1365,11 @@ class Limits(_message.Message):
         max_queued_sequences: _builtins.int = ...,
         max_top_logprobs: _builtins.int = ...,
         max_choices: _builtins.int = ...,
+        max_response_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_choices", b"max_choices", "max_dialogs", b"max_dialogs", "max_messages", b"max_messages", "max_queued_sequences", b"max_queued_sequences", "max_request_bytes", b"max_request_bytes", "max_top_logprobs", b"max_top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_choices", b"max_choices", "max_dialogs", b"max_dialogs", "max_messages", b"max_messages", "max_queued_sequences", b"max_queued_sequences", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_top_logprobs", b"max_top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

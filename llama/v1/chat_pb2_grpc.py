@@ -84,7 +84,8 @@ class ChatServiceServicer(object):
     """
 
     def ChatComplete(self, request, context):
-        """Answers one or more dialogs; predictions come in the order of the dialogs.
+        """Answers one or more dialogs; predictions come in the order of the dialogs. All of them together
+        have at most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,7 +99,7 @@ class ChatServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def TextComplete(self, request, context):
-        """Continues one or more plain texts.
+        """Continues one or more plain texts, within the same limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,11 +36,13 @@ class ChatServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ChatServiceAsyncStub: ...
     ChatComplete: _grpc.UnaryUnaryMultiCallable[_chat_pb2.ChatCompleteRequest, _chat_pb2.ChatCompleteResponse]
-    """Answers one or more dialogs; predictions come in the order of the dialogs."""
+    """Answers one or more dialogs; predictions come in the order of the dialogs. All of them together
+    have at most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
+    """
     ChatCompleteStream: _grpc.UnaryStreamMultiCallable[_chat_pb2.ChatCompleteStreamRequest, _chat_pb2.ChatCompleteStreamResponse]
     """The same, with events as tokens are made; dialogs are interleaved and tagged by dialog_index."""
     TextComplete: _grpc.UnaryUnaryMultiCallable[_chat_pb2.TextCompleteRequest, _chat_pb2.TextCompleteResponse]
-    """Continues one or more plain texts."""
+    """Continues one or more plain texts, within the same limit."""
     TextCompleteStream: _grpc.UnaryStreamMultiCallable[_chat_pb2.TextCompleteStreamRequest, _chat_pb2.TextCompleteStreamResponse]
     """The same, with events as tokens are made; prompts are interleaved and tagged by prompt_index."""
     ResumeStream: _grpc.UnaryStreamMultiCallable[_chat_pb2.ResumeStreamRequest, _chat_pb2.ResumeStreamResponse]
@@ -66,11 +68,13 @@ class ChatServiceAsyncStub(ChatServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ChatComplete: _aio.UnaryUnaryMultiCallable[_chat_pb2.ChatCompleteRequest, _chat_pb2.ChatCompleteResponse]  # type: ignore[assignment]
-    """Answers one or more dialogs; predictions come in the order of the dialogs."""
+    """Answers one or more dialogs; predictions come in the order of the dialogs. All of them together
+    have at most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
+    """
     ChatCompleteStream: _aio.UnaryStreamMultiCallable[_chat_pb2.ChatCompleteStreamRequest, _chat_pb2.ChatCompleteStreamResponse]  # type: ignore[assignment]
     """The same, with events as tokens are made; dialogs are interleaved and tagged by dialog_index."""
     TextComplete: _aio.UnaryUnaryMultiCallable[_chat_pb2.TextCompleteRequest, _chat_pb2.TextCompleteResponse]  # type: ignore[assignment]
-    """Continues one or more plain texts."""
+    """Continues one or more plain texts, within the same limit."""
     TextCompleteStream: _aio.UnaryStreamMultiCallable[_chat_pb2.TextCompleteStreamRequest, _chat_pb2.TextCompleteStreamResponse]  # type: ignore[assignment]
     """The same, with events as tokens are made; prompts are interleaved and tagged by prompt_index."""
     ResumeStream: _aio.UnaryStreamMultiCallable[_chat_pb2.ResumeStreamRequest, _chat_pb2.ResumeStreamResponse]  # type: ignore[assignment]
@@ -99,7 +103,9 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.ChatCompleteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.ChatCompleteResponse, _abc.Awaitable[_chat_pb2.ChatCompleteResponse]]:
-        """Answers one or more dialogs; predictions come in the order of the dialogs."""
+        """Answers one or more dialogs; predictions come in the order of the dialogs. All of them together
+        have at most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
+        """
 
     @_abc_1.abstractmethod
     def ChatCompleteStream(
@@ -115,7 +121,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.TextCompleteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.TextCompleteResponse, _abc.Awaitable[_chat_pb2.TextCompleteResponse]]:
-        """Continues one or more plain texts."""
+        """Continues one or more plain texts, within the same limit."""
 
     @_abc_1.abstractmethod
     def TextCompleteStream(

@@ -121,7 +121,7 @@ async def test_services_show_the_names_that_their_targets_have(
     service = gateway_service(backend, settings)
     server: Running = await servers.enter_async_context(running(settings, service))
     async with channel(server.address) as to_gateway:
-        await RunningGateway.on(to_gateway, server.address).until(serving=True)
+        await RunningGateway.on(to_gateway, server.address, servers).until(serving=True)
 
 
 @pytest.fixture(params=[False, True], ids=["unjudged", "judged"])

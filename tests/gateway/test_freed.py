@@ -4,7 +4,7 @@ seldom, and frames that wait for it hold megabytes of requests.
 
 import asyncio
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -26,6 +26,8 @@ from llama.v1.chat_pb2 import (
 from llama.v1.model_pb2 import SequenceError
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
 from tests.gateway.conftest import RunningGateway, ScriptedModel
+
+Freed = Callable[[], Awaitable[None]]
 
 LONG = "x" * 100_000
 FITS_BY_ITS_BYTES = "x" * 1500  # and has more tokens than the context all the same
@@ -52,28 +54,35 @@ REFUSED = {
 }
 
 
+def requests() -> list[ProtoMessage]:
+    """Those that something holds."""
+    kinds = {type(each) for each in REFUSED.values()}
+    return [each for each in gc.get_objects() if type(each) in kinds]
+
+
 @pytest.fixture
-def no_collector() -> Iterator[None]:
+def freed() -> Iterator[Callable[[], Awaitable[None]]]:
+    """Waits, without a collector, until no request is held that was not before the test."""
     gc.collect()
     gc.disable()
-    yield
+    before = requests()
+    known = {id(each) for each in before}
+
+    async def wait() -> None:
+        async with asyncio.timeout(60):  # the client has the status before the handler has ended
+            while True:
+                if all(id(each) in known for each in requests()):
+                    return
+                await asyncio.sleep(0.01)
+
+    yield wait
     gc.enable()
 
 
-async def until_freed(but: Sequence[ProtoMessage] = ()) -> None:
-    """Waits until nothing holds a request, but for those of the tests."""
-    kinds = {type(each) for each in REFUSED.values()}
-    kept = {id(each) for each in (*REFUSED.values(), *but)}
-    async with asyncio.timeout(60):  # the client has the status before the handler has ended
-        while True:
-            if all(type(each) not in kinds or id(each) in kept for each in gc.get_objects()):
-                return
-            await asyncio.sleep(0.01)
-
-
-@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("name", REFUSED)
-async def test_refused_request_is_freed_with_its_answer(gateway: RunningGateway, name: str) -> None:
+async def test_refused_request_is_freed_with_its_answer(
+    gateway: RunningGateway, freed: Freed, name: str
+) -> None:
     request = REFUSED[name]
     method = type(request).__name__.removesuffix("Request")
     async with grpc.aio.insecure_channel(gateway.address) as channel:
@@ -82,22 +91,21 @@ async def test_refused_request_is_freed_with_its_answer(gateway: RunningGateway,
         for _ in range(3):
             answers = call(request.SerializeToString())
             assert await answers.code() is grpc.StatusCode.INVALID_ARGUMENT
-    await until_freed()
+    await freed()
 
 
-@pytest.mark.usefixtures("no_collector")
 async def test_ended_named_stream_keeps_its_events_and_not_its_request(
-    gateway: RunningGateway, model: ScriptedModel
+    gateway: RunningGateway, model: ScriptedModel, freed: Freed
 ) -> None:
-    request = TextCompleteStreamRequest(prompts=["a"], request_id="name")
+    request = TextCompleteStreamRequest(prompts=["a"], request_id="name").SerializeToString()
     async with grpc.aio.insecure_channel(gateway.address) as channel:
         call: Any = channel.unary_stream("/llama.v1.ChatService/TextCompleteStream")
-        answers = call(request.SerializeToString())
+        answers = call(request)
         start = await model.starts.get()
         await anext(aiter(answers))
         answers.cancel()
     model.tell(start.request_id, error=SequenceError(code=13, message="broken"))
-    await until_freed(but=[request])
+    await freed()
     resumed = gateway.stub.ResumeStream(ResumeStreamRequest(request_id="name"))
     with pytest.raises(grpc.aio.AioRpcError, match="broken"):
         _ = [event async for event in resumed]

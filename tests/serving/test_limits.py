@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
-from serving import held_streams, interceptor
+from serving import held_streams, receive
 from serving.seldom import Seldom
 from serving.server import channel, running
 from serving.settings import ServerSettings
@@ -124,22 +124,22 @@ async def test_request_that_does_not_arrive_is_not_waited_for(
         assert await call.details() == "the request did not arrive within 0.01 seconds"
 
 
-async def test_calls_without_a_request_yet_are_bounded(
+async def test_the_call_that_waits_longest_for_its_request_gives_way(
     echo: Any, servers: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interceptor, "MAX_AWAITED_REQUESTS", 3)
+    monkeypatch.setattr(receive, "MAX_AWAITED_REQUESTS", 3)
     server = await servers.enter_async_context(running(ServerSettings(), echo.service()))
     async with channel(server.address) as to_server:
         method: Any = to_server.stream_unary("/test.Echo/unary_unary")
-        held = [method() for _ in range(3)]
+        held = [method() for _ in range(4)]
         for call in held:
             await call.initial_metadata()  # the server waits for its request
-        further = method()
-        assert await further.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert await further.details() == "this server awaits the requests of 3 calls already"
-        await held[0].done_writing()
-        while await (again := method(iter([b""]))).code() is not grpc.StatusCode.OK:
-            assert await again.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await held[0].code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "too many calls waited for theirs" in await held[0].details()
+        assert await method(iter([b"new"])) == b"new"
+        await held[3].write(b"late")
+        await held[3].done_writing()
+        assert await held[3] == b"late"
 
 
 async def test_call_without_a_request_is_told_so(echo: Any, servers: AsyncExitStack) -> None:

@@ -39,6 +39,15 @@ async def test_request_above_the_limit_is_refused(echo: Any) -> None:
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_request_of_too_many_fields_is_refused_unparsed(
+    echo: Any, echo_channel: grpc.aio.Channel
+) -> None:
+    call: Any = echo_channel.unary_unary("/test.Echo/unary_unary")
+    with pytest.raises(grpc.aio.AioRpcError, match="more than 100000 fields in all of its parts"):
+        await call(b"\x08\x00" * 200_000)
+    assert echo.request_ids == []
+
+
 async def test_running_call_finishes_while_the_server_stops(
     echo: Any, echo_channel: grpc.aio.Channel, servers: AsyncExitStack
 ) -> None:

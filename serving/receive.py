@@ -1,0 +1,102 @@
+"""From a call to its request: in time, and so that no request keeps the event loop from all others.
+
+A large one has its fields counted before it is parsed, is parsed while no other large one is, and
+then leaves as much time for everything else as that took.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from serving import caller
+from serving.errors import RequestError, resource_exhausted
+from serving.fair_turns import FairTurns
+from serving.settings import ServerSettings
+from serving.wire import holds_more_than
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Parse: TypeAlias = Callable[[bytes], object]
+
+# Bytes that are parsed within a millisecond, whatever they hold.
+_SMALL = 32 * 1024
+# Calls whose request has not arrived yet, of a server in all; each takes some 30 KB.
+MAX_AWAITED_REQUESTS = 8192
+
+
+class Receiver:
+    """Takes the single requests of a server's calls."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._timeout = settings.receive_timeout
+        self._max_fields = settings.max_request_fields
+        self._large = FairTurns(capacity=1)
+        self._awaited: dict[asyncio.Timeout, None] = {}  # in order of arrival
+
+    async def read(self, context: Context) -> bytes:
+        """The call's request, as it arrived.
+
+        When too many calls wait for theirs, the one that has waited for longest is given up: most
+        requests arrive with their call, so those that are late cannot keep others out.
+        """
+        if len(self._awaited) >= MAX_AWAITED_REQUESTS:
+            self._give_up_longest()
+        limit = asyncio.timeout(self._timeout)
+        self._awaited[limit] = None
+        try:
+            async with limit:
+                request = await context.read()
+        except TimeoutError:
+            if limit not in self._awaited:
+                message = "the request was late, and too many calls waited for theirs"
+                raise resource_exhausted(message, "awaited requests") from None
+            message = f"the request did not arrive within {self._timeout:g} seconds"
+            raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+        finally:
+            self._awaited.pop(limit, None)
+        if request is grpc.aio.EOF:
+            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+        return cast("bytes", request)
+
+    async def parse(self, serialized: bytes, parse: Parse) -> object:
+        """The request as a message."""
+        if len(serialized) <= _SMALL:
+            return checked(parse)(serialized)
+        async with self._large.turn(caller.current().name, len(serialized)):
+            began = time.monotonic()
+            try:
+                await self._require_few_fields(serialized, parse)
+                return checked(parse)(serialized)
+            finally:
+                await asyncio.sleep(time.monotonic() - began)
+
+    def _give_up_longest(self) -> None:
+        longest = next(iter(self._awaited))
+        del self._awaited[longest]
+        if not longest.expired():
+            longest.reschedule(asyncio.get_running_loop().time())
+
+    async def _require_few_fields(self, serialized: bytes, parse: Parse) -> None:
+        # A generated message's own `FromString`.
+        descriptor = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+        if descriptor is None:
+            return
+        if await holds_more_than(self._max_fields, serialized, descriptor):
+            message = f"the request has more than {self._max_fields} fields in all of its parts"
+            raise resource_exhausted(message, "max_request_fields", retry_after=None)
+
+
+def checked(deserialize: Parse) -> Parse:
+    """The deserializer, with a fault of the request's bytes reported as the caller's fault."""
+
+    def parse(serialized: bytes) -> object:
+        try:
+            return deserialize(serialized)
+        except DecodeError as error:
+            message = f"malformed request: {error}; strings must be valid UTF-8"
+            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, message) from error
+
+    return parse
