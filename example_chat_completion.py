@@ -1,8 +1,10 @@
 """Answers a few dialogs with Meta's Python API.
 
-torchrun --nproc_per_node 1 example_chat_completion.py \
+python example_chat_completion.py \
     --ckpt_dir demo/checkpoint --tokenizer_path demo/checkpoint/tokenizer.model \
     --max_seq_len 512 --max_batch_size 6
+
+On two shards: python -m model_service.launcher --shards 2 example_chat_completion.py …
 """
 
 import click

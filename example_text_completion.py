@@ -1,8 +1,10 @@
 """Continues a few texts with Meta's Python API.
 
-torchrun --nproc_per_node 1 example_text_completion.py \
+python example_text_completion.py \
     --ckpt_dir demo/checkpoint --tokenizer_path demo/checkpoint/tokenizer.model \
     --max_seq_len 128 --max_batch_size 4
+
+On two shards: python -m model_service.launcher --shards 2 example_text_completion.py …
 """
 
 import click

@@ -1,5 +1,6 @@
 """What `chasqui serve` runs on this machine: a deployment, and the commands of its services."""
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
+GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
 
 
 class SupervisorError(Exception):
@@ -26,15 +28,31 @@ class Deployment:
     host: str = LOOPBACK
     port: int = 0
     safety: bool = False  # whether dialogs and answers are judged, by the rules that ship
+    # Whether the services log debug lines. Lines of the level info are always needed, see below.
+    debug: bool = False
     model_settings: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def grace_period(self) -> float:
+        """Seconds that running answers get at the end."""
+        given = os.environ.get(GRACE_PERIOD_VARIABLE) or "30"
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = math.nan
+        if not seconds >= 0:
+            raise SupervisorError(
+                f"{GRACE_PERIOD_VARIABLE} must be a number of seconds, 0 or more, not {given!r}"
+            )
+        return seconds
+
     def tokenizer_command(self) -> list[str]:
-        return service_command("tokenizer_service", port=0, tokenizer_path=self.tokenizer_path)
+        return self._command("tokenizer_service", port=0, tokenizer_path=self.tokenizer_path)
 
     def model_command(self, port: int = 0) -> list[str]:
         # A model takes all cores unless told that it shares them.
         share = max(1, (os.cpu_count() or 1) // (self.shards * self.replicas))
-        return service_command(
+        return self._command(
             "model_service",
             port=port,
             shards=self.shards,
@@ -46,12 +64,12 @@ class Deployment:
         )
 
     def safety_command(self) -> list[str]:
-        return service_command("safety_service", port=0)
+        return self._command("safety_service", port=0)
 
     def gateway_command(
         self, tokenizer: str, models: Sequence[str], safety: str | None = None
     ) -> list[str]:
-        return service_command(
+        return self._command(
             "gateway",
             host=self.host,
             port=self.port,
@@ -60,6 +78,21 @@ class Deployment:
             safety_target=safety,
         )
 
+    def _command(self, module: str, **flags: object) -> list[str]:
+        """How to run a service so that its log can be read here; None leaves a flag out.
+
+        True and False become `--name` and `--no-name`, as the services want it.
+        """
+        flags = {
+            "host": LOOPBACK,
+            "log_format": "json",
+            "log_level": "debug" if self.debug else "info",
+            "grace_period": self.grace_period,
+            **flags,
+        }
+        given = (_flag(name, value) for name, value in flags.items() if value is not None)
+        return [sys.executable, "-m", module, *given]
+
 
 def demonstration() -> Deployment:
     """The checkpoint that comes with the distribution."""
@@ -67,16 +100,6 @@ def demonstration() -> Deployment:
     if not folder.is_dir():
         raise SupervisorError(f"the demonstration checkpoint is missing: no folder {folder}")
     return Deployment(folder, folder / "tokenizer.model", model_name="chasqui-demo")
-
-
-def service_command(module: str, **flags: object) -> list[str]:
-    """How to run a service so that `listening_address` can read its log; None leaves a flag out.
-
-    True and False become `--name` and `--no-name`, as the services want it.
-    """
-    flags = {"host": LOOPBACK, "log_format": "json", **flags}
-    given = (_flag(name, value) for name, value in flags.items() if value is not None)
-    return [sys.executable, "-m", module, *given]
 
 
 def _flag(name: str, value: object) -> str:

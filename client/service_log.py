@@ -2,6 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
+
+LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def listening_address(line: str) -> str | None:
@@ -21,6 +24,23 @@ def readable(line: str) -> str:
         if name not in ("event", "level", "logger", "timestamp")
     )
     return " ".join((str(record["event"]), *values))
+
+
+def own_line(level: str, event: str, **values: object) -> str:
+    """A log line of `chasqui serve` itself."""
+    timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    return json.dumps({"event": event, **values, "level": level, "timestamp": timestamp})
+
+
+def as_json(service: str, line: str) -> str:
+    """A log line as one JSON object that names its service; what is not JSON becomes its event."""
+    return json.dumps({"service": service, **(_record(line) or {"event": line})})
+
+
+def is_below(level: str, line: str) -> bool:
+    """Whether a line has a lower level. What has none, such as a traceback, is never below."""
+    own = _record(line).get("level")
+    return own in LEVELS and LEVELS.index(str(own)) < LEVELS.index(level)
 
 
 def failure(lines: Sequence[str]) -> str:

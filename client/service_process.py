@@ -14,8 +14,8 @@ from client.service_log import failure, is_error, listening_address, readable
 LINES_KEPT = 200
 # A replica that lived for so long is not counted as one that cannot live, in seconds.
 SETTLED = 60.0
-# More than the services' grace period: what has not ended by then hangs.
-STOP_SECONDS = 60.0
+# Seconds that the end of a killed process may take. Only what hangs in the kernel takes longer.
+KILLED_SECONDS = 5.0
 
 Log = Callable[[str, str], None]
 
@@ -37,9 +37,12 @@ class ServiceProcess:
         self.earlier_failures = 0  # of those that it replaces, in a row
         self._started_at = time.monotonic()
         self._process = process
+        self._killed_because = ""
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
 
     def obituary(self) -> str:
+        if self._killed_because:
+            return f"{self.name} was killed, as {self._killed_because}"
         reason = failure(list(self._lines))
         return f"{self.name} ended with status {self._process.returncode}: {reason}"
 
@@ -49,18 +52,19 @@ class ServiceProcess:
         settled = time.monotonic() - self._started_at > SETTLED
         return 1 if settled else self.earlier_failures + 1
 
-    def terminate(self) -> None:
+    def kill(self, reason: str) -> None:
+        self._killed_because = reason
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def stop(self, seconds: float) -> None:
+        """Asks it to end; kills it when it has not ended after `seconds`."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
-
-    async def stop(self) -> None:
-        self.terminate()
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await self.ended
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        done, _ = await asyncio.wait({self.ended}, timeout=seconds)
+        if not done:
+            self.kill(f"it did not end within {seconds:g} seconds")
+            await asyncio.wait({self.ended}, timeout=KILLED_SECONDS)
 
     async def _follow(self, log: Log, on_end: Callable[["ServiceProcess"], None]) -> None:
         async for line in cast("asyncio.StreamReader", self._process.stdout):

@@ -1,16 +1,17 @@
-"""The services as child processes: started in order, watched, stopped in the opposite order. A
-replica of the model that dies is started again, as the gateway does without it meanwhile; whatever
-else dies ends them all.
+"""The services as child processes: started in order, watched, and stopped, the gateway first. A
+replica of the model that dies or hangs is started again, as the gateway does without it meanwhile;
+any other service that dies ends them all.
 
 They share a process group of their own with a guard, a shell that waits for the end of its standard
-input. So Ctrl-C reaches the services only through here, and when this process is killed, the
-guard's input ends and it terminates the group: no way of dying leaves a service behind.
+input and then kills the group. So Ctrl-C reaches the services only through here, and a killed
+supervisor leaves no service behind.
 """
 
 import asyncio
 import contextlib
 import importlib.util
 import os
+import signal
 import threading
 from asyncio import FIRST_COMPLETED, Future
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
@@ -21,6 +22,8 @@ import grpc
 
 from client.channel import channel_options
 from client.deployment import LOOPBACK, Deployment, SupervisorError
+from client.liveness import until_hung
+from client.service_log import own_line
 from client.service_process import Log, ServiceProcess
 
 # How variables begin that each service needs for itself: with one for all they would not find each
@@ -28,10 +31,13 @@ from client.service_process import Log, ServiceProcess
 OF_ONE_SERVICE = ("CHASQUI_TLS_", "CHASQUI_PEER_", "CHASQUI_HEALTH_PORT", "CHASQUI_METRICS_PORT")
 # The distribution's extras, each with a module that it alone brings.
 EXTRAS = {"serving": "grpc_health", "tokenizer": "sentencepiece", "model": "torch"}
-GUARD = "read _; kill -TERM 0"
+GUARD = "read _; kill -KILL 0"
+GATEWAY = "gateway"
 LINE_LIMIT = 1 << 20  # bytes
 MOST_RESTARTS = 5  # in a row
 FIRST_PAUSE = 0.5  # seconds before the first restart; each further one waits twice as long
+# Seconds beyond the grace period. What has not ended by then hangs.
+STOP_MARGIN = 10.0
 
 
 class Supervisor:
@@ -44,11 +50,23 @@ class Supervisor:
         self._children: list[ServiceProcess] = []
         self._replica_ports: dict[str, int] = {}  # by the names of replicas, once they listen
         self._ended: asyncio.Queue[ServiceProcess] = asyncio.Queue()
+        self._liveness_checks: set[asyncio.Task[None]] = set()
+
+    @property
+    def stop_seconds(self) -> float:
+        """Seconds that a service may take to end once it is asked to."""
+        return self._deployment.grace_period + STOP_MARGIN
+
+    @property
+    def running(self) -> list[str]:
+        """The names of the services that have not ended."""
+        return [child.name for child in self._children if not child.ended.done()]
 
     async def start(self) -> str:
         """Starts the services, waits until the gateway is SERVING, returns its address."""
         _require_extras()
         _refuse_variables_of_one_service()
+        _ = self._deployment.grace_period  # refused before anything starts
         self._guard = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", GUARD, stdin=PIPE, process_group=0
         )
@@ -69,7 +87,8 @@ class Supervisor:
                 child = await self._ended.get()
                 if child.name not in self._replica_ports or child.failures_in_a_row > MOST_RESTARTS:
                     raise SupervisorError(child.obituary())
-                self._log(child.name, f"{child.obituary()}; it is started again")
+                event = f"{child.obituary()}; it is started again"
+                self._log(child.name, own_line("warning", event))
                 restarts.add(asyncio.create_task(self._restart(child)))
         finally:
             for restart in restarts:
@@ -77,22 +96,27 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stops what runs. The gateway goes first, so that its answers can be finished."""
-        for child in reversed(self._children):
-            await child.stop()
+        for check in self._liveness_checks:
+            check.cancel()
+        gateway = [child for child in self._children if child.name == GATEWAY]
+        others = [child for child in self._children if child.name != GATEWAY]
+        for children in (gateway, others):
+            await asyncio.gather(*(child.stop(self.stop_seconds) for child in children))
         if self._guard is not None and self._guard.stdin is not None:
             self._guard.stdin.close()
             await self._guard.wait()
 
-    def hurry(self) -> None:
-        """Makes services that finish their last requests end at once: their second SIGTERM."""
-        for child in self._children:
-            child.terminate()
+    def kill(self) -> None:
+        """Ends all services at once. Ranks are not in the group; they end with their launcher."""
+        if self._guard is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._guard.pid, signal.SIGKILL)
 
     async def _start_in_order(self, group: int) -> str:
         deployment = self._deployment
         tokenizer = await self._spawn("tokenizer", deployment.tokenizer_command(), group)
         models = [
-            await self._spawn(f"model-{number}", deployment.model_command(), group)
+            await self._spawn_replica(f"model-{number}", 0, group)
             for number in range(1, deployment.replicas + 1)
         ]
         safety = None
@@ -103,7 +127,7 @@ class Supervisor:
         ports = (int(target.rpartition(":")[2]) for target in targets)
         self._replica_ports = dict(zip((model.name for model in models), ports, strict=True))
         command = deployment.gateway_command(await tokenizer.address, targets, safety)
-        gateway = await self._spawn("gateway", command, group)
+        gateway = await self._spawn(GATEWAY, command, group)
         address = await gateway.address
         serving = asyncio.create_task(_until_serving(address))
         try:
@@ -125,12 +149,33 @@ class Supervisor:
         """At the same address, where the gateway looks for it."""
         failures = child.failures_in_a_row
         await asyncio.sleep(FIRST_PAUSE * 2 ** (failures - 1))
-        command = self._deployment.model_command(self._replica_ports[child.name])
-        again = await self._spawn(child.name, command, cast("Process", self._guard).pid)
+        port, group = self._replica_ports[child.name], cast("Process", self._guard).pid
+        again = await self._spawn_replica(child.name, port, group)
         again.earlier_failures = failures
         # In its place, as the order of the end is that of the list.
         self._children.remove(again)
         self._children[self._children.index(child)] = again
+
+    async def _spawn_replica(self, name: str, port: int, group: int) -> ServiceProcess:
+        replica = await self._spawn(name, self._deployment.model_command(port), group)
+        check = asyncio.create_task(self._kill_when_hung(replica))
+        self._liveness_checks.add(check)
+        check.add_done_callback(self._liveness_checks.discard)
+        return replica
+
+    async def _kill_when_hung(self, replica: ServiceProcess) -> None:
+        either: set[Future[Any]] = {replica.address, replica.ended}
+        await asyncio.wait(either, return_when=FIRST_COMPLETED)
+        if replica.ended.done():
+            return
+        hanging = asyncio.create_task(until_hung(replica.address.result(), self.stop_seconds))
+        try:
+            either = {hanging, replica.ended}
+            await asyncio.wait(either, return_when=FIRST_COMPLETED)
+            if hanging.done():
+                replica.kill(hanging.result())
+        finally:
+            hanging.cancel()
 
     async def _spawn(self, name: str, command: Sequence[str], group: int) -> ServiceProcess:
         process = await asyncio.create_subprocess_exec(

@@ -188,8 +188,9 @@ def _check_shards(config: ModelConfig, shards: int) -> None:
     indivisible = config.indivisible_by(shards)
     if indivisible:
         raise StartError(
-            f"{shards} shards do not divide {', '.join(indivisible)} of this checkpoint: "
-            "start a number of processes (--nproc_per_node) that does"
+            f"{shards} shards do not divide {', '.join(indivisible)} of this checkpoint: each "
+            f"shard holds an equal part of {', '.join(config.divided_sizes)}. To fix: start one "
+            f"of these numbers of shards: {', '.join(map(str, config.shard_counts()))}"
         )
 
 

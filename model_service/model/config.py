@@ -5,6 +5,7 @@ Sizes that Meta's code derives (head and hidden dimension) are derived here and 
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,16 +73,25 @@ class ModelConfig:
             "output.weight": (self.vocab_size, self.dim),
         }
 
-    def indivisible_by(self, shards: int) -> list[str]:
-        """What cannot be cut into `shards` equal parts, each as `name value`."""
-        sizes = {
+    @property
+    def divided_sizes(self) -> dict[str, int]:
+        """What is cut into equal parts, one for each shard."""
+        return {
             "n_heads": self.n_heads,
             "n_kv_heads": self.kv_heads,
             "dim": self.dim,
             "hidden_dim": self.hidden_dim,
             "vocab_size": self.vocab_size,
         }
-        return [f"{name} {size}" for name, size in sizes.items() if size % shards]
+
+    def indivisible_by(self, shards: int) -> list[str]:
+        """What cannot be cut into `shards` equal parts, each as `name value`."""
+        return [f"{name} {size}" for name, size in self.divided_sizes.items() if size % shards]
+
+    def shard_counts(self) -> list[int]:
+        """All numbers of shards that the network can be cut into."""
+        most = math.gcd(*self.divided_sizes.values())
+        return [count for count in range(1, most + 1) if most % count == 0]
 
 
 def read_params(path: Path) -> ModelConfig:

@@ -195,7 +195,7 @@ def _serving(log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], st
         output = ""
         for line in cast("IO[str]", process.stdout):
             output += line
-            if found := re.match(r"Serving at (\S+)\. ", line):
+            if found := re.search(r"Serving at (\S+)\. ", line):
                 yield process, found[1]
                 break
         else:

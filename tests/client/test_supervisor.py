@@ -2,6 +2,8 @@
 
 import asyncio
 import ipaddress
+import json
+import signal
 import socket
 import subprocess
 from collections.abc import Callable
@@ -11,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from client import Client, FinishReason, UnreachableError
-from client.deployment import Deployment, SupervisorError
+from client import AsyncClient, Client, FinishReason, UnreachableError
+from client.deployment import Deployment, SupervisorError, demonstration
 from client.results import Finished
-from client.service_log import failure, listening_address, readable
+from client.service_log import as_json, failure, is_below, listening_address, own_line, readable
 from client.supervisor import Supervisor
 
 LISTENING = '{"address": "127.0.0.1:5", "event": "listening", "level": "info"}'
@@ -23,8 +25,9 @@ Serve = Callable[..., Any]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def descendants(process: "subprocess.Popen[str]") -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+def descendants(process: "subprocess.Popen[str] | None" = None) -> list[psutil.Process]:
+    """All below a process, or below this one."""
+    return psutil.Process(None if process is None else process.pid).children(recursive=True)
 
 
 def listening(process: psutil.Process) -> list[str]:
@@ -49,6 +52,25 @@ def test_the_address_is_read_from_the_log() -> None:
 def test_log_lines_are_made_readable() -> None:
     assert readable(LISTENING) == "listening address=127.0.0.1:5"
     assert readable("not JSON") == "not JSON"
+
+
+def test_log_lines_become_json_objects_that_name_their_service() -> None:
+    assert json.loads(as_json("model-1", LISTENING)) == {
+        "service": "model-1",
+        **json.loads(LISTENING),
+    }
+    assert json.loads(as_json("a", "Traceback")) == {"service": "a", "event": "Traceback"}
+    assert json.loads(as_json("a", "[1, 2]")) == {"service": "a", "event": "[1, 2]"}
+    assert {"level": "warning", "event": "hm", "port": 5}.items() <= json.loads(
+        own_line("warning", "hm", port=5)
+    ).items()
+
+
+def test_lines_below_the_level_are_told_from_others() -> None:
+    assert is_below("warning", LISTENING)
+    assert not is_below("info", LISTENING)
+    assert not is_below("error", FAILED)
+    assert not is_below("error", "Traceback (most recent call last):")
 
 
 def test_of_last_lines_the_errors_are_kept() -> None:
@@ -84,6 +106,34 @@ def test_variables_that_would_hold_for_all_services_are_refused(
     assert "CHASQUI_TLS_CERT, CHASQUI_TLS_KEY would hold for all services" in done.stderr
 
 
+def test_services_log_what_is_read_here_and_get_the_grace_period(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CHASQUI_GRACE_PERIOD", "120")
+    monkeypatch.setenv("CHASQUI_LOG_LEVEL", "error")
+    deployment = Deployment(Path(), Path())
+    for command in (
+        deployment.tokenizer_command(),
+        deployment.model_command(),
+        deployment.safety_command(),
+        deployment.gateway_command("tokenizer", ["model"]),
+    ):
+        assert {"--grace_period=120.0", "--log_level=info", "--log_format=json"} <= set(command)
+    assert Supervisor(deployment, log=lambda *_: None).stop_seconds > 120
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "nan"])
+def test_a_grace_period_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, run: Run, value: str
+) -> None:
+    monkeypatch.setenv("CHASQUI_GRACE_PERIOD", value)
+    done = run("serve", "--port=0")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"Error: CHASQUI_GRACE_PERIOD must be a number of seconds, 0 or more, not '{value}'\n"
+    )
+
+
 def test_replicas_share_the_cores() -> None:
     one = Deployment(Path("ckpt"), Path("t.model")).model_command()
     many = Deployment(Path("ckpt"), Path("t.model"), shards=2, replicas=2).model_command()
@@ -100,7 +150,7 @@ def test_a_service_that_cannot_start_is_named_with_its_reason(run: Run, tmp_path
     done = run("serve", *flags, f"--log_file={tmp_path / 'log'}")
 
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: model-1 ended with status 1")
+    assert "Error: model-1 ended with status 1" in done.stderr
     assert str(tmp_path) in done.stderr
 
 
@@ -123,8 +173,8 @@ def test_a_service_that_dies_ends_the_others(serve: Serve, tmp_path: Path) -> No
         _, stderr = process.communicate()
 
     assert process.returncode == 1
-    assert stderr.startswith("Error: tokenizer ended with status -9")
-    assert 'gateway | {"' in (tmp_path / "log").read_text()
+    assert "Error: tokenizer ended with status -9" in stderr
+    assert '{"service": "gateway", "' in (tmp_path / "log").read_text()
     assert all_end(services)
     with Client(address) as client, pytest.raises(UnreachableError):
         client.get_model()
@@ -150,6 +200,65 @@ def test_a_replica_that_dies_is_started_again_and_answers_go_on(
     assert all_end(services)
 
 
+async def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.liveness.PERIOD", 0.5)
+    monkeypatch.setattr("client.liveness.MOST_UNANSWERED", 1)
+    lines: list[str] = []
+    services = Supervisor(demonstration(), log=lambda *line: lines.append(" ".join(line)))
+    try:
+        address = await services.start()
+        watching = asyncio.create_task(services.watch())
+        [model] = [each for each in descendants() if "model_service" in each.cmdline()]
+        model.suspend()
+        async with AsyncClient(address) as client:
+            text = await client.complete("Llamas", max_gen_len=3)  # waits for the new one
+        watching.cancel()
+    finally:
+        await services.stop()
+
+    assert text.usage.completion_tokens > 0
+    [restart] = [line for line in lines if "it is started again" in line]
+    assert "model-1 was killed, as it left 1 health checks in a row unanswered" in restart
+    assert not model.is_running()
+
+
+def test_the_wait_for_a_hung_service_is_explained_and_a_second_ctrl_c_ends_it(
+    serve: Serve,
+) -> None:
+    with serve("--shards=2") as (process, _):
+        services = descendants(process)
+        [leader] = [each for each in services if each.environ().get("RANK") == "0"]
+        leader.suspend()
+        process.send_signal(signal.SIGINT)
+        explanation = "Waiting for model-1 to end. Ctrl-C again ends all at once.\n"
+        assert explanation in iter(process.stderr.readline, "")
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+
+    assert process.returncode == 0
+    assert all_end(services)
+
+
+def test_in_json_all_lines_are_objects_and_the_access_log_is_among_them(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CHASQUI_LOG_FORMAT", "json")
+    with serve() as (process, address):
+        with Client(address) as client:
+            client.complete("The", max_gen_len=3)
+        services = descendants(process)
+        [tokenizer] = [each for each in services if "tokenizer_service" in each.cmdline()]
+        tokenizer.kill()
+        stderr = process.communicate()[1]
+
+    logged = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    [access] = [each for each in logged if each.get("logger") == "access"]
+    assert (access["service"], access["method"]) == ("gateway", "TextComplete")
+    [*_, error] = map(json.loads, stderr.splitlines())
+    assert (error["service"], error["level"]) == ("serve", "critical")
+    assert error["event"].startswith("tokenizer ended with status -9")
+
+
 def test_shards_and_replicas_listen_on_loopback_alone_and_stop_cleanly(
     serve: Serve,
 ) -> None:
@@ -164,7 +273,8 @@ def test_shards_and_replicas_listen_on_loopback_alone_and_stop_cleanly(
     assert (model.shards, model.replicas) == (2, 2)
     assert len(addresses) > 4  # the gateway, the tokenizer service, two leaders, and all ranks
     assert all(ipaddress.ip_address(each).is_loopback for each in addresses)
-    assert (process.returncode, stderr) == (0, "")
+    assert process.returncode == 0
+    assert "Error" not in stderr
     assert all_end(services)
 
 
@@ -200,6 +310,8 @@ def test_safety_has_dialogs_judged_by_the_rules_that_ship(serve: Serve, run: Run
 def test_a_killed_supervisor_leaves_no_service_behind(serve: Serve) -> None:
     with serve("--shards=2") as (process, _):
         services = descendants(process)
+        [leader] = [each for each in services if each.environ().get("RANK") == "0"]
+        leader.suspend()  # what hangs ends, too
         process.kill()
 
         assert all_end(services)

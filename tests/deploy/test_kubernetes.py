@@ -70,6 +70,24 @@ def test_torchrun_is_started_with_flags_that_it_has(
             assert arguments.shutdown_timeout > grace
 
 
+def test_only_shards_reach_the_ports_of_shards(manifests: list[Manifest], pods: list[Pod]) -> None:
+    policies = [each["spec"] for each in manifests if each["kind"] == "NetworkPolicy"]
+    for pod in pods:
+        if "command" not in pod.container:  # all of its shards are in one pod, on loopback
+            continue
+        own = [each for each in policies if _selects(each["podSelector"], pod.labels)]
+        assert any("Ingress" in each["policyTypes"] for each in own)
+        rules = [rule for each in own for rule in each.get("ingress", [])]
+        beyond_grpc = [rule for rule in rules if rule.get("ports") != [{"port": 50053}]]
+        assert beyond_grpc
+        for source in (source for rule in beyond_grpc for source in rule["from"]):
+            assert source.keys() == {"podSelector"}  # of this namespace
+            allowed = {
+                each.service for each in pods if _selects(source["podSelector"], each.labels)
+            }
+            assert allowed == {"model"}
+
+
 def test_probes_ask_a_port_that_answers_them(pods: list[Pod], read_settings: ReadSettings) -> None:
     for pod in pods:
         settings = read_settings(pod.service, pod.environment)

@@ -173,10 +173,12 @@ def test_what_cannot_run_is_refused_in_one_line(
     assert "Traceback" not in log
 
 
-def test_shards_that_do_not_divide_the_heads_are_refused(launch: Start) -> None:
+def test_shards_that_do_not_divide_the_sizes_are_refused(launch: Start) -> None:
     status, log = launch(shards=3).end()
     assert status == 1
-    assert log.count("3 shards do not divide n_heads 8, n_kv_heads 4, dim 64") == 1
+    told = "3 shards do not divide n_heads 8, n_kv_heads 4, dim 64, hidden_dim 224"
+    assert log.count(told) == 1
+    assert "start one of these numbers of shards: 1, 2, 4" in log
 
 
 def test_help_lists_flags_and_variables() -> None:
