@@ -100,6 +100,7 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
         authorize=authorizer(settings),
         options=connection_options(settings),
         collectors=[requests, StateMetrics(backend, servicer.admission, streams)],
+        trusts_traceparent=settings.trust_traceparent,
     )
 
 

@@ -141,6 +141,13 @@ class GatewaySettings(ServerSettings):
     log_peers: Annotated[
         bool, Field(description="show the addresses of callers in the access log")
     ] = False
+    trust_traceparent: Annotated[
+        bool,
+        Field(
+            description="trace every call that its caller samples (traceparent), and not only "
+            "--trace_ratio of those"
+        ),
+    ] = False
 
     @model_validator(mode="after")
     def _peer_tls_is_whole(self) -> Self:

@@ -4,7 +4,8 @@ collector that is away costs spans, never a call.
 """
 
 import contextlib
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
 import grpc
 from opentelemetry import trace
@@ -13,9 +14,15 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_NAMESPACE, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.sdk.trace.sampling import (
+    ParentBased,
+    Sampler,
+    SamplingResult,
+    TraceIdRatioBased,
+)
+from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, TraceState
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util import types
 
 from serving import request_id
 from serving.tracing import TRACEPARENT, Attributes
@@ -35,13 +42,50 @@ _SERVER_ERRORS = {
 }
 
 
+class _UnpredictableRatio(Sampler):
+    """Samples a part of the calls, whatever their trace ids are: TraceIdRatioBased decides by the
+    id, so a caller that chooses the id would choose the decision.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self._by_id = TraceIdRatioBased(ratio)
+
+    def should_sample(  # noqa: PLR0917  # OpenTelemetry's signature
+        self,
+        parent_context: Context | None,
+        trace_id: int,  # noqa: ARG002  # the caller's choice
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: types.Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        drawn = random.getrandbits(128)
+        return self._by_id.should_sample(
+            parent_context, drawn, name, kind, attributes, links, trace_state
+        )
+
+    def get_description(self) -> str:
+        return f"UnpredictableRatio{{{self._by_id.rate}}}"
+
+
+def sampler(ratio: float, *, trusts_callers: bool) -> Sampler:
+    """Samples `ratio` of the traces that begin here. One that its caller samples is sampled, too,
+    but only `ratio` of those unless `trusts_callers`; one that its caller does not, is not.
+    """
+    root = TraceIdRatioBased(ratio)
+    if trusts_callers:
+        return ParentBased(root)
+    return ParentBased(root, remote_parent_sampled=_UnpredictableRatio(ratio))
+
+
 class Tracer:
     """Makes the spans of one process."""
 
-    def __init__(self, endpoint: str, ratio: float, service: str) -> None:
+    def __init__(self, endpoint: str, ratio: float, service: str, *, trusts_callers: bool) -> None:
         resource = Resource.create({SERVICE_NAMESPACE: "chasqui", SERVICE_NAME: service})
         self._provider = TracerProvider(
-            sampler=ParentBased(TraceIdRatioBased(ratio)), resource=resource
+            sampler=sampler(ratio, trusts_callers=trusts_callers), resource=resource
         )
         exporter = OTLPSpanExporter(
             endpoint, insecure=endpoint.startswith("http:"), timeout=EXPORT_TIMEOUT

@@ -51,7 +51,8 @@ class Service:
     more; other work is still taken for a moment. `drain` then lets the service's own long-lived
     streams finish. `authorize` says who makes a call, or
     refuses it; without it everybody may call everything. `options` are more of gRPC's, for its own
-    kind of callers. `collectors` are its own metrics.
+    kind of callers. `collectors` are its own metrics. `trusts_traceparent` is whether callers
+    decide which of their calls are traced.
     """
 
     names: Sequence[str]
@@ -62,6 +63,7 @@ class Service:
     authorize: Authorize | None = None
     options: Sequence[Option] = ()
     collectors: Sequence[Collector] = ()
+    trusts_traceparent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,9 @@ async def serve(settings: ServerSettings, service: Service) -> None:
     with status 1 and is logged: a `StartError` as one line, anything else with its traceback.
     """
     signalled = asyncio.create_task(_stop_signal())
+    spans = tracing.exporting(settings, service.names[0], trusts_callers=service.trusts_traceparent)
     try:
-        async with tracing.exporting(settings, service.names[0]), running(settings, service) as on:
+        async with spans, running(settings, service) as on:
             keep_what_is_loaded()
             await asyncio.wait({signalled, on.background}, return_when=asyncio.FIRST_COMPLETED)
             if on.background.done():

@@ -124,7 +124,8 @@ class ServerSettings(BaseSettings):
         Field(
             ge=0,
             le=1,
-            description="part of the requests to trace; a caller's own decision goes before it",
+            description="part of the requests to trace; none of those that their caller does not "
+            "sample. Services behind a gateway keep to its decision",
         ),
     ] = 1.0
 

@@ -30,14 +30,21 @@ _process = _Process()
 
 
 @contextlib.asynccontextmanager
-async def exporting(settings: ServerSettings, service: str) -> AsyncIterator[None]:
-    """Exports the process's spans, in the name of `service`, for the duration of the block."""
+async def exporting(
+    settings: ServerSettings, service: str, *, trusts_callers: bool = True
+) -> AsyncIterator[None]:
+    """Exports the process's spans, in the name of `service`, for the duration of the block.
+
+    `trusts_callers`: callers decide which of their calls are traced, beyond the setting's ratio.
+    """
     if settings.otlp_endpoint is None:
         yield
         return
     from serving.otlp import Tracer  # noqa: PLC0415  # costs nothing where it is off
 
-    tracer = Tracer(settings.otlp_endpoint, settings.trace_ratio, service)
+    tracer = Tracer(
+        settings.otlp_endpoint, settings.trace_ratio, service, trusts_callers=trusts_callers
+    )
     _process.tracer = tracer
     try:
         yield

@@ -25,6 +25,7 @@ PROMPT = "The llama walks over the bridge"
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 UNSAMPLED = "11111111111111111111111111111111"
 FRIENDS, STRANGERS = "22222222222222222222222222222222", "33333333333333333333333333333333"
+FORCED = "00000000000000000000000000000001"  # one that a ratio of trace ids always samples
 KEY = "a key that is long enough"
 
 
@@ -60,7 +61,8 @@ def collector(
 ) -> Iterator[Collector]:
     """What the services sent of three calls, completions of 8 tokens; the first and second have a
     trace of their caller's, which the caller does not sample for the second. Further, of a call to
-    a gateway that asks for keys, and of another that has none.
+    a gateway that samples what its callers sample and asks for keys, and of another that has none;
+    and of one to a gateway that samples nothing.
     """
     found = Collector()
     server = grpc.server(ThreadPoolExecutor(4))
@@ -74,6 +76,7 @@ def collector(
         complete(stack.gateway.address, ("traceparent", f"00-{UNSAMPLED}-{CALLER}-00"))
         complete(stack.gateway.address, ("traceparent", "no such thing"))
         call_with_and_without_key(stack, tmp_path_factory.mktemp("keys") / "keys.toml", every)
+        call_where_nothing_is_sampled(stack, every)
     yield found  # the services have ended, and sent all that they had
     server.stop(None)
 
@@ -89,7 +92,8 @@ def complete(address: str, *metadata: tuple[str, str]) -> None:
 def call_with_and_without_key(stack: Stack, keys: Path, every: dict[str, str]) -> None:
     digest = hashlib.sha256(KEY.encode()).hexdigest()
     keys.write_text(f'[[keys]]\nname = "friend"\nsha256 = "{digest}"\n')
-    gateway = start_gateway(stack.tokenizer, stack.model, api_keys=keys, **every)
+    sampling = {"trace_ratio": 0, "trust_traceparent": True}
+    gateway = start_gateway(stack.tokenizer, stack.model, api_keys=keys, **sampling, **every)
     try:
         gateway.wait_until(serving=True)
         authorization = ("authorization", f"Bearer {KEY}")
@@ -97,6 +101,15 @@ def call_with_and_without_key(stack: Stack, keys: Path, every: dict[str, str]) -
         complete(gateway.address, ("traceparent", parent), authorization)
         with pytest.raises(grpc.RpcError):
             complete(gateway.address, ("traceparent", parent.replace(FRIENDS, STRANGERS)))
+    finally:
+        gateway.stop()
+
+
+def call_where_nothing_is_sampled(stack: Stack, every: dict[str, str]) -> None:
+    gateway = start_gateway(stack.tokenizer, stack.model, trace_ratio=0, **every)
+    try:
+        gateway.wait_until(serving=True)
+        complete(gateway.address, ("traceparent", f"00-{FORCED}-{CALLER}-01"))
     finally:
         gateway.stop()
 
@@ -133,6 +146,10 @@ def test_spans_tell_tokens_and_the_first_of_them(collector: Collector) -> None:
 
 def test_callers_decision_not_to_sample_holds(collector: Collector) -> None:
     assert not collector.trace(UNSAMPLED)
+
+
+def test_callers_decision_to_sample_does_not_go_beyond_the_ratio(collector: Collector) -> None:
+    assert not collector.trace(FORCED)
 
 
 def test_strangers_call_joins_no_trace(collector: Collector) -> None:

@@ -4,10 +4,17 @@ import subprocess
 import sys
 
 import pytest
+from opentelemetry.sdk.trace.sampling import Decision, Sampler
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import ValidationError
 
 from serving import tracing
+from serving.otlp import sampler
 from serving.settings import ServerSettings
+
+# An id that TraceIdRatioBased samples at any ratio, and one that it samples at none below 1.
+LOW, HIGH = "0" * 31 + "1", "f" * 32
+CALLS = 2000
 
 
 def test_opentelemetry_is_not_imported_unless_it_is_on() -> None:
@@ -27,3 +34,31 @@ async def test_nothing_is_traced_unless_it_is_on() -> None:
 def test_endpoint_of_another_form_is_refused(endpoint: str) -> None:
     with pytest.raises(ValidationError, match="otlp_endpoint"):
         ServerSettings(otlp_endpoint=endpoint)
+
+
+def sampled(decider: Sampler, trace_id: str, flags: str) -> int:
+    """How many of CALLS calls are sampled whose caller sends such a traceparent."""
+    carrier = {tracing.TRACEPARENT: f"00-{trace_id}-{'1' * 16}-{flags}"}
+    parent = TraceContextTextMapPropagator().extract(carrier)
+    results = (decider.should_sample(parent, int(trace_id, 16), "Method") for _ in range(CALLS))
+    return sum(each.decision is Decision.RECORD_AND_SAMPLE for each in results)
+
+
+@pytest.mark.parametrize("trace_id", [LOW, HIGH])
+def test_caller_cannot_have_more_sampled_than_the_ratio(
+    trace_id: str,
+) -> None:
+    none, quarter, all_ = (sampler(ratio, trusts_callers=False) for ratio in (0.0, 0.25, 1.0))
+    assert sampled(none, trace_id, "01") == 0
+    # Ten standard deviations, so that chance does not fail the test.
+    assert abs(sampled(quarter, trace_id, "01") - CALLS / 4) < 200
+    assert sampled(all_, trace_id, "01") == CALLS
+
+
+def test_caller_that_does_not_sample_is_not_sampled() -> None:
+    assert sampled(sampler(1.0, trusts_callers=False), LOW, "00") == 0
+
+
+def test_trusted_caller_decides() -> None:
+    assert sampled(sampler(0.0, trusts_callers=True), HIGH, "01") == CALLS
+    assert sampled(sampler(1.0, trusts_callers=True), HIGH, "00") == 0
