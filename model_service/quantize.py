@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from model_service.model.checkpoint import Checkpoint, is_linear, open_checkpoint
+from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.errors import CheckpointError
+from model_service.model.partition import is_linear
 from model_service.model.quantization import FORMATS, GROUP_SIZE, Quantization
 from serving.errors import StartError
 
