@@ -16,8 +16,8 @@ import torch
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig, read_params
 from model_service.model.partition import is_linear, split_dimension
 from model_service.model.quantization import FORMATS, QuantizedWeight
-from model_service.model.shard_checks import check_tensors
-from model_service.model.shard_files import check_archive, open_tensors, shard_files
+from model_service.model.shard_checks import check_copies, check_finite, check_tensors, extremes
+from model_service.model.shard_files import check_archive, check_format, open_tensors, shard_files
 from model_service.model.upload import Upload
 
 StoredWeight = torch.Tensor | QuantizedWeight
@@ -48,8 +48,13 @@ class Checkpoint:
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights of `rank` among `shards`, one parameter at a time, in the network's order."""
+        """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
+
+        Raises:
+            CheckpointError: behind the last one, if any was not finite in `dtype`.
+        """
         upload = Upload(device)
+        found: dict[str, torch.Tensor] = {}  # read at the end, so that no copy waits for it
         for name, shape in self.config.parameter_shapes().items():
             dimension = split_dimension(name)
             if dimension is None:
@@ -61,7 +66,9 @@ class Checkpoint:
                 own[dimension] = size
                 weight = torch.empty(own, dtype=dtype, device=device)
                 self._read(name, dimension, rank * size, weight, upload)
+            found[name] = extremes(weight)
             yield name, weight
+        check_finite(self.folder, found)
 
     def _read(
         self, name: str, dimension: int, start: int, weight: torch.Tensor, upload: Upload
@@ -111,16 +118,19 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
         CheckpointError: a file is missing, damaged, holds code, or contradicts another; the
             message names the file and what to do.
     """
+    check_format(folder)
     config = read_params(folder / "params.json")
     paths = shard_files(folder)
     for path in paths:
         check_archive(path, verify=verify)
     files = tuple(open_tensors(path) for path in paths)
     embedding = files[0].get("tok_embeddings.weight")
-    if config.vocab_size == VOCAB_SIZE_FROM_EMBEDDING and embedding is not None:
-        config = replace(config, vocab_size=embedding.shape[0])
+    unset = config.vocab_size == VOCAB_SIZE_FROM_EMBEDDING
+    if unset and embedding is not None and embedding.ndim and len(embedding):
+        config = replace(config, vocab_size=len(embedding))
     for path, tensors in zip(paths, files, strict=True):
         check_tensors(path, tensors, config, len(files))
+    check_copies(paths, files, config)
     return Checkpoint(folder, config, tuple(_stored_weights(file, config) for file in files))
 
 

@@ -6,7 +6,9 @@ Nothing in a file is trusted: it may be cut short, damaged, or hold code instead
 import os
 import pickle
 import re
+import reprlib
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,30 @@ FETCH_AGAIN = "copy or download it again"
 READABLE = "make it a file that this user may read"
 _CHECKSUM_THREADS = 16
 _READ_BYTES = 2**22
+_META_FORMAT = "name the folder that holds params.json and consolidated.*.pth"
+# What tells other formats, by patterns of file names.
+_OTHER_FORMATS = {
+    "*.gguf": "GGUF",
+    "*.safetensors": "Hugging Face's format",
+    "pytorch_model*.bin": "Hugging Face's format",
+    "config.json": "Hugging Face's format",
+}
+
+
+def check_format(folder: Path) -> None:
+    """Raises CheckpointError if `folder` is a file, or holds a checkpoint in another format."""
+    if folder.is_file():
+        gguf = " in GGUF, which is not read yet" * (folder.suffix == ".gguf")
+        raise CheckpointError(folder, f"is a file{gguf}", f"{_META_FORMAT}, in Meta's format")
+    if (folder / "params.json").exists() and any(folder.glob("consolidated.*.pth")):
+        return
+    for pattern, name in _OTHER_FORMATS.items():
+        if found := next(folder.glob(pattern), None):
+            raise CheckpointError(
+                folder,
+                f"holds a checkpoint in {name} ({found.name}), which is not read yet",
+                f"{_META_FORMAT}, in Meta's format",
+            )
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -26,7 +52,7 @@ def shard_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             folder / "consolidated.00.pth",
             "not found",
-            "name the folder that holds params.json and consolidated.*.pth",
+            _META_FORMAT,
         )
     for number, path in enumerate(paths):
         expected = f"consolidated.{number:02d}.pth"
@@ -76,7 +102,7 @@ def _first_damaged(path: Path, names: list[str]) -> str | None:
                 with archive.open(name) as record:
                     while record.read(_READ_BYTES):
                         pass
-            except zipfile.BadZipFile:
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
                 return name
     return None
 
@@ -90,15 +116,44 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
             f"refused: it holds {_forbidden_object(error)}, not only tensors, and could run code",
             "use the file from Meta, or save the plain state dictionary",
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         problem = f"cannot be read as a checkpoint: {error}"
         raise CheckpointError(path, problem, FETCH_AGAIN) from error
     if not isinstance(content, dict) or not content:
         raise CheckpointError(path, "holds no dictionary of tensors", FETCH_AGAIN)
     for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(path, f"{name!r} is not a tensor", FETCH_AGAIN)
-    return content
+        _check_wrapping(path, name, value)
+    for name, value in content.items():
+        _check_entry(path, name, value)
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _check_wrapping(path: Path, name: object, value: object) -> None:
+    """Raises CheckpointError if an entry holds the tensors, as `model` and `state_dict` may."""
+    shown = reprlib.repr(name)
+    if isinstance(value, dict) and any(isinstance(each, torch.Tensor) for each in value.values()):
+        raise CheckpointError(
+            path,
+            f"holds its tensors inside {shown}",
+            f"unpack them once: torch.save(torch.load(path, weights_only=True)[{shown}], path)",
+        )
+
+
+def _check_entry(path: Path, name: object, value: object) -> None:
+    """Raises CheckpointError unless it is a named tensor whose numbers are all there."""
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        raise CheckpointError(
+            path, f"{reprlib.repr(name)} is not a tensor with a name", FETCH_AGAIN
+        )
+    if value.is_meta:
+        raise CheckpointError(
+            path, f"{name} is on the device meta: it has a shape and no numbers", FETCH_AGAIN
+        )
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise CheckpointError(
+            path, f"{name} is stored as {layout}", "save it as a dense tensor: tensor.to_dense()"
+        )
 
 
 def _forbidden_object(error: pickle.UnpicklingError) -> str:
