@@ -10,9 +10,12 @@ from pathlib import Path
 
 import torch
 
-from model_service.model.checkpoint import Checkpoint, is_linear, open_checkpoint
+from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.errors import CheckpointError
+from model_service.model.partition import is_linear
 from model_service.model.quantization import FORMATS, GROUP_SIZE, Quantization
+from model_service.model.shard_checks import check_finite, extremes
+from model_service.model.shard_files import shard_files
 from serving.errors import StartError
 
 
@@ -25,6 +28,7 @@ def quantize_checkpoint(source: Path, target: Path, quantization: Quantization) 
     """
     checkpoint = open_checkpoint(source)
     _check(checkpoint, target, quantization)
+    paths = shard_files(source)
     try:
         target.mkdir(parents=True, exist_ok=True)
         for number, tensors in enumerate(checkpoint.files):
@@ -32,6 +36,7 @@ def quantize_checkpoint(source: Path, target: Path, quantization: Quantization) 
             for name, weight in tensors.items():
                 if not isinstance(weight, torch.Tensor):
                     raise TypeError(f"{name} is quantized")  # _check has refused such checkpoints
+                check_finite(paths[number], {name: extremes(weight)})
                 if is_linear(name):
                     content |= FORMATS[quantization].quantize(weight).stored(name)
                 else:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from bench.checkpoint import SEED, random_weight
-from model_service.model.checkpoint import is_linear, split_dimension
 from model_service.model.config import ModelConfig
+from model_service.model.partition import is_linear, split_dimension
 
 
 @dataclass(frozen=True, slots=True)

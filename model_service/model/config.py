@@ -6,6 +6,7 @@ Sizes that Meta's code derives (head and hidden dimension) are derived here and 
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from model_service.model.quantization import FORMATS, Quantization
 
 ROPE_THETA = 10000.0
 VOCAB_SIZE_FROM_EMBEDDING = -1
+# Far beyond any Llama 2; a number above it is a mistake, and computing with it could overflow.
+MAX_SIZE = 2**20
+_FRACTION_LIMITS = {"norm_eps": 0.1, "ffn_dim_multiplier": 64.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,7 @@ def read_params(path: Path) -> ModelConfig:
         raise CheckpointError(
             path, f"cannot be read: {error.strerror}", "make it readable"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"is not JSON: {error}", "copy it again") from error
     if not isinstance(params, dict):
         raise CheckpointError(path, "holds no JSON object", "copy it again")
@@ -126,21 +130,11 @@ def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:
             f"has settings that Llama 2 does not know: {', '.join(unknown)}",
             "serve a Llama 2 checkpoint in Meta's format",
         )
-    stored = params.get("quantization", "none")
-    if stored not in {"none", *FORMATS}:
-        raise CheckpointError(
-            path, f"quantization is {stored!r}, not {', '.join(FORMATS)} or none", "correct it"
-        )
-    fractions = {"ffn_dim_multiplier", "norm_eps"}
     for name, value in params.items():
-        if name == "quantization":
-            continue
-        allowed = (int, float) if name in fractions else (int,)
-        absent = value is None and name in {"n_kv_heads", "ffn_dim_multiplier"}
-        unset = name == "vocab_size" and value == VOCAB_SIZE_FROM_EMBEDDING
-        valid = isinstance(value, allowed) and not isinstance(value, bool) and value > 0
-        if not (valid or absent or unset):
-            raise CheckpointError(path, f"{name} is {value!r}, not a positive number", "correct it")
+        if rule := _broken_rule(name, value):
+            raise CheckpointError(
+                path, f"{name} is {reprlib.repr(value)}, not {rule}", "correct it"
+            )
     config = ModelConfig(**params)  # type: ignore[arg-type]  # each value was checked above
     if config.dim % config.n_heads or config.head_dim % 2 or config.n_heads % config.kv_heads:
         raise CheckpointError(
@@ -150,3 +144,24 @@ def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:
             "copy it again",
         )
     return config
+
+
+def _broken_rule(name: str, value: object) -> str:
+    """What `value` ought to be; empty if it may stand for the setting `name`."""
+    if name == "quantization":
+        names = ["none", *FORMATS]
+        return "" if value in names else " or ".join(names)
+    if value is None and name in {"n_kv_heads", "ffn_dim_multiplier"}:
+        return ""
+    if name == "vocab_size" and value == VOCAB_SIZE_FROM_EMBEDDING:
+        return ""
+    if name in _FRACTION_LIMITS:
+        limit = _FRACTION_LIMITS[name]
+        holds = _is_number(value, (int, float)) and 0 < value <= limit  # type: ignore[operator]
+        return "" if holds else f"a number above 0 and at most {limit:g}"
+    holds = _is_number(value, (int,)) and 1 <= value <= MAX_SIZE  # type: ignore[operator]
+    return "" if holds else f"an integer from 1 to {MAX_SIZE}"
+
+
+def _is_number(value: object, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)

@@ -1,5 +1,9 @@
+import contextlib
+import dataclasses
 import json
+import math
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from model_service.model.checkpoint import open_checkpoint
-from model_service.model.config import ModelConfig
+from model_service.model.config import ModelConfig, read_params
 from model_service.model.errors import CheckpointError
+from model_service.quantize import quantize_checkpoint
+from serving.errors import StartError
 
 CPU = torch.device("cpu")
+WQ = "layers.0.attention.wq.weight"
 
 
 def full_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -122,8 +131,50 @@ def damage_add_tensor(folder: Path) -> None:
     _edit(folder, lambda weights: weights.update({"adapter.weight": torch.ones(1)}))
 
 
+def damage_meta(folder: Path) -> None:
+    _edit(folder, lambda weights: weights.update({WQ: weights[WQ].to("meta")}))
+
+
+def damage_sparse(folder: Path) -> None:
+    _edit(folder, lambda weights: weights.update({WQ: weights[WQ].to_sparse()}))
+
+
+def damage_nested(folder: Path) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    _edit(folder, lambda weights: weights.update({WQ: nested}))
+
+
+def damage_complex(folder: Path) -> None:
+    _edit(folder, lambda weights: weights.update({WQ: weights[WQ].to(torch.complex64)}))
+
+
+def damage_embedding(folder: Path) -> None:
+    _edit(folder, lambda weights: weights.update({"tok_embeddings.weight": torch.tensor(1.0)}))
+
+
+def damage_wrap(folder: Path) -> None:
+    _replace(folder, lambda weights: {"epoch": 3, "model": weights})
+
+
+def damage_prefix(folder: Path) -> None:
+    _replace(folder, lambda weights: {f"module.{name}": each for name, each in weights.items()})
+
+
+def damage_copy(folder: Path) -> None:
+    _edit(folder, lambda weights: weights["layers.1.ffn_norm.weight"].add_(0.02))
+
+
+def damage_infinity(folder: Path) -> None:
+    _edit(folder, lambda weights: weights["norm.weight"][5:].fill_(math.inf))
+
+
 def damage_dtype(folder: Path) -> None:
     _edit(folder, lambda weights: weights.update({"norm.weight": torch.ones(64).to(torch.int8)}))
+
+
+def _replace(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "consolidated.00.pth"
+    torch.save(change(torch.load(path, weights_only=True)), path)
 
 
 def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -133,6 +184,7 @@ def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
     torch.save(weights, path)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
 @pytest.mark.parametrize(
     ("damage", "file", "problem"),
     [
@@ -146,6 +198,15 @@ def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
         (damage_drop_tensor, "consolidated.00.pth", "lacks layers.0.attention.wq.weight"),
         (damage_add_tensor, "consolidated.00.pth", "also holds adapter.weight"),
         (damage_dtype, "consolidated.00.pth", "norm.weight is int8"),
+        (damage_meta, "consolidated.00.pth", f"{WQ} is on the device meta"),
+        (damage_sparse, "consolidated.00.pth", f"{WQ} is stored as sparse_coo"),
+        (damage_nested, "consolidated.00.pth", f"{WQ} is stored as nested"),
+        (damage_complex, "consolidated.00.pth", f"{WQ} is complex64"),
+        (damage_embedding, "consolidated.00.pth", "tok_embeddings.weight is a single number"),
+        (damage_wrap, "consolidated.00.pth", "weights_only=True)['model'], path)"),
+        (damage_prefix, "consolidated.00.pth", "its names begin with 'module.'"),
+        (damage_copy, "consolidated.01.pth", "layers.1.ffn_norm.weight is not the one that"),
+        (damage_infinity, "consolidated.00.pth", "norm.weight holds NaN, or numbers"),
     ],
 )
 def test_damaged_checkpoint_names_file_and_fix(
@@ -166,10 +227,19 @@ def test_damaged_checkpoint_names_file_and_fix(
         ("{", "is not JSON"),
         ("[]", "holds no JSON object"),
         ({"rope_theta": 500000.0}, "Llama 2 does not know: rope_theta"),
-        ({"dim": 0}, "dim is 0, not a positive number"),
-        ({"n_heads": "many"}, "n_heads is 'many', not a positive number"),
+        ({"dim": 0}, "dim is 0, not an integer from 1 to 1048576"),
+        ({"dim": True}, "dim is True, not an integer"),
+        ({"n_heads": "many"}, "n_heads is 'many', not an integer"),
+        ({"n_layers": 2.0}, "n_layers is 2.0, not an integer"),
+        ({"n_layers": 10_000_000}, "n_layers is 10000000, not an integer from 1 to 1048576"),
+        ({"n_layers": 1_000_000}, "holds 2 layers, params.json states n_layers 1000000"),
+        ({"norm_eps": math.inf}, "norm_eps is inf, not a number above 0 and at most 0.1"),
+        ({"norm_eps": math.nan}, "norm_eps is nan, not a number"),
+        ({"ffn_dim_multiplier": -1.3}, "ffn_dim_multiplier is -1.3, not a number above 0"),
+        ({"quantization": ["int8"]}, "quantization is ['int8'], not none or int8"),
+        ("[" * 100_000, "is not JSON"),
         ({"n_heads": 3}, "do not divide into heads"),
-        ({"n_layers": 3}, "lacks layers.2.attention.wk.weight"),
+        ({"n_layers": 3}, "holds 2 layers, params.json states n_layers 3"),
         ({"vocab_size": 561}, "tok_embeddings.weight is 560 × 64"),
     ],
 )
@@ -184,6 +254,84 @@ def test_wrong_params_name_file_and_setting(
     with pytest.raises(CheckpointError, match="To fix: ") as error:
         open_checkpoint(folder)
     assert problem in str(error.value)
+
+
+@given(
+    name=st.sampled_from([field.name for field in dataclasses.fields(ModelConfig)]),
+    value=st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from([10**400, -1, 2**20, 1e-300, 64, "int8", [], {}])
+    | st.text(max_size=3),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+def test_any_setting_is_served_as_it_is_or_refused(
+    golden: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    source = golden / "checkpoints" / "mha-mp1"
+    params = json.loads((source / "params.json").read_text()) | {name: value}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    if not (tmp_path / "consolidated.00.pth").exists():
+        (tmp_path / "consolidated.00.pth").symlink_to(source / "consolidated.00.pth")
+    try:
+        config = read_params(tmp_path / "params.json")
+    except CheckpointError:
+        return
+    assert 0 < config.norm_eps <= 0.1
+    with contextlib.suppress(CheckpointError):
+        served = open_checkpoint(tmp_path, verify=False).config.parameter_shapes()
+        assert served == open_checkpoint(source, verify=False).config.parameter_shapes()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model-00001-of-00002.safetensors", "in Hugging Face's format"),
+        ("pytorch_model.bin", "in Hugging Face's format"),
+        ("config.json", "in Hugging Face's format"),
+        ("llama-2-7b.Q4_0.gguf", "in GGUF"),
+    ],
+)
+def test_a_folder_in_another_format_is_named_as_such(
+    tmp_path: Path, file: str, message: str
+) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=f"{message} .*, which is not read yet. To fix: "):
+        open_checkpoint(tmp_path)
+    if file.endswith("gguf"):
+        with pytest.raises(CheckpointError, match="is a file in GGUF, which is not read yet"):
+            open_checkpoint(tmp_path / file)
+
+
+def test_weights_that_are_not_finite_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("mha-mp1")
+    _edit(folder, lambda weights: weights[WQ][3, 5].fill_(1e30))
+    assert full_weights(folder)[WQ].max() == 1e30
+    with pytest.raises(CheckpointError, match=f"{WQ} holds NaN, or .* infinite in float16"):
+        list(open_checkpoint(folder).read_shard(0, 2, torch.float16, CPU))
+    _edit(folder, lambda weights: weights[WQ][3, 5].fill_(math.nan))
+    with pytest.raises(CheckpointError, match=f"{WQ} holds NaN"):
+        full_weights(folder)
+    with pytest.raises(StartError, match=f"{WQ} holds NaN"):
+        quantize_checkpoint(folder, folder / "int8", "int8")
+
+
+def test_copies_may_drift_by_some_roundings(
+    checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoint("mha-mp2")
+    _edit(folder, lambda weights: weights["norm.weight"][0].add_(0.001))
+    assert full_weights(folder)["norm.weight"][0] > 1
+    assert "norms differ by up to 0.001 from those of consolidated.00.pth" in caplog.text
+
+
+def test_files_must_divide_what_they_share(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("mha-mp1")
+    for number in (1, 2):
+        shutil.copy(folder / "consolidated.00.pth", folder / f"consolidated.0{number}.pth")
+    with pytest.raises(CheckpointError, match="3 files do not divide the 64 of tok_embeddings"):
+        open_checkpoint(folder)
 
 
 def test_missing_folder_says_what_to_name(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def test_host_holds_two_buffers_and_never_the_checkpoint(
         memory = process.memory_info()
         return int(memory.rss - memory.shared)
 
+    torch.aminmax(torch.empty(1, device="meta"))  # imports what the first call imports
     before = own()
     weights = checkpoint.read_shard(0, 1, torch.float16, torch.device("meta"))
-    held = max(own() - before for _ in weights)
+    # Not to its end, where the numbers are checked: on the device meta there are none.
+    held = max(own() - before for _ in zip(checkpoint.files[0], weights, strict=False))
     assert held < 25e6 < checkpoint.parameters * 4 / 3

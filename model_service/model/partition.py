@@ -1,0 +1,34 @@
+"""How Meta's files cut the network's parameters into equal parts.
+
+Llama 2 splits `tok_embeddings` on dimension 1 (fairscale's ParallelEmbedding), unlike Llama 3.
+"""
+
+SPLIT_DIMENSION = {
+    "tok_embeddings": 1,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+    "output": 0,
+}
+
+
+def is_linear(name: str) -> bool:
+    """Whether the parameter `name` multiplies, and so may be quantized."""
+    return split_dimension(name) is not None and name != "tok_embeddings.weight"
+
+
+def split_dimension(name: str) -> int | None:
+    """The dimension on which Meta's files split the parameter `name`; None: each file has all."""
+    return SPLIT_DIMENSION.get(name.removesuffix(".weight").rpartition(".")[2])
+
+
+def part_shape(name: str, shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """Of the parameter `name` with this whole shape, the shape of one of `parts`."""
+    dimension = split_dimension(name)
+    if dimension is None:
+        return shape
+    return (*shape[:dimension], shape[dimension] // parts, *shape[dimension + 1 :])

@@ -1,0 +1,162 @@
+"""Opens the files of a checkpoint: finds them, checks their bytes, and maps their tensors.
+
+Nothing in a file is trusted: it may be cut short, damaged, or hold code instead of tensors.
+"""
+
+import os
+import pickle
+import re
+import reprlib
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from model_service.model.errors import CheckpointError
+
+FETCH_AGAIN = "copy or download it again"
+READABLE = "make it a file that this user may read"
+_CHECKSUM_THREADS = 16
+_READ_BYTES = 2**22
+_META_FORMAT = "name the folder that holds params.json and consolidated.*.pth"
+# What tells other formats, by patterns of file names.
+_OTHER_FORMATS = {
+    "*.gguf": "GGUF",
+    "*.safetensors": "Hugging Face's format",
+    "pytorch_model*.bin": "Hugging Face's format",
+    "config.json": "Hugging Face's format",
+}
+
+
+def check_format(folder: Path) -> None:
+    """Raises CheckpointError if `folder` is a file, or holds a checkpoint in another format."""
+    if folder.is_file():
+        gguf = " in GGUF, which is not read yet" * (folder.suffix == ".gguf")
+        raise CheckpointError(folder, f"is a file{gguf}", f"{_META_FORMAT}, in Meta's format")
+    if (folder / "params.json").exists() and any(folder.glob("consolidated.*.pth")):
+        return
+    for pattern, name in _OTHER_FORMATS.items():
+        if found := next(folder.glob(pattern), None):
+            raise CheckpointError(
+                folder,
+                f"holds a checkpoint in {name} ({found.name}), which is not read yet",
+                f"{_META_FORMAT}, in Meta's format",
+            )
+
+
+def shard_files(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise CheckpointError(
+            folder / "consolidated.00.pth",
+            "not found",
+            _META_FORMAT,
+        )
+    for number, path in enumerate(paths):
+        expected = f"consolidated.{number:02d}.pth"
+        if path.name != expected:
+            raise CheckpointError(
+                folder / expected, f"not found, though {path.name} is there", FETCH_AGAIN
+            )
+    return paths
+
+
+def check_archive(path: Path, *, verify: bool) -> None:
+    """Raises CheckpointError unless `path` is a whole zip archive, with `verify` undamaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        damaged = _damaged(path, names) if verify else None
+    except zipfile.BadZipFile:
+        raise CheckpointError(
+            path,
+            "is cut short, or not in the format that torch.save writes since version 1.6",
+            f"{FETCH_AGAIN}; a file in the old format: torch.save(torch.load(...)) it once",
+        ) from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}", READABLE) from error
+    if damaged is not None:
+        raise CheckpointError(path, f"is damaged: {damaged} fails its checksum", FETCH_AGAIN)
+
+
+def _damaged(path: Path, names: list[str]) -> str | None:
+    """The first of the tensors `names` that fails its checksum.
+
+    Several threads, as one computes checksums more slowly than a good disk reads. What they read
+    stays in the page cache, where loading finds it.
+    """
+    threads = min(_CHECKSUM_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        shares = [names[i::threads] for i in range(threads)]
+        found = pool.map(_first_damaged, [path] * threads, shares)
+        damaged = {name for name in found if name is not None}
+    return next((name for name in names if name in damaged), None)
+
+
+def _first_damaged(path: Path, names: list[str]) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            try:
+                with archive.open(name) as record:
+                    while record.read(_READ_BYTES):
+                        pass
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
+                return name
+    return None
+
+
+def open_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            path,
+            f"refused: it holds {_forbidden_object(error)}, not only tensors, and could run code",
+            "use the file from Meta, or save the plain state dictionary",
+        ) from error
+    except Exception as error:  # a damaged pickle may raise anything
+        problem = f"cannot be read as a checkpoint: {error}"
+        raise CheckpointError(path, problem, FETCH_AGAIN) from error
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(path, "holds no dictionary of tensors", FETCH_AGAIN)
+    for name, value in content.items():
+        _check_wrapping(path, name, value)
+    for name, value in content.items():
+        _check_entry(path, name, value)
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _check_wrapping(path: Path, name: object, value: object) -> None:
+    """Raises CheckpointError if an entry holds the tensors, as `model` and `state_dict` may."""
+    shown = reprlib.repr(name)
+    if isinstance(value, dict) and any(isinstance(each, torch.Tensor) for each in value.values()):
+        raise CheckpointError(
+            path,
+            f"holds its tensors inside {shown}",
+            f"unpack them once: torch.save(torch.load(path, weights_only=True)[{shown}], path)",
+        )
+
+
+def _check_entry(path: Path, name: object, value: object) -> None:
+    """Raises CheckpointError unless it is a named tensor whose numbers are all there."""
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        raise CheckpointError(
+            path, f"{reprlib.repr(name)} is not a tensor with a name", FETCH_AGAIN
+        )
+    if value.is_meta:
+        raise CheckpointError(
+            path, f"{name} is on the device meta: it has a shape and no numbers", FETCH_AGAIN
+        )
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise CheckpointError(
+            path, f"{name} is stored as {layout}", "save it as a dense tensor: tensor.to_dense()"
+        )
+
+
+def _forbidden_object(error: pickle.UnpicklingError) -> str:
+    """The name of what the unpickler refused, such as `posix.system`."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return found[1] if found else "Python objects"
