@@ -28,7 +28,11 @@ def llama() -> Llama:
 
 def torchrun(processes: int, *command: object) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    arguments = [sys.executable, *launcher, *map(str, command)]
+    return run(*launcher, *command)
+
+
+def run(*command: object) -> str:
+    arguments = [sys.executable, *map(str, command)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
