@@ -124,8 +124,8 @@ def with_key(channel: C, api_key: str | None) -> C:
 
 def check_key(api_key: str) -> None:
     """ValueError where metadata cannot carry the API key."""
-    if not re.fullmatch("[!-~]+", arguments.text(api_key)):
-        raise ValueError("an API key must hold visible ASCII characters and nothing else")
+    if not re.fullmatch("[ -~]+", arguments.text(api_key)):
+        raise ValueError("an API key must hold printable ASCII characters and nothing else")
 
 
 class _KeyedChannel:

@@ -34,15 +34,15 @@ def test_flags_that_do_not_fit_are_wrong_usage(flags: list[str], problem: str) -
     assert problem in result.stderr
 
 
-@pytest.mark.parametrize("key", ["", "two words", "caf\u00e9", "one\ntwo"])
+@pytest.mark.parametrize("key", ["", "caf\u00e9", "one\ntwo"])
 def test_key_that_cannot_be_sent_is_refused_at_once(tmp_path: Path, key: str) -> None:
-    with pytest.raises(ValueError, match="visible ASCII characters"):
+    with pytest.raises(ValueError, match="printable ASCII characters"):
         Client(api_key=key)
     file = tmp_path / "key"
     file.write_text(key, encoding="utf-8")
     result = CliRunner().invoke(main, ["status", "--api_key_file", str(file)])
     assert result.exit_code == 2
-    assert "visible ASCII characters" in result.stderr
+    assert "printable ASCII characters" in result.stderr
 
 
 def test_name_that_no_file_could_hold_is_wrong_usage() -> None:
