@@ -16,11 +16,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import grpc
 import psutil
 
 from bench.engine.session import FIRST_ORDINARY_ID
 from bench.report import RESULTS, Row, make_report, result_folder, write_report
+from client.channel import open_aio_channel
 from client.deployment import demonstration
 from client.load.summary import distribution
 from client.supervisor import in_background
@@ -87,8 +87,8 @@ async def _measure(
     source = random.Random(streams)
     direct, through, cpu = Latencies(), Latencies(), 0.0
     async with (
-        grpc.aio.insecure_channel(address) as to_gateway,
-        grpc.aio.insecure_channel(model_target(gateway)) as to_model,
+        open_aio_channel(address, None) as to_gateway,
+        open_aio_channel(model_target(gateway), None) as to_model,
     ):
         chat = chat_pb2_grpc.ChatServiceStub(to_gateway)
         model = model_pb2_grpc.ModelServiceStub(to_model)

@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import grpc
-
 from bench.checkpoint import ensure_checkpoint
 from bench.engine.session import FIRST_ORDINARY_ID, Session, Variant, session
 from bench.report import RESULTS, Row, make_report, result_folder, write_report
 from bench.shapes import SHAPES
 from bench.summary import summarize
+from client.channel import open_aio_channel
 from client.deployment import Deployment
 from client.supervisor import in_background
 from demo.checkpoint import CHECKPOINT, TOKENIZER
@@ -176,7 +175,7 @@ def _through_session(direct: Session, prompts: Prompts, answer: int) -> Rates:
 
 async def _through_grpc(address: str, prompts: Sequence[Prompts], answer: int) -> list[Rates]:
     """As `through_engine`, each prompt on a stream of its own."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with open_aio_channel(address, None) as channel:
         await channel.channel_ready()
         stub = chat_pb2_grpc.ChatServiceStub(channel)
         for each in prompts:

@@ -223,4 +223,6 @@ class AsyncClient:
             raise await self._explained(from_rpc_error(error, self.target)) from error
 
     async def _explained(self, error: ChasquiError) -> ChasquiError:
+        if not isinstance(error, UnreachableError):
+            return error
         return await asyncio.to_thread(explained, error, self.target, self._tls)

@@ -2,6 +2,7 @@
 gateway, how to know it, and how to be known.
 """
 
+import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from client import targets
+from client import arguments, targets
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -35,16 +36,16 @@ class Tls:
     certificate must hold, by default the target's host.
     """
 
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
+    ca: Path | str | None = None
+    cert: Path | str | None = None
+    key: Path | str | None = None
     name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
         """OSError where a file cannot be read, ValueError where its contents cannot be used."""
         self.context()
         ca, key, cert = (
-            path.read_bytes() if path else None for path in (self.ca, self.key, self.cert)
+            Path(path).read_bytes() if path else None for path in (self.ca, self.key, self.cert)
         )
         return grpc.ssl_channel_credentials(ca, key, cert)
 
@@ -85,7 +86,11 @@ def channel_options(target: str, tls: Tls | None = None) -> Options:
     ValueError: it is no target.
     """
     options: Options = _OPTIONS
-    if targets.is_local(target):
+    try:
+        is_local = targets.is_local(target)
+    except ValueError as error:
+        raise ValueError(f"target {error}") from None
+    if is_local:
         options = (*options, ("grpc.enable_http_proxy", 0))
     if tls is not None and tls.name is not None:
         options = (*options, ("grpc.ssl_target_name_override", tls.name))
@@ -110,8 +115,17 @@ C = TypeVar("C", grpc.Channel, grpc.aio.Channel)
 
 
 def with_key(channel: C, api_key: str | None) -> C:
-    """For stubs: the channel, with an API key sent in each of its calls."""
-    return channel if api_key is None else cast("C", _KeyedChannel(channel, api_key))
+    """For stubs: the channel, with an API key sent in each of its calls. ValueError: it is none."""
+    if api_key is None:
+        return channel
+    check_key(api_key)
+    return cast("C", _KeyedChannel(channel, api_key))
+
+
+def check_key(api_key: str) -> None:
+    """ValueError where metadata cannot carry the API key."""
+    if not re.fullmatch("[ -~]+", arguments.text(api_key)):
+        raise ValueError("an API key must hold printable ASCII characters and nothing else")
 
 
 class _KeyedChannel:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from client.channel import Tls
 
 # Seconds that the other side has for each of its answers.
-PATIENCE = 2.0
+PATIENCE = 5.0
 
 # The beginning of every HTTP/2 connection: the preface, then an empty SETTINGS frame.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-_SETTINGS = 4  # the type of the frame that a server begins with
+_SETTINGS = bytes((4,))  # the type of the frame that a server begins with
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH.
 _WRONG_NAME = frozenset({62, 64})
 _OWN_TLS = "give the client tls=Tls(ca=…), the command --ca FILE, or --tls for a public authority"
@@ -45,16 +45,18 @@ def explained(error: ChasquiError, target: str, tls: "Tls | None") -> ChasquiErr
 def _problem(address: targets.Address, tls: "Tls | None") -> str | None:
     """What is wrong between the two sides; None where this connection finds nothing."""
     try:
-        speaks_tls = _speaks_tls(address)
-        if not speaks_tls and not _speaks_http2(address):
+        if _speaks_tls(address):
+            if tls is None:
+                return f"speaks TLS, and this client does not: {_OWN_TLS}"
+            return _tls_problem(address, tls)
+        answer = _plaintext_answer(address)
+        if answer and answer[3:] != _SETTINGS:
             return "answers, but speaks neither gRPC nor TLS"
-        if tls is None:
-            return f"speaks TLS, and this client does not: {_OWN_TLS}" if speaks_tls else None
-        if not speaks_tls:
+        if answer and tls is not None:
             return "speaks plaintext, and this client TLS: leave out tls=, or --tls and --ca"
-        return _tls_problem(address, tls)
     except (OSError, ValueError):  # it does not answer at all, or has no name, as gRPC has said
-        return None
+        pass
+    return None
 
 
 def _speaks_tls(address: targets.Address) -> bool:
@@ -68,13 +70,12 @@ def _speaks_tls(address: targets.Address) -> bool:
         return False
 
 
-def _speaks_http2(address: targets.Address) -> bool:
-    """Whether it answers HTTP/2 in plaintext."""
-    with _connected(address) as plain:
+def _plaintext_answer(address: targets.Address) -> bytes:
+    """The beginning of its answer to HTTP/2 in plaintext, up to the type of the first frame."""
+    with suppress(ConnectionError), _connected(address) as plain:
         plain.sendall(_HELLO)
-        with suppress(ConnectionError):
-            return plain.recv(4, socket.MSG_WAITALL)[3:] == bytes((_SETTINGS,))
-    return False
+        return plain.recv(4, socket.MSG_WAITALL)
+    return b""
 
 
 def _tls_problem(address: targets.Address, tls: "Tls") -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from client import targets
-from client.channel import DEFAULT_TARGET, Access, Tls
+from client.channel import DEFAULT_TARGET, Access, Tls, check_key
 from client.deployment import SupervisorError
 from client.errors import ChasquiError, ConnectionSettingsError, UnreachableError
 
@@ -92,11 +92,12 @@ def _access(
     api_key = os.environ.get(API_KEY_VARIABLE) or None
     if api_key_file is not None:
         api_key = api_key_file.read_text("utf-8").strip()
-    if not (tls or ca):
-        return Access(None, api_key)
-    encryption = Tls(ca, client_cert, client_key, tls_name)
+    encryption = Tls(ca, client_cert, client_key, tls_name) if tls or ca else None
     try:
-        encryption.context()
+        if api_key is not None:
+            check_key(api_key)
+        if encryption is not None:
+            encryption.context()
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return Access(encryption, api_key)

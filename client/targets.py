@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
+from client import arguments
+
 _FORMS = "such as 127.0.0.1:50051, [::1]:50051 or chat.example.org:50051"
 # gRPC's forms with a host and a port behind the scheme, and those with something else.
 _WITH_HOST = ("dns", "ipv4", "ipv6")
@@ -45,7 +47,7 @@ def addresses(target: str) -> list[Address]:
     Raises:
         ValueError: it is no target.
     """
-    scheme, colon, rest = target.partition(":")
+    scheme, colon, rest = arguments.text(target).partition(":")
     if colon and scheme in _WITHOUT_HOST:
         return []
     if rest.startswith("//") and scheme not in _WITH_HOST:

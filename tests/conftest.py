@@ -16,6 +16,10 @@ hypothesis.settings.load_profile("untimed")
 for name in [name for name in os.environ if name.startswith("CHASQUI_")]:
     del os.environ[name]
 
+# The servers under test are on this machine, and gRPC would ask these for it, too.
+for name in ("grpc_proxy", "http_proxy", "https_proxy"):
+    os.environ.pop(name, None)
+
 # Where no GPU is, Triton's interpreter runs the kernels, if Triton is there at all: told before
 # anything imports it.
 if importlib.util.find_spec("triton") and not Path("/dev/nvidiactl").exists():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from client import Client
 from client.commands import main
 from serving.keys import KeyRing
 
@@ -31,6 +32,17 @@ def test_flags_that_do_not_fit_are_wrong_usage(flags: list[str], problem: str) -
     result = CliRunner().invoke(main, ["complete", "Llamas", *flags])
     assert result.exit_code == 2
     assert problem in result.stderr
+
+
+@pytest.mark.parametrize("key", ["", "caf\u00e9", "one\ntwo"])
+def test_key_that_cannot_be_sent_is_refused_at_once(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII characters"):
+        Client(api_key=key)
+    file = tmp_path / "key"
+    file.write_text(key, encoding="utf-8")
+    result = CliRunner().invoke(main, ["status", "--api_key_file", str(file)])
+    assert result.exit_code == 2
+    assert "printable ASCII characters" in result.stderr
 
 
 def test_name_that_no_file_could_hold_is_wrong_usage() -> None:

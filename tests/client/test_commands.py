@@ -102,6 +102,16 @@ def test_wrong_values_are_one_readable_line(run: Run, target: str) -> None:
     assert done.stderr == "Error: sampling.temperature: must be 0 to 100, not -1\n"
 
 
+def test_priority_and_no_time_limit_are_flags_of_chat_and_complete(run: Run, target: str) -> None:
+    flags = ("--target", target, "--max_gen_len=1", "--priority=-3", "--timeout=inf")
+    for command in (("chat", "--ask", "Hello"), ("complete", "Once")):
+        assert run(*command, *flags).returncode == 0
+        refused = run(*command, *flags, "--priority=101")
+        assert refused.stderr == "Error: priority: must be -100 to 100, not 101\n"
+        nothing = run(*command, *flags, "--timeout=nan")
+        assert nothing.stderr == "Error: timeout: must be a number of seconds, 0 or more, not nan\n"
+
+
 @pytest.mark.parametrize("command", [("chat", "--ask", "Hello"), ("complete", "Hello"), ("bench",)])
 def test_nothing_at_the_target_says_what_to_do(run: Run, command: tuple[str, ...]) -> None:
     with socket.socket() as unused:

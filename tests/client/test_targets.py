@@ -49,7 +49,9 @@ def test_a_target_names_addresses(target: str, found: list[Address]) -> None:
     ],
 )
 def test_what_is_no_target_is_refused_before_it_is_connected_to(target: str) -> None:
-    with pytest.raises(ValueError, match=r"^must be host:port, such as 127\.0\.0\.1:50051, ") as no:
+    with pytest.raises(
+        ValueError, match=r"^target must be host:port, such as 127\.0\.0\.1:50051, "
+    ) as no:
         Client(target)
     assert str(no.value).endswith(f"not {target!r}")
 

@@ -6,16 +6,25 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from socket import create_server
+from socket import SHUT_RDWR, create_server
 from typing import Any
 
 import grpc
 import pytest
 import trustme
 
-from client import AsyncClient, ChasquiError, Client, ConnectionSettingsError, Message, Tls
+from client import (
+    AsyncClient,
+    ChasquiError,
+    Client,
+    ConnectionSettingsError,
+    Message,
+    Tls,
+    UnreachableError,
+)
 from llama import Llama
 from llama.v1 import chat_pb2
 from tests.client.conftest import Run
@@ -115,6 +124,24 @@ def model_name(request: pytest.FixtureRequest) -> GetModel:
     )
 
 
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """A port that reads something of each connection, answers with these bytes, and closes it."""
+    with create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection, suppress(ConnectionError):
+                        connection.recv(1024)
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(SHUT_RDWR)
+
+
 SPEAKS_TLS = "speaks TLS, and this client does not: give the client tls=Tls(ca=…), "
 NOT_VALID = "shows a certificate that is not valid by the authorities in "
 PROBLEMS = [
@@ -176,25 +203,22 @@ async def test_streams_say_the_same(files: Files, gateways: dict[str, str]) -> N
             await anext(asyncio_client.complete_stream("Once"))
 
 
+def test_a_port_that_closes_connections_is_not_blamed_for_its_protocol(
+    files: Files, model_name: GetModel
+) -> None:
+    """A balancer with nothing behind it does so."""
+    with answering(b"") as target:
+        for tls in (None, files.tls()):
+            with pytest.raises(UnreachableError, match=r"^nothing answers at ") as caught:
+                model_name(target, tls)
+            assert not isinstance(caught.value, ConnectionSettingsError)
+
+
 def test_a_server_of_another_protocol_is_recognised(files: Files, model_name: GetModel) -> None:
-    with create_server(("127.0.0.1", 0)) as server:
-
-        def answer() -> None:
-            while True:
-                try:
-                    connection, _ = server.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.recv(1024)
-                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-        threading.Thread(target=answer, daemon=True).start()
-        target = f"127.0.0.1:{server.getsockname()[1]}"
+    with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as target:
         for tls in (None, files.tls()):
             with pytest.raises(ConnectionSettingsError, match="speaks neither gRPC nor TLS"):
                 model_name(target, tls)
-        server.shutdown(2)
 
 
 def test_the_command_says_it_in_one_line_and_gives_no_other_advice(
@@ -227,6 +251,8 @@ def test_files_that_are_no_certificates_are_named(run: Run, files: Files) -> Non
         Client(tls=Tls(ca=files["gateway.key"]))
     with pytest.raises(ValueError, match=r"friend\.pem cannot .* key values mismatch"):
         Client(tls=Tls(cert=files["friend.pem"], key=files["stranger.key"]))
+    with pytest.raises(ValueError, match=r"gateway\.key cannot be used as a certificate"):
+        Client(tls=Tls(ca=str(files["gateway.key"])))
     with pytest.raises(ValueError, match="cert and key belong together"):
         Client(tls=Tls(cert=files["friend.pem"]))
     done = run("status", "--ca", str(files["gateway.key"]))
