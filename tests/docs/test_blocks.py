@@ -14,6 +14,8 @@ from tests.docs.markdown import Block, all_pages, read_blocks
 from tests.docs.reader import MARKS, NEEDS
 
 PAGES = all_pages()
+# Servers start for several pages.
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("page", PAGES)
