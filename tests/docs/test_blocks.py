@@ -24,6 +24,7 @@ def test_every_block_can_be_run_or_says_what_it_needs(page: str) -> None:
     assert not complaints
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_do_what_the_page_says(page: str, start_reading: StartReading) -> None:
     start_reading(PAGES[page]).read()
