@@ -45,16 +45,17 @@ def _block(page: str, line: int, info: str, text: str) -> Block:
 
 def all_pages() -> dict[str, list[Block]]:
     """The repository's pages that have blocks, by their paths."""
-    names = (str(path.relative_to(ROOT)) for path in _markdown_files(ROOT))
+    names = (str(path.relative_to(ROOT)) for path in markdown_files(ROOT))
     pages = {name: read_blocks(ROOT / name, name) for name in names}
     return {name: blocks for name, blocks in pages.items() if blocks}
 
 
-def _markdown_files(folder: Path) -> Iterator[Path]:
+def markdown_files(folder: Path) -> Iterator[Path]:
+    """The pages below a folder."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or path.name.startswith(".") or path.name in WITHOUT_PAGES:
             continue
         if path.is_dir():
-            yield from _markdown_files(path)
+            yield from markdown_files(path)
         elif path.suffix == ".md":
             yield path

@@ -14,6 +14,8 @@ from tests.docs.markdown import Block, all_pages, read_blocks
 from tests.docs.reader import MARKS, NEEDS
 
 PAGES = all_pages()
+# Servers start for several pages.
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -22,6 +24,7 @@ def test_every_block_can_be_run_or_says_what_it_needs(page: str) -> None:
     assert not complaints
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_do_what_the_page_says(page: str, start_reading: StartReading) -> None:
     start_reading(PAGES[page]).read()

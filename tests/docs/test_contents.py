@@ -76,6 +76,15 @@ def test_text_completion_example_shows_what_the_demonstration_checkpoint_has_lea
     assert set(texts) <= {*passages, ""}
 
 
+def test_python_example_asks_a_gateway(services: dict[int, ServiceProcess]) -> None:
+    example = str(ROOT / "examples" / "python" / "chat.py")
+    command = [sys.executable, example, "What do llamas eat?", services[50051].address]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert done.stdout.startswith("Llamas eat grass, hay")
+
+
 def called(block: Block) -> tuple[str, Any]:
     """The method and the request of a block `call METHOD 'REQUEST'`."""
     _, method, payload = block.text.split(maxsplit=2)
