@@ -195,7 +195,7 @@ async def _stop(services: Supervisor, terminal: _Terminal) -> None:
     explained: list[str] = []
     while not stop.done():
         await asyncio.wait({stop}, timeout=PATIENCE)
-        if (waiting_for := services.running) and waiting_for != explained:
+        if (waiting_for := services.stopping) and waiting_for != explained:
             explained = waiting_for
             terminal.say(
                 f"Waiting for {', '.join(waiting_for)} to end. Ctrl-C again ends all at once.",

@@ -37,6 +37,7 @@ class ServiceProcess:
         self.earlier_failures = 0  # of those that it replaces, in a row
         self._started_at = time.monotonic()
         self._process = process
+        self._asked_to_end = False
         self._killed_because = ""
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
 
@@ -52,6 +53,11 @@ class ServiceProcess:
         settled = time.monotonic() - self._started_at > SETTLED
         return 1 if settled else self.earlier_failures + 1
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to end, and has not."""
+        return self._asked_to_end and not self.ended.done()
+
     def kill(self, reason: str) -> None:
         self._killed_because = reason
         with contextlib.suppress(ProcessLookupError):
@@ -59,6 +65,7 @@ class ServiceProcess:
 
     async def stop(self, seconds: float) -> None:
         """Asks it to end; kills it when it has not ended after `seconds`."""
+        self._asked_to_end = True
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         done, _ = await asyncio.wait({self.ended}, timeout=seconds)

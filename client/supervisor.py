@@ -58,9 +58,9 @@ class Supervisor:
         return self._deployment.grace_period + STOP_MARGIN
 
     @property
-    def running(self) -> list[str]:
-        """The names of the services that have not ended."""
-        return [child.name for child in self._children if not child.ended.done()]
+    def stopping(self) -> list[str]:
+        """The names of the services that were asked to end and have not."""
+        return [child.name for child in self._children if child.stopping]
 
     async def start(self) -> str:
         """Starts the services, waits until the gateway is SERVING, returns its address."""

@@ -181,6 +181,15 @@ def test_shards_that_do_not_divide_the_sizes_are_refused(launch: Start) -> None:
     assert "start one of these numbers of shards: 1, 2, 4" in log
 
 
+def test_shards_that_contradict_torchrun_are_refused(
+    launch: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, log = launch(shards=3).end()
+    assert status == 1
+    assert "is 3, but torchrun has started 2 processes: leave --shards out, or torchrun" in log
+
+
 def test_help_lists_flags_and_variables() -> None:
     command = [sys.executable, "-m", "model_service", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
