@@ -31,16 +31,18 @@ def _character_class(codes: Iterable[int]) -> str:
     return "".join(rf"\U{first:08x}-\U{last:08x}" for first, last in ranges)
 
 
-def _of_category(*wanted: str) -> set[int]:
-    """The code points whose category begins with one of these."""
-    return {code for code, category in _CATEGORIES if category.startswith(wanted)}
-
-
 _CATEGORIES = [
     (code, category)
     for code, category in enumerate(map(unicodedata.category, map(chr, range(sys.maxunicode + 1))))
     if category.startswith(("M", "P", "S", "Cc", "Cf"))
 ]
+
+
+def _of_category(*wanted: str) -> set[int]:
+    """The code points whose category begins with one of these."""
+    return {code for code, category in _CATEGORIES if category.startswith(wanted)}
+
+
 _IGNORABLE = {code for first, last in _DEFAULT_IGNORABLE for code in range(first, last + 1)}
 # Format and control characters; some of the latter are white space.
 _CONTROL = {code for code in _of_category("Cf", "Cc") if not chr(code).isspace()}

@@ -8,7 +8,6 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 import structlog
@@ -20,7 +19,6 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
 )
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -28,6 +26,7 @@ from prometheus_client.registry import Collector
 from serving.errors import RequestError, StartError
 from serving.health import Health
 from serving.histogram import Snapshot
+from serving.metrics_port import MetricsServer, serve_metrics
 from serving.settings import ServerSettings
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -153,7 +152,7 @@ def exposed(settings: ServerSettings, registry: CollectorRegistry) -> Iterator[N
         return
     host = f"[{settings.metrics_host}]" if ":" in settings.metrics_host else settings.metrics_host
     try:
-        server, _ = start_http_server(settings.metrics_port, settings.metrics_host, registry)
+        server = serve_metrics(settings.metrics_host, settings.metrics_port, registry)
     except OSError as error:
         raise StartError(
             f"cannot serve metrics on {host}:{settings.metrics_port}: {error.strerror}; choose "
@@ -167,7 +166,7 @@ def exposed(settings: ServerSettings, registry: CollectorRegistry) -> Iterator[N
         threading.Thread(target=_close, args=(server,), daemon=True).start()
 
 
-def _close(server: WSGIServer) -> None:
+def _close(server: MetricsServer) -> None:
     server.shutdown()
     server.server_close()
 
