@@ -30,6 +30,16 @@ def test_weights_may_come_from_elsewhere(
     assert replica.info.fingerprint == load_replica(options).info.fingerprint
 
 
+def test_other_kernels_have_another_fingerprint(
+    options: ReplicaOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = load_replica(options).info
+    monkeypatch.setattr("model_service.replica.instructions", lambda: "of another processor")
+    other = load_replica(options).info
+    assert other.fingerprint != own.fingerprint
+    assert other.device == "cpu (of another processor)"
+
+
 @pytest.mark.parametrize(("lookahead", "expected"), [("auto", False), ("on", True), ("off", False)])
 def test_lookahead_is_off_on_the_cpu_unless_asked_for(
     options: ReplicaOptions, lookahead: str, expected: bool
