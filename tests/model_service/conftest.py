@@ -84,6 +84,16 @@ def make_engine() -> MakeEngine:
 
 
 @pytest.fixture(scope="session")
+def spoil() -> Callable[[Engine, int], None]:
+    """Damages a token's embedding in memory: logits of sequences that hold it are NaN."""
+
+    def damage(engine: Engine, token: int) -> None:
+        engine._runner._network.tok_embeddings.weight[token] = torch.nan
+
+    return damage
+
+
+@pytest.fixture(scope="session")
 def cases() -> Callable[[str], list[dict[str, Any]]]:
     def read(name: str) -> list[dict[str, Any]]:
         return list(json.loads((GOLDEN / f"{name}.json").read_text())["cases"])

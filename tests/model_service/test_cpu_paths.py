@@ -40,6 +40,7 @@ def test_the_kernels_of_this_processor_are_covered(
     record_property("cpu_path", cpu.instructions())
 
 
+@pytest.mark.timeout(900)  # dozens of tests in one
 @pytest.mark.parametrize("path", PATHS)
 def test_kernels_pass_their_tests_on_an_older_path(
     path: str, record_property: Callable[[str, object], None]

@@ -1,9 +1,7 @@
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -223,21 +221,18 @@ def test_a_higher_priority_goes_first(make_engine: Any, request_for: Any, cases:
 @pytest.mark.parametrize("lookahead", [False, True])
 def test_a_sequence_with_logits_that_are_not_finite_fails_alone(
     lookahead: bool,
-    checkpoint: Callable[[str], Path],
+    spoil: Any,
     make_engine: Any,
     cases: Cases,
     request_for: Any,
     run: Any,
 ) -> None:
-    folder = checkpoint("gqa-mp1")
-    weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
-    weights["tok_embeddings.weight"][7] = float("nan")
-    torch.save(weights, folder / "consolidated.00.pth")
     healthy = [case for case in cases("gqa")[:6] if 7 not in case["prompt_ids"] + case["ids"]]
     assert len(healthy) > 2
     broken = request_for(healthy[0], request_id="broken", prompt_ids=(1, 7, 9))
     requests = [broken, *(request_for(case) for case in healthy)]
-    engine = make_engine("gqa-mp1", folder=folder.parent, lookahead=lookahead)
+    engine = make_engine(lookahead=lookahead)
+    spoil(engine, 7)
     answers = run(engine, requests)
     assert answers["broken"].finish_reason is FinishReason.FAILED
     assert "not finite for the token at position 3" in answers["broken"].error

@@ -1,11 +1,8 @@
 """What the engine does not compute again, counted on a real checkpoint."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
@@ -198,14 +195,11 @@ def test_a_step_that_came_too_late_leaves_nothing_in_the_cache(
 
 @pytest.mark.parametrize("lookahead", [False, True])
 def test_a_failed_sequence_leaves_nothing_in_the_cache(
-    lookahead: bool, checkpoint: Callable[[str], Path], make_engine: Any, run: Any
+    lookahead: bool, spoil: Any, make_engine: Any, run: Any
 ) -> None:
-    folder = checkpoint("gqa-mp1")
-    weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
-    weights["tok_embeddings.weight"][2] = float("nan")
-    torch.save(weights, folder / "consolidated.00.pth")
     sizes = {"block_size": BLOCK, "max_step_tokens": 18}
-    engine = make_engine("gqa-mp1", folder=folder.parent, lookahead=lookahead, **sizes)
+    engine = make_engine(lookahead=lookahead, **sizes)
+    spoil(engine, 2)
     prompt = text(60, 0)
     broken = (*prompt[:30], 2, *prompt[31:])
     assert run(engine, [ask("broken", broken)])["broken"].finish_reason is FinishReason.FAILED

@@ -102,6 +102,15 @@ def test_stored_form_is_smaller_and_named_in_params(
     assert (tmp_path / name).stat().st_size < 0.6 * (source / name).stat().st_size
 
 
+def test_parts_of_a_weight_in_16_bits_that_a_quantized_one_takes() -> None:
+    weight = torch.randn(64, 4096)
+    taken = {}
+    for name, kind in FORMATS.items():
+        stored = kind.quantize(weight).stored("w").values()
+        taken[name] = sum(each.nbytes for each in stored) / weight.bfloat16().nbytes
+    assert taken == pytest.approx({"int8": 1 / 2, "fp8": 1 / 2, "int4": 3 / 8}, rel=1e-3)
+
+
 def test_quantized_checkpoint_is_not_quantized_again(golden: Path, tmp_path: Path) -> None:
     quantize_checkpoint(golden / "checkpoints" / "gqa-mp1", tmp_path / "once", "int8")
     with pytest.raises(StartError, match="is quantized already, to int8"):

@@ -55,6 +55,16 @@ def test_the_numbers_of_shards_are_those_that_divide_all_sizes() -> None:
     assert LLAMA_2["13B"].indivisible_by(5) == ["hidden_dim 13824"]
 
 
+def test_other_kernels_have_another_fingerprint(
+    options: ReplicaOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = load_replica(options).info
+    monkeypatch.setattr("model_service.replica.instructions", lambda: "of another processor")
+    other = load_replica(options).info
+    assert other.fingerprint != own.fingerprint
+    assert other.device == "cpu (of another processor)"
+
+
 @pytest.mark.parametrize(("lookahead", "expected"), [("auto", False), ("on", True), ("off", False)])
 def test_lookahead_is_off_on_the_cpu_unless_asked_for(
     options: ReplicaOptions, lookahead: str, expected: bool
