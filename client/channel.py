@@ -16,7 +16,7 @@ from client import arguments, targets
 DEFAULT_TARGET = "127.0.0.1:50051"
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
-    # Tokens with their alternatives outgrow gRPC's 4 MiB; the gateway limits what one may ask for.
+    # The gateway limits its answers, and its operator may allow more than gRPC's 4 MiB.
     ("grpc.max_receive_message_length", -1),
     # A server that vanished without a word is noticed within half a minute, also mid-stream.
     ("grpc.keepalive_time_ms", 20_000),

@@ -8,6 +8,7 @@ from gateway.connect import connector
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
 from serving import logs
+from serving.allocator import return_large_blocks
 from serving.errors import StartError
 from serving.server import serve
 from serving.settings import parse
@@ -27,6 +28,7 @@ async def run(settings: GatewaySettings) -> None:
 def main() -> None:
     settings = parse(GatewaySettings, prog="python -m gateway")
     logs.configure(settings)
+    return_large_blocks()
     try:
         asyncio.run(run(settings))
     except StartError as error:

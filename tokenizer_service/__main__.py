@@ -9,6 +9,7 @@ from pydantic import Field
 
 import serving  # noqa: F401  # before grpc
 from serving import logs
+from serving.allocator import return_large_blocks
 from serving.server import serve
 from serving.settings import Port, ServerSettings, parse
 from tokenizer_service.servicer import tokenizer_service
@@ -25,6 +26,7 @@ class TokenizerSettings(ServerSettings):
 def main() -> None:
     settings = parse(TokenizerSettings, prog="python -m tokenizer_service")
     logs.configure(settings)
+    return_large_blocks()
     try:
         tokenizer = Tokenizer(settings.tokenizer_path)
     except TokenizerFileError as error:

@@ -105,7 +105,8 @@ async def test_oldest_turns_are_dropped_and_counted(chat: Any) -> None:
     last = Message(role=ROLE_USER, content="hi")
     fields: Any = {"context_policy": CONTEXT_POLICY_DROP_OLDEST_TURNS}
     long = Dialog(messages=[system, *turn * 6, last])
-    rendered = await chat.RenderPrompt(RenderPromptRequest(dialog=long, **fields))
+    render = RenderPromptRequest(dialog=long, max_gen_len=1, **fields)
+    rendered = await chat.RenderPrompt(render)
     kept = Dialog(messages=[system, *turn * (6 - rendered.dropped_turns), last])
     assert 0 < rendered.dropped_turns < 6
     assert rendered.ids == (await chat.RenderPrompt(RenderPromptRequest(dialog=kept))).ids

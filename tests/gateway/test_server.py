@@ -17,6 +17,7 @@ from llama.v1.chat_pb2 import (
     Dialog,
     GetModelRequest,
     Message,
+    RenderPromptRequest,
     TextCompleteRequest,
 )
 from llama.v1.model_pb2 import SequenceError, Timings
@@ -31,6 +32,7 @@ from llama.v1.sampling_pb2 import (
 from llama.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
 from llama.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
 from serving.server import Service
+from tests.gateway.conftest import ScriptedModel, StartGateway, StartServer
 from tokenizer_service.servicer import TokenizerServicer, tokenizer_service
 from tokenizer_service.tokenizer import Tokenizer
 
@@ -345,3 +347,25 @@ async def test_tokenizer_service_with_another_model_file_is_not_used(
     await start_server(tokenizer_service(other), port=int(target.rpartition(":")[2]))
     refusals = [await log.wait_for("peer unusable") for _ in range(2)]
     assert "serves another model file (ffffffffffff)" in refusals[-1]["reason"]
+
+
+async def test_rendering_a_prompt_takes_a_place_as_long_as_it_is_encoded(
+    start_gateway: StartGateway,
+    start_server: StartServer,
+    tokenizer_target: str,
+    model: ScriptedModel,
+) -> None:
+    address, _ = await start_server(model.service())
+    one = {"max_queued_sequences": 1, "max_dialogs": 1}
+    gateway = await start_gateway(tokenizer_target, address, **one)
+    await gateway.until(serving=True)
+    hello = Dialog(messages=[Message(role=ROLE_USER, content="Hello")])
+    render = RenderPromptRequest(dialog=hello)
+    assert (await gateway.stub.RenderPrompt(render)).prompt_tokens > 0
+    assert (await gateway.stub.RenderPrompt(render)).prompt_tokens > 0
+    running = gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[hello]))
+    await model.starts.get()
+    with pytest.raises(grpc.aio.AioRpcError, match="the queue is full: 1 of 1 sequences") as full:
+        await gateway.stub.RenderPrompt(render)
+    assert full.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    running.cancel()
