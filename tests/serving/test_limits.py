@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 import structlog
+from google.protobuf.wrappers_pb2 import StringValue
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
@@ -131,15 +132,17 @@ async def test_the_call_that_waits_longest_for_its_request_gives_way(
     server = await servers.enter_async_context(running(ServerSettings(), echo.service()))
     async with channel(server.address) as to_server:
         method: Any = to_server.stream_unary("/test.Echo/unary_unary")
-        held = [method() for _ in range(4)]
-        for call in held:
-            await call.initial_metadata()  # the server waits for its request
+        held = []
+        for _ in range(4):
+            held.append(method())
+            await held[-1].initial_metadata()  # the server waits for its request
         assert await held[0].code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "too many calls waited for theirs" in await held[0].details()
-        assert await method(iter([b"new"])) == b"new"
-        await held[3].write(b"late")
+        message = StringValue(value="hello").SerializeToString()
+        assert await method(iter([message])) == message
+        await held[3].write(message)
         await held[3].done_writing()
-        assert await held[3] == b"late"
+        assert await held[3] == message
 
 
 async def test_call_without_a_request_is_told_so(echo: Any, servers: AsyncExitStack) -> None:
