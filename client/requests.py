@@ -72,9 +72,10 @@ class TextOptions(CallOptions, Sampling, total=False):
 
 
 class RenderOptions(CallOptions, total=False):
-    """Keyword arguments of `render_prompt`."""
+    """Keyword arguments of `render_prompt`; `max_gen_len` is that of the request to come."""
 
     context_policy: ContextPolicy
+    max_gen_len: int | None
 
 
 _ROLES: Mapping[str, chat_pb2.Role.ValueType] = {
@@ -151,6 +152,7 @@ def render_prompt(dialog: Dialog, options: RenderOptions) -> chat_pb2.RenderProm
     _set_dialog(request.dialog, dialog, "dialog", refusals)
     with refusals.at("context_policy"):
         request.context_policy = _choice(_CONTEXT_POLICIES, options.get("context_policy", "reject"))
+    _set_fields(request, ("max_gen_len",), options, "", refusals)
     refusals.raise_any()
     return request
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from client import Client, FinishReason
+from client import Client, FinishReason, Message
 from tests.e2e.deployments import Stack
 
 QUESTIONS = ["What do llamas eat?", "Who were the chasquis?", "How fast were they?", "Thank you!"]
@@ -11,7 +11,8 @@ QUESTIONS = ["What do llamas eat?", "Who were the chasquis?", "How fast were the
 def test_answers_of_a_long_conversation_are_not_cut_off(
     demo_services: Callable[..., Stack],
 ) -> None:
-    stack, dialog, dropped = demo_services(max_batch_size=1), [], 0
+    stack, dropped = demo_services(max_batch_size=1), 0
+    dialog: list[Message] = []
     with Client(stack.gateway.address) as client:
         for turn in range(24):
             dialog.append({"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]})
