@@ -87,9 +87,10 @@ class TextOptions(CallOptions, Sampling, total=False):
 
 
 class RenderOptions(CallOptions, total=False):
-    """Keyword arguments of `render_prompt`."""
+    """Keyword arguments of `render_prompt`; `max_gen_len` is that of the request to come."""
 
     context_policy: ContextPolicy | None
+    max_gen_len: int | None
 
 
 _ROLES: Mapping[str, chat_pb2.Role.ValueType] = {
@@ -170,6 +171,7 @@ def render_prompt(dialog: Dialog, options: RenderOptions) -> chat_pb2.RenderProm
     with _refusals(options, RenderOptions.__optional_keys__) as refusals:
         _set_dialog(request.dialog, dialog, "dialog", refusals)
         _set_context_policy(request, options, refusals)
+        _set_fields(request, ("max_gen_len",), options, "", refusals)
     return request
 
 

@@ -95,6 +95,12 @@ def test_n_is_sent_where_it_is_given() -> None:
     assert not plain.HasField("n")
 
 
+def test_room_for_the_answer_is_asked_for_when_a_prompt_is_rendered() -> None:
+    dialog: list[Message] = [{"role": "user", "content": "Hi"}]
+    assert requests.render_prompt(dialog, {"max_gen_len": 7}).max_gen_len == 7
+    assert not requests.render_prompt(dialog, {"max_gen_len": None}).HasField("max_gen_len")
+
+
 def test_an_n_that_cannot_be_sent_is_named() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         requests.chat(chat_pb2.ChatCompleteRequest, [HELLO], {}, n=-1)

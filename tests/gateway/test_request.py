@@ -12,6 +12,7 @@ from gateway.prompts import Window
 from gateway.read_dialogs import read_dialogs
 from gateway.request import RequestLimits, chat_violations, options, text_violations
 from llama.v1.chat_pb2 import (
+    ROLE_ASSISTANT,
     ROLE_USER,
     ChatCompleteRequest,
     ContextPolicy,
@@ -46,6 +47,25 @@ def sampling(**fields: Any) -> ChatCompleteRequest:
 
 def text(**fields: Any) -> TextCompleteRequest:
     return TextCompleteRequest(**fields)
+
+
+async def test_others_run_while_thousands_of_messages_are_read() -> None:
+    limits = RequestLimits(max_dialogs=64, max_messages=1024, max_choices=1, max_sequences=64)
+    roles = (ROLE_USER, ROLE_ASSISTANT)
+    talk = [Message(role=roles[index % 2], content="?") for index in range(1023)]
+    reading = asyncio.create_task(read_dialogs([Dialog(messages=talk)] * 64, limits))
+    turns = 0
+    while not reading.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len((await reading).messages) == 64
+    assert turns > 5
+
+
+async def test_dialogs_are_read_until_enough_violations_are_found() -> None:
+    wrong = Dialog(messages=[Message(content="?")] * 5)
+    found = (await read_dialogs([wrong] * 3, LIMITS)).violations
+    assert [each.field for each in found][-1] == "dialogs[1].messages[4].role"
 
 
 def told(request: ChatCompleteRequest | TextCompleteRequest) -> list[str]:

@@ -213,6 +213,41 @@ async def test_deadline_and_cancellation_reach_the_tokenizer_service(
     await held.cancelled.wait()
 
 
+class WatchedTokenizer(TokenizerServicer):
+    """Keeps the requests that it gets."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self.requests: list[EncodeRequest] = []
+
+    async def Encode(self, request: EncodeRequest, context: object) -> EncodeResponse:
+        self.requests.append(request)
+        return await super().Encode(request, context)
+
+
+async def test_large_request_is_encoded_in_pieces(
+    start_gateway: StartGateway,
+    start_server: StartServer,
+    tokenizer: Tokenizer,
+    model: ScriptedModel,
+) -> None:
+    watched = WatchedTokenizer(tokenizer)
+    model.info.context_length = 1_000_000
+
+    def register(server: grpc.aio.Server) -> None:
+        add_TokenizerServiceServicer_to_server(watched, server)
+
+    target, _ = await start_server(Service(names=["llama.v1.TokenizerService"], register=register))
+    gateway = await start_gateway(target, (await start_server(model.service()))[0])
+    await gateway.until(serving=True)
+    texts = [f"{number} " * 50_000 for number in range(5)]
+    call = gateway.stub.TextComplete(TextCompleteRequest(prompts=texts))
+    prompts = [list((await model.starts.get()).prompt_ids) for _ in texts]
+    assert prompts == [tokenizer.encode(text, bos=True, eos=False) for text in texts]
+    assert [len(request.segments) for request in watched.requests] == [2, 2, 1]
+    call.cancel()
+
+
 async def test_prompt_above_the_tokenizer_services_limit_is_refused(
     start_gateway: Any, start_server: Any, tokenizer: Tokenizer, model: Any
 ) -> None:
