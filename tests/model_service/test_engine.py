@@ -220,7 +220,7 @@ def test_the_end_of_earlier_turns_does_not_make_an_answer_longer(
             for bias in range(100)
         ]
         answers = run(engine, requests)
-        return min(bias for bias, answer in answers.items() if answer.ids in ([], [EOS]))
+        return int(min(bias for bias, answer in answers.items() if answer.ids in ([], [EOS])))
 
     assert 0 < bias_that_ends_it(frozenset([EOS])) < bias_that_ends_it(frozenset())
 
