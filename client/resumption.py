@@ -4,7 +4,8 @@ network.
 
 While the gateway knows the stream, it is resumed behind the last event that arrived. A gateway that
 was restarted does not; then the same request is made again with the seed that was reported, which
-gives the same tokens, and what has been delivered is compared and left out.
+gives the same tokens as far as `Determinism` says, and what has been delivered is compared and left
+out.
 """
 
 import math

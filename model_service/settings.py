@@ -60,14 +60,14 @@ class ModelSettings(ServerSettings):
             ge=0,
             le=64,
             description="most tokens to guess ahead in a step, for sequences that repeat their "
-            "text; answers do not depend on it; 0 turns it off; none with lookahead",
+            "text; changes logits by their rounding alone; 0 turns it off; none with lookahead",
         ),
     ] = 8
     lookahead: Annotated[
         Literal["auto", "on", "off"],
         Field(
-            description="launch a step before the last one's tokens are read; answers do not "
-            "depend on it; auto is on for CUDA"
+            description="launch a step before the last one's tokens are read; changes logits "
+            "by their rounding alone; auto is on for CUDA"
         ),
     ] = "auto"
     block_size: Annotated[

@@ -88,8 +88,7 @@ def spoil() -> Callable[[Engine, int], None]:
     """Damages a token's embedding in memory: logits of sequences that hold it are NaN."""
 
     def damage(engine: Engine, token: int) -> None:
-        embedding = engine._runner._network.get_parameter("tok_embeddings.weight")
-        embedding.data[token] = torch.nan
+        engine._runner._network.get_parameter("tok_embeddings.weight")[token] = torch.nan
 
     return damage
 

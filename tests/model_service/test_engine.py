@@ -9,6 +9,7 @@ from model_service.engine.engine import Engine
 from model_service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
 
 Case = dict[str, Any]
+EOS = 2
 Cases = Callable[[str], list[Case]]
 
 
@@ -198,6 +199,30 @@ def test_end_of_sequence_inside_a_prompt_stops_nothing(
     prompt = (*cases("gqa")[0]["prompt_ids"], 2, 1, 100)
     answer = run(make_engine(), [request_for(cases("gqa")[0], prompt_ids=prompt)])
     assert len(answer["one_turn"].ids) > 0
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_the_end_of_earlier_turns_does_not_make_an_answer_longer(
+    lookahead: bool, make_engine: Any, run: Any
+) -> None:
+    engine = make_engine(lookahead=lookahead)
+
+    def bias_that_ends_it(stop_ids: frozenset[int]) -> int:
+        """The least bias of the end of sequence, which stands in the prompt, that draws it."""
+        requests = [
+            GenerationRequest(
+                bias,
+                (1, 40, EOS, 1, 50),
+                1,
+                SamplingParams(0.0, repetition_penalty=2.0, logit_bias={EOS: bias}),
+                stop_ids,
+            )
+            for bias in range(100)
+        ]
+        answers = run(engine, requests)
+        return int(min(bias for bias, answer in answers.items() if answer.ids in ([], [EOS])))
+
+    assert 0 < bias_that_ends_it(frozenset([EOS])) < bias_that_ends_it(frozenset())
 
 
 def test_top_logprobs_name_the_chosen_token_of_a_greedy_answer(

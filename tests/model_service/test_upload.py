@@ -61,6 +61,8 @@ def test_host_holds_two_buffers_and_never_the_checkpoint(
     large_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload, "BUFFER_BYTES", 2**22)
+    # The device meta has no numbers to look at.
+    monkeypatch.setattr(f"{open_checkpoint.__module__}.extremes", lambda _: torch.zeros(2))
     checkpoint = open_checkpoint(large_checkpoint)
     process = psutil.Process()
 
@@ -68,9 +70,7 @@ def test_host_holds_two_buffers_and_never_the_checkpoint(
         memory = process.memory_info()
         return int(memory.rss - memory.shared)
 
-    torch.aminmax(torch.empty(1, device="meta"))  # imports what the first call imports
     before = own()
     weights = checkpoint.read_shard(0, 1, torch.float16, torch.device("meta"))
-    # Not to its end, where the numbers are checked: on the device meta there are none.
-    held = max(own() - before for _ in zip(checkpoint.files[0], weights, strict=False))
+    held = max(own() - before for _ in weights)
     assert held < 25e6 < checkpoint.parameters * 4 / 3
