@@ -30,6 +30,11 @@ def descendants(process: "subprocess.Popen[str] | None" = None) -> list[psutil.P
     return psutil.Process(None if process is None else process.pid).children(recursive=True)
 
 
+def children(process: "subprocess.Popen[str] | None" = None) -> list[psutil.Process]:
+    """Its services alone: their own children have their command line until they run another."""
+    return psutil.Process(None if process is None else process.pid).children()
+
+
 def listening(process: psutil.Process) -> list[str]:
     """Where it listens; IPv4 addresses without the form that IPv6 sockets show them in."""
     connections = process.net_connections("inet")
@@ -184,7 +189,11 @@ def test_a_replica_that_dies_is_started_again_and_answers_go_on(
     serve: Serve, tmp_path: Path
 ) -> None:
     with serve() as (process, address), Client(address) as client:
-        [model] = [each for each in descendants(process) if "model_service" in each.cmdline()]
+        [model] = [
+            each
+            for each in psutil.Process(process.pid).children()
+            if "model_service" in each.cmdline()
+        ]
         stream = client.complete_stream("The", max_gen_len=200, ignore_eos=True)
         next(stream)
         model.kill()
@@ -208,7 +217,7 @@ async def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyP
     try:
         address = await services.start()
         watching = asyncio.create_task(services.watch())
-        [model] = [each for each in descendants() if "model_service" in each.cmdline()]
+        [model] = [each for each in children() if "model_service" in each.cmdline()]
         model.suspend()
         async with AsyncClient(address) as client:
             text = await client.complete("Llamas", max_gen_len=3)  # waits for the new one

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("certificates")
     page = (ROOT / "docs" / "kubernetes.md").read_text()
     [commands] = [
-        each for each in re.findall(r"```\n(.*?)```", page, re.DOTALL) if "openssl" in each
+        each for each in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "openssl" in each
     ]
     script = f"set -eu\n{commands}\n{MISUSED}\n"
     subprocess.run(["bash", "-c", script], cwd=made, check=True, capture_output=True)
