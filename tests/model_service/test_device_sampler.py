@@ -85,6 +85,12 @@ def enter(result: StepResult) -> None:
         sequence.tokens.append(made[0][0])
 
 
+def runs_on(sequence: Sequence, result: StepResult) -> bool:
+    """Whether it neither failed nor drew one of its stop ids."""
+    stopped = sequence.tokens[-1] in sequence.request.stop_ids
+    return sequence not in result.failed and not stopped
+
+
 @settings(max_examples=60)
 @given(st.data(), st.lists(sequences(), min_size=1, max_size=5), st.sampled_from(VOCABS))
 def test_it_makes_what_the_sampler_on_the_host_makes(
@@ -101,7 +107,7 @@ def test_it_makes_what_the_sampler_on_the_host_makes(
         counting = {i for i, row in enumerate(rows) if row.sequence not in made.failed}
         assert logprobs(made, counting) == logprobs(expected, counting)
         enter(expected)
-        batch = [sequence for sequence in batch if sequence not in made.failed]
+        batch = [sequence for sequence in batch if runs_on(sequence, made)]
         if not batch:
             return
 
