@@ -273,7 +273,9 @@ def test_shards_and_replicas_listen_on_loopback_alone_and_stop_cleanly(
 ) -> None:
     with serve("--shards=2", "--replicas=2") as (process, address):
         with Client(address) as client:
-            model = client.get_model()
+            # The gateway serves as soon as it has reached one of them.
+            while (model := client.get_model()).replicas < 2:
+                pass
         services = descendants(process)
         addresses = [where for each in services for where in listening(each)]
         process.terminate()
