@@ -6,22 +6,30 @@ The server draws the seed of every sampling, so unlike `Llama.build` there is no
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Self, TypeVar, cast
 
-from client import ChatPrediction as Chat
-from client import Client, InvalidRequestError, Tls, Violation
-from client import TextPrediction as Text
+from client import Client, Delta, InvalidRequestError, Tls, Token, Violation
 from client.errors import invalid_request
+from client.sync import Stream
 from gateway.dialog import Message as DialogMessage
 from llama.arguments import Arguments, Sampling
 from llama.types import ChatPrediction, CompletionPrediction, Dialog, Generation, Message
 from serving.request_rules import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 
 T = TypeVar("T")
-P = TypeVar("P", Chat, Text)
 
 # The field that a rule of the server is about: which prompt of the request, and which of its ids.
 _PROMPT = re.compile(r"(dialogs|prompts|prompt_ids)\[(\d+)\](?:\.ids)?")
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What came of one prompt."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
 
 
 class RemoteLlama:
@@ -72,9 +80,9 @@ class RemoteLlama:
         sampling = arguments.sampling(temperature, top_p, max_gen_len)
         arguments.refuse()
         # Ids come with the logprobs.
-        predictions = self._complete(prompts, sampling, logprobs=True, echo=echo)
-        ids = [[token.id for token in prediction.tokens] for prediction in predictions]
-        return ids, [_logprobs(prediction) for prediction in predictions] if logprobs else None
+        answers = self._complete(prompts, sampling, logprobs=True, echo=echo)
+        ids = [[token.id for token in answer.tokens] for answer in answers]
+        return ids, [*map(_logprobs, answers)] if logprobs else None
 
     def text_completion(
         self,
@@ -90,12 +98,12 @@ class RemoteLlama:
         texts = arguments.texts(prompts)
         sampling = arguments.sampling(temperature, top_p, max_gen_len)
         arguments.refuse()
-        predictions = self._complete(texts, sampling, logprobs=logprobs, echo=echo)
+        answers = self._complete(texts, sampling, logprobs=logprobs, echo=echo)
         if not logprobs:
-            return [{"generation": each.text} for each in predictions]
+            return [{"generation": each.text} for each in answers]
         return [
             {"generation": each.text, "tokens": _texts(each), "logprobs": _logprobs(each)}
-            for each in predictions
+            for each in answers
         ]
 
     def chat_completion(
@@ -112,8 +120,8 @@ class RemoteLlama:
         sampling = arguments.sampling(temperature, top_p, max_gen_len)
         arguments.refuse()
 
-        def call(part: Sequence[Dialog], timeout: float | None) -> list[Chat]:
-            return self._client.chat_many(
+        def call(part: Sequence[Dialog], timeout: float | None) -> Stream:
+            return self._client.chat_stream_many(
                 part,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -122,12 +130,12 @@ class RemoteLlama:
                 timeout=timeout,
             )
 
-        predictions = self._in_parts(messages, call)
+        answers = self._in_parts(messages, call)
         if not logprobs:
-            return [{"generation": _message(each)} for each in predictions]
+            return [{"generation": _message(each)} for each in answers]
         return [
             {"generation": _message(each), "tokens": _texts(each), "logprobs": _logprobs(each)}
-            for each in predictions
+            for each in answers
         ]
 
     def _complete(
@@ -137,9 +145,9 @@ class RemoteLlama:
         *,
         logprobs: bool,
         echo: bool,
-    ) -> list[Text]:
-        def call(part: Sequence[str | list[int]], timeout: float | None) -> list[Text]:
-            return self._client.complete_many(
+    ) -> list[_Answer]:
+        def call(part: Sequence[str | list[int]], timeout: float | None) -> Stream:
+            return self._client.complete_stream_many(
                 part,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -152,9 +160,12 @@ class RemoteLlama:
         return self._in_parts(prompts, call)
 
     def _in_parts(
-        self, prompts: Sequence[T], call: Callable[[Sequence[T], float | None], list[P]]
-    ) -> list[P]:
-        """The predictions for all prompts, by as many requests as the gateway's limit makes it."""
+        self, prompts: Sequence[T], call: Callable[[Sequence[T], float | None], Stream]
+    ) -> list[_Answer]:
+        """The answers to all prompts, by as many requests as the gateway's limit makes it.
+
+        They are streams, because the gateway bounds the bytes of a unary answer.
+        """
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
 
         def left() -> float | None:
@@ -163,13 +174,18 @@ class RemoteLlama:
         if len(prompts) > 1 and self._max_prompts is None:
             self._max_prompts = self._client.get_model(timeout=left()).limits.max_dialogs
         size = self._max_prompts or 1
-        predictions: list[P] = []
+        answers = [_Answer() for _ in prompts]
         for begin in range(0, len(prompts), size):
             try:
-                predictions += call(prompts[begin : begin + size], left())
+                with closing(call(prompts[begin : begin + size], left())) as events:
+                    for event in events:
+                        if isinstance(event, Delta):
+                            answer = answers[begin + event.index]
+                            answer.text += event.text
+                            answer.tokens += event.tokens
             except InvalidRequestError as error:
                 raise _in_the_calls_terms(error, begin) from None
-        return predictions
+        return answers
 
 
 def _in_the_calls_terms(error: InvalidRequestError, begin: int) -> InvalidRequestError:
@@ -194,13 +210,13 @@ def _dialog(messages: Sequence[DialogMessage]) -> Dialog:
     return [cast("Message", {"role": each.role, "content": each.content}) for each in messages]
 
 
-def _message(prediction: Chat) -> Message:
-    return {"role": "assistant", "content": prediction.content}
+def _message(answer: _Answer) -> Message:
+    return {"role": "assistant", "content": answer.text}
 
 
-def _texts(prediction: Chat | Text) -> list[str]:
-    return [token.text for token in prediction.tokens]
+def _texts(answer: _Answer) -> list[str]:
+    return [token.text for token in answer.tokens]
 
 
-def _logprobs(prediction: Chat | Text) -> list[float]:
-    return [token.logprob for token in prediction.tokens]
+def _logprobs(answer: _Answer) -> list[float]:
+    return [token.logprob for token in answer.tokens]

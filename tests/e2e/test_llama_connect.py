@@ -161,3 +161,15 @@ def test_a_key_is_told_how_many_prompts_its_own_quota_takes(
         client.complete_many(["a"] * 3, max_gen_len=1)
         with pytest.raises(InvalidRequestError, match="at most 3 entries"):
             client.complete_many(["a"] * 4, max_gen_len=1)
+
+
+def test_an_answer_may_be_larger_than_a_unary_one(
+    built: Llama, gateway_beside: Callable[..., ServiceProcess]
+) -> None:
+    arguments: Any = {"max_gen_len": 60, "temperature": 0, "logprobs": True}
+    address = gateway_beside(max_response_bytes=1024).address
+    with Client(address) as client, pytest.raises(InvalidRequestError, match="logprobs"):
+        client.complete("The", **arguments)
+    with Llama.connect(address) as connected:
+        answer = connected.text_completion(["The"], **arguments)
+    assert_equal(answer, built.text_completion(["The"], **arguments))
