@@ -19,12 +19,14 @@ from tests.e2e.processes import ServiceProcess
 BLOCKS = [block for page in all_pages().values() for block in page]
 HELLO = {"role": "ROLE_USER", "content": "Hello!"}
 LONG = {"role": "ROLE_USER", "content": "Hello! " * 600}
+HUGE = {"role": "ROLE_USER", "content": "Hello! " * 150_000}
 WRONG: list[dict[str, Any]] = [
     {"dialogs": [{"messages": [HELLO]}], "sampling": {"temperature": -1}, "top_logprobs": 2},
     {"dialogs": [{"messages": [HELLO]}], "n": 0},
     {"dialogs": [{"messages": [HELLO]}], "sampling": {"stop_token_ids": [1, 2, 3, 32000]}},
     {"dialogs": [{"messages": [HELLO, HELLO]}]},
     {"dialogs": [{"messages": [LONG]}]},
+    {"dialogs": [{"messages": [HELLO]}, {"messages": [HUGE]}]},
 ]
 
 
