@@ -20,7 +20,10 @@ from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 # connection of a server that ends while a client still reads megabytes.
 BOS = 1
 LONG_REQUEST = DecodeRequest(sequences=[TokenIds(ids=[BOS] * 24_000_000)])
-ROOM_FOR_IT = ("--max_request_bytes", str(LONG_REQUEST.ByteSize()))
+ROOM_FOR_IT = (
+    *("--max_request_bytes", str(LONG_REQUEST.ByteSize())),
+    *("--max_request_fields", str(LONG_REQUEST.ByteSize())),
+)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
