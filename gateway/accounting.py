@@ -70,6 +70,22 @@ class Account:
             answer.finished = event
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What an account needs to know of a request, which may have megabytes and is not held."""
+
+    method: str
+    is_named: bool
+    begins_with_echo: bool
+
+    @classmethod
+    def of(cls, request: ChatRequest | TextRequest) -> "_Asked":
+        # With logprobs the prompt's tokens come with the first that the model makes.
+        echo = not isinstance(request, ChatRequest) and request.echo and not request.logprobs
+        method = request.DESCRIPTOR.name.removesuffix("Request")
+        return cls(method, bool(getattr(request, "request_id", "")), echo)
+
+
 class Accounting:
     """Keeps the accounts of a gateway's requests."""
 
@@ -77,17 +93,20 @@ class Accounting:
         self._metrics = metrics
         self._log_peers = log_peers
 
-    async def follow(
+    def follow(
         self,
         events: AsyncGenerator[PlacedEvent, None],
         request: ChatRequest | TextRequest,
         context: Context,
     ) -> AsyncGenerator[PlacedEvent, None]:
         """The same events; when they end, for whatever reason, so does the request's account."""
-        # With logprobs the prompt's tokens come with the first that the model makes.
-        echo = not isinstance(request, ChatRequest) and request.echo and not request.logprobs
-        account = Account(time.monotonic(), echo, self._metrics)
-        with self._closing(account, request, context):
+        return self._follow(events, _Asked.of(request), context)
+
+    async def _follow(
+        self, events: AsyncGenerator[PlacedEvent, None], asked: _Asked, context: Context
+    ) -> AsyncGenerator[PlacedEvent, None]:
+        account = Account(time.monotonic(), asked.begins_with_echo, self._metrics)
+        with self._closing(account, asked, context):
             async with aclosing(events):
                 async for place, event in events:
                     account.note(place, event)
@@ -98,12 +117,10 @@ class Accounting:
     ) -> AbstractContextManager[None]:
         """Accounts for a request that has no events, with the error that leaves the context."""
         account = Account(time.monotonic(), echo=False, metrics=self._metrics)
-        return self._closing(account, request, context)
+        return self._closing(account, _Asked.of(request), context)
 
     @contextmanager
-    def _closing(
-        self, account: Account, request: ChatRequest | TextRequest, context: Context
-    ) -> Iterator[None]:
+    def _closing(self, account: Account, asked: _Asked, context: Context) -> Iterator[None]:
         peer = context.peer() if self._log_peers else None
         code = grpc.StatusCode.INTERNAL
         try:
@@ -114,12 +131,12 @@ class Accounting:
             raise
         except (asyncio.CancelledError, GeneratorExit):
             # A named stream has no deadline any more once it was begun.
-            lasts = getattr(request, "request_id", "") and account.answers
+            lasts = asked.is_named and account.answers
             expired = not lasts and context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
         finally:
-            self._close(account, code, request.DESCRIPTOR.name.removesuffix("Request"), peer)
+            self._close(account, code, asked.method, peer)
 
     def _close(
         self, account: Account, code: grpc.StatusCode, method: str, peer: str | None

@@ -124,7 +124,9 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def ChatComplete(
         self, request: chat_pb2.ChatCompleteRequest, context: Context
     ) -> chat_pb2.ChatCompleteResponse:
-        async with aclosing(self._chat(request, context)) as events:
+        made = self._chat(request, context)
+        del request  # which may have megabytes, and is not needed while the answers are made
+        async with aclosing(made) as events:
             predictions = await fold(events)
         response = chat_pb2.ChatCompleteResponse(predictions=map(chat_prediction, predictions))
         for message, prediction in zip(response.predictions, predictions, strict=True):
@@ -135,14 +137,18 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.ChatCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.ChatCompleteStreamResponse]:
         made = _numbered(self._chat(request, context), chat_event)
-        async with aclosing(self._named(request, made, context)) as events:
+        named = self._named(request, made, context)
+        del request
+        async with aclosing(named) as events:
             async for event in events:
                 yield event
 
     async def TextComplete(
         self, request: chat_pb2.TextCompleteRequest, context: Context
     ) -> chat_pb2.TextCompleteResponse:
-        async with aclosing(self._text(request, context)) as events:
+        made = self._text(request, context)
+        del request  # which may have megabytes, and is not needed while the answers are made
+        async with aclosing(made) as events:
             predictions = await fold(events)
         response = chat_pb2.TextCompleteResponse(predictions=map(text_prediction, predictions))
         for message, prediction in zip(response.predictions, predictions, strict=True):
@@ -153,7 +159,9 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.TextCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.TextCompleteStreamResponse]:
         made = _numbered(self._text(request, context), text_event)
-        async with aclosing(self._named(request, made, context)) as events:
+        named = self._named(request, made, context)
+        del request
+        async with aclosing(named) as events:
             async for event in events:
                 yield event
 
@@ -234,20 +242,15 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         _refuse(chat_violations(request, read.violations, limits, len(vocabulary)))
         chosen = options(request, window.length)
         max_gen_len = chosen.sampling.max_gen_len
-        safe = read.safe
-        sequences = len(safe) * chosen.n
+        sequences = len(read.safe) * chosen.n
         self._refuse_large_answer(request, chosen, sequences)
+        answer_room = _answer_room(request.context_policy, window, max_gen_len)
+        lasting = _lasting(request, time_remaining)
+        del request  # as its callers have done
         with self.admission.admit(sequences, chosen.priority, time_remaining()) as admitted:
-            encoded = await encode_dialogs(
-                safe,
-                self._encoder(time_remaining),
-                window,
-                answer_room=_answer_room(request.context_policy, window, max_gen_len),
-            )
-            by_path = dict(zip(safe, encoded, strict=True))
-            prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in read.messages]
-            subjects = [*read.messages.values()]
-            lasting = _lasting(request, time_remaining)
+            prompts = await self._prompts(read, window, answer_room, time_remaining)
+            subjects = [] if self._classifier is None else [*read.messages.values()]
+            del read
             events = await self._begin(
                 prompts, subjects, chosen, admitted, lasting, arrived=arrived
             )
@@ -268,18 +271,36 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             if request.prompt_ids:
                 prompts = [Prompt(list(each.ids)) for each in request.prompt_ids]
             else:
-                texts = {f"prompts[{i}]": text for i, text in enumerate(request.prompts)}
-                prompts = await encode_texts(texts, self._encoder(time_remaining), window)
-            subjects = [*request.prompts]
-            if self._classifier is not None and request.prompt_ids:
-                subjects = [text_of(prompt.ids, vocabulary) for prompt in prompts]
+                prompts = await encode_texts(
+                    {f"prompts[{i}]": text for i, text in enumerate(request.prompts)},
+                    self._encoder(time_remaining),
+                    window,
+                )
+            subjects: list[Subject] = []
+            if self._classifier is not None:
+                subjects += request.prompts
+                subjects = subjects or [text_of(prompt.ids, vocabulary) for prompt in prompts]
             lasting = _lasting(request, time_remaining)
+            del request
             events = await self._begin(
                 prompts, subjects, chosen, admitted, lasting, arrived=arrived
             )
             async with aclosing(events):
                 async for event in events:
                     yield event
+
+    async def _prompts(
+        self,
+        read: Dialogs,
+        window: Window,
+        answer_room: int | None,
+        time_remaining: TimeRemaining,
+    ) -> list[Prompt | Refusal]:
+        """For each dialog what the model is given, or the answer without it."""
+        safe, encode = read.safe, self._encoder(time_remaining)
+        encoded = await encode_dialogs(safe, encode, window, answer_room=answer_room)
+        by_path = dict(zip(safe, encoded, strict=True))
+        return [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in read.messages]
 
     def _refuse_large_answer(
         self, request: ChatRequest | TextRequest, chosen: Options, sequences: int

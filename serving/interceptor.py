@@ -154,6 +154,8 @@ async def _call(handler: Handler, request: object, context: Context) -> object:
     )
     # The types of grpcio know only the handlers of its synchronous servers.
     result = cast("Callable[[object, Context], Any]", behavior)(request, context)
+    # A service need not hold its request until its answer ends, so this frame does not either.
+    del request
     if not inspect.isasyncgen(result):
         return await result
     async with contextlib.aclosing(result) as responses:

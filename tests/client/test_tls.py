@@ -27,6 +27,7 @@ from client import (
 )
 from llama import Llama
 from llama.v1 import chat_pb2
+from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 from tests.client.conftest import Run
 from tests.client.conftest import _handler as handler
 
@@ -78,14 +79,19 @@ def gateways(files: Files) -> Iterator[dict[str, str]]:
         return chat_pb2.GetModelResponse(name="reached")
 
     def complete(
-        request: chat_pb2.TextCompleteRequest, context: grpc.ServicerContext
-    ) -> chat_pb2.TextCompleteResponse:
+        request: chat_pb2.TextCompleteStreamRequest, context: grpc.ServicerContext
+    ) -> Iterator[chat_pb2.TextCompleteStreamResponse]:
         if ("authorization", "Bearer secret") not in context.invocation_metadata():
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no key that is known")
-        texts = [chat_pb2.TextPrediction(generation=f"{each}!") for each in request.prompts]
-        return chat_pb2.TextCompleteResponse(predictions=texts)
+        events: list[dict[str, Any]] = [
+            {"started": chat_pb2.TextStarted()},
+            {"delta": chat_pb2.TextDelta(text=f"{request.prompts[0]}!")},
+            {"finished": chat_pb2.TextFinished(finish_reason=FINISH_REASON_STOP)},
+        ]
+        for number, event in enumerate(events, start=1):
+            yield chat_pb2.TextCompleteStreamResponse(sequence=number, **event)
 
-    methods = {"GetModel": get_model, "TextComplete": complete}
+    methods = {"GetModel": get_model, "TextCompleteStream": complete}
     handlers = {name: handler(name, behaviour) for name, behaviour in methods.items()}
     service = grpc.method_handlers_generic_handler("llama.v1.ChatService", handlers)
 

@@ -24,7 +24,7 @@ from llama.v1.chat_pb2 import (
     TextCompleteStreamRequest,
 )
 from llama.v1.model_pb2 import SequenceError
-from llama.v1.sampling_pb2 import SamplingParams, TokenIds
+from llama.v1.sampling_pb2 import FINISH_REASON_STOP, SamplingParams, TokenIds
 from tests.gateway.conftest import RunningGateway, ScriptedModel
 
 Freed = Callable[[], Awaitable[None]]
@@ -92,6 +92,31 @@ async def test_refused_request_is_freed_with_its_answer(
             answers = call(request.SerializeToString())
             assert await answers.code() is grpc.StatusCode.INVALID_ARGUMENT
     await freed()
+
+
+LASTING = {
+    "chat": ChatCompleteRequest(dialogs=CHAT),
+    "chat_stream": ChatCompleteStreamRequest(dialogs=CHAT),
+    "text": TextCompleteRequest(prompts=["a"]),
+    "text_stream": TextCompleteStreamRequest(prompts=["a"]),
+    "named_stream": TextCompleteStreamRequest(prompt_ids=[TokenIds(ids=[5])], request_id="name"),
+}
+
+
+@pytest.mark.parametrize("name", LASTING)
+async def test_request_is_not_held_while_its_answers_are_made(
+    gateway: RunningGateway, model: ScriptedModel, freed: Freed, name: str
+) -> None:
+    request = LASTING[name]
+    method = type(request).__name__.removesuffix("Request")
+    serialized = request.SerializeToString()
+    async with grpc.aio.insecure_channel(gateway.address) as channel:
+        call: Any = channel.unary_stream(f"/llama.v1.ChatService/{method}")
+        answers = call(serialized)
+        start = await model.starts.get()
+        await freed()
+        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+        assert [answer async for answer in answers]
 
 
 async def test_ended_named_stream_keeps_its_events_and_not_its_request(
