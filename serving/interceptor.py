@@ -22,6 +22,7 @@ import structlog
 
 from serving import caller, request_id, tracing
 from serving.errors import RequestError, let_go, to_status
+from serving.held_bytes import Take
 from serving.metrics import CallMetrics, MethodMetrics
 from serving.receive import Parse, Receiver, checked
 from serving.seldom import Seldom
@@ -117,17 +118,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def respond(requests: AsyncIterator[object], context: Context) -> object:
             with (
                 structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}),
-                contextlib.ExitStack() as span,
+                contextlib.ExitStack() as during_call,
             ):
                 async with _answering(call, context):
                     if self._authorize is not None:
                         caller.identify(self._authorize(method, metadata))
                     if traced:  # a stranger's traceparent would add to others' traces
-                        span.enter_context(tracing.call(method, metadata))
+                        during_call.enter_context(tracing.call(method, metadata))
                     if handler.request_streaming:
                         return await _call(handler, _Requests(requests, call), context)
+                    take = during_call.enter_context(self._receiver.holding())
                     # Not in a variable: this frame outlives the call in the traceback of an error.
-                    return await _call(handler, await self._received(call, parse, context), context)
+                    return await _call(
+                        handler, await self._received(call, parse, context, take), context
+                    )
 
         # A request that does not parse must fail inside of `respond`. A single one arrives there as
         # bytes; of a stream, each is parsed while the service reads.
@@ -142,10 +146,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    async def _received(self, call: _Call, parse: Parse, context: Context) -> object:
+    async def _received(self, call: _Call, parse: Parse, context: Context, take: Take) -> object:
         serialized = await self._receiver.read(context)
         call.accepted = True
-        return await self._receiver.parse(serialized, parse)
+        return await self._receiver.parse(serialized, parse, take)
 
 
 async def _call(handler: Handler, request: object, context: Context) -> object:

@@ -1,12 +1,14 @@
 """From a call to its request: in time, and so that no request keeps the event loop from all others.
 
-A large one has its fields counted before it is parsed, is parsed while no other large one is, and
-then leaves as much time for everything else as that took.
+A large one counts against its caller's bytes until its call ends. It has its fields counted before
+it is parsed, is parsed while no other large one is, and then leaves as much time for everything
+else as that took.
 """
 
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -15,6 +17,7 @@ from google.protobuf.message import DecodeError
 from serving import caller
 from serving.errors import RequestError, resource_exhausted
 from serving.fair_turns import FairTurns
+from serving.held_bytes import HeldBytes, Take
 from serving.settings import ServerSettings
 from serving.wire import holds_more_than
 
@@ -34,7 +37,12 @@ class Receiver:
         self._timeout = settings.receive_timeout
         self._max_fields = settings.max_request_fields
         self._large = FairTurns(capacity=1)
+        self._held = HeldBytes()
         self._awaited: dict[asyncio.Timeout, None] = {}  # in order of arrival
+
+    def holding(self) -> AbstractContextManager[Take]:
+        """For as long as the current caller's call lasts; what it yields is for `parse`."""
+        return self._held.holding(caller.current().name)
 
     async def read(self, context: Context) -> bytes:
         """The call's request, as it arrived.
@@ -61,10 +69,11 @@ class Receiver:
             raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
         return cast("bytes", request)
 
-    async def parse(self, serialized: bytes, parse: Parse) -> object:
+    async def parse(self, serialized: bytes, parse: Parse, take: Take) -> object:
         """The request as a message."""
         if len(serialized) <= _SMALL:
             return checked(parse)(serialized)
+        take(len(serialized))
         async with self._large.turn(caller.current().name, len(serialized)):
             began = time.monotonic()
             try:
