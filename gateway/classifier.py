@@ -26,7 +26,7 @@ from gateway.peer import (
 from gateway.safety_options import SafetyOptions
 from llama.v1 import chat_pb2, safety_pb2, safety_pb2_grpc
 from llama.v1.operator_pb2 import PEER_STATE_CONNECTING
-from serving.errors import RequestError, unavailable
+from serving.errors import RequestError, resource_exhausted, unavailable
 
 SERVICE = "llama.v1.SafetyService"
 
@@ -128,6 +128,9 @@ class Classifier:
                 message = "the deadline passed while the safety classifier was asked"
                 raise RequestError(code, message)
             message = f"the safety classifier did not answer within {self._timeout:g} seconds"
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # the caller's doing, too
+            message = "dialog and answer are too large for the safety classifier"
+            raise resource_exhausted(message, "max_request_bytes", retry_after=None)
         return self._without_answer(message, code.name)
 
     def _answer(self, response: safety_pb2.ClassifyResponse) -> Judgement:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gateway.classifier import Classifier, Judgement, Subject, TimeRemaining
 from gateway.completion import Event, Place, PlacedEvent, Refusal, Started
+from gateway.dialog import Message, drop_oldest_turns
 from gateway.held_answer import HeldAnswer
 from gateway.prompts import Prompt
 from gateway.request import Options
@@ -17,6 +18,18 @@ from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY
 
 # How the chat models themselves decline. A text has nobody who could: its continuation is empty.
 DIALOG_REFUSAL = "I apologize, but I cannot fulfill your request."
+
+
+def dialogs_to_judge(
+    prompts: Sequence[Prompt | Refusal], dialogs: Sequence[Sequence[Message]]
+) -> list[Subject]:
+    """What each prompt was made of. It is held until the answers end, so nothing is in it that was
+    dropped or refused.
+    """
+    return [
+        () if isinstance(prompt, Refusal) else drop_oldest_turns(dialog, prompt.dropped_turns)
+        for prompt, dialog in zip(prompts, dialogs, strict=True)
+    ]
 
 
 class Guard:

@@ -52,7 +52,7 @@ from gateway.request import (
     request_id_violations,
     text_violations,
 )
-from gateway.safety import Guard
+from gateway.safety import Guard, dialogs_to_judge
 from gateway.settings import GatewaySettings
 from gateway.unary import add_tokens, fold, size_violations, within
 from gateway.unread import UnreadEvents
@@ -249,7 +249,11 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         del request  # as its callers have done
         with self.admission.admit(sequences, chosen.priority, time_remaining()) as admitted:
             prompts = await self._prompts(read, window, answer_room, time_remaining)
-            subjects = [] if self._classifier is None else [*read.messages.values()]
+            subjects = (
+                []
+                if self._classifier is None
+                else dialogs_to_judge(prompts, [*read.messages.values()])
+            )
             del read
             events = await self._begin(
                 prompts, subjects, chosen, admitted, lasting, arrived=arrived

@@ -133,7 +133,9 @@ class Tokenizer:
                     return await answer(call)
                 except grpc.aio.AioRpcError as error:
                     if error.code() not in _CUT_OFF:
-                        raise _refusal(error) from error
+                        if (refusal := _refusal(error)) is None:
+                            raise
+                        raise refusal from error
             await asyncio.sleep(FIRST_PAUSE)
 
     async def _session(self) -> None:
@@ -187,12 +189,12 @@ def _unavailable() -> RequestError:
     return unavailable("the tokenizer service is not available")
 
 
-def _refusal(error: grpc.aio.AioRpcError) -> Exception:
-    """What a failed Encode means for the request; any other failure is a bug."""
+def _refusal(error: grpc.aio.AioRpcError) -> RequestError | None:
+    """What a failed Encode means for the request; None: it is a bug."""
     match error.code():
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return RequestError(error.code(), "the deadline passed while the prompt was encoded")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             message = f"the prompt is too large for the tokenizer service: {error.details()}"
             return resource_exhausted(message, "max_request_bytes", retry_after=None)
-    return error
+    return None

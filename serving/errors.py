@@ -86,7 +86,9 @@ def let_go(error: BaseException | None) -> None:
     A traceback refers to its frames and they often to their error: what they hold, such as the
     request, would stay in that cycle until the next full garbage collection.
     """
-    while error is not None:
+    seen: set[int] = set()  # an error may be among its own causes
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

@@ -26,6 +26,7 @@ class FairTurns:
         self._ends: dict[str, float] = {}  # of each caller's last piece of work
         self._order = itertools.count()
         self._waiting: list[tuple[float, int, int, asyncio.Future[None]]] = []  # a heap
+        self._cancelled = 0  # entries of the heap that were given up
 
     @property
     def running(self) -> int:
@@ -46,12 +47,25 @@ class FairTurns:
         finally:
             if granted.done() and not granted.cancelled():
                 self._running -= cost
+            else:
+                granted.cancel()
+                self._cancelled += 1
+                self._sweep()
             self._grant()
+
+    def _sweep(self) -> None:
+        """Keeps given-up entries from piling up behind long work."""
+        if 2 * self._cancelled > len(self._waiting):
+            self._waiting = [each for each in self._waiting if not each[3].cancelled()]
+            heapq.heapify(self._waiting)
+            self._cancelled = 0
 
     def _grant(self) -> None:
         while self._waiting:
             start, _, cost, granted = self._waiting[0]
-            if not granted.cancelled():
+            if granted.cancelled():
+                self._cancelled -= 1
+            else:
                 if self._running and self._running + cost > self._capacity:
                     return  # smaller work does not pass it, or it might wait for ever
                 self._now = start

@@ -14,6 +14,7 @@ from serving.errors import resource_exhausted
 
 # A caller needs one stream for each service that it watches.
 MAX_PER_CONNECTION = 16
+MAX_PER_ADDRESS = 256
 # Of a server in all: together they take some 30 MB.
 MAX_IN_ALL = 1024
 
@@ -25,31 +26,42 @@ class HeldStreams:
 
     def __init__(self) -> None:
         self._by_connection: Counter[str] = Counter()
+        self._by_address: Counter[str] = Counter()
 
     @contextlib.contextmanager
     def hold(self, context: Context) -> Iterator[None]:
         """Counts a call for as long as the block lasts.
 
         Raises:
-            RequestError: RESOURCE_EXHAUSTED at either bound.
+            RequestError: RESOURCE_EXHAUSTED at any bound.
         """
         connection = context.peer()  # address and port
+        address, _, _port = connection.rpartition(":")
         if self._by_connection[connection] >= MAX_PER_CONNECTION:
             raise resource_exhausted(
                 f"this connection has {MAX_PER_CONNECTION} health and reflection streams "
                 "open, which is the most",
                 "streams of a connection",
             )
-        if self._by_connection.total() >= MAX_IN_ALL:
+        if self._by_address[address] >= MAX_PER_ADDRESS:
+            raise resource_exhausted(
+                f"this address has {MAX_PER_ADDRESS} health and reflection streams open, which "
+                "is the most; Health/Check always answers",
+                "streams of an address",
+            )
+        if self._by_address.total() >= MAX_IN_ALL:
             raise resource_exhausted(
                 f"this server has {MAX_IN_ALL} health and reflection streams open, which is "
                 "the most; Health/Check always answers",
                 "streams of the server",
             )
-        self._by_connection[connection] += 1
+        held = ((self._by_connection, connection), (self._by_address, address))
+        for counter, key in held:
+            counter[key] += 1
         try:
             yield
         finally:
-            self._by_connection[connection] -= 1
-            if not self._by_connection[connection]:
-                del self._by_connection[connection]
+            for counter, key in held:
+                counter[key] -= 1
+                if not counter[key]:
+                    del counter[key]

@@ -2,6 +2,7 @@
 bounded: threads, and how long one waits for its request.
 """
 
+import contextlib
 import socket
 import sys
 import threading
@@ -38,9 +39,12 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Request, client_address: Address) -> None:
+        deadline = threading.Timer(Handler.timeout, _shut_down, (request,))
+        deadline.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            deadline.cancel()
             self._free.release()
 
     def handle_error(self, request: Request, client_address: Address) -> None:  # noqa: ARG002
@@ -49,10 +53,16 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
 
 
 class Handler(WSGIRequestHandler):
-    timeout = 10.0  # seconds for a connection to send something, and to take something
+    timeout = 10.0  # seconds for a connection, however slowly it sends and takes something
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002  # inherited
         """Says nothing."""
+
+
+def _shut_down(request: Request) -> None:
+    if isinstance(request, socket.socket):
+        with contextlib.suppress(OSError):  # it has ended
+            request.shutdown(socket.SHUT_RDWR)
 
 
 def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> MetricsServer:

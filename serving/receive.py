@@ -38,7 +38,8 @@ class Receiver:
         self._max_fields = settings.max_request_fields
         self._large = FairTurns(capacity=1)
         self._held = HeldBytes()
-        self._awaited: dict[asyncio.Timeout, None] = {}  # in order of arrival
+        # By caller, each in order of arrival.
+        self._awaited: dict[str, dict[asyncio.Timeout, None]] = {}
 
     def holding(self) -> AbstractContextManager[Take]:
         """For as long as the current caller's call lasts; what it yields is for `parse`."""
@@ -47,24 +48,28 @@ class Receiver:
     async def read(self, context: Context) -> bytes:
         """The call's request, as it arrived.
 
-        When too many calls wait for theirs, the one that has waited for longest is given up: most
-        requests arrive with their call, so those that are late cannot keep others out.
+        When too many calls wait for theirs, the caller with the most loses the one that has waited
+        for longest: most requests arrive with their call, so late ones cannot keep others out.
         """
-        if len(self._awaited) >= MAX_AWAITED_REQUESTS:
+        name = caller.current().name
+        if sum(map(len, self._awaited.values())) >= MAX_AWAITED_REQUESTS:
             self._give_up_longest()
         limit = asyncio.timeout(self._timeout)
-        self._awaited[limit] = None
+        awaited = self._awaited.setdefault(name, {})
+        awaited[limit] = None
         try:
             async with limit:
                 request = await context.read()
         except TimeoutError:
-            if limit not in self._awaited:
+            if limit not in awaited:
                 message = "the request was late, and too many calls waited for theirs"
                 raise resource_exhausted(message, "awaited requests") from None
             message = f"the request did not arrive within {self._timeout:g} seconds"
             raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
         finally:
-            self._awaited.pop(limit, None)
+            awaited.pop(limit, None)
+            if not awaited:
+                self._awaited.pop(name, None)
         if request is grpc.aio.EOF:
             raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
         return cast("bytes", request)
@@ -83,8 +88,9 @@ class Receiver:
                 await asyncio.sleep(time.monotonic() - began)
 
     def _give_up_longest(self) -> None:
-        longest = next(iter(self._awaited))
-        del self._awaited[longest]
+        most = max(self._awaited.values(), key=len)
+        longest = next(iter(most))
+        del most[longest]
         if not longest.expired():
             longest.reschedule(asyncio.get_running_loop().time())
 

@@ -7,6 +7,7 @@ number in a packed list costs much less and counts as the eighth part of a field
 """
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from serving.breather import Breather
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types that have a value
+_GROUP = (3, 4)  # the wire types of a group's begin and end
 _CONTINUES = bytes(range(128, 256))  # bytes of a varint that are not its last
 _NUMBERS_PER_FIELD = 8
 # Fields from one look at the clock to the next.
@@ -60,6 +62,10 @@ def _counts(data: bytes, layout: _Layout) -> Iterator[int]:
                 tag, position = _varint(data, position - 1)
             kind = tag & 7
             count += 1
+            if kind in _GROUP:
+                # The parser reads no fields in it, and no message of ours has one.
+                yield sys.maxsize
+                return
             if kind == _BYTES:
                 size = data[position]
                 position += 1
@@ -84,9 +90,7 @@ def _counts(data: bytes, layout: _Layout) -> Iterator[int]:
 
 def _behind_number(data: bytes, position: int, kind: int) -> int:
     if kind == _VARINT:
-        while data[position] >= 128:
-            position += 1
-        return position + 1
+        return _varint(data, position)[1]
     return position + {_FIXED32: 4, _FIXED64: 8}.get(kind, 0)
 
 

@@ -29,6 +29,8 @@ from serving.server import Service
 from tokenizer_service.tokenizer import TokenIdError, Tokenizer
 
 MAX_SEGMENTS = 4096
+# A caller is an API key by its name.
+MAX_CALLER_CHARACTERS = 64
 # In work at once; a larger request runs alone.
 MAX_BYTES_AT_ONCE = 1024 * 1024
 # What a call costs beyond its bytes, so that tiny ones are bounded, too.
@@ -73,6 +75,9 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     async def Encode(self, request: EncodeRequest, _context: object) -> EncodeResponse:
         _check_count("segments", len(request.segments))
+        if len(request.caller) > MAX_CALLER_CHARACTERS:
+            rule = f"must have at most {MAX_CALLER_CHARACTERS} characters"
+            raise invalid_argument([Violation("caller", f"{rule}, not {len(request.caller)}")])
         async with self._turns.turn(request.caller, CALL_BYTES + request.ByteSize()):
             return await _to_its_end(asyncio.to_thread(self._encode, request))
 

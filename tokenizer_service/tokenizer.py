@@ -65,12 +65,19 @@ class Tokenizer:
 
     @property
     def max_token_bytes(self) -> int | None:
-        """The most bytes of a text that one token stands for; None where there is no bound."""
+        """The most bytes of a text that one token stands for; None where there is no bound.
+
+        A piece's sign for a space also stands for that sign itself, which has three bytes.
+        """
         # Without byte pieces, one unknown token stands for a whole run of characters.
         ids = range(self.n_words)
         if not self._keeps_text or not any(map(self._processor.IsByte, ids)):
             return None
-        return max(len(self._piece(token_id).bytes) for token_id in ids)
+        return max(
+            len(self._processor.IdToPiece(token_id).encode())
+            for token_id in ids
+            if not (self._processor.IsControl(token_id) or self._processor.IsByte(token_id))
+        )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, with `bos_id` in front and `eos_id` at the end where asked for.

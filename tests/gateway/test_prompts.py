@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialog import Message, Segment, drop_oldest_turns, render
-from gateway.prompts import Window, encode_dialogs, encode_texts
+from gateway.completion import SPECIAL_TAGS_REFUSAL, Refusal
+from gateway.dialog import ASSISTANT, USER, Message, Segment, drop_oldest_turns, render
+from gateway.prompts import Prompt, Window, encode_dialogs, encode_texts
+from gateway.safety import dialogs_to_judge
 from serving.errors import RequestError
 from tokenizer_service.tokenizer import Tokenizer
 
@@ -154,3 +156,13 @@ async def test_dropping_turns_without_a_system_message_costs_no_further_call(
 async def test_texts_get_bos_and_no_eos(encoder: Encoder) -> None:
     [prompt] = await encode_texts({"prompts[0]": "one"}, encoder, Window(100))
     assert prompt.ids == encoder.tokenizer.encode("one", bos=True, eos=False)
+
+
+def test_what_was_dropped_or_refused_is_not_held_to_be_judged() -> None:
+    messages = [Message(USER, "a"), Message(ASSISTANT, "b"), Message(USER, "c")]
+    prompts: list[Prompt | Refusal] = [
+        Prompt([1], dropped_turns=1),
+        SPECIAL_TAGS_REFUSAL,
+        Prompt([1]),
+    ]
+    assert dialogs_to_judge(prompts, [messages] * 3) == [messages[2:], (), messages]

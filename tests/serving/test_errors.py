@@ -1,6 +1,7 @@
 """A refusal as it arrives at the client."""
 
 import grpc
+import pytest
 from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from serving.errors import (
     RequestError,
     Violation,
     invalid_argument,
+    let_go,
     resource_exhausted,
     to_status,
     unavailable,
@@ -62,3 +64,13 @@ def test_status_of_any_error_fits_into_the_trailers(text: str, repeat: int, coun
     percent_encoded = 3 * len(status.message.encode())
     base64_encoded = 4 * status.ByteSize() / 3
     assert percent_encoded + base64_encoded < METADATA_LIMIT
+
+
+def test_an_error_among_its_own_causes_is_let_go_too() -> None:
+    error, other = ValueError("one"), ValueError("other")
+    error.__cause__, other.__cause__ = other, error
+    for each in (error, other):
+        with pytest.raises(ValueError, match="o"):
+            raise each
+    let_go(error)
+    assert (error.__traceback__, other.__traceback__) == (None, None)

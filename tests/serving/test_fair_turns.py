@@ -109,3 +109,18 @@ async def test_idle_caller_keeps_no_credit() -> None:
     assert Counter(line.begun[before:])["busy"] >= 4
     for task in line.tasks:
         task.cancel()
+
+
+async def test_given_up_work_does_not_pile_up_behind_work_that_lasts() -> None:
+    line = Line(FairTurns(capacity=1))
+    line.add("lasts", 1)
+    given_up = [line.add("impatient", 1) for _ in range(100)]
+    line.add("waits", 1)
+    await settle()
+    for task in given_up:
+        task.cancel()
+    await settle()
+    assert len(line.turns._waiting) < 10
+    await line.end_one()
+    assert line.begun == ["lasts", "waits"]
+    await line.end_one()

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from serving import held_streams, receive
+from serving.caller import ANYBODY, Caller
 from serving.seldom import Seldom
 from serving.server import channel, running
 from serving.settings import ServerSettings
@@ -97,10 +99,11 @@ async def test_held_streams_of_a_connection_are_bounded_and_checks_still_answer(
         await watching(to_server)
 
 
+@pytest.mark.parametrize("bound", ["MAX_IN_ALL", "MAX_PER_ADDRESS"])
 async def test_held_streams_of_a_server_are_bounded_over_all_connections(
-    echo: Any, servers: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+    echo: Any, servers: AsyncExitStack, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
-    monkeypatch.setattr(held_streams, "MAX_IN_ALL", 3)
+    monkeypatch.setattr(held_streams, bound, 3)
     server = await servers.enter_async_context(running(ServerSettings(), echo.service()))
     async with AsyncExitStack() as connections:
         for _ in range(3):
@@ -143,6 +146,28 @@ async def test_the_call_that_waits_longest_for_its_request_gives_way(
         await held[3].write(message)
         await held[3].done_writing()
         assert await held[3] == message
+
+
+async def test_late_requests_of_one_caller_do_not_take_anothers_place(
+    echo: Any, servers: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receive, "MAX_AWAITED_REQUESTS", 3)
+
+    def authorize(_method: str, metadata: Any) -> Caller:
+        return replace(ANYBODY, name=dict(metadata)["name"])
+
+    service = replace(echo.service(), authorize=authorize)
+    server = await servers.enter_async_context(running(ServerSettings(), service))
+    async with channel(server.address) as to_server:
+        method: Any = to_server.stream_unary("/test.Echo/unary_unary")
+        calls = []
+        for name in ("ben", "ada", "ada", "ada"):
+            calls.append(method(metadata=(("name", name),)))
+            await calls[-1].initial_metadata()
+        assert await calls[1].code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        await calls[0].write(b"")
+        await calls[0].done_writing()
+        assert await calls[0] == b""
 
 
 async def test_call_without_a_request_is_told_so(echo: Any, servers: AsyncExitStack) -> None:

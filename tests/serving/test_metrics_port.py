@@ -56,3 +56,18 @@ def test_connections_that_break_write_nothing_to_stderr(
             broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     scrape(server)
     assert capsys.readouterr().err == ""
+
+
+def test_a_connection_that_sends_slowly_ends_too(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_port.Handler, "timeout", 0.5)
+    with connect(server) as slow:
+        slow.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+        slow.settimeout(0.05)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while True:
+                slow.sendall(b"x")
+                with contextlib.suppress(TimeoutError):
+                    if slow.recv(1) == b"":
+                        break

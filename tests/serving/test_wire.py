@@ -84,3 +84,10 @@ async def test_others_run_while_a_large_message_is_counted(kind: Any, part: byte
         await asyncio.sleep(0)
         turns += 1
     assert turns > 10
+
+
+@pytest.mark.parametrize("group", [b"\x7b", b"\x7c"])  # begin and end of field 15
+async def test_a_group_is_more_than_any_number_of_fields(group: bytes) -> None:
+    # In it, the parser takes for content what looks like fields here.
+    hidden = b"\x0a\xff\xff\xff\x0f" + b"\x0a\x00" * 100
+    assert await holds_more_than(100, group + hidden, ChatCompleteRequest.DESCRIPTOR)

@@ -25,7 +25,8 @@ FIRST_BYTE_ID = 3  # the pieces <0x00> to <0xFF> follow <unk>, <s>, </s>
 SPECIAL = st.sampled_from(
     ["<s>", "</s>", "<unk>", "<0x0A>", "[INST]", "\u2581", "\0", " ", "🦙", "é"]
 )
-TEXTS = st.lists(st.text() | SPECIAL).map("".join)
+# The sign for a space in pieces may also be written in a text.
+TEXTS = st.lists(st.text() | SPECIAL | st.text("\u2581 ")).map("".join)
 
 
 @given(text=TEXTS, bos=st.booleans(), eos=st.booleans())
@@ -109,8 +110,8 @@ def test_vocabulary_tells_kinds_apart(tokenizer: Tokenizer) -> None:
 
 @given(text=TEXTS)
 def test_no_token_stands_for_more_bytes_than_told(tokenizer: Tokenizer, text: str) -> None:
-    assert tokenizer.max_token_bytes == 8
-    assert len(tokenizer.encode(text, bos=False, eos=False)) * 8 >= len(text.encode())
+    assert tokenizer.max_token_bytes == 10
+    assert len(tokenizer.encode(text, bos=False, eos=False)) * 10 >= len(text.encode())
 
 
 def train(path: Path, **options: Any) -> Path:
@@ -138,7 +139,7 @@ def test_dummy_prefix_and_padding_are_read_from_the_model(tmp_path: Path) -> Non
         ({"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": False}, None),
         ({"normalization_rule_name": "identity", "remove_extra_whitespaces": True}, None),
         ({"byte_fallback": False}, None),
-        ({}, 5),  # " what"
+        ({}, 6),  # three letters behind the sign for a space, which has three bytes
     ],
 )
 def test_tokens_have_a_bound_only_where_no_text_is_left_out(
