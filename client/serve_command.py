@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import click
 import grpc
@@ -204,13 +205,18 @@ async def _stop(services: Supervisor, terminal: _Terminal) -> None:
     stop.result()
 
 
+def _opened(log_file: Path) -> TextIO:
+    try:
+        return log_file.open("a", encoding="utf-8")
+    except OSError as error:
+        raise SupervisorError(f"cannot write to --log_file {log_file}: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def _log_to(path: Path | None, log_format: str, level: str) -> Iterator[Log]:
     """Where the lines of the services go."""
     with contextlib.ExitStack() as stack:
-        stream = (
-            sys.stderr if path is None else stack.enter_context(path.open("a", encoding="utf-8"))
-        )
+        stream = sys.stderr if path is None else stack.enter_context(_opened(path))
         # There is no stderr where it was closed.
         on_terminal = stream is not None and stream.isatty()
         text = log_format == "text" or (log_format == "auto" and on_terminal)

@@ -139,6 +139,13 @@ def test_a_grace_period_that_is_none_is_refused(
     )
 
 
+def test_log_file_that_cannot_be_written_is_named_with_its_flag(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "missing" / "log"
+    done = run("serve", "--port=0", f"--log_file={file}")
+    assert done.returncode == 1
+    assert done.stderr == (f"Error: cannot write to --log_file {file}: No such file or directory\n")
+
+
 def test_replicas_share_the_cores() -> None:
     one = Deployment(Path("ckpt"), Path("t.model")).model_command()
     many = Deployment(Path("ckpt"), Path("t.model"), shards=2, replicas=2).model_command()
