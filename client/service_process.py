@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import time
 from asyncio import Future
 from asyncio.subprocess import Process
@@ -45,7 +46,7 @@ class ServiceProcess:
         if self._killed_because:
             return f"{self.name} was killed, as {self._killed_because}"
         reason = failure(list(self._lines))
-        return f"{self.name} ended with status {self._process.returncode}: {reason}"
+        return f"{self.name} {_end(cast('int', self._process.returncode))}: {reason}"
 
     @property
     def failures_in_a_row(self) -> int:
@@ -85,3 +86,12 @@ class ServiceProcess:
                 self.complaint.set_result(readable(text))
         await self._process.wait()
         on_end(self)
+
+
+def _end(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:  # most real-time signals have no name
+        return f"was killed by signal {-status}"
