@@ -140,6 +140,11 @@ class _Terminal:
         line = as_json("serve", own_line(level, text, **values)) if self._as_json else text
         click.echo(line, err=level != "info")
 
+    def say_at_end(self, text: str, level: str = "info") -> None:
+        """Says it if anything is there to show it: a closed terminal must not cut answers off."""
+        with contextlib.suppress(OSError):
+            self.say(text, level)
+
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
         """In JSON, an error that ends the command is a line like all others."""
@@ -161,8 +166,13 @@ async def _serve_until_stopped(services: Supervisor, terminal: _Terminal) -> Non
         nonlocal stopping
         if stopping:
             services.kill()
+            return
         stopping = True
         serving.cancel()
+        terminal.say_at_end(
+            f"Stopping: running answers get {services.grace_period:g} s. "
+            "Ctrl-C again ends all at once."
+        )
 
     signals = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
@@ -198,11 +208,13 @@ async def _stop(services: Supervisor, terminal: _Terminal) -> None:
         await asyncio.wait({stop}, timeout=PATIENCE)
         if (waiting_for := services.stopping) and waiting_for != explained:
             explained = waiting_for
-            terminal.say(
+            terminal.say_at_end(
                 f"Waiting for {', '.join(waiting_for)} to end. Ctrl-C again ends all at once.",
                 "warning",
             )
     stop.result()
+    if services.killed:
+        terminal.say_at_end(f"Had to be killed: {', '.join(services.killed)}.", "warning")
 
 
 def _opened(log_file: Path) -> TextIO:

@@ -40,6 +40,7 @@ class ServiceProcess:
         self._process = process
         self._asked_to_end = False
         self._killed_because = ""
+        self._killed_at_end = False
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
 
     def obituary(self) -> str:
@@ -59,6 +60,17 @@ class ServiceProcess:
         """Whether it was asked to end, and has not."""
         return self._asked_to_end and not self.ended.done()
 
+    @property
+    def killed_at_end(self) -> bool:
+        """Whether it had to be killed when the services were stopped."""
+        return self._killed_at_end and self._process.returncode in (None, -signal.SIGKILL)
+
+    def kill_at_end(self, reason: str) -> None:
+        """Kills it, unless it has ended by itself."""
+        if not self.ended.done():
+            self._killed_at_end = True
+            self.kill(reason)
+
     def kill(self, reason: str) -> None:
         self._killed_because = reason
         with contextlib.suppress(ProcessLookupError):
@@ -71,7 +83,7 @@ class ServiceProcess:
             self._process.terminate()
         done, _ = await asyncio.wait({self.ended}, timeout=seconds)
         if not done:
-            self.kill(f"it did not end within {seconds:g} seconds")
+            self.kill_at_end(f"it did not end within {seconds:g} seconds")
             await asyncio.wait({self.ended}, timeout=KILLED_SECONDS)
 
     async def _follow(self, log: Log, on_end: Callable[["ServiceProcess"], None]) -> None:

@@ -53,20 +53,30 @@ class Supervisor:
         self._liveness_checks: set[asyncio.Task[None]] = set()
 
     @property
+    def grace_period(self) -> float:
+        """Seconds that running answers get at the end."""
+        return self._deployment.grace_period
+
+    @property
     def stop_seconds(self) -> float:
         """Seconds that a service may take to end once it is asked to."""
-        return self._deployment.grace_period + STOP_MARGIN
+        return self.grace_period + STOP_MARGIN
 
     @property
     def stopping(self) -> list[str]:
         """The names of the services that were asked to end and have not."""
         return [child.name for child in self._children if child.stopping]
 
+    @property
+    def killed(self) -> list[str]:
+        """The names of the services that had to be killed when all were stopped."""
+        return [child.name for child in self._children if child.killed_at_end]
+
     async def start(self) -> str:
         """Starts the services, waits until the gateway is SERVING, returns its address."""
         _require_extras()
         _refuse_variables_of_one_service()
-        _ = self._deployment.grace_period  # refused before anything starts
+        _ = self.grace_period  # refused before anything starts
         self._guard = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", GUARD, stdin=PIPE, process_group=0
         )
@@ -108,6 +118,8 @@ class Supervisor:
 
     def kill(self) -> None:
         """Ends all services at once. Ranks are not in the group; they end with their launcher."""
+        for child in self._children:
+            child.kill_at_end("all services were ended at once")
         if self._guard is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._guard.pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+from asyncio.subprocess import PIPE
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from client import AsyncClient, Client, FinishReason, UnreachableError
 from client.deployment import Deployment, SupervisorError, demonstration
 from client.results import Finished
 from client.service_log import as_json, failure, is_below, listening_address, own_line, readable
+from client.service_process import ServiceProcess
 from client.supervisor import Supervisor
 
 LISTENING = '{"address": "127.0.0.1:5", "event": "listening", "level": "info"}'
@@ -250,13 +252,45 @@ def test_the_wait_for_a_hung_service_is_explained_and_a_second_ctrl_c_ends_it(
         [leader] = [each for each in services if each.environ().get("RANK") == "0"]
         leader.suspend()
         process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == (
+            "Stopping: running answers get 30 s. Ctrl-C again ends all at once.\n"
+        )
         explanation = "Waiting for model-1 to end. Ctrl-C again ends all at once.\n"
         assert explanation in iter(process.stderr.readline, "")
         process.send_signal(signal.SIGINT)
-        process.communicate()
+        _, stderr = process.communicate()
 
     assert process.returncode == 0
+    assert stderr == "Had to be killed: model-1.\n"
     assert all_end(services)
+
+
+async def test_service_that_does_not_end_when_asked_is_killed_and_named() -> None:
+    ended: list[ServiceProcess] = []
+    log = asyncio.Queue[str]()
+    hanging = await asyncio.create_subprocess_exec(
+        *("/bin/sh", "-c", "trap '' TERM; echo ready; read _"), stdin=PIPE, stdout=PIPE
+    )
+    service = ServiceProcess(
+        "model-1", hanging, lambda _name, line: log.put_nowait(line), ended.append
+    )
+    assert await log.get() == "ready"
+
+    await service.stop(seconds=0.1)
+
+    assert ended == [service]
+    assert service.killed_at_end
+    assert service.obituary() == "model-1 was killed, as it did not end within 0.1 seconds"
+
+
+async def test_service_that_ends_when_asked_is_not_said_to_be_killed() -> None:
+    process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE, stdout=PIPE)
+    service = ServiceProcess("model-1", process, lambda *_: None, lambda _: None)
+
+    await service.stop(seconds=60)
+    service.kill_at_end("all services were ended at once")
+
+    assert not service.killed_at_end
 
 
 def test_in_json_all_lines_are_objects_and_the_access_log_is_among_them(
