@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import threading
 from asyncio import FIRST_COMPLETED, Future
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
@@ -76,7 +77,9 @@ class Supervisor:
         """Starts the services, waits until the gateway is SERVING, returns its address."""
         _require_extras()
         _refuse_variables_of_one_service()
-        _ = self.grace_period  # refused before anything starts
+        # Refused before anything starts, and a large model takes minutes.
+        _ = self.grace_period
+        _refuse_unusable_address(self._deployment.host, self._deployment.port)
         self._guard = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", GUARD, stdin=PIPE, process_group=0
         )
@@ -251,3 +254,19 @@ def _refuse_variables_of_one_service() -> None:
             f"{', '.join(given)} would hold for all services, and each needs its own: unset them, "
             "or start the services one by one"
         )
+
+
+def _refuse_unusable_address(host: str, port: int) -> None:
+    """Says what the gateway would say when all others run."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            # As gRPC does: connections that were closed lately do not keep the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        shown = f"[{host}]" if ":" in host else host
+        raise SupervisorError(
+            f"cannot listen on {shown}:{port}: {error.strerror}; "
+            "choose another address with --host or another port with --port"
+        ) from error
