@@ -224,9 +224,11 @@ def in_turn(stream: Iterator[Event]) -> Iterator[Event]:
 def _typed_lines() -> Iterator[str]:
     with suppress(ImportError):  # editing and history for input(); not every Python has it
         importlib.import_module("readline")
-    with suppress(EOFError, KeyboardInterrupt):
+    try:
         while True:
             yield input("> ")
+    except (EOFError, KeyboardInterrupt):
+        click.echo()  # the shell's prompt belongs on a line of its own
 
 
 def _show(tokens: Sequence[Token]) -> None:

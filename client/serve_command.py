@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import click
 import grpc
@@ -139,6 +140,11 @@ class _Terminal:
         line = as_json("serve", own_line(level, text, **values)) if self._as_json else text
         click.echo(line, err=level != "info")
 
+    def say_at_end(self, text: str, level: str = "info") -> None:
+        """Says it if anything is there to show it: a closed terminal must not cut answers off."""
+        with contextlib.suppress(OSError):
+            self.say(text, level)
+
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
         """In JSON, an error that ends the command is a line like all others."""
@@ -160,8 +166,13 @@ async def _serve_until_stopped(services: Supervisor, terminal: _Terminal) -> Non
         nonlocal stopping
         if stopping:
             services.kill()
+            return
         stopping = True
         serving.cancel()
+        terminal.say_at_end(
+            f"Stopping: running answers get {services.grace_period:g} s. "
+            "Ctrl-C again ends all at once."
+        )
 
     signals = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
@@ -197,20 +208,27 @@ async def _stop(services: Supervisor, terminal: _Terminal) -> None:
         await asyncio.wait({stop}, timeout=PATIENCE)
         if (waiting_for := services.stopping) and waiting_for != explained:
             explained = waiting_for
-            terminal.say(
+            terminal.say_at_end(
                 f"Waiting for {', '.join(waiting_for)} to end. Ctrl-C again ends all at once.",
                 "warning",
             )
     stop.result()
+    if services.killed:
+        terminal.say_at_end(f"Had to be killed: {', '.join(services.killed)}.", "warning")
+
+
+def _opened(log_file: Path) -> TextIO:
+    try:
+        return log_file.open("a", encoding="utf-8")
+    except OSError as error:
+        raise SupervisorError(f"cannot write to --log_file {log_file}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
 def _log_to(path: Path | None, log_format: str, level: str) -> Iterator[Log]:
     """Where the lines of the services go."""
     with contextlib.ExitStack() as stack:
-        stream = (
-            sys.stderr if path is None else stack.enter_context(path.open("a", encoding="utf-8"))
-        )
+        stream = sys.stderr if path is None else stack.enter_context(_opened(path))
         # There is no stderr where it was closed.
         on_terminal = stream is not None and stream.isatty()
         text = log_format == "text" or (log_format == "auto" and on_terminal)

@@ -47,8 +47,10 @@ def failure(lines: Sequence[str]) -> str:
     """Of a service's last lines, those that say why it ended; each once, as shards say it all."""
     errors = list(filter(is_error, lines))
     if errors:
-        return "\n".join(dict.fromkeys(map(readable, errors)))
-    return "\n".join(("its last lines were", *map(readable, lines[-10:])))
+        return "; ".join(dict.fromkeys(map(readable, errors)))
+    if not lines:
+        return "it wrote nothing"
+    return f"its last lines were: {'; '.join(readable(line).strip() for line in lines[-10:])}"
 
 
 def is_error(line: str) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import time
 from asyncio import Future
 from asyncio.subprocess import Process
@@ -39,13 +40,14 @@ class ServiceProcess:
         self._process = process
         self._asked_to_end = False
         self._killed_because = ""
+        self._killed_at_end = False
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
 
     def obituary(self) -> str:
         if self._killed_because:
             return f"{self.name} was killed, as {self._killed_because}"
         reason = failure(list(self._lines))
-        return f"{self.name} ended with status {self._process.returncode}: {reason}"
+        return f"{self.name} {_end(cast('int', self._process.returncode))}: {reason}"
 
     @property
     def failures_in_a_row(self) -> int:
@@ -57,6 +59,17 @@ class ServiceProcess:
     def stopping(self) -> bool:
         """Whether it was asked to end, and has not."""
         return self._asked_to_end and not self.ended.done()
+
+    @property
+    def killed_at_end(self) -> bool:
+        """Whether it had to be killed when the services were stopped."""
+        return self._killed_at_end and self._process.returncode in (None, -signal.SIGKILL)
+
+    def kill_at_end(self, reason: str) -> None:
+        """Kills it, unless it has ended by itself."""
+        if not self.ended.done():
+            self._killed_at_end = True
+            self.kill(reason)
 
     def kill(self, reason: str) -> None:
         self._killed_because = reason
@@ -70,7 +83,7 @@ class ServiceProcess:
             self._process.terminate()
         done, _ = await asyncio.wait({self.ended}, timeout=seconds)
         if not done:
-            self.kill(f"it did not end within {seconds:g} seconds")
+            self.kill_at_end(f"it did not end within {seconds:g} seconds")
             await asyncio.wait({self.ended}, timeout=KILLED_SECONDS)
 
     async def _follow(self, log: Log, on_end: Callable[["ServiceProcess"], None]) -> None:
@@ -85,3 +98,12 @@ class ServiceProcess:
                 self.complaint.set_result(readable(text))
         await self._process.wait()
         on_end(self)
+
+
+def _end(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:  # most real-time signals have no name
+        return f"was killed by signal {-status}"

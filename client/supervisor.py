@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import threading
 from asyncio import FIRST_COMPLETED, Future
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
@@ -53,20 +54,32 @@ class Supervisor:
         self._liveness_checks: set[asyncio.Task[None]] = set()
 
     @property
+    def grace_period(self) -> float:
+        """Seconds that running answers get at the end."""
+        return self._deployment.grace_period
+
+    @property
     def stop_seconds(self) -> float:
         """Seconds that a service may take to end once it is asked to."""
-        return self._deployment.grace_period + STOP_MARGIN
+        return self.grace_period + STOP_MARGIN
 
     @property
     def stopping(self) -> list[str]:
         """The names of the services that were asked to end and have not."""
         return [child.name for child in self._children if child.stopping]
 
+    @property
+    def killed(self) -> list[str]:
+        """The names of the services that had to be killed when all were stopped."""
+        return [child.name for child in self._children if child.killed_at_end]
+
     async def start(self) -> str:
         """Starts the services, waits until the gateway is SERVING, returns its address."""
         _require_extras()
         _refuse_variables_of_one_service()
-        _ = self._deployment.grace_period  # refused before anything starts
+        # Refused before anything starts, and a large model takes minutes.
+        _ = self.grace_period
+        _refuse_unusable_address(self._deployment.host, self._deployment.port)
         self._guard = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", GUARD, stdin=PIPE, process_group=0
         )
@@ -108,6 +121,8 @@ class Supervisor:
 
     def kill(self) -> None:
         """Ends all services at once. Ranks are not in the group; they end with their launcher."""
+        for child in self._children:
+            child.kill_at_end("all services were ended at once")
         if self._guard is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._guard.pid, signal.SIGKILL)
@@ -239,3 +254,19 @@ def _refuse_variables_of_one_service() -> None:
             f"{', '.join(given)} would hold for all services, and each needs its own: unset them, "
             "or start the services one by one"
         )
+
+
+def _refuse_unusable_address(host: str, port: int) -> None:
+    """Says what the gateway would say when all others run."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            # As gRPC does: connections that were closed lately do not keep the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        shown = f"[{host}]" if ":" in host else host
+        raise SupervisorError(
+            f"cannot listen on {shown}:{port}: {error.strerror}; "
+            "choose another address with --host or another port with --port"
+        ) from error

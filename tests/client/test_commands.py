@@ -7,6 +7,7 @@ import socket
 import subprocess
 import termios
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,26 @@ def test_ctrl_c_at_the_prompt_leaves(spawn: Callable[..., Any], target: str) -> 
     os.close(terminal)
     os.close(inside)
     assert b"gqa-mp1: 0.2M parameters, float32, 1 shard, context of 256 tokens" in shown
+
+
+def test_ctrl_d_at_the_prompt_leaves_with_a_line_of_its_own_for_the_shell(
+    spawn: Callable[..., Any], target: str
+) -> None:
+    terminal, inside = os.openpty()
+    with spawn("chat", "--target", target, stdin=inside, stdout=inside, stderr=inside) as process:
+        os.close(inside)
+        shown = b""
+        while not shown.endswith(b"> "):
+            shown += os.read(terminal, 1024)
+        os.write(terminal, b"\x04")
+        shown = b""
+        with suppress(OSError):  # at the end, as nothing has the terminal open any more
+            while data := os.read(terminal, 1024):
+                shown += data
+
+        assert process.wait(timeout=30) == 0
+    os.close(terminal)
+    assert shown.endswith(b"\n")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+from asyncio.subprocess import PIPE
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from client import AsyncClient, Client, FinishReason, UnreachableError
 from client.deployment import Deployment, SupervisorError, demonstration
 from client.results import Finished
 from client.service_log import as_json, failure, is_below, listening_address, own_line, readable
+from client.service_process import ServiceProcess
 from client.supervisor import Supervisor
 
 LISTENING = '{"address": "127.0.0.1:5", "event": "listening", "level": "info"}'
@@ -81,7 +83,11 @@ def test_lines_below_the_level_are_told_from_others() -> None:
 def test_of_last_lines_the_errors_are_kept() -> None:
     assert failure([FAILED, LISTENING, "noise"]) == "no such file path=a b"
     assert failure([FAILED, FAILED]) == "no such file path=a b"
-    assert failure(["one", "two"]) == "its last lines were\none\ntwo"
+    assert failure([FAILED, FAILED.replace("file", "port")]) == (
+        "no such file path=a b; no such port path=a b"
+    )
+    assert failure(["one", "  two"]) == "its last lines were: one; two"
+    assert failure([]) == "it wrote nothing"
 
 
 def test_settings_become_flags() -> None:
@@ -139,6 +145,27 @@ def test_a_grace_period_that_is_none_is_refused(
     )
 
 
+def test_log_file_that_cannot_be_written_is_named_with_its_flag(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "missing" / "log"
+    done = run("serve", "--port=0", f"--log_file={file}")
+    assert done.returncode == 1
+    assert done.stderr == (f"Error: cannot write to --log_file {file}: No such file or directory\n")
+
+
+def test_port_that_is_taken_is_refused_before_any_service_starts(run: Run, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", f"--port={port}", f"--log_file={log}")
+
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"Error: cannot listen on 127.0.0.1:{port}: Address already in use; "
+        "choose another address with --host or another port with --port\n"
+    )
+    assert not log.read_text()
+
+
 def test_replicas_share_the_cores() -> None:
     one = Deployment(Path("ckpt"), Path("t.model")).model_command()
     many = Deployment(Path("ckpt"), Path("t.model"), shards=2, replicas=2).model_command()
@@ -178,7 +205,7 @@ def test_a_service_that_dies_ends_the_others(serve: Serve, tmp_path: Path) -> No
         _, stderr = process.communicate()
 
     assert process.returncode == 1
-    assert "Error: tokenizer ended with status -9" in stderr
+    assert "Error: tokenizer was killed by SIGKILL: " in stderr
     assert '{"service": "gateway", "' in (tmp_path / "log").read_text()
     assert all_end(services)
     with Client(address) as client, pytest.raises(UnreachableError):
@@ -204,7 +231,7 @@ def test_a_replica_that_dies_is_started_again_and_answers_go_on(
 
     assert isinstance(finished, Finished)
     assert finished.usage.completion_tokens == 200
-    assert "model-1 ended with status -9" in (tmp_path / "log").read_text()
+    assert "model-1 was killed by SIGKILL: " in (tmp_path / "log").read_text()
     assert process.returncode == 0
     assert all_end(services)
 
@@ -239,13 +266,45 @@ def test_the_wait_for_a_hung_service_is_explained_and_a_second_ctrl_c_ends_it(
         [leader] = [each for each in services if each.environ().get("RANK") == "0"]
         leader.suspend()
         process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == (
+            "Stopping: running answers get 30 s. Ctrl-C again ends all at once.\n"
+        )
         explanation = "Waiting for model-1 to end. Ctrl-C again ends all at once.\n"
         assert explanation in iter(process.stderr.readline, "")
         process.send_signal(signal.SIGINT)
-        process.communicate()
+        _, stderr = process.communicate()
 
     assert process.returncode == 0
+    assert stderr == "Had to be killed: model-1.\n"
     assert all_end(services)
+
+
+async def test_service_that_does_not_end_when_asked_is_killed_and_named() -> None:
+    ended: list[ServiceProcess] = []
+    log = asyncio.Queue[str]()
+    hanging = await asyncio.create_subprocess_exec(
+        *("/bin/sh", "-c", "trap '' TERM; echo ready; read _"), stdin=PIPE, stdout=PIPE
+    )
+    service = ServiceProcess(
+        "model-1", hanging, lambda _name, line: log.put_nowait(line), ended.append
+    )
+    assert await log.get() == "ready"
+
+    await service.stop(seconds=0.1)
+
+    assert ended == [service]
+    assert service.killed_at_end
+    assert service.obituary() == "model-1 was killed, as it did not end within 0.1 seconds"
+
+
+async def test_service_that_ends_when_asked_is_not_said_to_be_killed() -> None:
+    process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE, stdout=PIPE)
+    service = ServiceProcess("model-1", process, lambda *_: None, lambda _: None)
+
+    await service.stop(seconds=60)
+    service.kill_at_end("all services were ended at once")
+
+    assert not service.killed_at_end
 
 
 def test_in_json_all_lines_are_objects_and_the_access_log_is_among_them(
@@ -265,7 +324,7 @@ def test_in_json_all_lines_are_objects_and_the_access_log_is_among_them(
     assert (access["service"], access["method"]) == ("gateway", "TextComplete")
     [*_, error] = map(json.loads, stderr.splitlines())
     assert (error["service"], error["level"]) == ("serve", "critical")
-    assert error["event"].startswith("tokenizer ended with status -9")
+    assert error["event"].startswith("tokenizer was killed by SIGKILL: ")
 
 
 def test_shards_and_replicas_listen_on_loopback_alone_and_stop_cleanly(

@@ -1,6 +1,7 @@
-"""The distribution's name: on PyPI `chasqui` is another project's."""
+"""The distribution's name, as on PyPI `chasqui` is another project's, and the first command."""
 
 import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -48,6 +49,25 @@ def test_command_tells_the_version_of_the_distribution() -> None:
     )
 
     assert shown.stdout.split()[-1] == metadata.version(DISTRIBUTION)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["it's", 'a "b", (c)', "`id` $(id) $HOME $$ $5", "back\\slash", "#1?", "$(shell id)"],
+)
+def test_make_chat_asks_exactly_what_is_given(question: str, tmp_path: Path) -> None:
+    # -n: the commands are printed, and none is run.
+    command = ["make", "-n", "--no-print-directory", "chat"]
+    shown = subprocess.run(
+        [*command, f"VENV={tmp_path}", f"ASK={question}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    *_, chat = shown.stdout.splitlines()
+    assert shlex.split(chat)[1:] == ["chat", "--serve", "--ask", question]
 
 
 def _texts(folder: Path) -> list[Path]:
