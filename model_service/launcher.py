@@ -4,8 +4,8 @@ The ranks meet in a file of a private folder. torchrun's rendezvous listens on a
 interfaces instead, asks for no password, and unpickles what it is sent.
 
 The ranks share a process group with a guard, a shell that waits for the end of its standard input
-and then kills the group. So a launcher that is killed leaves no rank behind, and Ctrl-C in a
-terminal reaches the ranks only through the launcher.
+and then removes the folder and kills the group. So a launcher that is killed leaves nothing behind,
+and Ctrl-C in a terminal reaches the ranks only through the launcher.
 
 This module imports no PyTorch. `python -m model_service.launcher` starts any program this way.
 """
@@ -26,7 +26,7 @@ from serving.errors import StartError
 
 # Names the file where the ranks meet, to each of them.
 STORE_VARIABLE = "RANK_STORE_FILE"
-GUARD = "read _; kill -KILL 0"
+GUARD = 'read _; rm -rf -- "$1"; kill -KILL 0'  # with the private folder
 # Seconds that the other ranks get to log why they end when one has failed.
 LAST_WORDS = 5.0
 
@@ -48,7 +48,7 @@ def launch(command: Sequence[str], ranks: int) -> int:
         RankKilledError: a signal from elsewhere ended the rank that failed first.
     """
     with tempfile.TemporaryDirectory(prefix="chasqui-ranks-") as folder:  # mode 0700
-        failure = asyncio.run(_Launch(command, ranks, Path(folder) / "store").run())
+        failure = asyncio.run(_Launch(command, ranks, Path(folder)).run())
     match failure:
         case None:
             return 0
@@ -84,9 +84,10 @@ class _Ended:
 class _Launch:
     """The processes of one `launch`."""
 
-    def __init__(self, command: Sequence[str], ranks: int, store: Path) -> None:
+    def __init__(self, command: Sequence[str], ranks: int, folder: Path) -> None:
         self._command = command
-        self._variables = [_variables(rank, ranks, store) for rank in range(ranks)]
+        self._folder = folder
+        self._variables = [_variables(rank, ranks, folder / "store") for rank in range(ranks)]
         self._processes: list[Process] = []
         self._group = 0
         self._stopped_by: signal.Signals | None = None
@@ -94,7 +95,11 @@ class _Launch:
     async def run(self) -> _Ended | signal.Signals | None:
         """The rank that failed first, the signal that stopped the ranks, or None."""
         guard = await asyncio.create_subprocess_exec(
-            *("/bin/sh", "-c", GUARD), stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, process_group=0
+            *("/bin/sh", "-c", GUARD, "guard", self._folder),
+            stdin=PIPE,
+            stdout=DEVNULL,
+            stderr=DEVNULL,
+            process_group=0,
         )
         self._group = guard.pid
         try:

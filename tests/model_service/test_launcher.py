@@ -166,10 +166,14 @@ def test_a_second_signal_ends_all_ranks_at_once(start: Start) -> None:
     assert not any(map(psutil.pid_exists, ranks))
 
 
-def test_a_launcher_that_is_killed_leaves_no_rank_behind(start: Start) -> None:
+def test_a_launcher_that_is_killed_leaves_nothing_behind(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     process = start(WAIT)
     ranks = [psutil.Process(pid) for pid in pids(process)]
     ranks[1].suspend()
     process.kill()
     _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
+    assert not [*tmp_path.glob("chasqui-ranks-*")]
