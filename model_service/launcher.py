@@ -26,7 +26,9 @@ from serving.errors import StartError
 
 # Names the file where the ranks meet, to each of them.
 STORE_VARIABLE = "RANK_STORE_FILE"
-GUARD = 'read _; rm -rf -- "$1"; kill -KILL 0'  # with the private folder
+# Its argument is the private folder. When the launcher ends while a rank is stopped, the kernel
+# sends SIGHUP to the group.
+GUARD = 'trap "" HUP; read _; rm -rf -- "$1"; kill -KILL 0'
 # Seconds that the other ranks get to log why they end when one has failed.
 LAST_WORDS = 5.0
 
