@@ -244,7 +244,7 @@ KINDS: dict[Callable[[Caller], Awaitable[Codes | None]], tuple[int, set[Codes]]]
     asks: (4, DONE),
     continues_texts: (3, DONE),
     streams: (4, DONE),
-    looks_around: (1, {Codes.OK}),
+    looks_around: (1, DONE),
     cancels_a_call: (3, DONE | {Codes.CANCELLED}),
     cancels_a_stream: (4, DONE | {Codes.CANCELLED}),
     has_a_deadline: (4, DONE | {Codes.DEADLINE_EXCEEDED}),
