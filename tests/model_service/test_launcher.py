@@ -20,15 +20,14 @@ SOCKETS = Path(__file__).with_name("rank_sockets.py")
 # What ranks do. A line is one write, so that those of two ranks stay apart.
 TELL = "import os, signal, sys\nos.write(1, f'{os.getpid()}\\n'.encode())\n"
 WAIT = f"{TELL}signal.pause()\n"
+# Signals are blocked, not handled: one that comes before a rank waits for it is not lost.
 FINISH = f"""
-got = []
 import signal
-for each in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(each, lambda number, _: got.append(number))
+both = {{signal.SIGTERM, signal.SIGINT}}
+signal.pthread_sigmask(signal.SIG_BLOCK, both)
 {TELL}
-if os.environ["RANK"] == "0":
-    signal.pause()
-os.write(1, f"got {{got}}\\n".encode())
+got = [signal.sigwait(both).value] if os.environ["RANK"] == "0" else []
+os.write(1, f"got {{got + [each.value for each in signal.sigpending()]}}\\n".encode())
 """
 
 FOLDER = """
