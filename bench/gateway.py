@@ -20,10 +20,10 @@ import psutil
 
 from bench.engine.session import FIRST_ORDINARY_ID
 from bench.report import RESULTS, Row, make_report, result_folder, write_report
-from client.channel import open_aio_channel
-from client.deployment import demonstration
-from client.load.summary import distribution
-from client.supervisor import in_background
+from chasqui.cli.serve.deployment import demonstration
+from chasqui.cli.serve.supervisor import in_background
+from chasqui.loadtest.summary import distribution
+from client.connection.channel import open_aio_channel
 from llama.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, sampling_pb2
 
 Prompts = Sequence[tuple[int, ...]]

@@ -25,9 +25,9 @@ from bench.engine.session import FIRST_ORDINARY_ID, Session, Variant, session
 from bench.report import RESULTS, Row, make_report, result_folder, write_report
 from bench.shapes import SHAPES
 from bench.summary import summarize
-from client.channel import open_aio_channel
-from client.deployment import Deployment
-from client.supervisor import in_background
+from chasqui.cli.serve.deployment import Deployment
+from chasqui.cli.serve.supervisor import in_background
+from client.connection.channel import open_aio_channel
 from demo.checkpoint import CHECKPOINT, TOKENIZER
 from llama.v1 import chat_pb2, chat_pb2_grpc, sampling_pb2
 

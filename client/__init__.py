@@ -2,7 +2,7 @@
 
 from client import _grpc  # noqa: F401  # before anything else imports gRPC
 from client.aio import AsyncClient
-from client.channel import DEFAULT_TARGET, Tls
+from client.connection.channel import DEFAULT_TARGET, Tls
 from client.errors import (
     ChasquiError,
     ConnectionSettingsError,

@@ -1,7 +1,8 @@
 """Imports gRPC so that its core keeps quiet.
 
-The core writes a line to stderr for each TLS handshake that fails, which `client.diagnosis` tells
-better. It reads this variable once, when it is imported, and other processes are not to inherit it.
+The core writes a line to stderr for each TLS handshake that fails, which
+`client.connection.diagnosis` tells better. It reads this variable once, when it is imported, and
+other processes are not to inherit it.
 """
 
 import os

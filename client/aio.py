@@ -13,8 +13,8 @@ from typing import Protocol, Self, Unpack
 import grpc
 
 from client import requests, results, status
-from client.channel import DEFAULT_TARGET, Tls, open_aio_channel, with_key
-from client.diagnosis import explained
+from client.connection.channel import DEFAULT_TARGET, Tls, open_aio_channel, with_key
+from client.connection.diagnosis import explained
 from client.errors import ChasquiError, UnreachableError, from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction

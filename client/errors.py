@@ -59,7 +59,10 @@ class UnavailableError(ChasquiError):
 
 
 class UnreachableError(UnavailableError):
-    """Nothing answers at the target, or the connection broke; `client.diagnosis` may know more."""
+    """Nothing answers at the target, or the connection broke.
+
+    `client.connection.diagnosis` may know more.
+    """
 
 
 class ConnectionSettingsError(UnreachableError):

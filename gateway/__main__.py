@@ -3,15 +3,15 @@
 import asyncio
 
 import serving  # noqa: F401  # before grpc
-from gateway.backend import Backend
-from gateway.connect import connector
+from gateway.rpc.upstreams import Backend
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
-from serving import logs
+from gateway.upstream.connect import connector
 from serving.allocator import return_large_blocks
 from serving.errors import StartError
 from serving.server import serve
 from serving.settings import parse
+from serving.telemetry import logs
 
 
 async def run(settings: GatewaySettings) -> None:

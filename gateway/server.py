@@ -11,12 +11,8 @@ from typing import Any
 
 import grpc
 
-from gateway.access import authorizer, connection_options
-from gateway.accounting import Accounting
-from gateway.admission import Admission, Admitted
-from gateway.backend import Backend
-from gateway.classifier import Subject
-from gateway.completion import (
+from gateway.admission.admission import Admission, Admitted
+from gateway.generation.completion import (
     SPECIAL_TAGS_REFUSAL,
     Event,
     Generations,
@@ -25,22 +21,10 @@ from gateway.completion import (
     Refusal,
     complete,
 )
-from gateway.detokenizer import text_of
-from gateway.dialog import drop_oldest_turns, render
-from gateway.messages import (
-    chat_event,
-    chat_prediction,
-    model_response,
-    resumed_event,
-    text_event,
-    text_prediction,
-)
-from gateway.metrics import RequestMetrics, StateMetrics
-from gateway.named_streams import NamedStreams, ResponseT
-from gateway.operator import OPERATOR_SERVICE_NAME, OperatorServicer
-from gateway.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
-from gateway.read_dialogs import Dialogs, read_dialog, read_dialogs
-from gateway.request import (
+from gateway.generation.send_buffer import UnreadEvents
+from gateway.request.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
+from gateway.request.read_dialogs import Dialogs, read_dialog, read_dialogs
+from gateway.request.validation import (
     ChatRequest,
     Options,
     RequestLimits,
@@ -52,13 +36,29 @@ from gateway.request import (
     request_id_violations,
     text_violations,
 )
-from gateway.safety import Guard, dialogs_to_judge
+from gateway.rpc.access import authorizer, connection_options
+from gateway.rpc.access_log import Accounting
+from gateway.rpc.messages import (
+    chat_event,
+    chat_prediction,
+    model_response,
+    resumed_event,
+    text_event,
+    text_prediction,
+)
+from gateway.rpc.metrics import RequestMetrics, StateMetrics
+from gateway.rpc.named_streams import NamedStreams, ResponseT
+from gateway.rpc.operator import OPERATOR_SERVICE_NAME, OperatorServicer
+from gateway.rpc.unary import add_tokens, fold, size_violations, within
+from gateway.rpc.upstreams import Backend
+from gateway.safety.classifier import Subject
+from gateway.safety.guard import Guard, dialogs_to_judge
 from gateway.settings import GatewaySettings
-from gateway.unary import add_tokens, fold, size_violations, within
-from gateway.unread import UnreadEvents
+from gateway.text.detokenizer import text_of
+from llama.prompt_format.dialog import drop_oldest_turns, render
 from llama.v1 import chat_pb2, chat_pb2_grpc, operator_pb2_grpc
-from serving import caller
 from serving.errors import RequestError, Violation, invalid_argument
+from serving.security import caller
 from serving.server import Health, Service
 
 SERVICE_NAME = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name

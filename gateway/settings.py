@@ -5,11 +5,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gateway.admission import Bounds
-from gateway.named_streams import StreamLimits
-from gateway.pool_options import PoolOptions
-from gateway.request import RequestLimits
-from gateway.safety_options import SafetyOptions
+from gateway.admission.admission import Bounds
+from gateway.replicas.options import PoolOptions
+from gateway.request.validation import RequestLimits
+from gateway.rpc.named_streams import StreamLimits
+from gateway.safety.options import SafetyOptions
 from serving.settings import Port, ServerSettings
 
 # Seconds, 31 years. gRPC counts deadlines in 64-bit nanoseconds, and a longer one passes at once.

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import SupportsIndex, cast
 
-from gateway.dialog import Message
-from gateway.dialog import violations as order_violations
+from llama.prompt_format.dialog import Message
+from llama.prompt_format.dialog import violations as order_violations
 from serving.errors import Violation, invalid_argument
 from serving.request_rules import IntegerRule, as_float32, as_integer, number_violations
 

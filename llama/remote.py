@@ -13,8 +13,8 @@ from typing import Self, TypeVar, cast
 from client import Client, Delta, InvalidRequestError, Tls, Token, Violation
 from client.errors import invalid_request
 from client.sync import Stream
-from gateway.dialog import Message as DialogMessage
 from llama.arguments import Arguments, Sampling
+from llama.prompt_format.dialog import Message as DialogMessage
 from llama.types import ChatPrediction, CompletionPrediction, Dialog, Generation, Message
 from serving.request_rules import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 

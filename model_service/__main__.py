@@ -6,8 +6,8 @@ import serving  # noqa: F401  # before grpc
 from model_service.launcher import is_rank, launch
 from model_service.settings import ModelSettings
 from serving.errors import StartError
-from serving.logs import configure, exit_with_error
 from serving.settings import parse
+from serving.telemetry.logs import configure, exit_with_error
 
 
 def main() -> None:

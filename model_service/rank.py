@@ -11,14 +11,14 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
-from model_service import distributed
-from model_service.arithmetic import choose_device
-from model_service.replica import Replica, ReplicaOptions, load_replica
+from model_service.loading import distributed
+from model_service.loading.precision import choose_device
+from model_service.loading.replica import Replica, ReplicaOptions, load_replica
 from model_service.server import ModelServer
 from model_service.settings import ModelSettings
 from serving.errors import StartError
-from serving.logs import exit_with_error
 from serving.server import serve
+from serving.telemetry.logs import exit_with_error
 
 
 def run(settings: ModelSettings) -> None:

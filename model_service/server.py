@@ -17,16 +17,16 @@ import grpc
 import structlog
 
 from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
-from model_service.arithmetic import Determinism
-from model_service.distributed import Shards
 from model_service.engine.sequence import SequenceOutput
 from model_service.engine.thread import EngineThread
+from model_service.loading.distributed import Shards
+from model_service.loading.precision import Determinism
+from model_service.loading.replica import Replica
 from model_service.messages import generation_request, token_event
-from model_service.metrics import EngineMetrics
-from model_service.replica import Replica
-from model_service.spans import SequenceSpans
+from model_service.telemetry.metrics import EngineMetrics
+from model_service.telemetry.spans import SequenceSpans
 from serving.errors import RequestError, unavailable
-from serving.interceptor import Context
+from serving.intake.interceptor import Context
 from serving.server import Health, Service
 
 _log = structlog.stdlib.get_logger(__name__)

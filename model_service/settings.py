@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from model_service.probe import PROBE_INTERVAL
+from model_service.engine.probe import PROBE_INTERVAL
 from serving.settings import Port, ServerSettings
 
 MAX_CONTEXT = 4096  # what Llama 2 was trained on

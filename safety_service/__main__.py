@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 import serving  # noqa: F401  # before grpc
 from safety_service.llama_guard import LlamaGuard, read_policy
 from safety_service.rules import Rules
-from safety_service.servicer import safety_service
-from serving import logs
+from safety_service.server import safety_service
 from serving.errors import StartError
 from serving.server import serve
 from serving.settings import Port, ServerSettings, parse
+from serving.telemetry import logs
 
 
 class SafetySettings(ServerSettings):

@@ -18,10 +18,10 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from llama.v1 import chat_pb2, chat_pb2_grpc
 from llama.v1.sampling_pb2 import SamplingParams
-from safety_service.servicer import ASSISTANT, SYSTEM, Judgement, Message, TimeRemaining
-from serving import request_id
+from safety_service.server import ASSISTANT, SYSTEM, Judgement, Message, TimeRemaining
 from serving.errors import StartError, unavailable
 from serving.server import Health, channel
+from serving.telemetry import request_id
 
 # "unsafe", a line break and all the categories of a policy like the one that ships.
 _MAX_ANSWER_TOKENS = 32

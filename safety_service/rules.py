@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from safety_service.normalization import comparable, normalized, spellings
-from safety_service.servicer import Judgement, Message, TimeRemaining
+from safety_service.server import Judgement, Message, TimeRemaining
 from serving.errors import StartError
 
 _Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]

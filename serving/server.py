@@ -19,18 +19,19 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from prometheus_client.registry import Collector
 
-from serving import reflection, tracing
 from serving.errors import StartError
-from serving.garbage import keep_what_is_loaded
-from serving.health import Health
-from serving.held_streams import HeldStreams
-from serving.interceptor import Authorize, CallInterceptor
-from serving.limits import Option, server_options
-from serving.logs import exit_with_error
-from serving.metrics import CallMetrics, exposed, registry_of
-from serving.receive import Receiver
+from serving.freeze_gc import keep_what_is_loaded
+from serving.intake.grpc_options import Option, server_options
+from serving.intake.interceptor import Authorize, CallInterceptor
+from serving.intake.receive import Receiver
+from serving.security.tls import PeerCertificates, ServerCertificates, TlsFiles
 from serving.settings import ServerSettings
-from serving.tls import PeerCertificates, ServerCertificates, TlsFiles
+from serving.standard_services import reflection
+from serving.standard_services.health import Health
+from serving.standard_services.held_streams import HeldStreams
+from serving.telemetry import tracing
+from serving.telemetry.logs import exit_with_error
+from serving.telemetry.metrics import CallMetrics, exposed, registry_of
 
 __all__ = ["Health", "Running", "Service", "channel", "running", "serve"]
 

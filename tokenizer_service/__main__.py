@@ -8,11 +8,11 @@ import structlog
 from pydantic import Field
 
 import serving  # noqa: F401  # before grpc
-from serving import logs
 from serving.allocator import return_large_blocks
 from serving.server import serve
 from serving.settings import Port, ServerSettings, parse
-from tokenizer_service.servicer import tokenizer_service
+from serving.telemetry import logs
+from tokenizer_service.server import tokenizer_service
 from tokenizer_service.tokenizer import Tokenizer, TokenizerFileError
 
 

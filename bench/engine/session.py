@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import cast
 
 from model_service.engine.engine import Engine
-from model_service.engine.plan import StepPlan
-from model_service.engine.runner import ModelRunner
 from model_service.engine.sequence import GenerationRequest, SamplingParams, TokenLogprobs
-from model_service.replica import Replica, ReplicaOptions, load_replica
+from model_service.engine.step.plan import StepPlan
+from model_service.engine.step.runner import ModelRunner
+from model_service.loading.replica import Replica, ReplicaOptions, load_replica
 
 GREEDY = SamplingParams(temperature=0.0)
 FIRST_ORDINARY_ID = 259  # behind the control and byte pieces of a Llama 2 vocabulary

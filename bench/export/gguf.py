@@ -13,8 +13,8 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 
 from bench.export.layout import gguf_name
-from model_service.model.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.config import ROPE_THETA, ModelConfig
+from model_service.model.weights.checkpoint import Checkpoint, open_checkpoint
 
 CONTEXT_LENGTH = 4096
 BYTES_END = 3 + 256  # ids 3 to 258 are the bytes in a Llama 2 vocabulary

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from bench.export.layout import hf_name, hf_weight
-from model_service.model.checkpoint import open_checkpoint
 from model_service.model.config import ROPE_THETA, ModelConfig
+from model_service.model.weights.checkpoint import open_checkpoint
 
 CONTEXT_LENGTH = 4096
 

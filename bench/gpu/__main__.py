@@ -30,8 +30,8 @@ from bench.gpu.trace import profile_steps
 from bench.paths import WORK_DIR
 from bench.report import RESULTS, Row, table
 from bench.shapes import SHAPES
-from client.supervisor import in_background
-from model_service.arithmetic import DTYPES
+from chasqui.cli.serve.supervisor import in_background
+from model_service.loading.precision import DTYPES
 
 OF_ENGINE = ("one_stream", "batch", "prefill", "first_token", "profile", "crowd")
 OF_SERVICES = ("service", "day")

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 from bench.gpu.sizes import Sizes
 from bench.report import Row, Value
-from client.load import lengths
-from client.load.generator import Closed, Open, Until
-from client.load.measurement import Measurement, Plan, measure
-from client.load.summary import Distribution
-from client.load.workload import Workload
+from chasqui.loadtest import lengths
+from chasqui.loadtest.generator import Closed, Open, Until
+from chasqui.loadtest.measurement import Measurement, Plan, measure
+from chasqui.loadtest.summary import Distribution
+from chasqui.loadtest.workload import Workload
 from client.results import Model
 from client.sync import Client
 

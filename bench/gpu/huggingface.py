@@ -23,7 +23,7 @@ from bench.gpu.sizes import Sizes
 from bench.gpu.weights import RandomWeights
 from bench.report import Row
 from bench.summary import ratio, summarize
-from model_service.arithmetic import DTYPES
+from model_service.loading.precision import DTYPES
 
 Next = Callable[[torch.Tensor, object], torch.Tensor]
 # The first call compiles, the second records the graph, the third is the first that replays it.

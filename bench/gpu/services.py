@@ -24,13 +24,13 @@ from bench.report import Row
 from bench.service import KNOWN_PIECES, Rates, made_up_tokenizer
 from bench.shapes import Shape
 from bench.summary import summarize
+from chasqui.cli.serve.deployment import Deployment
+from chasqui.loadtest.records import Record, Success
+from chasqui.loadtest.sender import Sender, clock
+from chasqui.loadtest.workload import Work
 from client import requests
-from client.deployment import Deployment
-from client.load.records import Record, Success
-from client.load.sender import Sender, clock
-from client.load.workload import Work
 from llama.v1 import chat_pb2
-from model_service.replica import load_replica
+from model_service.loading.replica import load_replica
 
 Call = Literal["chat", "text"]
 CALLS: tuple[Call, ...] = ("chat", "text")

@@ -12,7 +12,7 @@ import torch
 
 from bench.checkpoint import SEED, random_weight
 from model_service.model.config import ModelConfig
-from model_service.model.partition import is_linear, split_dimension
+from model_service.model.weights.partition import is_linear, split_dimension
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 
-from model_service.engine.batch import Row, plan_step
-from model_service.engine.block_pool import BlockPool
-from model_service.engine.device_sampler import DeviceSampler
-from model_service.engine.pace import Pace
-from model_service.engine.results import StepResult, read_result
-from model_service.engine.runner import ModelRunner
-from model_service.engine.scheduler import Chunk, Schedule, Scheduler
+from model_service.engine.kv_cache.block_pool import BlockPool
+from model_service.engine.sampling.device_sampler import DeviceSampler
+from model_service.engine.sampling.result import StepResult, read_result
+from model_service.engine.scheduling.prefill_budget import Pace
+from model_service.engine.scheduling.scheduler import Chunk, Schedule, Scheduler
+from model_service.engine.scheduling.speculation import NgramDrafter, Speculation
 from model_service.engine.sequence import (
     UNPREDICTED,
     FinishReason,
@@ -30,8 +29,9 @@ from model_service.engine.sequence import (
     SequenceOutput,
     TokenLogprobs,
 )
-from model_service.engine.speculation import NgramDrafter, Speculation
-from model_service.engine.step_times import StepTimes
+from model_service.engine.step.batch import Row, plan_step
+from model_service.engine.step.runner import ModelRunner
+from model_service.engine.step.step_times import StepTimes
 from serving.request_rules import prompt_violations, token_id_violations
 
 

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from model_service.engine.prefix import BlockContent
+from model_service.engine.kv_cache.block_content import BlockContent
 from serving.request_rules import (
     DEFAULT_FREQUENCY_PENALTY,
     DEFAULT_MIN_P,

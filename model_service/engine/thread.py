@@ -13,8 +13,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from model_service.engine.engine import Engine, EngineLimits, EngineLoad
+from model_service.engine.probe import PROBE_INTERVAL
 from model_service.engine.sequence import FinishReason, GenerationRequest, SequenceOutput
-from model_service.probe import PROBE_INTERVAL
 
 
 @dataclass(frozen=True, slots=True)

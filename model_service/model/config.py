@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_service.model.errors import CheckpointError
-from model_service.model.quantization import FORMATS, Quantization
+from model_service.model.weights.quantization import FORMATS, Quantization
 
 ROPE_THETA = 10000.0
 VOCAB_SIZE_FROM_EMBEDDING = -1

@@ -22,10 +22,10 @@ from fairscale.nn.model_parallel.layers import (
 from torch import nn
 from torch.nn import functional as F
 
-from model_service.model.attention import AttentionBackend
+from model_service.model.attention.backend import AttentionBackend
 from model_service.model.config import ModelConfig
 from model_service.model.operations import Operations, make_operations
-from model_service.model.weights import Pack
+from model_service.model.weights.matrices import Pack
 
 # Weights that multiply the same input stand in one matrix, one below the other, and need one pass
 # over it.

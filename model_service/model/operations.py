@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from model_service.model.backends import can_use_flashinfer
+from model_service.model.attention.select import can_use_flashinfer
 from model_service.model.config import ROPE_THETA, ModelConfig
 
 

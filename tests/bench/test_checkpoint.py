@@ -7,8 +7,8 @@ from bench.checkpoint import ensure_checkpoint, random_weight
 from bench.engine.session import Variant, session
 from bench.shapes import SHAPES
 from model_service.engine.sequence import GenerationRequest
-from model_service.model.checkpoint import open_checkpoint
 from model_service.model.config import read_params
+from model_service.model.weights.checkpoint import open_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from bench.engine.session import Variant, session
 from bench.peers.environments import UnavailableError
 from bench.peers.models import ensure_model, model_bytes
 from bench.shapes import SHAPES
-from model_service.model.checkpoint import open_checkpoint
+from model_service.model.weights.checkpoint import open_checkpoint
 
 PROMPT = (300, 400, 500, 301, 402)
 

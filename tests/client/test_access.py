@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from chasqui.cli.main import main
 from client import Client
-from client.commands import main
-from serving.keys import KeyRing
+from serving.security.keys import KeyRing
 
 
 def test_new_key_opens_with_the_entry_it_is_printed_with(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chasqui.cli.chat import in_turn
 from client import AsyncClient, Client, Delta, Event, Finished, FinishReason, Message, Started
-from client.conversation import in_turn
 from client.results import Usage, chat_event, chat_prediction, text_prediction
 from llama.v1 import chat_pb2
 

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from client.liveness import until_hung
+from chasqui.cli.serve.liveness import until_hung
 
 Answer = health_pb2.HealthCheckResponse
 UP, DOWN, NONE = Answer.SERVING, Answer.NOT_SERVING, -1
@@ -37,7 +37,7 @@ class Scripted(health_pb2_grpc.HealthServicer):
 async def test_silence_and_a_drain_without_end_are_told(
     monkeypatch: pytest.MonkeyPatch, answers: list[int], reason: str
 ) -> None:
-    monkeypatch.setattr("client.liveness.PERIOD", 0.02)
+    monkeypatch.setattr("chasqui.cli.serve.liveness.PERIOD", 0.02)
     servicer, server = Scripted(answers), grpc.aio.server()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

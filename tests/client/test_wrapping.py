@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from client.wrapping import WordWrap
+from chasqui.cli.wrapping import WordWrap
 
 COLUMNS = 24
 

@@ -11,9 +11,9 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 
+from serving.security.tls import PeerCertificates, TlsFiles
 from serving.server import Service, channel, running
 from serving.settings import ServerSettings
-from serving.tls import PeerCertificates, TlsFiles
 from tests.deploy.conftest import ROOT
 
 SERVICES_CA, GATEWAYS_CA = "services-authority", "gateways-authority"

@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 from torch.distributed.run import get_args_parser
 
-from serving.health import LIVENESS
+from serving.standard_services.health import LIVENESS
 from tests.deploy.conftest import Pod, ReadSettings
 from tests.deploy.kustomize import Manifest, pod_templates
 

@@ -23,9 +23,9 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
+from chasqui.cli.main import main
 from client import AsyncClient, ChasquiError, Client, Delta, Tls, UnreachableError
-from client.channel import open_aio_channel, open_channel
-from client.commands import main
+from client.connection.channel import open_aio_channel, open_channel
 from llama.v1 import chat_pb2
 from tests.e2e.deployments import Certificate, LockedGateway
 from tests.e2e.processes import TIMEOUT

@@ -15,17 +15,17 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from gateway.backend import Backend
-from gateway.detokenizer import Vocabulary
+from gateway.rpc.upstreams import Backend
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
+from gateway.text.detokenizer import Vocabulary
 from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc, operator_pb2_grpc
 from llama.v1.sampling_pb2 import DETERMINISM_SEEDED, FINISH_REASON_CANCELLED
 from safety_service.rules import Rules
-from safety_service.servicer import Classifier, safety_service
+from safety_service.server import Classifier, safety_service
 from serving.server import Service, channel, running
 from serving.settings import ServerSettings
-from tokenizer_service.servicer import tokenizer_service
+from tokenizer_service.server import tokenizer_service
 from tokenizer_service.tokenizer import Tokenizer
 
 TOKENIZER_PATH = Path(__file__).parents[1] / "golden" / "tokenizer.model"

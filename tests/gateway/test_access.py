@@ -9,20 +9,20 @@ import grpc
 import pytest
 import trustme
 
-from gateway.backend import Backend
-from gateway.connect import connector, failure_reason
+from gateway.rpc.upstreams import Backend
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
+from gateway.upstream.connect import connector, failure_reason
 from llama.v1 import chat_pb2
 from llama.v1.model_pb2 import TopLogprobs
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP, TopLogprob
 from llama.v1.tokenizer_pb2 import GetVocabularyRequest
 from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from safety_service.rules import Rules
-from safety_service.servicer import safety_service
+from safety_service.server import safety_service
 from serving.server import Running, channel, running
 from tests.gateway.conftest import RunningGateway, ScriptedModel, StartGateway, StartServer
-from tokenizer_service.servicer import tokenizer_service
+from tokenizer_service.server import tokenizer_service
 from tokenizer_service.tokenizer import Tokenizer
 
 REQUEST = chat_pb2.TextCompleteStreamRequest(prompts=["Llamas"])

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 
-from gateway.admission import Admission, Admitted, Bounds, Size, Turn
-from serving import caller
-from serving.caller import Caller, CallerLimits
+from gateway.admission.admission import Admission, Admitted, Bounds, Size, Turn
 from serving.errors import RequestError
+from serving.security import caller
+from serving.security.caller import Caller, CallerLimits
 
 TEN = Size(prompt=4, max_answer=6)
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.answer import Answer
-from gateway.detokenizer import Vocabulary
-from gateway.request import Options
-from gateway.stop_strings import StopString
+from gateway.generation.answer import Answer
+from gateway.request.validation import Options
+from gateway.text.detokenizer import Vocabulary
+from gateway.text.stop_strings import StopString
 from llama.v1.model_pb2 import TokenEvent, TopLogprobs
 from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams, TopLogprob
 from tokenizer_service.tokenizer import Tokenizer

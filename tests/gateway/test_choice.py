@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.choice import choose
-from gateway.connect import plaintext
-from gateway.prefix_index import BLOCK, block_digests
-from gateway.replica import Replica
+from gateway.replicas.prefix_index import BLOCK, block_digests
+from gateway.replicas.replica import Replica
+from gateway.replicas.routing import choose
+from gateway.upstream.connect import plaintext
 from llama.v1.model_pb2 import GetLoadResponse, GetModelInfoResponse, StartSequence
 
 PROMPT = list(range(3 * BLOCK))

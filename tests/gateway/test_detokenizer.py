@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.detokenizer import Detokenizer, PieceKind, Vocabulary
+from gateway.text.detokenizer import Detokenizer, PieceKind, Vocabulary
 from tokenizer_service.tokenizer import Tokenizer
 
 BOS, EOS, UNKNOWN = 1, 2, 0

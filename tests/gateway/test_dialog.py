@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialog import (
+from llama.prompt_format.dialog import (
     Message,
     drop_oldest_turns,
     has_special_tags,

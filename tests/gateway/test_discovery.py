@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from gateway.discovery import Discovery
+from gateway.replicas.discovery import Discovery
 
 
 async def test_addresses_stay_as_they_are() -> None:

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gateway.ended_streams import EndedStreams, StreamKey
+from gateway.rpc.ended_streams import EndedStreams, StreamKey
 
 MAX_BYTES = 100
 CALLERS = ("a", "b", "c")

@@ -10,7 +10,7 @@ import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status.rpc_status import from_call
 
-from gateway.failover import MOST_RESTARTS
+from gateway.replicas.failover import MOST_RESTARTS
 from llama.v1.chat_pb2 import (
     GetModelRequest,
     TextCompleteRequest,

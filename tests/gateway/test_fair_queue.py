@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gateway.fair_queue import Claim, FairQueue
+from gateway.admission.fair_queue import Claim, FairQueue
 
 LARGEST = 20  # tokens of a claim
 KEYS = ("a", "b", "c")

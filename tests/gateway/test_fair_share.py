@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gateway.fair_share import Holding, SharedRoom
+from gateway.admission.fair_share import Holding, SharedRoom
 
 BOUND = 20
 WEIGHTS = {"a": 1.0, "b": 1.0, "c": 0.5, "d": 3.0}

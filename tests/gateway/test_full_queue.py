@@ -18,7 +18,7 @@ from llama.v1.chat_pb2 import (
 )
 from llama.v1.operator_pb2 import GetStatusRequest, GetStatusResponse
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP, SamplingParams
-from serving.keys import key_digest
+from serving.security.keys import key_digest
 from serving.server import channel
 
 NAMES = ("ann", "ben")

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.answer import Delta
-from gateway.classifier import SAFE, Judgement
-from gateway.completion import Event, Finished
-from gateway.dialog import ASSISTANT, USER, Message
-from gateway.held_answer import HeldAnswer
+from gateway.generation.answer import Delta
+from gateway.generation.completion import Event, Finished
+from gateway.safety.classifier import SAFE, Judgement
+from gateway.safety.moderation_buffer import HeldAnswer
+from llama.prompt_format.dialog import ASSISTANT, USER, Message
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY, FINISH_REASON_STOP
 from safety_service.rules import Rules

@@ -14,8 +14,8 @@ from llama.v1.safety_pb2 import VERDICT_SAFE, VERDICT_UNSAFE, ClassifyRequest
 from llama.v1.safety_pb2_grpc import SafetyServiceStub
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 from safety_service.llama_guard import LlamaGuard, render
-from safety_service.servicer import USER, safety_service
-from safety_service.servicer import Message as Turn
+from safety_service.server import USER, safety_service
+from safety_service.server import Message as Turn
 from serving.server import channel
 from tokenizer_service.tokenizer import Tokenizer
 

@@ -22,7 +22,7 @@ def test_gateway_never_imports_torch_or_sentencepiece() -> None:
 
 def test_text_modules_can_be_used_without_protocol_buffers() -> None:
     code = (
-        "import gateway.detokenizer, gateway.stop_strings, sys;"
+        "import gateway.text.detokenizer, gateway.text.stop_strings, sys;"
         "print([m for m in ('grpc', 'google.protobuf') if m in sys.modules])"
     )
     assert run("-c", code).stdout.strip() == "[]"

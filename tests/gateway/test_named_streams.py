@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.named_streams import EVENT_OVERHEAD, STREAM_OVERHEAD, NamedStreams, StreamLimits
+from gateway.rpc.named_streams import EVENT_OVERHEAD, STREAM_OVERHEAD, NamedStreams, StreamLimits
 from llama.v1.chat_pb2 import (
     ROLE_USER,
     CancelRequest,
@@ -27,8 +27,8 @@ from llama.v1.chat_pb2 import (
     Token,
 )
 from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams
-from serving import caller
 from serving.errors import RequestError
+from serving.security import caller
 from tokenizer_service.tokenizer import Tokenizer
 
 TEXT = "One by one the runners of the high road hand over what they carry, day and night."

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pace import Pace
+from gateway.admission.throughput import Pace
 
 
 def measured(rate: int, seconds: int, *, waiting: bool = True) -> Pace:

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.prefix_index import BLOCK, PrefixIndex, block_digests
+from gateway.replicas.prefix_index import BLOCK, PrefixIndex, block_digests
 
 # Few different blocks, so that texts share beginnings and also blocks at other places.
 texts = st.lists(st.sampled_from([1, 2, 3]), max_size=6).map(

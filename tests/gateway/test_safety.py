@@ -10,7 +10,7 @@ import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status.rpc_status import from_call
 
-from gateway.safety import DIALOG_REFUSAL
+from gateway.safety.guard import DIALOG_REFUSAL
 from llama.v1.chat_pb2 import (
     ROLE_USER,
     ChatCompleteRequest,
@@ -29,8 +29,8 @@ from llama.v1.sampling_pb2 import (
     SamplingParams,
     TokenIds,
 )
-from safety_service import servicer
-from safety_service.servicer import SAFE, Judgement, safety_service
+from safety_service import server as servicer
+from safety_service.server import SAFE, Judgement, safety_service
 from tokenizer_service.tokenizer import Tokenizer
 
 HARMLESS = "llamas eat grass and leaves all day long"

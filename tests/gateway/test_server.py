@@ -33,7 +33,7 @@ from llama.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
 from llama.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
 from serving.server import Service
 from tests.gateway.conftest import ScriptedModel, StartGateway, StartServer
-from tokenizer_service.servicer import TokenizerServicer, tokenizer_service
+from tokenizer_service.server import TokenizerServicer, tokenizer_service
 from tokenizer_service.tokenizer import Tokenizer
 
 EOS = 2

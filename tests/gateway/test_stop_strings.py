@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.stop_strings import StopFilter, StopString
+from gateway.text.stop_strings import StopFilter, StopString
 
 # A small alphabet makes overlaps and false beginnings frequent.
 TEXTS = st.lists(st.text("ab ", max_size=4), max_size=12)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.unread import UnreadEvents
+from gateway.generation.send_buffer import UnreadEvents
 from llama.v1.model_pb2 import SequenceError, TokenEvent, TopLogprobs
 from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH
 from serving.errors import RequestError

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model_service.engine.plan import StepPlan
-from model_service.model.attention import SequenceSpan
-from model_service.replica import ReplicaOptions, load_replica
+from model_service.engine.step.plan import StepPlan
+from model_service.loading.replica import ReplicaOptions, load_replica
+from model_service.model.attention.backend import SequenceSpan
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -20,13 +20,13 @@ from model_service.engine.sequence import (
     SamplingParams,
     SequenceOutput,
 )
-from model_service.model.attention import (
+from model_service.loading.replica import ReplicaOptions, load_replica
+from model_service.model.attention.backend import (
     AttentionBackend,
     CacheShape,
     SequenceSpan,
 )
-from model_service.model.sdpa_attention import SdpaAttention
-from model_service.replica import ReplicaOptions, load_replica
+from model_service.model.attention.sdpa import SdpaAttention
 from tests.model_service import flashinfer_double
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -157,7 +157,7 @@ MakeAttention = Callable[..., Any]
 @pytest.fixture(scope="module")
 def flashinfer() -> Iterator[Any]:
     """FlashInfer's stand-in, in its place while a module's tests run."""
-    backend = "model_service.model.flashinfer_attention"
+    backend = "model_service.model.attention.flashinfer"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "flashinfer", flashinfer_double)
         patch.delitem(sys.modules, backend, raising=False)
@@ -168,7 +168,7 @@ def flashinfer() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def backends(flashinfer: Any) -> dict[str, MakeAttention]:
     """All backends by name, each made from the cache's shape, the query heads and a dtype."""
-    module = importlib.import_module("model_service.model.flashinfer_attention")
+    module = importlib.import_module("model_service.model.attention.flashinfer")
 
     def sdpa(shape: CacheShape, heads: int, kv_dtype: torch.dtype = torch.float32) -> Any:
         return FixedSdpaAttention(shape, torch.float32, CPU, kv_dtype)

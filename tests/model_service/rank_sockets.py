@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from model_service import distributed
+from model_service.loading import distributed
 
 
 def listening(process: psutil.Process) -> list[str]:

@@ -3,9 +3,9 @@ from typing import Any
 import pytest
 import torch
 
-from model_service.arithmetic import Arithmetic, choose_arithmetic, cuda_dtype
+from model_service.loading.precision import Arithmetic, choose_arithmetic, cuda_dtype
 from model_service.model.config import ModelConfig
-from model_service.model.packing import weight_bytes
+from model_service.model.weights.packing import weight_bytes
 from serving.errors import StartError
 
 H200, A100, T4 = (9, 0), (8, 0), (7, 5)

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from model_service.model.attention import BlockCopy, SequenceSpan, narrowed
-from model_service.model.backends import make_attention
-from model_service.model.sdpa_attention import SdpaAttention
+from model_service.model.attention.backend import BlockCopy, SequenceSpan, narrowed
+from model_service.model.attention.sdpa import SdpaAttention
+from model_service.model.attention.select import make_attention
 from tests.model_service.conftest import CACHE, HEADS, spread
 
 KV_HEADS, HEAD_DIM = CACHE.kv_heads, CACHE.head_dim

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from model_service.engine.block_pool import BlockPool
-from model_service.engine.prefix import BlockContent, extend_contents
-from model_service.model.attention import PROBE_BLOCK
+from model_service.engine.kv_cache.block_content import BlockContent, extend_contents
+from model_service.engine.kv_cache.block_pool import BlockPool
+from model_service.model.attention.backend import PROBE_BLOCK
 
 # Two parents, and tokens that begin alike.
 contents = st.builds(

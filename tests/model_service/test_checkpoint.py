@@ -14,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_service.model.checkpoint import open_checkpoint
 from model_service.model.config import ModelConfig, read_params
 from model_service.model.errors import CheckpointError
+from model_service.model.weights.checkpoint import open_checkpoint
 from model_service.quantize import quantize_checkpoint
 from serving.errors import StartError
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model_service.model import weights_cuda
-from model_service.model.checkpoint import open_checkpoint
-from model_service.model.packing import packing
-from model_service.model.quantization import Int4Weight, fp8_rows
-from model_service.model.upload import Upload
-from model_service.replica import ReplicaOptions, load_replica
+from model_service.loading.replica import ReplicaOptions, load_replica
+from model_service.model.weights import cuda as weights_cuda
+from model_service.model.weights.checkpoint import open_checkpoint
+from model_service.model.weights.packing import packing
+from model_service.model.weights.quantization import Int4Weight, fp8_rows
+from model_service.model.weights.upload import Upload
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = torch.device("cuda", 0)
@@ -33,7 +33,7 @@ SHAPES = [(4096, 512), (12288, 256), (272, 1376), (128, 11008)]
 @pytest.fixture
 def kernels() -> Any:
     """Only there where Triton is."""
-    return importlib.import_module("model_service.model.kernels")
+    return importlib.import_module("model_service.model.weights.triton_kernels")
 
 
 def random_matrix(*size: int, seed: int = 1) -> torch.Tensor:

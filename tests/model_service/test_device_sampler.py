@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model_service.engine.batch import Row
-from model_service.engine.device_draw import Rules, draw, truncate
-from model_service.engine.device_sampler import DeviceSampler
 from model_service.engine.engine import EngineLimits
-from model_service.engine.results import StepResult, read_result
+from model_service.engine.sampling.device_draw import Rules, draw, truncate
+from model_service.engine.sampling.device_sampler import DeviceSampler
+from model_service.engine.sampling.result import StepResult, read_result
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
-from model_service.engine.transfer import upload_packed
-from model_service.engine.warm_up import warm_up_sampling
+from model_service.engine.step.batch import Row
+from model_service.engine.step.pinned_transfer import upload_packed
+from model_service.loading.warm_up import warm_up_sampling
 
 CPU = torch.device("cpu")
 VOCABS = 5, 300, 1040, 9001

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from model_service.model.attention import CacheShape
-from model_service.model.backends import make_attention
-from model_service.model.graphs import PADDING, FixedBatchAttention, GraphRecorder
+from model_service.model.attention.backend import CacheShape
+from model_service.model.attention.sdpa import SdpaAttention
+from model_service.model.attention.select import make_attention
+from model_service.model.cuda_graphs import PADDING, FixedBatchAttention, GraphRecorder
 from model_service.model.operations import FusedOperations, PlainOperations, rotary_frequencies
-from model_service.model.sdpa_attention import SdpaAttention
 from tests.model_service.conftest import spread
 
 pytestmark = pytest.mark.skipif(

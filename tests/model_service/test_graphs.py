@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_service.engine.engine import Engine
-from model_service.engine.plan_channel import PlanChannel
-from model_service.engine.runner import ModelRunner
-from model_service.engine.warm_up import warm_up
-from model_service.model.attention import CacheShape
-from model_service.model.graphs import DecodeGraphs, bucket_sizes
+from model_service.engine.step.plan_channel import PlanChannel
+from model_service.engine.step.runner import ModelRunner
+from model_service.loading.replica import Replica, ReplicaOptions, load_replica
+from model_service.loading.warm_up import warm_up
+from model_service.model.attention.backend import CacheShape
+from model_service.model.cuda_graphs import DecodeGraphs, bucket_sizes
 from model_service.model.operations import FusedOperations, rotary_frequencies
-from model_service.replica import Replica, ReplicaOptions, load_replica
 from tests.model_service.conftest import CONTEXT, CPU, GOLDEN, spread
 
 ROWS, HEADS = 12, 8  # of gqa-mp1

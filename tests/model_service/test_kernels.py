@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_service.model import weights_cuda
-from model_service.model.quantization import GROUP_SIZE, Fp8Weight, Int8Weight, fp8_rows
+from model_service.model.weights import cuda as weights_cuda
+from model_service.model.weights.quantization import GROUP_SIZE, Fp8Weight, Int8Weight, fp8_rows
 
 triton: Any = pytest.importorskip("triton", reason="Triton is not installed")
-kernels: Any = pytest.importorskip("model_service.model.kernels")
+kernels: Any = pytest.importorskip("model_service.model.weights.triton_kernels")
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
     reason="kernels run on the GPU here, or the interpreter is older than NumPy's newest",

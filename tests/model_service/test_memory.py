@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from model_service.engine.plan_channel import PlanChannel
-from model_service.engine.runner import ModelRunner
-from model_service.engine.warm_up import warm_up_plans
-from model_service.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, free_memory
-from model_service.model.attention import CacheShape
-from model_service.model.sdpa_attention import SdpaAttention
-from model_service.replica import MOST_CACHE, ReplicaOptions, load_replica
-from model_service.step_memory import memory_for_steps
+from model_service.engine.step.plan_channel import PlanChannel
+from model_service.engine.step.runner import ModelRunner
+from model_service.loading.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, free_memory
+from model_service.loading.replica import MOST_CACHE, ReplicaOptions, load_replica
+from model_service.loading.step_memory import memory_for_steps
+from model_service.loading.warm_up import warm_up_plans
+from model_service.model.attention.backend import CacheShape
+from model_service.model.attention.sdpa import SdpaAttention
 from serving.errors import StartError
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_a_cache_takes_half_of_scarce_memory_but_holds_one_sequence(
 ) -> None:
     of_token, of_weights = 768, 238016 * 4
     free = WORKING_MEMORY + of_weights + free_tokens * of_token
-    monkeypatch.setattr("model_service.memory.free_memory", lambda _device: free)
+    monkeypatch.setattr("model_service.loading.memory.free_memory", lambda _device: free)
     limits = load_replica(dataclasses.replace(options, block_size=1)).limits
     assert limits.blocks == tokens
 
@@ -63,13 +63,13 @@ def test_a_cache_takes_half_of_scarce_memory_but_holds_one_sequence(
 def test_memory_for_less_than_one_sequence_is_refused(
     options: ReplicaOptions, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("model_service.memory.free_memory", lambda _device: WORKING_MEMORY)
+    monkeypatch.setattr("model_service.loading.memory.free_memory", lambda _device: WORKING_MEMORY)
     with pytest.raises(StartError, match="To fix: lower --kv_cache_tokens"):
         load_replica(options)
 
 
 def test_weights_that_are_there_are_not_asked_for_again(monkeypatch: Any) -> None:
-    monkeypatch.setattr("model_service.memory.free_memory", lambda _device: 500)
+    monkeypatch.setattr("model_service.loading.memory.free_memory", lambda _device: 500)
     plan = MemoryPlan(weights=1000, kv_cache=400, kv_tokens=10, working=100)
     plan.check(CPU, 1, weights_are_there=True)
     with pytest.raises(StartError, match=r"would need 0\.001 MiB .* but 0\.000 MiB are free"):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.engine.pace import CONTRAST_EVERY, FLOOR, WINDOW, Pace
+from model_service.engine.scheduling.prefill_budget import CONTRAST_EVERY, FLOOR, WINDOW, Pace
 
 Seconds = Callable[[int, int], float]  # of a step with these decode rows and prompt tokens
 SETTLED = 6 * WINDOW

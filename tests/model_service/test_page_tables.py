@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.model.attention import SequenceSpan
-from model_service.model.page_tables import leading_decodes, page_tables
+from model_service.model.attention.backend import SequenceSpan
+from model_service.model.attention.page_tables import leading_decodes, page_tables
 
 
 @st.composite

@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_service.engine.plan import PlanDecoder, PlanEncoder, StepPlan
-from model_service.model.attention import BlockCopy, SequenceSpan
+from model_service.engine.step.plan import PlanDecoder, PlanEncoder, StepPlan
+from model_service.model.attention.backend import BlockCopy, SequenceSpan
 
 blocks = st.integers(1, 1000)
 

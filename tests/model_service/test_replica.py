@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from model_service.model.checkpoint import open_checkpoint
+from model_service.loading.replica import ReplicaOptions, load_replica
 from model_service.model.config import ModelConfig
-from model_service.replica import ReplicaOptions, load_replica
+from model_service.model.weights.checkpoint import open_checkpoint
 
 
 @pytest.fixture
@@ -59,7 +59,9 @@ def test_other_kernels_have_another_fingerprint(
     options: ReplicaOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = load_replica(options).info
-    monkeypatch.setattr("model_service.replica.instructions", lambda: "of another processor")
+    monkeypatch.setattr(
+        "model_service.loading.replica.instructions", lambda: "of another processor"
+    )
     other = load_replica(options).info
     assert other.fingerprint != own.fingerprint
     assert other.device == "cpu (of another processor)"

@@ -8,9 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.engine.sampler import SamplingRow, adjust, finite_rows, sample, score
+from model_service.engine.sampling.host_sampler import (
+    SamplingRow,
+    adjust,
+    finite_rows,
+    sample,
+    score,
+)
+from model_service.engine.sampling.philox import philox, uniforms
 from model_service.engine.sequence import SamplingParams
-from model_service.engine.uniform import philox, uniforms
 
 VOCAB = 12
 

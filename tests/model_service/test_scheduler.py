@@ -4,11 +4,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from model_service.engine.block_pool import BlockPool
-from model_service.engine.pace import Pace
-from model_service.engine.scheduler import MOST_PARKED, Schedule, Scheduler
+from model_service.engine.kv_cache.block_pool import BlockPool
+from model_service.engine.scheduling.prefill_budget import Pace
+from model_service.engine.scheduling.scheduler import MOST_PARKED, Schedule, Scheduler
+from model_service.engine.scheduling.speculation import NgramDrafter, Speculation
 from model_service.engine.sequence import GenerationRequest, Sequence
-from model_service.engine.speculation import NgramDrafter, Speculation
 
 CONTEXT, BLOCK = 24, 4
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.engine.pace import Pace
+from model_service.engine.scheduling.prefill_budget import Pace
+from model_service.engine.scheduling.speculation import NGRAM, NgramDrafter, Speculation
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
-from model_service.engine.speculation import NGRAM, NgramDrafter, Speculation
 
 CONTEXT = 256
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.model import upload
-from model_service.model.checkpoint import open_checkpoint
-from model_service.model.upload import Upload
+from model_service.model.weights import upload
+from model_service.model.weights.checkpoint import open_checkpoint
+from model_service.model.weights.upload import Upload
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]

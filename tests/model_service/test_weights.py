@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model_service.model.weights import PackedWeight, pack_fp8, pack_int4, pack_int8, prepack
+from model_service.model.weights.matrices import (
+    PackedWeight,
+    pack_fp8,
+    pack_int4,
+    pack_int8,
+    prepack,
+)
 
 pytestmark = pytest.mark.kernels
 

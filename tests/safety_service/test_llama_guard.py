@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from safety_service.llama_guard import parse, read_policy, render
-from safety_service.servicer import ASSISTANT, SAFE, USER, Judgement, Message
+from safety_service.server import ASSISTANT, SAFE, USER, Judgement, Message
 from serving.errors import StartError
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from safety_service.normalization import normalized
 from safety_service.rules import Rules
-from safety_service.servicer import ASSISTANT, SAFE, SYSTEM, USER, Judgement, Message
+from safety_service.server import ASSISTANT, SAFE, SYSTEM, USER, Judgement, Message
 from serving.errors import StartError
 
 SHIPPED = Rules.read()

@@ -15,10 +15,10 @@ import pytest
 import structlog
 from google.protobuf.wrappers_pb2 import StringValue
 
-from serving import logs, request_id
 from serving.errors import Violation, invalid_argument, resource_exhausted
 from serving.server import Service, channel, running
 from serving.settings import ServerSettings
+from serving.telemetry import logs, request_id
 
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 

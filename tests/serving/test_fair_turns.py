@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.fair_turns import FairTurns
+from serving.intake.fair_turns import FairTurns
 
 WORK = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 150)), min_size=1, max_size=40)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving.garbage import keep_what_is_loaded
+from serving.freeze_gc import keep_what_is_loaded
 
 
 @pytest.fixture(autouse=True)

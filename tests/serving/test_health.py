@@ -10,9 +10,9 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from serving.health import LIVENESS
 from serving.server import Health, Service, channel, running
 from serving.settings import ServerSettings
+from serving.standard_services.health import LIVENESS
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 

@@ -9,9 +9,9 @@ from google.protobuf.wrappers_pb2 import StringValue
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import held_bytes
 from serving.errors import RequestError
-from serving.held_bytes import MAX_BYTES, HeldBytes
+from serving.intake import held_bytes
+from serving.intake.held_bytes import MAX_BYTES, HeldBytes
 from serving.server import channel, running
 from serving.settings import ServerSettings
 

@@ -6,8 +6,8 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
-from serving import histogram
-from serving.metrics import histogram_family
+from serving.telemetry import histogram
+from serving.telemetry.metrics import histogram_family
 
 BOUNDS = (0.0, 0.5, 1.0, 10.0)
 

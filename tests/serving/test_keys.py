@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving import keys
-from serving.caller import Caller, CallerLimits
 from serving.errors import RequestError, StartError
-from serving.keys import KeyRing, key_digest
+from serving.security import keys
+from serving.security.caller import Caller, CallerLimits
+from serving.security.keys import KeyRing, key_digest
 
 NEEDS: Any = {"test.Echo": "generate", "test.Operator": "operate"}
 Logged = Callable[[], list[dict[str, Any]]]

@@ -14,11 +14,12 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
-from serving import held_streams, receive
-from serving.caller import ANYBODY, Caller
-from serving.seldom import Seldom
+from serving.intake import receive
+from serving.security.caller import ANYBODY, Caller
 from serving.server import channel, running
 from serving.settings import ServerSettings
+from serving.standard_services import held_streams
+from serving.telemetry.rate_limited_log import Seldom
 
 Logged = Callable[[], list[dict[str, Any]]]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import structlog
 
-from serving import logs
+from serving.telemetry import logs
 
 Configure = Callable[..., io.StringIO]
 Logged = Callable[[], list[dict[str, Any]]]

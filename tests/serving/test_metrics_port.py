@@ -10,8 +10,8 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serving import metrics_port
-from serving.metrics_port import MetricsServer, serve_metrics
+from serving.telemetry import metrics_port
+from serving.telemetry.metrics_port import MetricsServer, serve_metrics
 
 
 @pytest.fixture

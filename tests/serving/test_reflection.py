@@ -15,9 +15,9 @@ from grpc_reflection.v1alpha.reflection_pb2 import (
     ServerReflectionResponse,
 )
 
-from serving.reflection import SERVICE_NAMES, V1
 from serving.server import channel, running
 from serving.settings import ServerSettings
+from serving.standard_services.reflection import SERVICE_NAMES, V1
 
 
 @pytest.fixture(params=SERVICE_NAMES)

@@ -15,9 +15,9 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from serving.errors import StartError
 from serving.healthcheck import health
+from serving.security.tls import PeerCertificates, ServerCertificates, TlsFiles
 from serving.server import channel, running
 from serving.settings import ServerSettings
-from serving.tls import PeerCertificates, ServerCertificates, TlsFiles
 
 Logged = Callable[[], list[dict[str, Any]]]
 

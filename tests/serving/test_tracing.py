@@ -8,9 +8,9 @@ from opentelemetry.sdk.trace.sampling import Decision, Sampler
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import ValidationError
 
-from serving import tracing
-from serving.otlp import sampler
 from serving.settings import ServerSettings
+from serving.telemetry import tracing
+from serving.telemetry.otlp import sampler
 
 # An id that TraceIdRatioBased samples at any ratio, and one that it samples at none below 1.
 LOW, HIGH = "0" * 31 + "1", "f" * 32

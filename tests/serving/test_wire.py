@@ -16,7 +16,7 @@ from llama.v1.chat_pb2 import (
     TextCompleteRequest,
 )
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
-from serving.wire import holds_more_than
+from serving.intake.wire import holds_more_than
 
 TEXTS = st.text(max_size=5)
 DIALOGS = st.lists(

@@ -24,7 +24,7 @@ from llama.v1.tokenizer_pb2 import (
     Segment,
 )
 from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
-from tokenizer_service.servicer import MAX_BYTES_AT_ONCE, TokenizerServicer
+from tokenizer_service.server import MAX_BYTES_AT_ONCE, TokenizerServicer
 from tokenizer_service.tokenizer import Tokenizer
 
 SERVICE = "llama.v1.TokenizerService"

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
-from client.commands import main
+from chasqui.cli.main import main
 from llama.v1 import chat_pb2
 
 Run = Callable[..., Any]

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.load.generator import Closed, Open, Until, arrivals, run
-from client.load.records import Failure, Success
-from client.load.sender import Sender, clock
-from client.load.workload import Work
+from chasqui.loadtest.generator import Closed, Open, Until, arrivals, run
+from chasqui.loadtest.records import Failure, Success
+from chasqui.loadtest.sender import Sender, clock
+from chasqui.loadtest.workload import Work
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import TokenIds
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.load.lengths import Constant, LogNormal, Uniform, parse
+from chasqui.loadtest.lengths import Constant, LogNormal, Uniform, parse
 
 tokens = st.integers(1, 10_000)
 

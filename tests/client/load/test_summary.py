@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chasqui.loadtest.records import Failure, Record, Run, Success
+from chasqui.loadtest.summary import PERCENTILES, distribution, summarize, tokens_per_second
 from client import FinishReason, Usage
-from client.load.records import Failure, Record, Run, Success
-from client.load.summary import PERCENTILES, distribution, summarize, tokens_per_second
 
 seconds = st.floats(0, 1e6)
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chasqui.loadtest.lengths import Constant, LogNormal, Uniform
+from chasqui.loadtest.workload import Workload, read_dialogs, work
 from client import Dialog, Limits, Model
-from client.load.lengths import Constant, LogNormal, Uniform
-from client.load.workload import Workload, read_dialogs, work
 from llama.v1 import chat_pb2
 
 MODEL = Model(

@@ -1,0 +1,1 @@
+"""Chasqui, as its users import it."""

@@ -1,0 +1,1 @@
+"""`chasqui serve`: all services on this machine, as child processes."""

@@ -1,0 +1,241 @@
+"""`chasqui serve`: all services on this machine until a signal ends them."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import click
+import grpc
+
+from chasqui.cli.flags import one_line_errors, setting
+from chasqui.cli.serve.deployment import Deployment, SupervisorError, demonstration
+from chasqui.cli.serve.service_log import as_json, is_below, own_line, readable
+from chasqui.cli.serve.service_process import Log
+from chasqui.cli.serve.supervisor import Supervisor
+from client.aio import AsyncClient
+from client.errors import ChasquiError
+from client.results import Model
+
+# Seconds after which a wait for the services' end is explained.
+PATIENCE = 5.0
+
+
+@click.command()
+@setting(
+    "ckpt_dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a checkpoint in Meta's format.  [default: the demonstration checkpoint]",
+)
+@setting(
+    "tokenizer_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The checkpoint's tokenizer.model.",
+)
+@setting("model_name", help="Name that clients see.  [default: the folder's]")
+@setting("shards", type=click.IntRange(1), default=1, help="Processes to cut the model over.")
+@setting("replicas", type=click.IntRange(1), default=1, help="Copies of the model to run.")
+@setting("host", default="127.0.0.1", show_default=True, help="Address for the gateway.")
+@setting(
+    "port",
+    type=click.IntRange(0, 65535),
+    default=50051,
+    show_default=True,
+    help="Port for the gateway; 0: any that is free.",
+)
+@setting("max_seq_len", type=int, help="Most tokens of prompt and answer.  [default: 512]")
+@setting("max_batch_size", type=int, help="Most sequences that run at once.  [default: 8]")
+@setting("dtype", help="auto, float32, bfloat16 or float16.")
+@setting("quantize", help="auto, none, int8, int4 or fp8.")
+@setting("device", help="auto, cpu or cuda.")
+@setting(
+    "safety",
+    is_flag=True,
+    help="Have a safety service judge dialogs and answers, by the rules that come with it.",
+)
+@setting(
+    "log_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the services' logs go.  [default: stderr]",
+)
+@setting(
+    "log_format",
+    type=click.Choice(["auto", "text", "json"]),
+    default="auto",
+    show_default=True,
+    help="Of the logs: auto is text on a terminal and else JSON, an object a line. json is also "
+    "for what this command itself says.",
+)
+@setting(
+    "log_level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least level of the logs.",
+)
+@one_line_errors()
+def serve(
+    *,
+    ckpt_dir: Path | None,
+    tokenizer_path: Path | None,
+    model_name: str | None,
+    shards: int,
+    replicas: int,
+    host: str,
+    port: int,
+    safety: bool,
+    log_file: Path | None,
+    log_format: str,
+    log_level: str,
+    **model_settings: object,
+) -> None:
+    """Run all services on this machine until Ctrl-C."""
+    if ckpt_dir is not None and tokenizer_path is not None:
+        checkpoint = Deployment(ckpt_dir, tokenizer_path)
+    elif ckpt_dir is None and tokenizer_path is None:
+        checkpoint = demonstration()
+    else:
+        raise click.UsageError("--ckpt_dir and --tokenizer_path belong together: give both")
+    deployment = replace(
+        checkpoint,
+        model_name=model_name or checkpoint.model_name,
+        shards=shards,
+        replicas=replicas,
+        host=host,
+        port=port,
+        safety=safety,
+        debug=log_level == "debug",
+        model_settings=model_settings,
+    )
+    terminal = _Terminal(as_json=log_format == "json")
+    with terminal.errors(), _log_to(log_file, log_format, log_level) as log:
+        asyncio.run(_serve_until_stopped(Supervisor(deployment, log), terminal))
+
+
+def summary(model: Model) -> str:
+    size = (
+        f"{model.parameters / 1e6:.1f}M"
+        if model.parameters < 1e9
+        else f"{model.parameters / 1e9:.1f}B"
+    )
+    shards = "1 shard" if model.shards == 1 else f"{model.shards} shards"
+    return (
+        f"{model.name}: {size} parameters, {model.dtype}, {shards}, "
+        f"context of {model.context_length} tokens"
+    )
+
+
+class _Terminal:
+    """What the command itself says, as text or as JSON lines like the services' logs."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+
+    def say(self, text: str, level: str = "info", **values: object) -> None:
+        """Information goes to stdout, all else to stderr; `values` are for JSON alone."""
+        line = as_json("serve", own_line(level, text, **values)) if self._as_json else text
+        click.echo(line, err=level != "info")
+
+    def say_at_end(self, text: str, level: str = "info") -> None:
+        """Says it if anything is there to show it: a closed terminal must not cut answers off."""
+        with contextlib.suppress(OSError):
+            self.say(text, level)
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """In JSON, an error that ends the command is a line like all others."""
+        try:
+            yield
+        except (ChasquiError, SupervisorError) as error:
+            if not self._as_json:
+                raise
+            self.say(str(error), "critical")
+            raise SystemExit(1) from None
+
+
+async def _serve_until_stopped(services: Supervisor, terminal: _Terminal) -> None:
+    serving = asyncio.create_task(_serve(services, terminal))
+    stopping = False
+
+    def on_signal() -> None:
+        # The first one lets running answers finish, a second one does not.
+        nonlocal stopping
+        if stopping:
+            services.kill()
+            return
+        stopping = True
+        serving.cancel()
+        terminal.say_at_end(
+            f"Stopping: running answers get {services.grace_period:g} s. "
+            "Ctrl-C again ends all at once."
+        )
+
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signals.append(signal.SIGHUP)
+    for signum in signals:
+        asyncio.get_running_loop().add_signal_handler(signum, on_signal)
+    await asyncio.wait({serving})
+    await _stop(services, terminal)
+    if not serving.cancelled():
+        await serving  # raises why a service ended
+
+
+async def _serve(services: Supervisor, terminal: _Terminal) -> None:
+    address = await services.start()
+    async with AsyncClient(address) as client:
+        try:
+            terminal.say(summary(await client.get_model()))
+        except ChasquiError as error:
+            # With CHASQUI_API_KEYS it serves those who have one.
+            if error.code is not grpc.StatusCode.UNAUTHENTICATED:
+                raise
+    terminal.say(
+        f"Serving at {address}. Talk: chasqui chat --target {address}. Stop: Ctrl-C.",
+        address=address,
+    )
+    await services.watch()
+
+
+async def _stop(services: Supervisor, terminal: _Terminal) -> None:
+    stop = asyncio.create_task(services.stop())
+    explained: list[str] = []
+    while not stop.done():
+        await asyncio.wait({stop}, timeout=PATIENCE)
+        if (waiting_for := services.stopping) and waiting_for != explained:
+            explained = waiting_for
+            terminal.say_at_end(
+                f"Waiting for {', '.join(waiting_for)} to end. Ctrl-C again ends all at once.",
+                "warning",
+            )
+    stop.result()
+    if services.killed:
+        terminal.say_at_end(f"Had to be killed: {', '.join(services.killed)}.", "warning")
+
+
+def _opened(log_file: Path) -> TextIO:
+    try:
+        return log_file.open("a", encoding="utf-8")
+    except OSError as error:
+        raise SupervisorError(f"cannot write to --log_file {log_file}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _log_to(path: Path | None, log_format: str, level: str) -> Iterator[Log]:
+    """Where the lines of the services go."""
+    with contextlib.ExitStack() as stack:
+        stream = sys.stderr if path is None else stack.enter_context(_opened(path))
+        # There is no stderr where it was closed.
+        on_terminal = stream is not None and stream.isatty()
+        text = log_format == "text" or (log_format == "auto" and on_terminal)
+
+        def log(name: str, line: str) -> None:
+            if not is_below(level, line):
+                shown = f"{name} | {readable(line)}" if text else as_json(name, line)
+                click.echo(shown, file=stream, err=True)
+
+        yield log

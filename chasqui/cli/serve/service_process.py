@@ -1,0 +1,109 @@
+"""One service as a child process of `chasqui serve`."""
+
+import asyncio
+import contextlib
+import signal
+import time
+from asyncio import Future
+from asyncio.subprocess import Process
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from chasqui.cli.serve.service_log import failure, is_error, listening_address, readable
+
+LINES_KEPT = 200
+# A replica that lived for so long is not counted as one that cannot live, in seconds.
+SETTLED = 60.0
+# Seconds that the end of a killed process may take. Only what hangs in the kernel takes longer.
+KILLED_SECONDS = 5.0
+
+Log = Callable[[str, str], None]
+
+
+class ServiceProcess:
+    """A child process, followed by its log.
+
+    `address` is known when it listens, `complaint` when it has logged an error, and `ended` is done
+    when it is gone.
+    """
+
+    def __init__(
+        self, name: str, process: Process, log: Log, on_end: Callable[["ServiceProcess"], None]
+    ) -> None:
+        self.address: Future[str] = asyncio.get_running_loop().create_future()
+        self.complaint: Future[str] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.create_task(self._follow(log, on_end))
+        self.name = name
+        self.earlier_failures = 0  # of those that it replaces, in a row
+        self._started_at = time.monotonic()
+        self._process = process
+        self._asked_to_end = False
+        self._killed_because = ""
+        self._killed_at_end = False
+        self._lines: deque[str] = deque(maxlen=LINES_KEPT)
+
+    def obituary(self) -> str:
+        if self._killed_because:
+            return f"{self.name} was killed, as {self._killed_because}"
+        reason = failure(list(self._lines))
+        return f"{self.name} {_end(cast('int', self._process.returncode))}: {reason}"
+
+    @property
+    def failures_in_a_row(self) -> int:
+        """The end of the process itself included."""
+        settled = time.monotonic() - self._started_at > SETTLED
+        return 1 if settled else self.earlier_failures + 1
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to end, and has not."""
+        return self._asked_to_end and not self.ended.done()
+
+    @property
+    def killed_at_end(self) -> bool:
+        """Whether it had to be killed when the services were stopped."""
+        return self._killed_at_end and self._process.returncode in (None, -signal.SIGKILL)
+
+    def kill_at_end(self, reason: str) -> None:
+        """Kills it, unless it has ended by itself."""
+        if not self.ended.done():
+            self._killed_at_end = True
+            self.kill(reason)
+
+    def kill(self, reason: str) -> None:
+        self._killed_because = reason
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def stop(self, seconds: float) -> None:
+        """Asks it to end; kills it when it has not ended after `seconds`."""
+        self._asked_to_end = True
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        done, _ = await asyncio.wait({self.ended}, timeout=seconds)
+        if not done:
+            self.kill_at_end(f"it did not end within {seconds:g} seconds")
+            await asyncio.wait({self.ended}, timeout=KILLED_SECONDS)
+
+    async def _follow(self, log: Log, on_end: Callable[["ServiceProcess"], None]) -> None:
+        async for line in cast("asyncio.StreamReader", self._process.stdout):
+            text = line.decode(errors="replace").rstrip()
+            self._lines.append(text)
+            log(self.name, text)
+            address = listening_address(text)
+            if address is not None and not self.address.done():
+                self.address.set_result(address)
+            if is_error(text) and not self.complaint.done():
+                self.complaint.set_result(readable(text))
+        await self._process.wait()
+        on_end(self)
+
+
+def _end(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:  # most real-time signals have no name
+        return f"was killed by signal {-status}"

@@ -1,0 +1,272 @@
+"""The services as child processes: started in order, watched, and stopped, the gateway first. A
+replica of the model that dies or hangs is started again, as the gateway does without it meanwhile;
+any other service that dies ends them all.
+
+They share a process group of their own with a guard, a shell that waits for the end of its standard
+input and then kills the group. So Ctrl-C reaches the services only through here, and a killed
+supervisor leaves no service behind.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import threading
+from asyncio import FIRST_COMPLETED, Future
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, cast
+
+import grpc
+
+from chasqui.cli.serve.deployment import LOOPBACK, Deployment, SupervisorError
+from chasqui.cli.serve.liveness import until_hung
+from chasqui.cli.serve.service_log import own_line
+from chasqui.cli.serve.service_process import Log, ServiceProcess
+from client.connection.channel import channel_options
+
+# How variables begin that each service needs for itself: with one for all they would not find each
+# other (TLS), or share a port.
+OF_ONE_SERVICE = ("CHASQUI_TLS_", "CHASQUI_PEER_", "CHASQUI_HEALTH_PORT", "CHASQUI_METRICS_PORT")
+# The distribution's extras, each with a module that it alone brings.
+EXTRAS = {"serving": "grpc_health", "tokenizer": "sentencepiece", "model": "torch"}
+GUARD = "read _; kill -KILL 0"
+GATEWAY = "gateway"
+LINE_LIMIT = 1 << 20  # bytes
+MOST_RESTARTS = 5  # in a row
+FIRST_PAUSE = 0.5  # seconds before the first restart; each further one waits twice as long
+# Seconds beyond the grace period. What has not ended by then hangs.
+STOP_MARGIN = 10.0
+
+
+class Supervisor:
+    """Runs one deployment once. Every line that a service writes goes to `log`, with its name."""
+
+    def __init__(self, deployment: Deployment, log: Log) -> None:
+        self._deployment = deployment
+        self._log = log
+        self._guard: Process | None = None
+        self._children: list[ServiceProcess] = []
+        self._replica_ports: dict[str, int] = {}  # by the names of replicas, once they listen
+        self._ended: asyncio.Queue[ServiceProcess] = asyncio.Queue()
+        self._liveness_checks: set[asyncio.Task[None]] = set()
+
+    @property
+    def grace_period(self) -> float:
+        """Seconds that running answers get at the end."""
+        return self._deployment.grace_period
+
+    @property
+    def stop_seconds(self) -> float:
+        """Seconds that a service may take to end once it is asked to."""
+        return self.grace_period + STOP_MARGIN
+
+    @property
+    def stopping(self) -> list[str]:
+        """The names of the services that were asked to end and have not."""
+        return [child.name for child in self._children if child.stopping]
+
+    @property
+    def killed(self) -> list[str]:
+        """The names of the services that had to be killed when all were stopped."""
+        return [child.name for child in self._children if child.killed_at_end]
+
+    async def start(self) -> str:
+        """Starts the services, waits until the gateway is SERVING, returns its address."""
+        _require_extras()
+        _refuse_variables_of_one_service()
+        # Refused before anything starts, and a large model takes minutes.
+        _ = self.grace_period
+        _refuse_unusable_address(self._deployment.host, self._deployment.port)
+        self._guard = await asyncio.create_subprocess_exec(
+            "/bin/sh", "-c", GUARD, stdin=PIPE, process_group=0
+        )
+        starting = asyncio.create_task(self._start_in_order(self._guard.pid))
+        watching = asyncio.create_task(self.watch())
+        try:
+            await asyncio.wait({starting, watching}, return_when=FIRST_COMPLETED)
+            return await watching if watching.done() else starting.result()
+        finally:
+            starting.cancel()
+            watching.cancel()
+
+    async def watch(self) -> NoReturn:
+        """Starts replicas that end by themselves again; raises why any other service ended."""
+        restarts: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                child = await self._ended.get()
+                if child.name not in self._replica_ports or child.failures_in_a_row > MOST_RESTARTS:
+                    raise SupervisorError(child.obituary())
+                event = f"{child.obituary()}; it is started again"
+                self._log(child.name, own_line("warning", event))
+                restarts.add(asyncio.create_task(self._restart(child)))
+        finally:
+            for restart in restarts:
+                restart.cancel()
+
+    async def stop(self) -> None:
+        """Stops what runs. The gateway goes first, so that its answers can be finished."""
+        for check in self._liveness_checks:
+            check.cancel()
+        gateway = [child for child in self._children if child.name == GATEWAY]
+        others = [child for child in self._children if child.name != GATEWAY]
+        for children in (gateway, others):
+            await asyncio.gather(*(child.stop(self.stop_seconds) for child in children))
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()
+            await self._guard.wait()
+
+    def kill(self) -> None:
+        """Ends all services at once. Ranks are not in the group; they end with their launcher."""
+        for child in self._children:
+            child.kill_at_end("all services were ended at once")
+        if self._guard is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._guard.pid, signal.SIGKILL)
+
+    async def _start_in_order(self, group: int) -> str:
+        deployment = self._deployment
+        tokenizer = await self._spawn("tokenizer", deployment.tokenizer_command(), group)
+        models = [
+            await self._spawn_replica(f"model-{number}", 0, group)
+            for number in range(1, deployment.replicas + 1)
+        ]
+        safety = None
+        if deployment.safety:
+            child = await self._spawn("safety", deployment.safety_command(), group)
+            safety = await child.address
+        targets = [await model.address for model in models]
+        ports = (int(target.rpartition(":")[2]) for target in targets)
+        self._replica_ports = dict(zip((model.name for model in models), ports, strict=True))
+        command = deployment.gateway_command(await tokenizer.address, targets, safety)
+        gateway = await self._spawn(GATEWAY, command, group)
+        address = await gateway.address
+        serving = asyncio.create_task(_until_serving(address))
+        try:
+            # The services listen before the gateway starts: what it has against one will not pass.
+            either: set[Future[Any]] = {serving, gateway.complaint}
+            await asyncio.wait(either, return_when=FIRST_COMPLETED)
+            if not serving.done():
+                raise SupervisorError(f"gateway: {gateway.complaint.result()}")
+            serving.result()
+        except grpc.aio.AioRpcError:
+            # Its process ends, too; the reason is in the last lines it wrote.
+            await gateway.ended
+            raise SupervisorError(gateway.obituary()) from None
+        finally:
+            serving.cancel()
+        return address
+
+    async def _restart(self, child: ServiceProcess) -> None:
+        """At the same address, where the gateway looks for it."""
+        failures = child.failures_in_a_row
+        await asyncio.sleep(FIRST_PAUSE * 2 ** (failures - 1))
+        port, group = self._replica_ports[child.name], cast("Process", self._guard).pid
+        again = await self._spawn_replica(child.name, port, group)
+        again.earlier_failures = failures
+        # In its place, as the order of the end is that of the list.
+        self._children.remove(again)
+        self._children[self._children.index(child)] = again
+
+    async def _spawn_replica(self, name: str, port: int, group: int) -> ServiceProcess:
+        replica = await self._spawn(name, self._deployment.model_command(port), group)
+        check = asyncio.create_task(self._kill_when_hung(replica))
+        self._liveness_checks.add(check)
+        check.add_done_callback(self._liveness_checks.discard)
+        return replica
+
+    async def _kill_when_hung(self, replica: ServiceProcess) -> None:
+        either: set[Future[Any]] = {replica.address, replica.ended}
+        await asyncio.wait(either, return_when=FIRST_COMPLETED)
+        if replica.ended.done():
+            return
+        hanging = asyncio.create_task(until_hung(replica.address.result(), self.stop_seconds))
+        try:
+            either = {hanging, replica.ended}
+            await asyncio.wait(either, return_when=FIRST_COMPLETED)
+            if hanging.done():
+                replica.kill(hanging.result())
+        finally:
+            hanging.cancel()
+
+    async def _spawn(self, name: str, command: Sequence[str], group: int) -> ServiceProcess:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            limit=LINE_LIMIT,
+            # They talk to each other on this machine: a proxy in the environment is not for them.
+            env={**os.environ, "no_grpc_proxy": LOOPBACK},
+            process_group=group,
+        )
+        child = ServiceProcess(name, process, self._log, self._ended.put_nowait)
+        self._children.append(child)
+        return child
+
+
+@contextlib.contextmanager
+def in_background(deployment: Deployment, log: Log) -> Iterator[str]:
+    """The services beside synchronous code: their address, until the end of the block."""
+    loop = asyncio.new_event_loop()
+    # A daemon, so that an impatient Ctrl-C while stopping is not held up; the guard does the rest.
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    supervisor = Supervisor(deployment, log)
+    try:
+        yield asyncio.run_coroutine_threadsafe(supervisor.start(), loop).result()
+    finally:
+        asyncio.run_coroutine_threadsafe(supervisor.stop(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _until_serving(address: str) -> None:
+    # The client alone is installed without this module; `_require_extras` has seen that it is here.
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
+
+    async with grpc.aio.insecure_channel(address, channel_options(address)) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        call = health.Watch(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
+        async for response in call:
+            if response.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+
+
+def _require_extras() -> None:
+    missing = [extra for extra, module in EXTRAS.items() if not importlib.util.find_spec(module)]
+    if missing:
+        raise SupervisorError(
+            f"the services are not installed here (missing: {', '.join(missing)}): pip install "
+            "'.[all]' in the source tree brings them. Or start the services elsewhere and name "
+            "their --target"
+        )
+
+
+def _refuse_variables_of_one_service() -> None:
+    given = sorted(name for name in os.environ if name.startswith(OF_ONE_SERVICE))
+    if given:
+        raise SupervisorError(
+            f"{', '.join(given)} would hold for all services, and each needs its own: unset them, "
+            "or start the services one by one"
+        )
+
+
+def _refuse_unusable_address(host: str, port: int) -> None:
+    """Says what the gateway would say when all others run."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            # As gRPC does: connections that were closed lately do not keep the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        shown = f"[{host}]" if ":" in host else host
+        raise SupervisorError(
+            f"cannot listen on {shown}:{port}: {error.strerror}; "
+            "choose another address with --host or another port with --port"
+        ) from error

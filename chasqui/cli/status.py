@@ -1,0 +1,147 @@
+"""`chasqui status`: replicas, load and health, for people as a table and for programs as JSON."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from enum import Enum
+
+import click
+
+from chasqui.cli.flags import access_settings, one_line_errors, target_setting
+from client.connection.channel import Access
+from client.errors import ChasquiError
+from client.status import GatewayStatus, Peer, ReplicaStatus
+from client.sync import Client
+
+TIMEOUT = 10.0  # seconds that a gateway has to answer
+INTERVAL = 2.0  # seconds from one look to the next
+NOTHING = "–"
+
+
+@click.command()
+@target_setting
+@access_settings
+@click.option("--watch", is_flag=True, help=f"Look every {INTERVAL:g} seconds, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per look.")
+@one_line_errors()
+def status(*, target: str, access: Access, watch: bool, as_json: bool) -> None:
+    """Show a gateway's replicas, load and health.
+
+    Exit status: 0 if it serves, 1 if not.
+    """
+    with Client(target, tls=access.tls, api_key=access.api_key) as client:
+        serving = _watch(client, as_json=as_json) if watch else _show(client, as_json=as_json)
+    sys.exit(0 if serving else 1)
+
+
+def _show(client: Client, *, as_json: bool) -> bool:
+    found = client.get_status(timeout=TIMEOUT)
+    click.echo(_document(found) if as_json else table(client.target, found))
+    return found.serving
+
+
+def _watch(client: Client, *, as_json: bool) -> bool:
+    """Shows the status again and again; a gateway that is gone may come back. True if it served."""
+    serving = False
+    try:
+        while True:
+            if not as_json:
+                click.clear()  # on a terminal
+            try:
+                serving = _show(client, as_json=as_json)
+            except ChasquiError as error:
+                serving = False
+                click.echo(str(error), err=as_json)
+            time.sleep(INTERVAL)
+    except KeyboardInterrupt:
+        return serving
+
+
+def table(target: str, found: GatewayStatus) -> str:
+    """What people read; `target` is the gateway's address."""
+    return "\n".join(_lines(target, found))
+
+
+def _lines(target: str, found: GatewayStatus) -> Iterator[str]:
+    state = "serving" if found.serving else "not serving"
+    yield f"gateway    {target}  {state}, up {_duration(found.uptime)}"
+    yield (
+        f"           {found.running_sequences:,} running, {found.queued_sequences:,} queued, "
+        f"{found.detached_streams:,} detached, {found.displaced_sequences:,} displaced"
+    )
+    yield f"tokenizer  {found.tokenizer.target}  {_state(found.tokenizer)}"
+    if found.safety:
+        yield f"safety     {found.safety.target}  {_state(found.safety)}"
+    yield ""
+    if found.replicas:
+        yield from _aligned([_HEADS, *map(_cells, found.replicas)])
+    else:
+        yield "no replica is named or found"
+    peers = [found.tokenizer, found.safety, *(replica.peer for replica in found.replicas)]
+    reasons = [f"{peer.target}: {peer.reason}" for peer in peers if peer and peer.reason]
+    if reasons:
+        yield from ("", *reasons)
+
+
+_HEADS = (
+    *("replica", "state", "model", "running", "waiting"),
+    *("blocks used", "cached", "from here", "tokens to compute", "reported"),
+)
+
+
+def _cells(replica: ReplicaStatus) -> Sequence[str]:
+    info, load, age = replica.info, replica.load, replica.load_age
+    return (
+        replica.peer.target,
+        _state(replica.peer),
+        NOTHING if info is None else info.name,
+        NOTHING if load is None else f"{load.running_sequences:,}",
+        NOTHING if load is None else f"{load.waiting_sequences:,}",
+        NOTHING if load is None else f"{load.total_blocks - load.free_blocks}/{load.total_blocks}",
+        NOTHING if load is None else f"{load.cached_blocks}",
+        f"{replica.sequences:,}",
+        f"{replica.outstanding_tokens:,}",
+        NOTHING if age is None else f"{age.total_seconds():.1f} s ago",
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows in columns, names aligned on the left and numbers on the right."""
+    named = _HEADS.index("running")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.ljust(width) if number < named else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def _state(peer: Peer) -> str:
+    return peer.state.name.lower().replace("_", " ")
+
+
+def _duration(length: timedelta) -> str:
+    minutes, seconds = divmod(int(length.total_seconds()), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (seconds, "s")]
+    shown = [f"{count} {unit}" for count, unit in parts if count]
+    return " ".join(shown[:2]) or "0 s"
+
+
+def _document(found: GatewayStatus) -> str:
+    return json.dumps(asdict(found), default=_plain)
+
+
+def _plain(value: object) -> object:
+    """States by name, durations in seconds."""
+    match value:
+        case Enum():
+            return value.name
+        case timedelta():
+            return value.total_seconds()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")

@@ -1,0 +1,160 @@
+"""When to send what: closed and open loop, and the run that measures one of them.
+
+An open loop does not wait for answers, and its latencies count from when a request was *meant* to
+be sent: neither a slow server nor a late generator makes the load gentler or the numbers better
+(Gil Tene's "coordinated omission").
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from random import Random
+
+from chasqui.loadtest.records import Failure, Record, Run
+from chasqui.loadtest.sender import Sender, clock
+from chasqui.loadtest.workload import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """So many requests at a time: the next is sent when one has ended."""
+
+    concurrency: int
+
+    def __str__(self) -> str:
+        return f"{self.concurrency} at a time"
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Requests arrive as a Poisson process of `rate` per second, whatever becomes of them."""
+
+    rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.rate:g} per second"
+
+
+@dataclass(frozen=True, slots=True)
+class Until:
+    """What ends the sending, whichever comes first; None is no bound. What was sent is awaited."""
+
+    requests: int | None = None
+    seconds: float | None = None
+
+
+class _Phase:
+    """The requests of one run while it goes on."""
+
+    def __init__(self, sender: Sender) -> None:
+        self.origin = clock()
+        self.records: list[Record] = []
+        self.unfinished = 0
+        self._sender = sender
+
+    async def send(self, work: Work, intended: float) -> Record:
+        self.unfinished += 1
+        record = await self._sender.send(work, intended, self.origin)
+        self.unfinished -= 1
+        self.records.append(record)
+        return record
+
+
+def arrivals(rate: float, seed: int) -> Iterator[float]:
+    """When the requests of a Poisson process arrive: seconds after its start, without end."""
+    random = Random(f"{seed} arrivals")
+    now = 0.0
+    while True:
+        now += random.expovariate(rate)
+        yield now
+
+
+async def run(sender: Sender, work: Iterator[Work], loop: Closed | Open, until: Until) -> Run:
+    """Sends work until a bound is reached and all answers have ended.
+
+    SIGINT and SIGTERM end it sooner, with what was measured by then and `interrupted`; a second
+    signal does what it always does.
+    """
+    started, cpu = datetime.now(UTC), time.process_time()
+    phase = _Phase(sender)
+    bounded = islice(work, until.requests)
+    match loop:
+        case Closed(concurrency):
+            sending = _closed(phase, bounded, concurrency, until)
+        case Open(rate, seed):
+            sending = _open(phase, bounded, arrivals(rate, seed), until)
+    interrupted = await _interrupted(sending)
+    cpu_seconds = time.process_time() - cpu
+    return Run(
+        started=started,
+        records=tuple(sorted(phase.records, key=lambda record: record.index)),
+        seconds=max((record.ended for record in phase.records), default=0.0),
+        cpu_seconds=cpu_seconds,
+        cpu_share=cpu_seconds / (clock() - phase.origin),
+        interrupted=interrupted,
+        unfinished=phase.unfinished,
+    )
+
+
+async def _closed(phase: _Phase, work: Iterator[Work], concurrency: int, until: Until) -> None:
+    def is_over() -> bool:
+        return until.seconds is not None and clock() - phase.origin >= until.seconds
+
+    async def work_off() -> None:
+        pause = 0.0
+        for each in work:
+            await asyncio.sleep(pause)
+            if is_over():
+                return
+            outcome = (await phase.send(each, clock())).outcome
+            # A refused client comes back when the server says so: anything faster would measure
+            # how fast it refuses.
+            pause = (outcome.retry_after or 0.0) if isinstance(outcome, Failure) else 0.0
+
+    async with asyncio.TaskGroup() as workers:
+        for _ in range(concurrency):
+            workers.create_task(work_off())
+
+
+async def _open(phase: _Phase, work: Iterator[Work], times: Iterator[float], until: Until) -> None:
+    async with asyncio.TaskGroup() as requests:
+        for after in times:
+            if until.seconds is not None and after >= until.seconds:
+                break
+            # Made before it is due, so that making it delays nothing.
+            if (each := next(work, None)) is None:
+                break
+            intended = phase.origin + after
+            await asyncio.sleep(max(0.0, intended - clock()))
+            requests.create_task(phase.send(each, intended))
+
+
+async def _interrupted(sending: Coroutine[None, None, None]) -> bool:
+    """Awaits it; true if a signal ended it."""
+    task = asyncio.create_task(sending)
+    loop = asyncio.get_running_loop()
+    stopping = (signal.SIGINT, signal.SIGTERM)
+
+    def restore() -> None:
+        for signum in stopping:
+            loop.remove_signal_handler(signum)
+
+    def stop() -> None:
+        restore()
+        task.cancel()
+
+    for signum in stopping:
+        loop.add_signal_handler(signum, stop)
+    try:
+        await asyncio.wait({task})
+    finally:
+        restore()
+    if task.cancelled():
+        return True
+    task.result()  # raises what went wrong
+    return False

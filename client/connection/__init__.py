@@ -1,0 +1,1 @@
+"""How a client reaches a server: targets, channels, and why a connection failed."""

@@ -1,0 +1,373 @@
+"""What runs at the replicas, what waits for its turn here, and what is turned away: at once, as a
+caller that knows can go elsewhere, and one in an endless queue only times out. The replicas get
+little more than they run at once, because their own queues know no keys: who is next is decided
+here (`gateway.admission.fair_queue`), and so is which waiting request gives way when the queue is
+full (`gateway.admission.fair_share`).
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from gateway.admission.fair_queue import Claim, FairQueue
+from gateway.admission.fair_share import Holding, SharedRoom
+from gateway.admission.quota import Quota
+from gateway.admission.throughput import Pace
+from serving.errors import RequestError, resource_exhausted, unavailable
+from serving.numbers import format_apart
+from serving.security import caller
+from serving.security.caller import Caller
+
+# Beyond what the replicas run at once, this part of it more is given to them, so that none waits
+# for the gateway when a sequence ends.
+_AHEAD = 0.25
+# The quota that a displaced request is told.
+SHARE = "key.share"
+# Bounds of what is told as the time to come again, in seconds.
+_LEAST_RETRY, _MOST_RETRY = 1.0, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of what runs or waits, of all requests together; None is without such a bound."""
+
+    max_sequences: int
+    max_tokens: int | None = None  # of prompts, and the most of answers
+    max_running: int | None = None  # sequences at the replicas; None: what they run, and a bit more
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of one generation, in tokens."""
+
+    prompt: int
+    max_answer: int
+
+
+class Admission:
+    """Counts what runs and waits, and gives out turns; lives in one event loop."""
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        places: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`places` tells how many sequences the ready replicas run at once."""
+        self.clock = clock
+        self._bounds = bounds
+        self._places = places
+        self.displaced_sequences: dict[str, int] = {}  # since the start, by key
+        room, tokens = SharedRoom(bounds.max_sequences), SharedRoom(bounds.max_tokens)
+        self._sequences = Quota(room, "sequences", "has", "max_queued_sequences")
+        self._tokens = Quota(tokens, "tokens", "may take", "max_queued_tokens")
+        self._requests: dict[Holding, Admitted] = {}
+        self._queue = FairQueue()
+        self._turns: dict[Claim, Turn] = {}  # those that wait
+        self._running = 0
+        self._closed = False
+        self._pace = Pace()
+
+    @property
+    def sequences(self) -> int:
+        """Generations of all requests that have not ended."""
+        return self._sequences.room.used
+
+    @property
+    def running_sequences(self) -> int:
+        """Generations that a replica has."""
+        return self._running
+
+    @property
+    def queued_sequences(self) -> int:
+        """Generations that wait for their turn."""
+        return len(self._turns)
+
+    @property
+    def queued_tokens(self) -> Mapping[str, int]:
+        """The tokens that those will probably take, by the name of the caller's key."""
+        return self._queue.waiting_tokens
+
+    def close(self) -> None:
+        """Admits no more requests; those that are admitted go on."""
+        self._closed = True
+
+    @contextmanager
+    def admit(
+        self, sequences: int, priority: int, time_remaining: float | None
+    ) -> Iterator["Admitted"]:
+        """Holds room for a request of the current caller while the context lasts.
+
+        RESOURCE_EXHAUSTED without room, and when a request of another key displaces this one;
+        UNAVAILABLE once closed. `time_remaining` is what is left until the request's deadline, in
+        seconds; None is without one.
+        """
+        if self._closed:
+            raise unavailable("this gateway is shutting down")
+        deadline = None if time_remaining is None else self.clock() + time_remaining
+        admitted = Admitted(self, caller.current(), priority, deadline)
+        self._requests[admitted.holding] = admitted
+        try:
+            self.take_sequences(admitted, sequences)
+            with admitted.interruptible():
+                yield admitted
+        finally:
+            del self._requests[admitted.holding]
+            self.give_back(admitted)
+
+    def take_sequences(self, admitted: "Admitted", sequences: int) -> None:
+        """Counts a request's sequences; RESOURCE_EXHAUSTED where they are too many."""
+        self._take(self._sequences, admitted, sequences, admitted.caller.limits.max_sequences)
+
+    def take_tokens(self, admitted: "Admitted", tokens: int) -> None:
+        """Counts a request's tokens; RESOURCE_EXHAUSTED where they are too many."""
+        quota, own_bound = self._tokens, admitted.caller.limits.max_tokens
+        for bound, whose, subject in (
+            (quota.room.bound, "", quota.setting),
+            (own_bound, " of this key", "key.max_tokens"),
+        ):
+            if bound is not None and tokens > bound:
+                message = quota.never_fits(tokens, bound, whose)
+                raise resource_exhausted(message, subject, retry_after=None)
+        self._take(quota, admitted, tokens, own_bound)
+
+    def give_back(self, admitted: "Admitted") -> None:
+        """The request holds no room any more."""
+        self._sequences.room.free(admitted.holding)
+        self._tokens.room.free(admitted.holding)
+
+    def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list["Turn"]:
+        """A turn for each generation; RESOURCE_EXHAUSTED if the last came after the deadline."""
+        key = admitted.caller
+        claims = [
+            Claim(
+                key.name,
+                key.limits.weight,
+                admitted.priority,
+                size.prompt + self._pace.answer_tokens(size.max_answer),
+            )
+            for size in sizes
+        ]
+        self._refuse_if_late(admitted, claims)
+        turns = [
+            Turn(self, claim, size, admitted.holding)
+            for claim, size in zip(claims, sizes, strict=True)
+        ]
+        for claim, turn in zip(claims, turns, strict=True):
+            self._turns[claim] = turn
+            self._queue.push(claim)
+        self._grant()
+        return turns
+
+    def withdraw(self, claim: Claim) -> None:
+        """A turn that has not come is no longer wanted."""
+        del self._turns[claim]
+        self._queue.remove(claim)
+        self._note(0)
+
+    def charge(self, claim: Claim, tokens: int) -> None:
+        """The replicas served tokens of a turn that has come."""
+        self._queue.charge(claim, tokens)
+        self._note(tokens)
+        # Another replica may have become ready since.
+        self._grant()
+
+    def end(self, claim: Claim, answer_tokens: int, unused_tokens: int) -> None:
+        """A turn that has come is over; `unused_tokens` were charged and not computed."""
+        self._pace.note_answer(answer_tokens)
+        self._queue.charge(claim, -unused_tokens)
+        self._queue.end(claim)
+        self._running -= 1
+        self._grant()
+
+    def _grant(self) -> None:
+        if not self._turns:
+            return
+        capacity, tokens = self._capacity(), 0
+        while self._turns and self._running < capacity:
+            claim = self._queue.pop()
+            turn = self._turns.pop(claim)
+            turn.holding.begun = True
+            self._running += 1
+            self._queue.charge(claim, turn.size.prompt)
+            tokens += turn.size.prompt
+            turn.come()
+        self._note(tokens)
+
+    def _note(self, tokens: int) -> None:
+        self._pace.note(tokens, waiting=bool(self._turns), now=self.clock())
+
+    def _capacity(self) -> int:
+        if self._bounds.max_running is not None:
+            return self._bounds.max_running
+        # Without a replica one at a time goes on and is told so, and nobody waits for nothing.
+        return max(1, math.ceil(self._places() * (1 + _AHEAD)))
+
+    def _take(self, quota: Quota, admitted: "Admitted", amount: int, own_bound: int | None) -> None:
+        """Takes room, if need be that of requests that wait; RESOURCE_EXHAUSTED without."""
+        holding = admitted.holding
+        if own_bound is not None and quota.room.used_by(holding.key) + amount > own_bound:
+            message = quota.key_is_full(holding, amount, own_bound)
+            subject = f"key.max_{quota.unit}"
+            raise resource_exhausted(message, subject, self._retry_after(admitted))
+        displaced = quota.room.displaced_by(holding, amount)
+        if displaced is None:
+            message = quota.is_full(holding, amount)
+            raise resource_exhausted(message, quota.setting, self._retry_after(admitted))
+        for each in displaced:
+            self._displace(self._requests[each], quota, holding)
+        quota.room.take(holding, amount)
+
+    def _displace(self, admitted: "Admitted", quota: Quota, newcomer: Holding) -> None:
+        """Ends a request of which nothing has begun."""
+        message = quota.displaced(admitted.holding, newcomer)
+        error = resource_exhausted(message, SHARE, self._retry_after(admitted))
+        key, sequences = admitted.holding.key, self._sequences.room.amount(admitted.holding)
+        self.displaced_sequences[key] = self.displaced_sequences.get(key, 0) + sequences
+        self.give_back(admitted)
+        admitted.displace(error)
+
+    def _refuse_if_late(self, admitted: "Admitted", claims: Sequence[Claim]) -> None:
+        if admitted.deadline is None:
+            return
+        if not self._turns and self._running + len(claims) <= self._capacity():
+            return
+        wait = self._wait(admitted, sum(claim.tokens for claim in claims))
+        remaining = admitted.deadline - self.clock()
+        if wait is not None and wait > remaining:
+            waiting, left = format_apart(wait, max(remaining, 0))
+            raise resource_exhausted(
+                f"the queue is too long: the request would wait about {waiting} seconds, and its "
+                f"deadline is in {left}",
+                "deadline",
+                _bounded(wait - remaining),
+            )
+
+    def _wait(self, admitted: "Admitted", own_tokens: int) -> float | None:
+        """Seconds until the last of a request's turns; None as long as too little is known.
+
+        What is ahead in the fair order has to be served, and about one generation like its own,
+        so that a place gets free.
+        """
+        key = admitted.caller
+        ahead = self._queue.tokens_ahead(key.name, key.limits.weight, admitted.priority)
+        return self._pace.seconds(ahead + own_tokens, self.clock())
+
+    def _retry_after(self, admitted: "Admitted") -> float:
+        """When what would be served before the request now has been."""
+        wait = self._wait(admitted, 0)
+        return _LEAST_RETRY if wait is None else _bounded(wait)
+
+
+class Admitted:
+    """A request for which there is room. Belongs to the task that makes it."""
+
+    def __init__(
+        self, admission: Admission, caller: Caller, priority: int, deadline: float | None
+    ) -> None:
+        """`deadline` is a time of the admission's clock."""
+        self.caller = caller
+        self.priority = priority
+        self.deadline = deadline
+        self.holding = Holding(caller.name, caller.limits.weight, priority)
+        self._admission = admission
+        self._turns: list[Turn] | None = None  # None before it is queued
+        self._task = asyncio.current_task()
+        self._interruption: RequestError | None = None
+
+    def queue(self, sizes: Sequence[Size]) -> list["Turn"]:
+        """A turn for each of the request's generations; RESOURCE_EXHAUSTED if they are too large,
+        or if they would wait longer than the deadline allows.
+        """
+        if not sizes:  # all of it is refused: it takes nothing, and need not wait
+            self._turns = []
+            self._admission.give_back(self)
+            return []
+        self._admission.take_tokens(self, sum(size.prompt + size.max_answer for size in sizes))
+        self._turns = self._admission.queue(self, sizes)
+        return self._turns
+
+    def displace(self, error: RequestError) -> None:
+        """Ends the request with `error`, whose generations all wait or are still to be queued."""
+        if self._turns is None:
+            self._interruption = error
+            if self._task is not None:
+                self._task.cancel()
+            return
+        for turn in self._turns:
+            turn.displace(error)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within it, a request that is displaced before it is queued fails with the reason."""
+        before = 0 if self._task is None else self._task.cancelling()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._interruption is None or self._task is None:
+                raise
+            if self._task.uncancel() > before:  # something else ends it, too
+                raise
+            raise self._interruption from None
+        finally:
+            self._interruption = None  # its traceback leads here
+
+
+class Turn:
+    """One generation's place: first in the queue, then at a replica.
+
+    It ends exactly once: by `leave` or `displace` before it has come, by `end` after.
+    """
+
+    def __init__(self, admission: Admission, claim: Claim, size: Size, holding: Holding) -> None:
+        self.size = size
+        self.holding = holding  # the request's
+        # Done when the turn has come, or failed if it will not. Its callbacks run in the context of
+        # whoever added them.
+        self.has_come: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waited = 0.0  # seconds in the queue
+        self._admission = admission
+        self._claim = claim
+        self._arrived = admission.clock()
+        self._answer_tokens = 0
+
+    @property
+    def granted(self) -> bool:
+        """Whether it has come."""
+        done = self.has_come.done() and not self.has_come.cancelled()
+        return done and self.has_come.exception() is None
+
+    def come(self) -> None:
+        """For the one who gives out turns."""
+        self.waited = self._admission.clock() - self._arrived
+        self.has_come.set_result(None)
+
+    def leave(self) -> None:
+        """Gives up a turn that has not come."""
+        if not self.has_come.done():
+            self._admission.withdraw(self._claim)
+            self.has_come.cancel()
+
+    def displace(self, error: RequestError) -> None:
+        """Fails a turn that has not come, unless it was given up."""
+        if not self.has_come.done():
+            self._admission.withdraw(self._claim)
+            self.has_come.set_exception(error)
+
+    def served(self, tokens: int) -> None:
+        """More of the answer was made."""
+        self._answer_tokens += tokens
+        self._admission.charge(self._claim, tokens)
+
+    def end(self, unused_prompt_tokens: int) -> None:
+        """The replica is done with it. The prompt was charged as a whole, and so many of its tokens
+        were not computed.
+        """
+        self._admission.end(self._claim, self._answer_tokens, unused_prompt_tokens)
+
+
+def _bounded(seconds: float) -> float:
+    return min(max(seconds, _LEAST_RETRY), _MOST_RETRY)

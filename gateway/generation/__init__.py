@@ -1,0 +1,1 @@
+"""One generation, from its prompt to its last event."""

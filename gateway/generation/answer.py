@@ -1,0 +1,95 @@
+"""One generation on its way from token ids to what its client reads. Does no input or output, so
+that text, stop strings and token reports can be followed, and tested, without a server.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.request.validation import Options
+from gateway.text.detokenizer import Detokenizer, Vocabulary
+from gateway.text.stop_strings import StopFilter
+from llama.v1 import chat_pb2, model_pb2
+from llama.v1.sampling_pb2 import TopLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More of an answer."""
+
+    text: str
+    tokens: list[chat_pb2.Token]
+    completion_tokens: int = 0  # of the answer, this delta's included
+
+
+class Answer:
+    """Text of whole characters up to the first stop string, and the tokens that made it."""
+
+    def __init__(self, prompt_ids: Sequence[int], options: Options, vocabulary: Vocabulary) -> None:
+        self.completion_tokens = 0
+        self._prompt_ids = prompt_ids
+        self._options = options
+        self._vocabulary = vocabulary
+        self._detokenizer = Detokenizer(vocabulary)
+        self._stop = StopFilter(options.stop)
+        # Ids of the prompt that the model will report in front of the answer's.
+        self._expected_prompt_ids = len(prompt_ids) if options.prompt_logprobs else 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text; later ids are ignored."""
+        return self._stop.found
+
+    def begin(self) -> Delta:
+        """The prompt's text where it is wanted and does not come with the prompt's tokens.
+
+        Where the answer is to continue the prompt's text exactly, the detokenizer reads the prompt
+        first: a space or a character's last bytes in front of the answer depend on it.
+        """
+        options = self._options
+        if options.prompt_logprobs or not (options.echo or options.exact_continuation):
+            return Delta("", [])
+        text = "".join(map(self._detokenizer.push, self._prompt_ids))
+        return Delta(text if options.echo else "", [])
+
+    def take(self, event: model_pb2.TokenEvent) -> Delta:
+        """What an event adds."""
+        text: list[str] = []
+        tokens: list[chat_pb2.Token] = []
+        for position, token_id in enumerate(event.ids):
+            if self.stopped:
+                break
+            text.append(self._push(token_id))
+            if self._options.logprobs:
+                tokens.append(self._token(event, position))
+        if event.finish_reason and not self.stopped:
+            text.append(self._stop.push(self._detokenizer.finish()))
+            text.append(self._stop.finish())
+        return Delta("".join(text), tokens, self.completion_tokens)
+
+    def _push(self, token_id: int) -> str:
+        text = self._detokenizer.push(token_id)
+        if self._expected_prompt_ids:
+            self._expected_prompt_ids -= 1
+            return text
+        self.completion_tokens += 1
+        return self._stop.push(text)
+
+    def _token(self, event: model_pb2.TokenEvent, position: int) -> chat_pb2.Token:
+        token_id = event.ids[position]
+        # Nothing predicts the first token of a prompt: an event may hold no alternatives at all.
+        top = event.top[position].entries if event.top else ()
+        return chat_pb2.Token(
+            id=token_id,
+            text=self._vocabulary.lone_texts[token_id],
+            bytes=self._vocabulary.pieces[token_id],
+            logprob=event.logprobs[position],
+            top_logprobs=[
+                TopLogprob(
+                    id=each.id,
+                    text=self._vocabulary.lone_texts[each.id],
+                    bytes=self._vocabulary.pieces[each.id],
+                    logprob=each.logprob,
+                )
+                for each in top
+            ],
+        )

@@ -1,0 +1,183 @@
+"""All replicas of the model: which there are, and which of them runs what. The one rule to keep: a
+sequence that was begun here gets its last event, whatever becomes of the replicas.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+import structlog
+
+from gateway.replicas.discovery import Discovery
+from gateway.replicas.failover import ResumableSequence
+from gateway.replicas.options import PoolOptions
+from gateway.replicas.replica import Deliver, Replica
+from gateway.replicas.routing import choose
+from gateway.upstream.connect import Connect
+from gateway.upstream.session import UnfitPeerError
+from llama.v1 import model_pb2
+from serving.errors import unavailable
+
+__all__ = ["Deliver", "ReplicaPool", "ResumableSequence"]
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class ReplicaPool:
+    """The replicas behind a list of targets, each with its own session."""
+
+    def __init__(
+        self,
+        targets: Sequence[str],
+        changed: Callable[[], None],
+        options: PoolOptions,
+        connect: Connect,
+    ) -> None:
+        """`changed` is called when `ready_count` may have changed."""
+        self.failovers = 0  # how often sequences went on at another replica
+        self._options = options
+        self._connect = connect
+        self._discovery = Discovery(targets)
+        self._notify = changed
+        self._members: dict[str, tuple[Replica, asyncio.Task[None]]] = {}
+        self._waiting: dict[ResumableSequence, asyncio.TimerHandle] = {}
+        self._model: model_pb2.GetModelInfoResponse | None = None  # what was ready last
+        self._tokenizer_fingerprint = ""
+        self._vocab_size = 0
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """Those that are named or found, and those that still finish what they run, by address;
+        may be asked from any thread.
+        """
+        return sorted(self._all, key=lambda replica: replica.target)
+
+    @property
+    def _all(self) -> list[Replica]:
+        # Copied first: other threads look, too, while members come and go.
+        return [replica for replica, _ in [*self._members.values()]]
+
+    @property
+    def ready_count(self) -> int:
+        return sum(replica.ready for replica in self._all)
+
+    @property
+    def model(self) -> model_pb2.GetModelInfoResponse:
+        """What the ready replicas serve, all of them the same; UNAVAILABLE when there are none."""
+        for replica in self._all:
+            if replica.ready and replica.info is not None:
+                self._model = replica.info
+                return replica.info
+        raise unavailable("no model replica is available")
+
+    @property
+    def places(self) -> int:
+        """Sequences that the ready replicas run at once."""
+        infos = (replica.info for replica in self._all if replica.ready)
+        return sum(info.max_batch_size for info in infos if info is not None)
+
+    def start(self, start: model_pb2.StartSequence, deliver: Deliver) -> ResumableSequence:
+        """Starts a sequence of the model that was ready last, as soon as a replica is."""
+        model = self._model or self.model
+        sequence = ResumableSequence(start, model.fingerprint, deliver, self)
+        self.place(sequence)
+        return sequence
+
+    def place(self, sequence: ResumableSequence) -> None:
+        """Lets it run at a replica, as soon as one is ready; gives it up in the end."""
+        if not self._run(sequence):
+            loop = asyncio.get_running_loop()
+            timeout = self._options.failover_timeout
+            self._waiting[sequence] = loop.call_later(timeout, self._expire, sequence)
+
+    def withdraw(self, sequence: ResumableSequence) -> None:
+        if timer := self._waiting.pop(sequence, None):
+            timer.cancel()
+
+    async def run(self, tokenizer_fingerprint: str, vocab_size: int) -> None:
+        """Keeps a session with each replica that fits this tokenizer; ends when cancelled."""
+        self._tokenizer_fingerprint = tokenizer_fingerprint
+        self._vocab_size = vocab_size
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._set_members(await self._discovery.addresses(), tasks)
+                if not self._discovery.changes:
+                    return
+                await asyncio.sleep(self._options.resolve_interval)
+
+    def _set_members(self, addresses: Mapping[str, str | None], tasks: asyncio.TaskGroup) -> None:
+        """Adds what is new; lets go of what is gone and has nothing left to do."""
+        for target, name in addresses.items():
+            if target not in self._members:
+                timeout = self._options.hang_timeout
+                replica = Replica(
+                    target, self._check, self._changed, timeout, self._connect, name=name
+                )
+                self._members[target] = replica, tasks.create_task(replica.run())
+        for target, (replica, task) in [*self._members.items()]:
+            replica.retired = target not in addresses
+            if replica.retired and not replica.sequences:
+                _log.info("replica is not named any more", peer=target)
+                del self._members[target]
+                task.cancel()
+        self._changed()
+
+    def _run(self, sequence: ResumableSequence) -> bool:
+        """Lets it run where it fits best; False when no replica is ready for it."""
+        ready = [
+            replica
+            for replica in self._all
+            if replica.ready
+            and replica.info is not None
+            and replica.info.fingerprint == sequence.fingerprint
+        ]
+        digests = sequence.block_digests()
+        replica = choose(ready, digests, len(sequence.ids))
+        if replica is None:
+            return False
+        replica.prefixes.add(digests)
+        self.failovers += sequence.lost
+        sequence.run_at(replica)
+        return True
+
+    def _changed(self) -> None:
+        self._notify()
+        for sequence, timer in [*self._waiting.items()]:
+            if self._run(sequence):
+                timer.cancel()
+                del self._waiting[sequence]
+
+    def _expire(self, sequence: ResumableSequence) -> None:
+        del self._waiting[sequence]
+        timeout = self._options.failover_timeout
+        sequence.give_up(f"no model replica was ready within {timeout:g} seconds")
+
+    def _check(self, info: model_pb2.GetModelInfoResponse) -> None:
+        theirs, ours = info.tokenizer_fingerprint, self._tokenizer_fingerprint
+        if theirs and ours and theirs != ours:
+            raise UnfitPeerError(
+                f"refused: it was given the tokenizer {theirs[:12]}, the tokenizer service has "
+                f"{ours[:12]}; start both with the same tokenizer_path"
+            )
+        if info.vocab_size != self._vocab_size:
+            raise UnfitPeerError(
+                f"refused: its embedding has {info.vocab_size} rows, the tokenizer service has "
+                f"{self._vocab_size} tokens; checkpoint and tokenizer do not belong together"
+            )
+        for other in self._all:
+            if other.info is not None and _identity(other.info) != _identity(info):
+                raise UnfitPeerError(
+                    f"refused: it serves {_describe(info)}, but {other.target} serves "
+                    f"{_describe(other.info)}; all replicas must serve the same"
+                )
+
+
+def _identity(info: model_pb2.GetModelInfoResponse) -> tuple[str, int]:
+    return info.fingerprint, info.context_length
+
+
+def _describe(info: model_pb2.GetModelInfoResponse) -> str:
+    arithmetic = f"{info.dtype} {info.quantization}".strip()
+    return (
+        f"{info.name} (fingerprint {info.fingerprint}, context length {info.context_length}, "
+        f"{arithmetic} on {info.device})"
+    )

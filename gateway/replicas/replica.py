@@ -1,0 +1,266 @@
+"""A session with one replica of the model. It has one long-lived Generate stream for all sequences
+that run there; one message per engine step comes back and is handed out here, so work per event
+must stay small. Every sequence gets exactly one last event, with a finish reason or an error: where
+the replica is lost before it sent one, it is made here.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+import grpc
+import structlog
+
+from gateway.replicas.prefix_index import BLOCK, PrefixIndex
+from gateway.upstream.connect import Connect, connected
+from gateway.upstream.session import Peer, PeerError, follow_health, keep_session
+from llama.v1 import model_pb2, model_pb2_grpc
+from llama.v1.operator_pb2 import PEER_STATE_CONNECTING, PEER_STATE_NOT_SERVING
+
+SERVICE = "llama.v1.ModelService"
+LOAD_INTERVAL = 1.0  # seconds from one load report to the next
+FRESH_LOAD_SECONDS = 0.5  # that a replica has to answer when its load of now is asked for
+OVERDUE = 3.0  # seconds after which a report says that the replica may hang
+# Seconds without a step, in hang timeouts: a step over a long prompt on a slow machine takes its
+# time, while the event loop that answers GetLoad has no excuse.
+STEP_TIMEOUTS = 3
+MOST_INDEXED_BLOCKS = 65_536  # a million tokens, of which each block costs about 150 bytes here
+
+Deliver = Callable[[model_pb2.TokenEvent], None]
+# Raises PeerError where a replica does not fit.
+Check = Callable[[model_pb2.GetModelInfoResponse], None]
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class RunningSequence:
+    """A sequence at a replica."""
+
+    request_id: str
+    deliver: Deliver
+    outstanding_tokens: int  # of prompt and answer, still to be computed
+    unreported_tokens: int  # of the prompt, computed with the first event but not among its ids
+    commands: asyncio.Queue[model_pb2.GenerateRequest]
+
+    def cancel(self) -> None:
+        """Asks for an early end; the last event still comes. Harmless after the end."""
+        cancel = model_pb2.CancelSequence(request_id=self.request_id)
+        self.commands.put_nowait(model_pb2.GenerateRequest(cancel=cancel))
+
+
+class Replica:
+    """A session with one model service; `changed` is called when `ready` may have changed."""
+
+    def __init__(
+        self,
+        target: str,
+        check: Check,
+        changed: Callable[[], None],
+        hang_timeout: float,
+        connect: Connect,
+        *,
+        name: str | None = None,
+    ) -> None:
+        """`hang_timeout` is in seconds: who does not answer for so long is lost. `name` is the one
+        that the target was found under.
+        """
+        self.peer = Peer(target, changed)
+        self.info: model_pb2.GetModelInfoResponse | None = None  # while a session lasts
+        self.load: model_pb2.GetLoadResponse | None = None  # the last report, while it lasts
+        self.outstanding_tokens = 0
+        self.retired = False  # it is not named any more: it finishes what it runs
+        self.prefixes = PrefixIndex(MOST_INDEXED_BLOCKS)
+        self._check = check
+        self._hang_timeout = hang_timeout
+        self._connect = connect
+        self._name = name
+        self._sequences: dict[str, RunningSequence] = {}
+        self._numbers = itertools.count(1)
+        self._commands: asyncio.Queue[model_pb2.GenerateRequest] = asyncio.Queue()
+        self._load_at = 0.0
+        self._load_wanted = asyncio.Event()
+        self._awaiting_load: list[asyncio.Future[None]] = []
+        self._last_event_at = 0.0
+
+    @property
+    def target(self) -> str:
+        return self.peer.target
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes new sequences."""
+        return self.peer.serving and self.info is not None and not self.retired
+
+    @property
+    def sequences(self) -> int:
+        """How many this gateway has running there."""
+        return len(self._sequences)
+
+    @property
+    def load_age(self) -> float | None:
+        """Seconds since the last load report; None while there is none."""
+        return None if self.load is None else time.monotonic() - self._load_at
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it answers late enough to doubt that it lives."""
+        age = self.load_age
+        return age is not None and age > OVERDUE
+
+    async def run(self) -> NoReturn:
+        """Keeps a session; ends when cancelled."""
+        _log.info("connecting to replica", peer=self.target)
+        await keep_session(self.peer, self._session)
+
+    def start(
+        self, start: model_pb2.StartSequence, request_id: str | None, deliver: Deliver
+    ) -> RunningSequence:
+        """Sends a sequence on its way; never waits.
+
+        Its own request_id is made here, from the one of its call: it must be unique on the stream.
+        """
+        start.request_id = f"{request_id}.{next(self._numbers)}"
+        tokens = len(start.prompt_ids) + start.sampling.max_gen_len - start.offset
+        unreported = 0 if start.prompt_logprobs else len(start.prompt_ids)
+        sequence = RunningSequence(start.request_id, deliver, tokens, unreported, self._commands)
+        if not self._sequences:
+            self._last_event_at = time.monotonic()  # from now on it owes steps
+        self._sequences[start.request_id] = sequence
+        self.outstanding_tokens += tokens
+        self._commands.put_nowait(model_pb2.GenerateRequest(start=start))
+        return sequence
+
+    def refused(self) -> None:
+        """It took no sequence although it seemed to serve: it drains, and will say so itself."""
+        self.peer.become(PEER_STATE_NOT_SERVING, "it refused a sequence: it drains")
+
+    def report(self, load: model_pb2.GetLoadResponse) -> None:
+        """Takes its report of now."""
+        self.load, self._load_at = load, time.monotonic()
+        self.prefixes.resize(_indexed_blocks(load))
+
+    async def refresh_load(self) -> None:
+        """Waits for a report that is asked for from now on; in vain if it is late or lost."""
+        if self.info is None:
+            return
+        reported: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._awaiting_load.append(reported)
+        self._load_wanted.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FRESH_LOAD_SECONDS):
+                await reported
+
+    async def _session(self) -> None:
+        async with connected(self._connect, self.target, self._name) as channel:
+            await self._serve_over(channel)
+
+    async def _serve_over(self, channel: grpc.aio.Channel) -> None:
+        stub = model_pb2_grpc.ModelServiceStub(channel)
+        request = model_pb2.GetModelInfoRequest()
+        info = await stub.GetModelInfo(request, timeout=self._hang_timeout)
+        self._check(info)
+        self.info = info
+        _log.info("replica connected", peer=self.target, model=info.name, shards=info.shards)
+        self._commands = asyncio.Queue()
+        call = stub.Generate(_iterate(self._commands))
+        # No TaskGroup: before Python 3.13, one that fails while it is cancelled forgets the latter.
+        tasks = [
+            asyncio.create_task(follow_health(channel, SERVICE, self.peer)),
+            asyncio.create_task(self._dispatch(call)),
+            asyncio.create_task(self._follow_load(stub)),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            call.cancel()
+            self._lose()
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    async def _dispatch(
+        self,
+        call: grpc.aio.StreamStreamCall[model_pb2.GenerateRequest, model_pb2.GenerateResponse],
+    ) -> NoReturn:
+        async for response in call:
+            self._last_event_at = time.monotonic()
+            for event in response.events:
+                self._take(event)
+        raise PeerError("the Generate stream ended")
+
+    async def _follow_load(self, stub: "model_pb2_grpc.ModelServiceAsyncStub") -> NoReturn:
+        """Keeps the load report; raises when the replica hangs."""
+        stepped_at, timeout = time.monotonic(), self._hang_timeout
+        while True:
+            request = model_pb2.GetLoadRequest()
+            self._load_wanted.clear()
+            awaiting, self._awaiting_load = self._awaiting_load, []
+            try:
+                load = await stub.GetLoad(request, timeout=timeout)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise
+                raise PeerError(f"it hangs: no answer within {timeout:g} seconds") from error
+            now = time.monotonic()
+            if self.load is None or load.steps != self.load.steps or not self._sequences:
+                stepped_at = now
+            self.report(load)
+            for reported in awaiting:
+                if not reported.done():
+                    reported.set_result(None)
+            if now - max(stepped_at, self._last_event_at) > STEP_TIMEOUTS * timeout:
+                raise PeerError(f"it hangs: no step within {STEP_TIMEOUTS * timeout:g} seconds")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOAD_INTERVAL):
+                    await self._load_wanted.wait()
+
+    def _take(self, event: model_pb2.TokenEvent) -> None:
+        sequence = self._sequences.get(event.request_id)
+        if sequence is None:
+            _log.warning("event of an unknown sequence", peer=self.target, id=event.request_id)
+            return
+        made = sequence.unreported_tokens + len(event.ids)
+        sequence.unreported_tokens = 0
+        if event.finish_reason or event.HasField("error"):
+            del self._sequences[event.request_id]
+            made = sequence.outstanding_tokens
+        sequence.outstanding_tokens -= made
+        self.outstanding_tokens -= made
+        sequence.deliver(event)
+
+    def _lose(self) -> None:
+        """What still runs is over here: the next session knows nothing of it."""
+        self.info = self.load = None
+        self.outstanding_tokens = 0
+        self.prefixes.clear()
+        lost, self._sequences = self._sequences, {}
+        # Before anything else goes on, as this one must not be chosen again.
+        self.peer.become(PEER_STATE_CONNECTING, "the session broke")
+        if lost:
+            _log.warning("replica lost", peer=self.target, sequences=len(lost))
+        error = model_pb2.SequenceError(
+            code=grpc.StatusCode.UNAVAILABLE.value[0],
+            message="the model replica was lost while it made the answer",
+        )
+        for sequence in lost.values():
+            sequence.deliver(model_pb2.TokenEvent(request_id=sequence.request_id, error=error))
+
+
+def _indexed_blocks(load: model_pb2.GetLoadResponse) -> int:
+    """How many of the index's blocks the replica's cache has room for."""
+    return min(load.total_blocks * load.block_size // BLOCK, MOST_INDEXED_BLOCKS)
+
+
+async def _iterate(
+    commands: asyncio.Queue[model_pb2.GenerateRequest],
+) -> AsyncIterator[model_pb2.GenerateRequest]:
+    while True:
+        yield await commands.get()

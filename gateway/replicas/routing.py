@@ -1,0 +1,43 @@
+"""Which replica a sequence goes to. A prompt that begins like one that a replica has seen is
+computed only from there on, so it goes where the most of it is known; unless that replica has no
+room, as a sequence that waits loses more than it saves.
+"""
+
+from collections.abc import Sequence
+
+from gateway.replicas.replica import Replica
+
+
+def choose(ready: Sequence[Replica], digests: Sequence[bytes], tokens: int) -> Replica | None:
+    """The one of `ready` for a prompt of `tokens` tokens whose blocks have these digests.
+
+    The longest known beginning among those with room decides, else the least outstanding tokens.
+    Who is late with its load report is chosen only where all are.
+    """
+    candidates = [replica for replica in ready if not replica.overdue] or ready
+    if not candidates:
+        return None
+    least = min(candidates, key=lambda replica: replica.outstanding_tokens)
+    best, most = least, 0
+    for replica in candidates:
+        known = replica.prefixes.known_blocks(digests)
+        nearer = known > most or (
+            known == most > 0 and replica.outstanding_tokens < best.outstanding_tokens
+        )
+        if nearer and _has_room(replica, least, tokens):
+            best, most = replica, known
+    return best
+
+
+def _has_room(replica: Replica, least: Replica, tokens: int) -> bool:
+    """Whether a sequence would run at once, on a replica not much busier than the idlest."""
+    info, load = replica.info, replica.load
+    if info is None or replica.sequences >= info.max_batch_size:
+        return False
+    # Half of the work that it can hold: as much as the other sequences of a batch slow one down.
+    imbalance = info.max_batch_size * info.context_length // 2
+    if replica.outstanding_tokens > least.outstanding_tokens + imbalance:
+        return False
+    return load is None or (
+        load.waiting_sequences == 0 and load.free_blocks * load.block_size >= tokens
+    )

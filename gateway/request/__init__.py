@@ -1,0 +1,1 @@
+"""What is asked: validation, and prompts in tokens."""

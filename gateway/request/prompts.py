@@ -1,0 +1,196 @@
+"""Dialogs and texts to the token ids that the model is given, within the context length.
+
+What cannot fit is not encoded: a text has at least its bytes divided by the longest token's, and
+where that is too much already, the request is refused, or the dialog loses turns, before the
+tokenizer service sees it. The rest of a request is encoded in one call of `encode`. Only a dialog
+with a system message that must lose turns costs further ones, because the system message is encoded
+together with whichever turn is then the first.
+"""
+
+import itertools
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llama.prompt_format.dialog import Message, Segment, drop_oldest_turns, render, system_bytes
+from serving import request_rules
+from serving.errors import Violation, invalid_argument
+from serving.intake.breather import Breather
+
+Encode = Callable[[Sequence[Segment]], Awaitable[Sequence[Sequence[int]]]]
+
+# Probes by estimate before the search for the first turn to keep halves what is left.
+_ESTIMATES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model is given."""
+
+    ids: list[int]
+    dropped_turns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The context that a prompt must fit."""
+
+    length: int
+    # No token stands for more bytes of a text; None where there is no such bound.
+    max_token_bytes: int | None = None
+
+    def answer_room(self, max_gen_len: int) -> int:
+        """The tokens that dropping turns keeps free for an answer of at most `max_gen_len`."""
+        return min(max_gen_len, self.length // 4)
+
+    def least_tokens(self, segment: Segment, more_bytes: int = 0) -> int:
+        """A lower bound of the segment's tokens, had its text so many bytes more."""
+        tokens = segment.bos + segment.eos
+        if self.max_token_bytes is not None:
+            tokens += -(-(len(segment.text.encode()) + more_bytes) // self.max_token_bytes)
+        return tokens
+
+
+async def encode_dialogs(
+    dialogs: Mapping[str, Sequence[Message]],
+    encode: Encode,
+    window: Window,
+    *,
+    answer_room: int | None = None,
+) -> list[Prompt]:
+    """The prompts of dialogs, given by their field paths.
+
+    With `answer_room`, each dialog loses as few of its oldest turns as leave so many tokens free;
+    its last turn stays. INVALID_ARGUMENT names each dialog that does not fit the context length.
+    """
+    drafts, breather = [], Breather()
+    for messages in dialogs.values():
+        drafts.append(_Draft.of_dialog(messages, window, answer_room))
+        await breather.breathe()
+    _require_room(dialogs, drafts, window)
+    await _encode_all(drafts, encode)
+    for draft, messages in zip(drafts, dialogs.values(), strict=True):
+        if answer_room is not None and draft.tokens > window.length - answer_room:
+            await _drop_turns(draft, messages, encode, window.length - answer_room)
+    _require_room(dialogs, drafts, window)
+    return [draft.prompt() for draft in drafts]
+
+
+async def encode_texts(texts: Mapping[str, str], encode: Encode, window: Window) -> list[Prompt]:
+    """The prompts of texts, given by their field paths; INVALID_ARGUMENT as for dialogs."""
+    drafts = [_Draft.of_text(text, window) for text in texts.values()]
+    _require_room(texts, drafts, window)
+    await _encode_all(drafts, encode)
+    _require_room(texts, drafts, window)
+    return [draft.prompt() for draft in drafts]
+
+
+def too_long(path: str, tokens: int | str, window: Window, dropped_turns: int = 0) -> Violation:
+    """The violation of a prompt that does not fit; `tokens` is how many it has."""
+    rule = request_rules.too_long(tokens, window.length)
+    if dropped_turns:
+        rule += f" ({dropped_turns} oldest turns dropped)"
+    return Violation(path, rule)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A prompt in the making: its segments and, once they are encoded, their ids."""
+
+    segments: list[Segment]
+    least_tokens: int
+    dropped_turns: int = 0
+    ids: list[Sequence[int]] = field(default_factory=list)
+
+    @classmethod
+    def of_text(cls, text: str, window: Window) -> "_Draft":
+        segment = Segment(text, bos=True, eos=False)
+        return cls([segment], window.least_tokens(segment))
+
+    @classmethod
+    def of_dialog(
+        cls, messages: Sequence[Message], window: Window, answer_room: int | None
+    ) -> "_Draft":
+        """With `answer_room`, without the oldest turns that surely leave less."""
+        segments = render(messages)
+        least = [*map(window.least_tokens, segments)]
+        if answer_room is None or sum(least) <= window.length - answer_room or len(segments) == 1:
+            return cls(segments, sum(least))
+        system = system_bytes(messages)
+        # The bounds of a prompt that begins with each of the turns, the system message before it.
+        tails = [*itertools.accumulate(reversed(least), initial=0)][-2::-1]
+        totals = [
+            window.least_tokens(segment, system) + tail
+            for segment, tail in zip(segments, tails, strict=True)
+        ]
+        last = len(segments) - 1
+        fitting = (i for i in range(1, last) if totals[i] <= window.length - answer_room)
+        dropped = next(fitting, last)
+        kept = render(drop_oldest_turns(messages, dropped))
+        return cls(kept, totals[dropped], dropped)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+    def prompt(self) -> Prompt:
+        return Prompt([*itertools.chain.from_iterable(self.ids)], self.dropped_turns)
+
+
+async def _encode_all(drafts: Sequence[_Draft], encode: Encode) -> None:
+    if not drafts:
+        return
+    segments = [*itertools.chain.from_iterable(draft.segments for draft in drafts)]
+    encoded = iter(await encode(segments))
+    for draft in drafts:
+        draft.ids = [*itertools.islice(encoded, len(draft.segments))]
+
+
+async def _drop_turns(
+    draft: _Draft, messages: Sequence[Message], encode: Encode, target: int
+) -> None:
+    """Drops as few more turns as leave at most `target` tokens; all but the last if none do."""
+    before, turns, last = draft.dropped_turns, draft.ids, len(draft.ids) - 1
+    if last == 0:
+        return
+    # The tokens from each turn on, and behind the last.
+    tails = [*itertools.accumulate(map(len, reversed(turns)), initial=0)][::-1]
+    system = system_bytes(messages)
+    first = {} if system else dict(enumerate(turns))
+
+    async def without(more: int) -> Sequence[int]:
+        """The ids of the turn that comes first when so many more are dropped."""
+        if more not in first:
+            shortened = drop_oldest_turns(messages, before + more)
+            [first[more]] = await encode(render(shortened)[:1])
+        return first[more]
+
+    # How much the system message adds to a turn: an estimate, until it has been seen with another.
+    added = len(turns[0]) * system // max(len(draft.segments[0].text.encode()), 1)
+    low, high = 1, last
+    for probe in itertools.count():
+        if low == high:
+            break
+        middle = (low + high) // 2
+        if probe < _ESTIMATES:
+            fitting = (i for i in range(low, high - 1) if added + tails[i] <= target)
+            middle = next(fitting, high - 1)
+        ids = await without(middle)
+        added = len(ids) - len(turns[middle])
+        if len(ids) + tails[middle + 1] <= target:
+            high = middle
+        else:
+            low = middle + 1
+    draft.ids = [await without(low), *turns[low + 1 :]]
+    draft.dropped_turns = before + low
+
+
+def _require_room(paths: Iterable[str], drafts: Sequence[_Draft], window: Window) -> None:
+    violations = []
+    for path, draft in zip(paths, drafts, strict=True):
+        if draft.ids and draft.tokens > window.length:
+            violations.append(too_long(path, draft.tokens, window, draft.dropped_turns))
+        elif draft.least_tokens > window.length:
+            least = f"at least {draft.least_tokens}"
+            violations.append(too_long(path, least, window, draft.dropped_turns))
+    if violations:
+        raise invalid_argument(violations)

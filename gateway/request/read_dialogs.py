@@ -1,0 +1,54 @@
+"""The dialogs of a request, checked and read one after the other: a request may hold tens of
+thousands of messages, which would keep the event loop from all streams if they were read at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gateway.request.validation import RequestLimits, parse_dialog
+from llama.prompt_format import dialog
+from llama.v1 import chat_pb2
+from serving.errors import MAX_VIOLATIONS, Violation
+from serving.intake.breather import Breather
+from serving.request_rules import count_violations
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogs:
+    """What a request's dialogs are: by field path, and which of them hold special tags."""
+
+    messages: dict[str, list[dialog.Message]] = field(default_factory=dict)
+    unsafe: set[str] = field(default_factory=set)
+    violations: list[Violation] = field(default_factory=list)
+
+    @property
+    def safe(self) -> dict[str, list[dialog.Message]]:
+        return {path: each for path, each in self.messages.items() if path not in self.unsafe}
+
+
+async def read_dialogs(dialogs: Sequence[chat_pb2.Dialog], limits: RequestLimits) -> Dialogs:
+    """Reads all dialogs, or as many as it takes to find more violations than are reported."""
+    read = Dialogs(violations=count_violations("dialogs", len(dialogs), limits.max_dialogs))
+    if read.violations:
+        return read
+    breather = Breather()
+    for index, each in enumerate(dialogs):
+        read_dialog(f"dialogs[{index}]", each, limits, read)
+        if len(read.violations) > MAX_VIOLATIONS:
+            break
+        await breather.breathe()
+    return read
+
+
+def read_dialog(path: str, message: chat_pb2.Dialog, limits: RequestLimits, into: Dialogs) -> None:
+    """Adds the dialog, or what is wrong with it."""
+    violations = count_violations(f"{path}.messages", len(message.messages), limits.max_messages)
+    if not violations:
+        messages = parse_dialog(message)
+        violations = dialog.violations(messages, path)
+    if violations:
+        into.violations.extend(violations)
+        return
+    into.messages[path] = messages
+    if dialog.has_special_tags(messages):
+        into.unsafe.add(path)

@@ -1,0 +1,226 @@
+"""What each request took and made, event by event: for the metrics, the access log and the trace. A
+request ends here when its answers do, which for a named stream is not when its first call ends.
+"""
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import structlog
+
+from gateway.generation.answer import Delta
+from gateway.generation.completion import Finished, Place, PlacedEvent, Started
+from gateway.request.validation import ChatRequest, TextRequest
+from gateway.rpc.metrics import RequestMetrics
+from llama.v1 import chat_pb2
+from llama.v1.sampling_pb2 import FinishReason
+from serving.errors import RequestError
+from serving.security import caller
+from serving.telemetry import tracing
+from serving.telemetry.metrics import go_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_log = structlog.stdlib.get_logger("access")
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One of a request's answers, as far as it is known."""
+
+    prompt_tokens: int
+    begins_with_echo: bool
+    completion_tokens: int = 0
+    last_token_at: float | None = None
+    finished: Finished | None = None
+
+
+@dataclass(slots=True)
+class Account:
+    """One request's answers."""
+
+    arrived: float  # time.monotonic
+    echo: bool  # the first delta of each answer is its prompt
+    metrics: RequestMetrics
+    answers: dict[Place, _Answer] = field(default_factory=dict)
+
+    def note(self, place: Place, event: Started | Delta | Finished) -> None:
+        """Takes an event of the answer at `place`; runs with every token, so it must stay cheap."""
+        if isinstance(event, Delta):
+            answer = self.answers[place]
+            answer.completion_tokens = event.completion_tokens
+            if answer.begins_with_echo:
+                answer.begins_with_echo = False
+            elif answer.prompt_tokens:  # else it was refused, and no model made it
+                now = time.monotonic()
+                if answer.last_token_at is None:
+                    self.metrics.first_token.observe(now - self.arrived)
+                else:
+                    self.metrics.inter_token.observe(now - answer.last_token_at)
+                answer.last_token_at = now
+        elif isinstance(event, Started):
+            self.answers[place] = _Answer(event.usage.prompt_tokens, self.echo)
+        else:
+            answer = self.answers[place]
+            answer.completion_tokens = event.usage.completion_tokens
+            answer.finished = event
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What an account needs to know of a request, which may have megabytes and is not held."""
+
+    method: str
+    is_named: bool
+    begins_with_echo: bool
+
+    @classmethod
+    def of(cls, request: ChatRequest | TextRequest) -> "_Asked":
+        # With logprobs the prompt's tokens come with the first that the model makes.
+        echo = not isinstance(request, ChatRequest) and request.echo and not request.logprobs
+        method = request.DESCRIPTOR.name.removesuffix("Request")
+        return cls(method, bool(getattr(request, "request_id", "")), echo)
+
+
+class Accounting:
+    """Keeps the accounts of a gateway's requests."""
+
+    def __init__(self, metrics: RequestMetrics, *, log_peers: bool) -> None:
+        self._metrics = metrics
+        self._log_peers = log_peers
+
+    def follow(
+        self,
+        events: AsyncGenerator[PlacedEvent, None],
+        request: ChatRequest | TextRequest,
+        context: Context,
+    ) -> AsyncGenerator[PlacedEvent, None]:
+        """The same events; when they end, for whatever reason, so does the request's account."""
+        return self._follow(events, _Asked.of(request), context)
+
+    async def _follow(
+        self, events: AsyncGenerator[PlacedEvent, None], asked: _Asked, context: Context
+    ) -> AsyncGenerator[PlacedEvent, None]:
+        account = Account(time.monotonic(), asked.begins_with_echo, self._metrics)
+        with self._closing(account, asked, context):
+            async with aclosing(events):
+                async for place, event in events:
+                    account.note(place, event)
+                    yield place, event
+
+    def of_refused(
+        self, request: ChatRequest | TextRequest, context: Context
+    ) -> AbstractContextManager[None]:
+        """Accounts for a request that has no events, with the error that leaves the context."""
+        account = Account(time.monotonic(), echo=False, metrics=self._metrics)
+        return self._closing(account, _Asked.of(request), context)
+
+    @contextmanager
+    def _closing(self, account: Account, asked: _Asked, context: Context) -> Iterator[None]:
+        peer = context.peer() if self._log_peers else None
+        code = grpc.StatusCode.INTERNAL
+        try:
+            yield
+            code = grpc.StatusCode.OK
+        except RequestError as error:
+            code = error.code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            # A named stream has no deadline any more once it was begun.
+            lasts = asked.is_named and account.answers
+            expired = not lasts and context.time_remaining() == 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+            raise
+        finally:
+            self._close(account, code, asked.method, peer)
+
+    def _close(
+        self, account: Account, code: grpc.StatusCode, method: str, peer: str | None
+    ) -> None:
+        total = time.monotonic() - account.arrived
+        cost = _cost(account)
+        key = caller.current().name
+        self._count(account, cost, key, code, total)
+        reasons = [*cost.finish_reasons.elements()]
+        tracing.annotate(
+            {
+                "gen_ai.operation.name": "chat" if method.startswith("Chat") else "text_completion",
+                "gen_ai.usage.input_tokens": cost.prompt_tokens,
+                "gen_ai.usage.cache_read.input_tokens": cost.cached_prompt_tokens,
+                "gen_ai.usage.output_tokens": cost.completion_tokens,
+                "gen_ai.response.finish_reasons": reasons,
+            }
+        )
+        optional = {"key": key, "peer": peer, "resumed": cost.resumed}
+        _log.info(
+            "request finished",
+            method=method,
+            code=code.name,
+            **{name: value for name, value in optional.items() if value},
+            answers=len(account.answers),
+            finish_reasons=dict(cost.finish_reasons),
+            prompt_tokens=cost.prompt_tokens,
+            cached_prompt_tokens=cost.cached_prompt_tokens,
+            completion_tokens=cost.completion_tokens,
+            **{name: round(seconds, 6) for name, seconds in cost.seconds.items()},
+            total=round(total, 6),
+        )
+
+    def _count(
+        self, account: Account, cost: "_Cost", key: str, code: grpc.StatusCode, total: float
+    ) -> None:
+        metrics = self._metrics
+        metrics.seconds.labels(go_name(code)).observe(total)
+        metrics.prompt_tokens.labels(key).inc(cost.prompt_tokens)
+        metrics.cached_prompt_tokens.labels(key).inc(cost.cached_prompt_tokens)
+        metrics.completion_tokens.labels(key).inc(cost.completion_tokens)
+        for reason, count in cost.finish_reasons.items():
+            metrics.finished.labels(reason).inc(count)
+        if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+            for answer in account.answers.values():
+                if answer.finished is None:
+                    metrics.cancelled_tokens.observe(answer.completion_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """Of all of a request's answers: tokens and compute time are sums, other times the longest."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    finish_reasons: Counter[str]
+    seconds: dict[str, float]
+    resumed: int
+
+
+def _cost(account: Account) -> _Cost:
+    answers = account.answers.values()
+    finished = [answer.finished for answer in answers if answer.finished is not None]
+    seconds: dict[str, float] = defaultdict(float)
+    for usage in (each.usage for each in finished):
+        for name in ("queued", "prefill", "decode"):
+            seconds[name] = max(seconds[name], _seconds(usage, name))
+        seconds["compute"] += _seconds(usage, "compute")
+    return _Cost(
+        prompt_tokens=sum(answer.prompt_tokens for answer in answers),
+        cached_prompt_tokens=sum(each.usage.cached_prompt_tokens for each in finished),
+        completion_tokens=sum(answer.completion_tokens for answer in answers),
+        finish_reasons=Counter(_name(each.reason) for each in finished),
+        seconds=dict(seconds),
+        resumed=sum(each.resumed for each in finished),
+    )
+
+
+def _seconds(usage: chat_pb2.Usage, name: str) -> float:
+    nanoseconds: int = getattr(usage, name).ToNanoseconds()
+    return nanoseconds / 1e9
+
+
+def _name(reason: "FinishReason.ValueType") -> str:
+    return FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()

@@ -1,0 +1,185 @@
+"""What the gateway tells Prometheus beyond its calls. Observed once per request, except the time
+between tokens, which is observed with every token and therefore kept in the cheaper histogram.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from gateway.admission.admission import Admission
+from gateway.rpc.named_streams import NamedStreams
+from gateway.rpc.upstreams import Backend
+from llama.v1.operator_pb2 import PEER_STATE_UNSPECIFIED, PeerState
+from serving.telemetry import histogram
+from serving.telemetry.metrics import histogram_family
+
+FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+INTER_TOKEN_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075),
+    *(0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+CANCELLED_TOKENS = (0, 1, 4, 16, 64, 256, 1024, 4096)
+
+_STATES = {
+    state: name.removeprefix("PEER_STATE_").lower()
+    for name, state in PeerState.items()
+    if state != PEER_STATE_UNSPECIFIED
+}
+
+
+class RequestMetrics:
+    """What requests took and made. Keys are told by their configured names, so there are few."""
+
+    def __init__(self) -> None:
+        self.inter_token = histogram.Histogram(INTER_TOKEN_SECONDS)
+        self.first_token = Histogram(
+            "chasqui_gateway_time_to_first_token_seconds",
+            "From a request's arrival to the first token of each of its answers.",
+            buckets=FIRST_TOKEN_SECONDS,
+            registry=None,
+        )
+        self.seconds = Histogram(
+            "chasqui_gateway_request_seconds",
+            "From a request's arrival to the end of its last answer, by status.",
+            ["grpc_code"],
+            buckets=REQUEST_SECONDS,
+            registry=None,
+        )
+        self.prompt_tokens = Counter(
+            "chasqui_gateway_prompt_tokens_total",
+            "Prompt tokens of answers, by the name of the caller's key.",
+            ["key"],
+            registry=None,
+        )
+        self.cached_prompt_tokens = Counter(
+            "chasqui_gateway_cached_prompt_tokens_total",
+            "Of these, tokens whose keys and values a replica had in its cache.",
+            ["key"],
+            registry=None,
+        )
+        self.completion_tokens = Counter(
+            "chasqui_gateway_completion_tokens_total",
+            "Answer tokens, those of cancelled answers included, by the name of the caller's key.",
+            ["key"],
+            registry=None,
+        )
+        self.finished = Counter(
+            "chasqui_gateway_finished_total",
+            "Answers that were completed, by finish reason.",
+            ["finish_reason"],
+            registry=None,
+        )
+        self.cancelled_tokens = Histogram(
+            "chasqui_gateway_cancelled_after_tokens",
+            "Tokens that answers had when their request was cancelled or its deadline passed.",
+            buckets=CANCELLED_TOKENS,
+            registry=None,
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in (
+            self.first_token,
+            self.seconds,
+            self.prompt_tokens,
+            self.cached_prompt_tokens,
+            self.completion_tokens,
+            self.finished,
+            self.cancelled_tokens,
+        ):
+            yield from metric.collect()
+        yield histogram_family(
+            "chasqui_gateway_inter_token_seconds",
+            "Between an answer's consecutive tokens; those that come in one step count as one.",
+            [((), self.inter_token.snapshot())],
+        )
+
+
+class StateMetrics:
+    """How the gateway is now, read when Prometheus asks; that is in a thread of its own."""
+
+    def __init__(self, backend: Backend, admission: Admission, streams: NamedStreams) -> None:
+        self._backend = backend
+        self._admission = admission
+        self._streams = streams
+
+    def collect(self) -> Iterable[Metric]:
+        running = GaugeMetricFamily(
+            "chasqui_gateway_running_sequences", "Generations that a replica has."
+        )
+        running.add_metric((), self._admission.running_sequences)
+        queued = GaugeMetricFamily(
+            "chasqui_gateway_queued_sequences", "Generations that wait here for their turn."
+        )
+        queued.add_metric((), self._admission.queued_sequences)
+        tokens = GaugeMetricFamily(
+            "chasqui_gateway_queued_tokens",
+            "Tokens that those will probably take, by the name of the caller's key.",
+            labels=["key"],
+        )
+        for key, count in self._admission.queued_tokens.items():
+            tokens.add_metric([key], count)
+        displaced = CounterMetricFamily(
+            "chasqui_gateway_displaced_sequences",
+            "Generations that waited and lost their place in the full queue to another key's, by "
+            "the name of the key that lost it.",
+            labels=["key"],
+        )
+        for key, count in [*self._admission.displaced_sequences.items()]:
+            displaced.add_metric([key], count)
+        tokenizer = GaugeMetricFamily(
+            "chasqui_gateway_tokenizer_ready", "1 while the tokenizer service can be used, else 0."
+        )
+        tokenizer.add_metric((), self._backend.tokenizer.ready)
+        detached = GaugeMetricFamily(
+            "chasqui_gateway_detached_streams", "Named streams that run while no call reads them."
+        )
+        detached.add_metric((), self._streams.detached)
+        failovers = CounterMetricFamily(
+            "chasqui_gateway_failovers",
+            "How often sequences went on at another replica, because theirs was lost.",
+        )
+        failovers.add_metric((), self._backend.replicas.failovers)
+        own = (running, queued, tokens, displaced, tokenizer, detached, failovers)
+        return [*own, *self._safety(), *self._replicas()]
+
+    def _safety(self) -> Iterable[Metric]:
+        classifier = self._backend.classifier
+        ready = GaugeMetricFamily(
+            "chasqui_gateway_safety_ready",
+            "1 while the safety service can be asked, else 0; absent where none is configured.",
+        )
+        unjudged = CounterMetricFamily(
+            "chasqui_gateway_unjudged",
+            "Dialogs, texts and pieces of answers that went on while the safety service was away.",
+        )
+        if classifier is not None:
+            ready.add_metric((), classifier.peer.serving)
+        unjudged.add_metric((), 0 if classifier is None else classifier.unjudged)
+        return ready, unjudged
+
+    def _replicas(self) -> Iterable[Metric]:
+        ready = GaugeMetricFamily(
+            "chasqui_gateway_replica_ready",
+            "1 while the replica takes work, else 0.",
+            labels=["replica"],
+        )
+        states = GaugeMetricFamily(
+            "chasqui_gateway_replica_state",
+            "1 of the state that the replica is in, 0 of the others.",
+            labels=["replica", "state"],
+        )
+        outstanding = GaugeMetricFamily(
+            "chasqui_gateway_replica_outstanding_tokens",
+            "Prompt and answer tokens that this gateway's sequences may still have computed there.",
+            labels=["replica"],
+        )
+        for replica in self._backend.replicas.replicas:
+            ready.add_metric([replica.target], replica.ready)
+            current = replica.peer.state
+            for state, name in _STATES.items():
+                states.add_metric([replica.target, name], state == current)
+            outstanding.add_metric([replica.target], replica.outstanding_tokens)
+        return ready, states, outstanding

@@ -1,0 +1,285 @@
+"""Streams that outlive their connections. A named stream is made by a task of its own, which keeps
+the last events; a call only reads them, and another call may read on where one broke off. A stream
+is known, running or ended, until nobody has read it for the grace time.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import grpc
+import structlog
+
+from gateway.rpc.ended_streams import EndedStreams, StreamKey
+from llama.v1 import chat_pb2
+from serving.errors import RequestError, let_go, unavailable
+from serving.security import caller
+
+# What it costs to keep an event, beyond its own bytes. Events are kept as they go over the wire:
+# as an object of the protobuf library one of 33 bytes takes 930, one with alternatives six-fold.
+EVENT_OVERHEAD = 48
+# What it costs to keep a stream that has ended, beyond its events. Its objects take 4 KB, and the
+# call's context, with what logs and traces say of it, some more.
+STREAM_OVERHEAD = 8 * 1024
+
+StreamResponse = chat_pb2.ChatCompleteStreamResponse | chat_pb2.TextCompleteStreamResponse
+ResponseT = TypeVar(
+    "ResponseT", chat_pb2.ChatCompleteStreamResponse, chat_pb2.TextCompleteStreamResponse
+)
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """What named streams may keep, and how long."""
+
+    grace: float  # seconds without a reader
+    buffer_bytes: int  # of one stream's events
+    ended_bytes: int  # of all streams that have ended
+
+
+class NamedStreams:
+    """The named streams of all callers."""
+
+    def __init__(self, limits: StreamLimits) -> None:
+        self._limits = limits
+        self._streams: dict[StreamKey, _Stream[Any]] = {}
+        self._ended = EndedStreams(limits.ended_bytes)
+        self._draining = False
+
+    @property
+    def detached(self) -> int:
+        """How many run while no call reads them; may be asked from any thread."""
+        return sum(stream.runs_unread for stream in [*self._streams.values()])
+
+    def open(
+        self, name: str, events: AsyncGenerator[ResponseT, None], within: float | None
+    ) -> AsyncGenerator[ResponseT, None]:
+        """Begins a stream of the current caller, and reads it.
+
+        `within` bounds the seconds until its first event; after that it knows no deadline.
+        """
+        if self._draining:
+            raise unavailable("this gateway is shutting down")
+        key = _key(name)
+        if key in self._streams:
+            raise RequestError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                f"there is a stream with the request_id {name!r}: go on with it by ResumeStream, "
+                "or name this one differently",
+            )
+        give_up: Callable[[_Stream[ResponseT]], None] = partial(self._give_up, key)
+        stream = _Stream(events, within, self._limits, give_up)
+        self._streams[key] = stream
+        stream.task.add_done_callback(lambda _task: self._keep_ended(key, stream))
+        return stream.read(0)
+
+    def resume(self, name: str, after: int) -> AsyncGenerator[StreamResponse, None]:
+        """Reads a stream of the current caller from the event behind number `after` on."""
+        return self._find(_key(name)).read(after)
+
+    async def cancel(self, name: str) -> None:
+        """Ends and forgets a stream of the current caller; what it held is given back."""
+        key = _key(name)
+        stream = self._find(key)
+        self._forget(key)
+        await asyncio.wait({stream.task})
+
+    def refuse_new(self) -> None:
+        """Begins no more streams; those that run can be resumed."""
+        self._draining = True
+
+    async def drain(self) -> None:
+        """Waits until no stream runs. One that a call reads may lose it, and be resumed."""
+        while running := [each.task for each in self._streams.values() if not each.ended]:
+            await asyncio.wait(running)
+
+    async def close(self) -> None:
+        """Ends and forgets all streams."""
+        tasks = {stream.task for stream in self._streams.values()}
+        for key in [*self._streams]:
+            self._forget(key)
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _find(self, key: StreamKey) -> "_Stream[Any]":
+        if key not in self._streams:
+            raise RequestError(
+                grpc.StatusCode.NOT_FOUND,
+                f"there is no stream with the request_id {key[1]!r}: it was never begun here, was "
+                f"cancelled, or had no reader for {self._limits.grace:g} seconds",
+            )
+        return self._streams[key]
+
+    def _give_up(self, key: StreamKey, stream: "_Stream[Any]") -> None:
+        if self._streams.get(key) is not stream:  # another one may have the name by now
+            return
+        if not stream.ended:
+            _log.info("stream given up", stream=key[1], events=stream.last)
+        self._forget(key)
+
+    def _keep_ended(self, key: StreamKey, stream: "_Stream[Any]") -> None:
+        if self._streams.get(key) is not stream:
+            return
+        if stream.last == 0:  # refused: the name is free for another try
+            self._forget(key)
+            return
+        for forgotten in self._ended.add(key, stream.kept_bytes + STREAM_OVERHEAD):
+            self._streams.pop(forgotten).stop()
+
+    def _forget(self, key: StreamKey) -> None:
+        self._ended.remove(key)
+        self._streams.pop(key).stop()
+
+
+class _Stream(Generic[ResponseT]):
+    """One stream: the task that makes it, the last events, and at most one reader.
+
+    The oldest events go when the buffer is full. Those that the reader has yet to read do not: the
+    task waits for it instead.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[ResponseT, None],
+        within: float | None,
+        limits: StreamLimits,
+        give_up: "Callable[[_Stream[ResponseT]], None]",
+    ) -> None:
+        self.ended = False
+        self.kept_bytes = 0
+        self._kept: deque[bytes] = deque()
+        self._newest: ResponseT | None = None  # the last event made, for a reader that keeps up
+        self._dropped = 0  # events that were kept once
+        self._failure: BaseException | None = None
+        self._limits = limits
+        self._give_up: Callable[[_Stream[ResponseT]], None] = give_up
+        self._reader: asyncio.Event | None = None  # set when there is news for it
+        self._position = 0  # the last event that the reader has taken
+        self._read = asyncio.Event()
+        self._expiry = self._expire_later()
+        # The task keeps the caller and the request id of the call that began the stream.
+        self.task = asyncio.create_task(self._make(events, within))
+        self.task.add_done_callback(self._end)
+
+    @property
+    def last(self) -> int:
+        """The number of the last event made."""
+        return self._dropped + len(self._kept)
+
+    @property
+    def runs_unread(self) -> bool:
+        return self._reader is None and not self.ended
+
+    def read(self, after: int) -> AsyncGenerator[ResponseT, None]:
+        """The events behind number `after`, as they come; whoever read until now is turned away."""
+        if after < self._dropped:
+            raise RequestError(
+                grpc.StatusCode.OUT_OF_RANGE,
+                f"after_sequence: the events up to {self._dropped} are no longer kept, "
+                f"and those after {after} were asked for",
+            )
+        if after > self.last:
+            raise RequestError(
+                grpc.StatusCode.OUT_OF_RANGE,
+                f"after_sequence: must be at most {self.last}, the last event made, not {after}",
+            )
+        return self._reading(after)
+
+    def stop(self) -> None:
+        """Ends the task."""
+        self._expiry.cancel()
+        self.task.cancel()
+
+    async def _reading(self, after: int) -> AsyncGenerator[ResponseT, None]:
+        news = self._take_over(after)
+        try:
+            while self._reader is news:
+                if self._newest is not None and self._position < self.last:
+                    response = self._next_event(self._newest)
+                    self._position += 1
+                    self._read.set()
+                    yield response
+                elif not self.ended:
+                    news.clear()
+                    await news.wait()
+                elif self._failure is not None:
+                    raise self._failure
+                else:
+                    return
+            raise RequestError(grpc.StatusCode.ABORTED, "another call reads the stream now")
+        finally:
+            if self._reader is news:
+                self._reader = None
+                self._read.set()
+                self._expiry = self._expire_later()
+
+    def _next_event(self, newest: ResponseT) -> ResponseT:
+        if self._position + 1 == self.last:
+            return newest
+        return type(newest).FromString(self._kept[self._position - self._dropped])
+
+    def _take_over(self, after: int) -> asyncio.Event:
+        self._expiry.cancel()
+        self._tell_reader()
+        self._reader = asyncio.Event()
+        self._position = after
+        self._read.set()
+        return self._reader
+
+    def _expire_later(self) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(self._limits.grace, self._give_up, self)
+
+    async def _make(self, events: AsyncGenerator[ResponseT, None], within: float | None) -> None:
+        async with aclosing(events):
+            try:
+                async with asyncio.timeout(within):
+                    first = await anext(events)
+            except TimeoutError:
+                message = "the deadline passed before the first event"
+                raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+            await self._keep(first)
+            async for response in events:
+                await self._keep(response)
+
+    async def _keep(self, response: ResponseT) -> None:
+        serialized = response.SerializeToString()
+        self._kept.append(serialized)
+        self._newest = response
+        self.kept_bytes += _cost(serialized)
+        self._tell_reader()
+        while self.kept_bytes > self._limits.buffer_bytes and len(self._kept) > 1:
+            if self._reader is not None and self._position == self._dropped:
+                self._read.clear()
+                await self._read.wait()
+            else:
+                self.kept_bytes -= _cost(self._kept.popleft())
+                self._dropped += 1
+
+    def _end(self, task: "asyncio.Task[None]") -> None:
+        if task.cancelled():
+            self._failure = RequestError(grpc.StatusCode.CANCELLED, "the stream was cancelled")
+        else:
+            self._failure = task.exception()
+        if self._failure is not None and not isinstance(self._failure, RequestError):
+            _log.error("stream failed", exc_info=self._failure)
+        let_go(self._failure)
+        self.ended = True
+        self._tell_reader()
+
+    def _tell_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.set()
+
+
+def _key(name: str) -> StreamKey:
+    return caller.current().name, name
+
+
+def _cost(serialized: bytes) -> int:
+    return len(serialized) + EVENT_OVERHEAD

@@ -1,0 +1,68 @@
+"""What whoever runs a gateway can ask it. All of it is kept elsewhere: this only says it."""
+
+import asyncio
+import time
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from gateway.admission.admission import Admission
+from gateway.replicas.replica import Replica
+from gateway.rpc.named_streams import NamedStreams
+from gateway.rpc.upstreams import Backend
+from gateway.upstream.session import Peer
+from llama.v1 import operator_pb2, operator_pb2_grpc
+
+OPERATOR_SERVICE_NAME = operator_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
+    def __init__(self, backend: Backend, admission: Admission, streams: NamedStreams) -> None:
+        self._backend = backend
+        self._admission = admission
+        self._streams = streams
+        self._started = time.monotonic()
+
+    async def GetStatus(
+        self,
+        _request: operator_pb2.GetStatusRequest,
+        _context: Context,
+    ) -> operator_pb2.GetStatusResponse:
+        replicas, classifier = self._backend.replicas.replicas, self._backend.classifier
+        await asyncio.gather(*(replica.refresh_load() for replica in replicas))
+        return operator_pb2.GetStatusResponse(
+            tokenizer=_peer(self._backend.tokenizer.peer),
+            replicas=map(_replica_status, replicas),
+            running_sequences=self._admission.running_sequences,
+            queued_sequences=self._admission.queued_sequences,
+            detached_streams=self._streams.detached,
+            displaced_sequences=sum(self._admission.displaced_sequences.values()),
+            uptime=_duration(time.monotonic() - self._started),
+            safety=None if classifier is None else _peer(classifier.peer),
+            serving=self._backend.ready,
+        )
+
+
+def _peer(peer: Peer) -> operator_pb2.Peer:
+    return operator_pb2.Peer(target=peer.target, state=peer.state, reason=peer.reason)
+
+
+def _replica_status(replica: Replica) -> operator_pb2.ReplicaStatus:
+    age = replica.load_age
+    return operator_pb2.ReplicaStatus(
+        peer=_peer(replica.peer),
+        info=replica.info,
+        load=replica.load,
+        load_age=None if age is None else _duration(age),
+        sequences=replica.sequences,
+        outstanding_tokens=replica.outstanding_tokens,
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

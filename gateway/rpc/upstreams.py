@@ -1,0 +1,56 @@
+"""The services behind the gateway, taken together. Keeps the gateway's health true: SERVING while
+the tokenizer service and at least one replica are ready, and a safety classifier that requests may
+not go without, so that balancers go elsewhere otherwise.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from gateway.replicas.options import PoolOptions
+from gateway.replicas.pool import ReplicaPool
+from gateway.safety.classifier import Classifier
+from gateway.safety.options import SafetyOptions
+from gateway.text.tokenizer import Tokenizer
+from gateway.upstream.connect import Connect, plaintext
+from serving.server import Health
+
+
+class Backend:
+    """Sessions with all services; create it in the event loop that runs it."""
+
+    def __init__(
+        self,
+        tokenizer_target: str,
+        model_targets: Sequence[str],
+        options: PoolOptions,
+        connect: Connect = plaintext,
+        safety: SafetyOptions | None = None,
+    ) -> None:
+        self._changed = asyncio.Event()
+        self.tokenizer = Tokenizer(
+            tokenizer_target, self._changed.set, connect, options.failover_timeout
+        )
+        self.replicas = ReplicaPool(model_targets, self._changed.set, options, connect)
+        self.classifier = None if safety is None else Classifier(safety, self._changed.set, connect)
+
+    async def run(self, health: Health) -> None:
+        """Keeps the sessions and the health; ends when cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.tokenizer.run())
+            tasks.create_task(self._run_replicas())
+            if self.classifier is not None:
+                tasks.create_task(self.classifier.run())
+            while True:
+                self._changed.clear()
+                await health.set_serving(self.ready)
+                await self._changed.wait()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be answered."""
+        judged = self.classifier is None or self.classifier.ready
+        return self.tokenizer.ready and self.replicas.ready_count > 0 and judged
+
+    async def _run_replicas(self) -> None:
+        vocabulary = await self.tokenizer.loaded()
+        await self.replicas.run(self.tokenizer.fingerprint, len(vocabulary))

@@ -1,0 +1,1 @@
+"""Whether a dialog and its answer may be shown."""

@@ -1,0 +1,150 @@
+"""The safety classifier's part in a request: dialogs and texts are judged before anything is
+generated, answers in chunks while they grow. A chunk leaves the gateway only after its verdict, and
+the model goes on meanwhile. Streams and unary calls share all this.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from gateway.generation.completion import Event, Place, PlacedEvent, Refusal, Started
+from gateway.request.prompts import Prompt
+from gateway.request.validation import Options
+from gateway.safety.classifier import Classifier, Judgement, Subject, TimeRemaining
+from gateway.safety.moderation_buffer import HeldAnswer
+from llama.prompt_format.dialog import Message, drop_oldest_turns
+from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY
+
+# How the chat models themselves decline. A text has nobody who could: its continuation is empty.
+DIALOG_REFUSAL = "I apologize, but I cannot fulfill your request."
+
+
+def dialogs_to_judge(
+    prompts: Sequence[Prompt | Refusal], dialogs: Sequence[Sequence[Message]]
+) -> list[Subject]:
+    """What each prompt was made of. It is held until the answers end, so nothing is in it that was
+    dropped or refused.
+    """
+    return [
+        () if isinstance(prompt, Refusal) else drop_oldest_turns(dialog, prompt.dropped_turns)
+        for prompt, dialog in zip(prompts, dialogs, strict=True)
+    ]
+
+
+class Guard:
+    """Judges for one request, whose dialogs or texts are the `subjects`."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        subjects: Sequence[Subject],
+        options: Options,
+        time_remaining: TimeRemaining,
+    ) -> None:
+        self._classifier = classifier
+        self._subjects = subjects
+        self._options = options
+        self._time_remaining = time_remaining
+        self._unjudged: set[int] = set()  # subjects that are refused, so that nothing is made
+        self._answers: dict[Place, HeldAnswer] = {}
+        self._judging: dict[asyncio.Task[Judgement], Place] = {}
+
+    async def check(self, prompts: Sequence[Prompt | Refusal]) -> list[Prompt | Refusal]:
+        """The prompts of the subjects, with a refusal in the place of each that is unsafe."""
+        checked = [*prompts]
+        judging = {
+            index: self._judge(subject)
+            for index, subject in enumerate(self._subjects)
+            if isinstance(prompts[index], Prompt)
+        }
+        try:
+            judgements = await asyncio.gather(*judging.values())
+        finally:
+            await _cancel(judging.values())
+        for index, judgement in zip(judging, judgements, strict=True):
+            if judgement.unsafe:
+                text = "" if isinstance(self._subjects[index], str) else DIALOG_REFUSAL
+                checked[index] = Refusal(text, FINISH_REASON_SAFETY, judgement.categories)
+        self._unjudged = {i for i, each in enumerate(checked) if isinstance(each, Refusal)}
+        return checked
+
+    async def watch(
+        self, events: AsyncGenerator[PlacedEvent, None], cancel: Callable[[Place], None]
+    ) -> AsyncGenerator[PlacedEvent, None]:
+        """The events of the checked prompts, each as soon as it may be shown; owns `events`.
+
+        `cancel` ends an answer that is unsafe. Whoever iterates must close this, as `complete`.
+        """
+        async with aclosing(events):
+            coming: asyncio.Task[PlacedEvent | None] | None = _read(events)
+            try:
+                while coming or self._judging:
+                    waited_for: list[asyncio.Task[Any]] = [*self._judging]
+                    if coming:
+                        waited_for.append(coming)
+                    await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+                    for shown in self._take_judgements(cancel):
+                        yield shown
+                    if coming and coming.done():
+                        placed = coming.result()
+                        coming = None
+                        if placed is not None:
+                            for shown in self._take(*placed):
+                                yield shown
+                            coming = _read(events)
+            finally:
+                reading = coming is not None and not coming.done()
+                await _cancel([*self._judging, *([coming] if coming else [])])
+                # Closing `events` may fail: RESOURCE_EXHAUSTED where the client read too slowly.
+                if coming and reading and not coming.cancelled():
+                    coming.result()
+
+    def _take(self, place: Place, event: Event) -> Iterator[PlacedEvent]:
+        if isinstance(event, Started):
+            if place.index not in self._unjudged:
+                self._answers[place] = self._hold(place)
+            yield place, event
+        elif place in self._answers:
+            yield from self._show(place, self._answers[place].take(event))
+        else:
+            yield place, event
+
+    def _take_judgements(self, cancel: Callable[[Place], None]) -> Iterator[PlacedEvent]:
+        for task in [task for task in self._judging if task.done()]:
+            place, judgement = self._judging.pop(task), task.result()
+            if judgement.unsafe:
+                cancel(place)
+            yield from self._show(place, self._answers[place].judged(judgement))
+
+    def _show(self, place: Place, events: Iterable[Event]) -> Iterator[PlacedEvent]:
+        """Also has the next chunk judged, if there is one."""
+        subject = self._answers[place].due()
+        if subject is not None:
+            self._judging[self._judge(subject)] = place
+        for event in events:
+            yield place, event
+
+    def _hold(self, place: Place) -> HeldAnswer:
+        subject = self._subjects[place.index]
+        if self._options.echo:
+            subject = ""  # the answer begins with it
+        return HeldAnswer(subject, self._classifier.chunk, logprobs=self._options.logprobs)
+
+    def _judge(self, subject: Subject) -> asyncio.Task[Judgement]:
+        return asyncio.create_task(self._classifier.judge(subject, self._time_remaining))
+
+
+def _read(events: AsyncGenerator[PlacedEvent, None]) -> asyncio.Task[PlacedEvent | None]:
+    async def read() -> PlacedEvent | None:
+        return await anext(events, None)
+
+    return asyncio.create_task(read())
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Ends tasks and waits until each has given back what it held."""
+    tasks = [*tasks]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

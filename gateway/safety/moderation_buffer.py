@@ -1,0 +1,108 @@
+"""An answer on its way past the safety classifier: what of it is to be judged, and what may be
+shown. Does no input or output. A chunk ends in front of a space, so that no half word is mistaken
+for a whole one of another meaning.
+"""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gateway.generation.answer import Delta
+from gateway.generation.completion import Event, Finished
+from gateway.safety.classifier import Judgement, Subject
+from llama.prompt_format.dialog import ASSISTANT, Message
+from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY
+
+# A chunk without a space for so many times its size ends inside of a word.
+_LONGEST_CHUNK = 2
+
+
+class HeldAnswer:
+    """What was made of an answer and not yet shown.
+
+    `take` and `judged` return what may be shown now; after either, `due` says whether something is
+    to be judged. With `logprobs` the answer is read from its tokens, which come before their text
+    where that could still become a stop string.
+    """
+
+    def __init__(self, subject: Subject, chunk: int, *, logprobs: bool) -> None:
+        self._subject = subject
+        self._chunk = chunk
+        self._logprobs = logprobs
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._answer = ""  # up to the end of the last chunk
+        self._in_judgement: list[Delta] | None = None
+        self._held: list[tuple[Delta, str]] = []  # behind that chunk, with what each lets one read
+        self._held_size = 0  # characters
+        self._words = 0  # how many of the held deltas come in front of the last space
+        self._words_size = 0
+        self._unsafe: Judgement | None = None
+        self._finished: Finished | None = None
+
+    def take(self, event: Delta | Finished) -> list[Event]:
+        """More of the answer."""
+        if isinstance(event, Finished):
+            self._finished = event
+        elif self._unsafe is None:
+            self._hold(event)
+        return self._end()
+
+    def due(self) -> Subject | None:
+        """The answer up to the end of a chunk, in its dialog or text; None while none is due."""
+        if self._in_judgement is not None or not self._held_size:
+            return None
+        if self._finished is None and self._words_size >= self._chunk:
+            return self._judge(self._words, self._words_size)
+        if self._finished or self._held_size >= _LONGEST_CHUNK * self._chunk:
+            return self._judge(len(self._held), self._held_size)
+        return None
+
+    def judged(self, judgement: Judgement) -> list[Event]:
+        """What the classifier said of what was due."""
+        chunk, self._in_judgement = self._in_judgement or [], None
+        if judgement.unsafe:
+            self._unsafe = judgement
+            self._held, self._held_size = [], 0
+            return self._end()
+        return [*_joined(chunk), *self._end()]
+
+    def _hold(self, delta: Delta) -> None:
+        text = delta.text
+        if self._logprobs:
+            text = self._decoder.decode(b"".join(token.bytes for token in delta.tokens))
+        if text[:1].isspace():
+            self._words, self._words_size = len(self._held), self._held_size
+        self._held.append((delta, text))
+        self._held_size += len(text)
+
+    def _judge(self, count: int, size: int) -> Subject:
+        chunk, self._held = self._held[:count], self._held[count:]
+        self._held_size -= size
+        self._words = self._words_size = 0
+        self._in_judgement = [delta for delta, _ in chunk]
+        self._answer += "".join(text for _, text in chunk)
+        if isinstance(self._subject, str):
+            return self._subject + self._answer
+        return [*self._subject, Message(ASSISTANT, self._answer)]
+
+    def _end(self) -> list[Event]:
+        """The rest and the end, where nothing is left to be judged."""
+        if self._finished is None or self._in_judgement is not None or self._held_size:
+            return []
+        if self._unsafe is not None:
+            categories = self._unsafe.categories
+            unsafe = replace(
+                self._finished, reason=FINISH_REASON_SAFETY, safety_categories=categories
+            )
+            return [unsafe]
+        rest, self._held = [delta for delta, _ in self._held], []
+        return [*_joined(rest), self._finished]
+
+
+def _joined(deltas: Sequence[Delta]) -> list[Event]:
+    """One delta for a chunk: what is shown at once costs one message."""
+    if not deltas:
+        return []
+    tokens = [token for delta in deltas for token in delta.tokens]
+    text = "".join(delta.text for delta in deltas)
+    return [Delta(text, tokens, deltas[-1].completion_tokens)]

@@ -1,0 +1,200 @@
+"""The gateway's side of the tokenizer service: the vocabulary, read once, and `Encode`. The
+vocabulary never changes while the gateway lives, as what runs is decoded with it: a tokenizer
+service that comes back with another model file is not used.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+import grpc
+import structlog
+
+from gateway.text.detokenizer import Vocabulary
+from gateway.upstream.connect import Connect, connected
+from gateway.upstream.session import (
+    FIRST_PAUSE,
+    Peer,
+    SessionEndedError,
+    UnfitPeerError,
+    answer,
+    call_metadata,
+    follow_health,
+    keep_session,
+)
+from llama.prompt_format.dialog import Segment
+from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from llama.v1.operator_pb2 import PEER_STATE_CONNECTING
+from serving.errors import RequestError, resource_exhausted, unavailable
+from serving.intake.fair_turns import FairTurns
+from serving.security import caller
+
+SERVICE = "llama.v1.TokenizerService"
+MAX_SEGMENTS_PER_CALL = 4096  # the contract's limit
+# Of the texts in one call: a large request is encoded in pieces, and others take turns with it.
+BYTES_PER_CALL = 256 * 1024
+# Of the texts that are encoded at once, for all callers; others wait for their turn.
+MAX_BYTES_AT_ONCE = 1024 * 1024
+# What a segment costs beyond its bytes.
+_SEGMENT_BYTES = 64
+# What a call gets whose server goes away.
+_CUT_OFF = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Tokenizer:
+    """A session with the tokenizer service; `changed` is called when `ready` may have changed."""
+
+    def __init__(
+        self, target: str, changed: Callable[[], None], connect: Connect, patience: float
+    ) -> None:
+        """`patience` is how long a call waits for the service to come back, in seconds."""
+        self.peer = Peer(target, changed)
+        self._patience = patience
+        self._connect = connect
+        self._turns = FairTurns(MAX_BYTES_AT_ONCE)
+        self._stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub | None = None  # while connected
+        self._vocabulary: Vocabulary | None = None
+        self._loaded = asyncio.Event()
+        self.fingerprint = ""
+
+    @property
+    def ready(self) -> bool:
+        return self.peer.serving
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """UNAVAILABLE before the first session."""
+        if self._vocabulary is None:
+            raise _unavailable()
+        return self._vocabulary
+
+    async def loaded(self) -> Vocabulary:
+        """The vocabulary, as soon as it is there."""
+        await self._loaded.wait()
+        return self.vocabulary
+
+    async def run(self) -> NoReturn:
+        """Keeps a session; ends when cancelled."""
+        _log.info("connecting to tokenizer service", peer=self.peer.target)
+        await keep_session(self.peer, self._session)
+
+    async def encode(
+        self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
+    ) -> list[Sequence[int]]:
+        """The ids of each segment, in one call unless there is more than a call may hold.
+
+        Calls wait for their turn: what is encoded at once is bounded, and the current caller takes
+        turns with others.
+        """
+        key = caller.current()
+        encoded: list[Sequence[int]] = []
+        for request, cost in _calls(segments, key.name):
+            await self._until_serving()
+            async with self._turns.turn(key.name, cost, key.limits.weight):
+                response = await self._encode(request, time_remaining)
+            encoded += [each.ids for each in response.segments]
+        return encoded
+
+    async def _until_serving(self) -> None:
+        """Before a turn is taken, so that it is not spent on waiting for a service that is away."""
+        try:
+            async with asyncio.timeout(self._patience):
+                await self.peer.until_serving()
+        except TimeoutError:
+            raise _unavailable() from None
+
+    async def _encode(
+        self,
+        request: tokenizer_pb2.EncodeRequest,
+        time_remaining: Callable[[], float | None],
+    ) -> tokenizer_pb2.EncodeResponse:
+        try:
+            async with asyncio.timeout(self._patience):
+                return await self._encode_when_ready(request, time_remaining)
+        except TimeoutError:
+            raise _unavailable() from None
+
+    async def _encode_when_ready(
+        self,
+        request: tokenizer_pb2.EncodeRequest,
+        time_remaining: Callable[[], float | None],
+    ) -> tokenizer_pb2.EncodeResponse:
+        """Encoding has no effect but its answer, so it is simply tried again."""
+        while True:
+            await self.peer.until_serving()
+            if self._stub is None:  # the session ended again before this went on
+                continue
+            call = self._stub.Encode(request, timeout=time_remaining(), metadata=call_metadata())
+            with suppress(SessionEndedError):
+                try:
+                    return await answer(call)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() not in _CUT_OFF:
+                        if (refusal := _refusal(error)) is None:
+                            raise
+                        raise refusal from error
+            await asyncio.sleep(FIRST_PAUSE)
+
+    async def _session(self) -> None:
+        async with connected(self._connect, self.peer.target) as channel:
+            stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            self._take(await stub.GetVocabulary(tokenizer_pb2.GetVocabularyRequest()))
+            self._stub = stub
+            try:
+                await follow_health(channel, SERVICE, self.peer)
+            finally:
+                # Before the channel is closed, so that no call is begun on it any more.
+                self._stub = None
+                self.peer.become(PEER_STATE_CONNECTING, "the session broke")
+
+    def _take(self, response: tokenizer_pb2.GetVocabularyResponse) -> None:
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary.build(
+                ((piece.bytes, piece.kind) for piece in response.pieces),
+                dummy_prefix=response.dummy_prefix,
+                eos_id=response.eos_id,
+                max_token_bytes=response.max_token_bytes or None,
+            )
+            self.fingerprint = response.fingerprint
+            self._loaded.set()
+        elif response.fingerprint != self.fingerprint:
+            raise UnfitPeerError(
+                f"serves another model file ({response.fingerprint[:12]}) than when this gateway "
+                f"started ({self.fingerprint[:12]}): restart the gateway to use it"
+            )
+        _log.info("tokenizer service connected", peer=self.peer.target, tokens=len(response.pieces))
+
+
+def _calls(
+    segments: Sequence[Segment], caller_name: str
+) -> Iterator[tuple[tokenizer_pb2.EncodeRequest, int]]:
+    """The requests that the segments take, each with its cost."""
+    request, cost = tokenizer_pb2.EncodeRequest(caller=caller_name), 0
+    for each in segments:
+        size = len(each.text.encode()) + _SEGMENT_BYTES
+        full = cost + size > BYTES_PER_CALL or len(request.segments) == MAX_SEGMENTS_PER_CALL
+        if request.segments and full:
+            yield request, cost
+            request, cost = tokenizer_pb2.EncodeRequest(caller=caller_name), 0
+        request.segments.add(text=each.text, bos=each.bos, eos=each.eos)
+        cost += size
+    if request.segments:
+        yield request, cost
+
+
+def _unavailable() -> RequestError:
+    return unavailable("the tokenizer service is not available")
+
+
+def _refusal(error: grpc.aio.AioRpcError) -> RequestError | None:
+    """What a failed Encode means for the request; None: it is a bug."""
+    match error.code():
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return RequestError(error.code(), "the deadline passed while the prompt was encoded")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            message = f"the prompt is too large for the tokenizer service: {error.details()}"
+            return resource_exhausted(message, "max_request_bytes", retry_after=None)
+    return None

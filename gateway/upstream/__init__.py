@@ -1,0 +1,1 @@
+"""Sessions with the services behind the gateway."""

@@ -1,0 +1,74 @@
+"""How the gateway reaches the services behind it: in plain text, or over TLS that proves both
+sides' identities.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Protocol
+
+import grpc
+
+from gateway.settings import GatewaySettings
+from serving.security.tls import PeerCertificates, TlsFiles
+from serving.server import channel
+
+# Shorter than the longest pause between two sessions, after which one counts as begun.
+CONNECT_SECONDS = 4.0
+
+# What gRPC says of a connection that TLS prevents, and what it means here.
+_TLS_PROBLEMS = (
+    ("WRONG_VERSION_NUMBER", "it speaks plaintext; --peer_ca makes this gateway speak TLS"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not valid by --peer_ca"),
+    ("Hostname Verification", "its certificate has another name: set --peer_name"),
+    ("Socket closed", "it may speak TLS or ask for a certificate: set --peer_ca, --peer_cert"),
+)
+
+
+class Connect(Protocol):
+    """Makes channels."""
+
+    def __call__(self, target: str, name: str | None = None) -> grpc.aio.Channel:
+        """A new one to a target, which was found under this name if it is an address of one."""
+
+
+def plaintext(target: str, name: str | None = None) -> grpc.aio.Channel:  # noqa: ARG001
+    return channel(target)
+
+
+def connector(settings: GatewaySettings) -> Connect:
+    """How this gateway connects to the services behind it."""
+    if settings.peer_ca is None:
+        return plaintext
+    files = TlsFiles(settings.peer_cert, settings.peer_key, settings.peer_ca)
+    certificates = PeerCertificates(files, settings.peer_name)
+
+    def connect(target: str, name: str | None = None) -> grpc.aio.Channel:
+        return channel(target, certificates.expecting(name))
+
+    return connect
+
+
+@asynccontextmanager
+async def connected(
+    connect: Connect, target: str, name: str | None = None
+) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel for one session; a new one each time, as certificates may have changed meanwhile.
+
+    Where it cannot connect in time, the first call on it fails with the reason.
+    """
+    async with connect(target, name) as new:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await new.channel_ready()
+        yield new
+
+
+def failure_reason(error: grpc.aio.AioRpcError) -> str:
+    """Why a call failed, for whoever set the gateway up."""
+    details = error.details() or ""
+    if details.startswith("failed to connect"):
+        for sign, meaning in _TLS_PROBLEMS:
+            if sign in details:
+                return f"{error.code().name}: {details} ({meaning})"
+    return f"{error.code().name}: {details}"

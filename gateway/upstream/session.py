@@ -1,0 +1,151 @@
+"""What the gateway's relations to other services have in common: a session with a peer is kept as
+long as it lasts and begun anew when it breaks, for ever. Only cancelling, or a bug, ends that.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import NoReturn, TypeVar
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+from gateway.upstream.connect import failure_reason
+from llama.v1.operator_pb2 import (
+    PEER_STATE_CONNECTING,
+    PEER_STATE_NOT_SERVING,
+    PEER_STATE_REFUSED,
+    PEER_STATE_SERVING,
+    PeerState,
+)
+from serving.telemetry import request_id, tracing
+
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 5.0
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class PeerError(Exception):
+    """The peer cannot be used now; the message says why, to whoever runs the services."""
+
+
+class UnfitPeerError(PeerError):
+    """The peer is another one than this gateway needs."""
+
+
+class SessionEndedError(PeerError):
+    """The session that a call belonged to, and its channel, ended before the call did."""
+
+
+class Peer:
+    """A service behind this gateway and how it does."""
+
+    def __init__(self, target: str, changed: Callable[[], None]) -> None:
+        """`changed` is called at each change of how it does."""
+        self.target = target
+        self.state: PeerState.ValueType = PEER_STATE_CONNECTING
+        self.reason = "not connected yet"  # why it does not serve; empty while it does
+        self._changed = changed
+        self._serves = asyncio.Event()
+
+    @property
+    def serving(self) -> bool:
+        return self._serves.is_set()
+
+    async def until_serving(self) -> None:
+        await self._serves.wait()
+
+    def become(self, state: "PeerState.ValueType", reason: str = "") -> None:
+        self.state, self.reason = state, reason
+        if state == PEER_STATE_SERVING:
+            self._serves.set()
+        else:
+            self._serves.clear()
+        self._changed()
+
+    def told(self, *, serving: bool) -> None:
+        """What its health service said."""
+        if serving:
+            self.become(PEER_STATE_SERVING)
+        else:
+            self.become(PEER_STATE_NOT_SERVING, "takes no work: it starts, drains or is stalled")
+
+
+async def keep_session(peer: Peer, session: Callable[[], Awaitable[None]]) -> NoReturn:
+    """Runs `session` again and again, with growing pauses while it fails.
+
+    A reason is logged once, not again with each attempt that it makes fail.
+    """
+    loop = asyncio.get_running_loop()
+    pause, last_reason = FIRST_PAUSE, ""
+    while True:
+        started = loop.time()
+        state, reason = PEER_STATE_CONNECTING, "the session ended"
+        try:
+            await session()
+        except* UnfitPeerError as group:
+            state, reason = PEER_STATE_REFUSED, "; ".join(_reasons(group))
+        except* (grpc.aio.AioRpcError, PeerError) as group:
+            reason = "; ".join(_reasons(group))
+        peer.become(state, reason)
+        if loop.time() - started > LONGEST_PAUSE:
+            pause, last_reason = FIRST_PAUSE, ""
+        if reason != last_reason:
+            _log.error("peer unusable", peer=peer.target, reason=reason)
+        last_reason = reason
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+async def follow_health(channel: grpc.aio.Channel, service: str, peer: Peer) -> NoReturn:
+    """Tells `peer` whether it serves, now and at each change, until it is lost."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    call = stub.Watch(HealthCheckRequest(service=service))  # type: ignore[attr-defined]  # not in the stubs
+    try:
+        async for response in call:
+            peer.told(serving=response.status == HealthCheckResponse.SERVING)
+    finally:
+        call.cancel()
+    raise PeerError("the health stream ended")
+
+
+async def answer(call: grpc.aio.UnaryUnaryCall[RequestT, ResponseT]) -> ResponseT:
+    """What a unary call gets; with its task, the call ends.
+
+    Raises:
+        grpc.aio.AioRpcError: it failed.
+        SessionEndedError: its channel was closed under it.
+    """
+    try:
+        return await call
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise SessionEndedError("the session ended") from None
+    finally:
+        call.cancel()
+
+
+def call_metadata() -> tuple[tuple[str, str], ...]:
+    """By which the peer's log lines and spans are found with those of the request."""
+    current = request_id.current()
+    identity = () if current is None else ((request_id.METADATA_KEY, current),)
+    return (*identity, *tracing.metadata())
+
+
+def _reasons(group: ExceptionGroup[Exception]) -> list[str]:
+    reasons = []
+    for error in group.exceptions:
+        if isinstance(error, ExceptionGroup):
+            reasons += _reasons(error)
+        elif isinstance(error, grpc.aio.AioRpcError):
+            reasons.append(failure_reason(error))
+        else:
+            reasons.append(str(error))
+    return reasons

@@ -1,0 +1,1 @@
+"""How a dialog becomes a prompt."""

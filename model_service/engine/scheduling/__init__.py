@@ -1,0 +1,1 @@
+"""Which sequences a step runs, and how many tokens of each."""

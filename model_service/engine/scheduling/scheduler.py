@@ -1,0 +1,253 @@
+"""Decides which tokens the next step computes.
+
+Running sequences come first, one token each, then chunks of prompts, up to a token budget: a long
+prompt never stalls running streams for longer than the pace allows. A sequence gets the blocks of
+its whole prompt when it is admitted and one more whenever decode fills the last; when none is left,
+the youngest running sequence gives up its blocks and is computed again later, from prompt and
+answer. Blocks of its beginning that are cached are taken as they are, and a beginning that another
+sequence is just computing is waited for, not computed twice.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from model_service.engine.kv_cache.block_pool import BlockPool
+from model_service.engine.kv_cache.prefix_cache import KnownBeginning, PrefixCache
+from model_service.engine.scheduling.prefill_budget import Pace
+from model_service.engine.scheduling.speculation import Speculation
+from model_service.engine.scheduling.waiting import WaitingQueue
+from model_service.engine.sequence import Sequence
+from model_service.model.attention.backend import BlockCopy
+
+# A burst of arrivals with one beginning is looked at over several steps: streams run meanwhile.
+MOST_PARKED = 64  # sequences per step
+
+
+@dataclass(slots=True)  # not frozen: that makes it three times as slow to create, 256 times a step
+class Chunk:
+    """Tokens of one sequence that a step computes: from `begin`, in the cache so far, to `end`.
+
+    Behind the sequence's last token also `drafts`, guesses of what comes next.
+    """
+
+    sequence: Sequence
+    begin: int
+    end: int
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens that it adds to the step."""
+        return self.end - self.begin + len(self.drafts)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step's work; the blocks that it writes to are allocated."""
+
+    chunks: list[Chunk]
+    decode_rows: int  # chunks that only append to an answer; they come first
+    drafted_tokens: int  # behind those
+    prompt_tokens: int  # tokens of all other chunks
+    copies: list[BlockCopy]  # to be made before anything is written
+
+
+class Scheduler:
+    """Owns the queue of waiting sequences, the running ones, and their blocks."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        pace: Pace,
+        speculation: Speculation,
+        *,
+        max_batch_size: int,
+        max_step_tokens: int,
+        prefix_cache: bool,
+    ) -> None:
+        self._pool = pool
+        self._pace = pace
+        self._speculation = speculation
+        self._max_batch_size = max_batch_size
+        self._max_step_tokens = max_step_tokens
+        self._waiting = WaitingQueue()
+        self._prefixes = PrefixCache(pool, self._waiting.wake, enabled=prefix_cache)
+        self._running: dict[Sequence, None] = {}  # in order of admission
+        self._copies: list[BlockCopy] = []  # that the next step has to make
+        self.preemptions = 0
+        self.cached_prompt_tokens = 0  # found in the cache at admissions
+
+    @property
+    def running(self) -> Iterable[Sequence]:
+        return self._running
+
+    @property
+    def running_count(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens that may still be computed; what the cache will save waiting ones is not known."""
+        return self._waiting.tokens + sum([s.limit - s.num_computed for s in self._running])
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.push(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is; its blocks are free at once."""
+        self._speculation.forget(sequence)
+        if sequence in self._running:
+            self._release(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def retract(self, sequence: Sequence) -> None:
+        """Sees to it that nobody uses the keys and values of a running sequence again."""
+        self._pool.retract(sequence.block_table)
+        sequence.num_computed = 0
+
+    def is_running(self, sequence: Sequence) -> bool:
+        return sequence in self._running
+
+    @property
+    def must_preempt(self) -> bool:
+        """Whether the next step needs more blocks than are free."""
+        return sum(map(self._missing, self._growing())) > self._pool.free_count
+
+    def schedule(self) -> Schedule:
+        """The next step; without chunks when there is nothing to do.
+
+        A step may be under way, unless the scheduler `must_preempt`: what a sequence gives up has
+        to be known.
+        """
+        # First, as a sequence that needs a block may take all blocks of any other.
+        for sequence in self._growing():
+            self._grow(sequence)
+        decode, prompts = [], []
+        for sequence in self._running:
+            if sequence.all_launched:
+                continue
+            length = len(sequence.tokens)
+            if length - sequence.num_computed == 1:
+                decode.append(Chunk(sequence, length - 1, length))
+            else:
+                prompts.append(sequence)
+        del decode[self._max_step_tokens :]
+        rows = len(decode)
+        drafted = self._draft(decode)
+        room = self._max_step_tokens - rows
+        budget = max(0, min(room, self._pace.prompt_budget(rows)) - drafted)
+        chunks, left = decode, budget
+        for sequence in prompts:
+            if left:
+                left -= self._take(sequence, left, chunks)
+        left = self._admit(left, chunks)
+        copies, self._copies = self._copies, []
+        return Schedule(chunks, rows, drafted, budget - left, copies)
+
+    def _draft(self, decode: list[Chunk]) -> int:
+        """Adds guesses to decoding chunks where they are worth it; returns how many."""
+        drafted, rows, size = 0, len(decode), self._pool.block_size
+        for chunk in decode:
+            sequence = chunk.sequence
+            # The step makes one token more than there are guesses.
+            room = min(sequence.limit - chunk.end - 1, self._max_step_tokens - rows - drafted)
+            drafts = self._speculation.propose(sequence, room, rows)
+            if not drafts:
+                continue
+            missing = self._pool.blocks_for(chunk.end + len(drafts)) - len(sequence.block_table)
+            if missing > 0:
+                sequence.block_table += self._pool.allocate(min(missing, self._pool.free_count))
+            chunk.drafts = drafts[: len(sequence.block_table) * size - chunk.end]
+            drafted += len(chunk.drafts)
+        return drafted
+
+    def advance(self, chunks: Iterable[Chunk]) -> None:
+        """Notes that the chunks' keys and values are in the cache, where others now find them."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            # The step that was launched behind this one may have taken it further.
+            sequence.num_computed = max(sequence.num_computed, chunk.end)
+            self._prefixes.computed(sequence, chunk.end)
+
+    @staticmethod
+    def _take(sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """Appends the sequence's next chunk of at most `budget` tokens; returns its length."""
+        begin = sequence.num_computed
+        end = min(begin + budget, len(sequence.tokens))
+        chunks.append(Chunk(sequence, begin, end))
+        return end - begin
+
+    def _admit(self, budget: int, chunks: list[Chunk]) -> int:
+        """Lets waiting sequences run while there are places and blocks; returns the budget left."""
+        parked = 0
+        while budget and parked < MOST_PARKED and len(self._running) < self._max_batch_size:
+            sequence = self._waiting.first()
+            if sequence is None:
+                break
+            known = self._prefixes.find(sequence)
+            if known.awaited is not None:
+                self._waiting.park(sequence, known.awaited)
+                parked += 1
+                continue
+            wanted = self._pool.blocks_for(len(sequence.tokens)) - len(known.blocks)
+            if wanted > self._pool.free_besides(known.blocks):
+                break
+            self._waiting.remove(sequence)
+            self._start(sequence, known, wanted)
+            budget -= self._take(sequence, budget, chunks)
+        return budget
+
+    def _start(self, sequence: Sequence, known: KnownBeginning, wanted: int) -> None:
+        self._pool.share(known.blocks)
+        own = self._pool.allocate(wanted)
+        sequence.block_table = known.blocks + own
+        if known.copied is not None:
+            self._copies.append(BlockCopy(known.copied, own[0]))
+        sequence.num_computed = known.tokens
+        if sequence.cached_at_start is None:
+            sequence.cached_at_start = sequence.num_computed
+        self.cached_prompt_tokens += min(sequence.num_computed, len(sequence.request.prompt_ids))
+        self._running[sequence] = None
+        self._prefixes.start(sequence, known)
+
+    def _growing(self) -> list[Sequence]:
+        """Running sequences whose next token has no place in their blocks."""
+        size = self._pool.block_size
+        return [
+            sequence
+            for sequence in self._running
+            if len(sequence.tokens) > len(sequence.block_table) * size and not sequence.all_launched
+        ]
+
+    def _missing(self, sequence: Sequence) -> int:
+        return self._pool.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Makes room for all tokens of a running sequence, unless it has to give way itself."""
+        if not sequence.block_table:  # an earlier turn of `schedule` preempted it
+            return
+        missing = self._missing(sequence)
+        while missing > self._pool.free_count:
+            victim = max(self._running, key=lambda s: (-s.request.priority, s.arrival))
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        sequence.block_table += self._pool.allocate(missing)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        self._waiting.push(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        del self._running[sequence]
+        self._prefixes.release(sequence)
+        self._pool.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = 0
+        sequence.num_published = 0

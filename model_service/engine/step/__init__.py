@@ -1,0 +1,1 @@
+"""One step: what it runs, on all shards."""

@@ -1,0 +1,97 @@
+"""What every rank must know of a step, and its form on the wire: one vector of 32-bit integers.
+
+The leader makes it, the followers rebuild it; no pickles, and nothing that a rank can work out for
+itself (positions and cache slots follow from lengths and block tables) or was told before: of a
+block table only the blocks go over the wire that the last plan did not have.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_service.model.attention.backend import BlockCopy, SequenceSpan
+
+Vector = NDArray[np.int32]
+
+_COUNTS = 5  # at the vector's beginning
+_PER_SPAN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step over a flat batch."""
+
+    spans: tuple[SequenceSpan, ...]
+    # [num_tokens], the spans' tokens one after the other. A negative one is not known on the host
+    # yet: the complement of its index among the tokens that were drawn in the last step.
+    tokens: Vector
+    logit_rows: Vector  # [num_logits], indices into tokens
+    draws: int = 0  # tokens that the leader draws from the logits and gives to all ranks' devices
+    copies: tuple[BlockCopy, ...] = ()  # to be made before anything is written
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Position of each token in its own sequence [num_tokens]."""
+        lengths = np.array([span.query_length for span in self.spans])
+        ends = np.array([span.context_length for span in self.spans])
+        return np.repeat(ends - lengths.cumsum(), lengths) + np.arange(len(self.tokens))
+
+
+class PlanEncoder:
+    """The leader's end of the wire. A block table is recognized as the same list, grown or not."""
+
+    def __init__(self) -> None:
+        # By the identity of each table in the last plan: its place there, and its length then.
+        self._known: dict[int, tuple[int, int]] = {}
+        self._held: list[Sequence[int]] = []  # so that no other list takes over an identity
+
+    def encode(self, plan: StepPlan) -> Vector:
+        """Five counts, four numbers per span, two per copy; tokens, logit rows and new blocks."""
+        spans, copies = plan.spans, plan.copies
+        header = [len(spans), len(copies), len(plan.tokens), len(plan.logit_rows), plan.draws]
+        blocks: list[int] = []
+        known: dict[int, tuple[int, int]] = {}
+        held = [span.block_table for span in spans]
+        for place, span in enumerate(spans):
+            table = held[place]
+            identity, length = id(table), len(table)
+            before, sent = self._known.get(identity, (-1, 0))
+            header += (span.query_length, span.context_length, before, length - sent)
+            if length > sent:
+                blocks += table[sent:]
+            known[identity] = place, length
+        self._known, self._held = known, held
+        header += itertools.chain.from_iterable(copies)
+        # One conversion of all that are lists: one each would cost more than the rest together.
+        numbers = np.array(header + blocks, dtype=np.int32)
+        begin = len(header)
+        return np.concatenate([numbers[:begin], plan.tokens, plan.logit_rows, numbers[begin:]])
+
+
+class PlanDecoder:
+    """A follower's end of the wire."""
+
+    def __init__(self) -> None:
+        self._tables: list[list[int]] = []  # of the last plan's spans
+
+    def decode(self, vector: Vector) -> StepPlan:
+        """The plan that was encoded as `vector`; every plan must come by here, in order."""
+        num_spans, num_copies, num_tokens, num_logits, draws = vector[:_COUNTS].tolist()
+        sizes = [_PER_SPAN * num_spans, 2 * num_copies, num_tokens, num_logits]
+        parts = np.split(vector[_COUNTS:], np.cumsum(sizes))
+        header = parts[0].reshape(-1, _PER_SPAN).tolist()
+        copies = tuple(BlockCopy(*copy) for copy in parts[1].reshape(-1, 2).tolist())
+        tokens, logit_rows, blocks = parts[2:]
+        spans: list[SequenceSpan] = []
+        tables: list[list[int]] = []
+        for query_length, context_length, before, count in header:
+            table = self._tables[before] if before >= 0 else []
+            table += blocks[:count].tolist()
+            blocks = blocks[count:]
+            tables.append(table)
+            spans.append(SequenceSpan(query_length, context_length, table))
+        self._tables = tables
+        return StepPlan(tuple(spans), tokens, logit_rows, draws, copies)

@@ -1,0 +1,76 @@
+"""How plans travel from the leader to the followers: broadcasts over torch.distributed on the CPU.
+
+A plan's length is not known to its receivers, so the first broadcast has a fixed size and carries
+the length with as much of the plan as fits; only a large plan needs a second one. The leader does
+not wait until a plan has arrived: what went wrong on its way, the next one tells. Drawn tokens
+travel from device to device: the host of no rank needs them for the next step.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
+
+from model_service.engine.step.plan import PlanDecoder, PlanEncoder, StepPlan, Vector
+
+LEADER = 0
+# 32-bit integers; holds the plan of a step in which 170 sequences decode.
+FIRST_BROADCAST = 1024
+
+
+class PlanChannel:
+    """One rank's end; with a single rank nothing is sent."""
+
+    def __init__(self) -> None:
+        self.alone = dist.get_world_size() == 1
+        self._first = torch.zeros(FIRST_BROADCAST, dtype=torch.int32)
+        self._values = self._first.numpy()  # where copying costs a tenth
+        self._sending: list[dist.Work] = []  # the last plan
+        self._encoder = PlanEncoder()
+        self._decoder = PlanDecoder()
+
+    def send(self, plan: StepPlan) -> None:
+        """Leader: gives `plan` to every follower."""
+        if not self.alone:
+            self._send(self._encoder.encode(plan))
+
+    def close(self) -> None:
+        """Leader: tells every follower that no plan comes any more."""
+        if not self.alone:
+            self._send(np.empty(0, dtype=np.int32))
+            self._finish_sending()
+
+    def receive(self) -> StepPlan | None:
+        """Follower: the next plan, waiting for it; None when there is no more."""
+        dist.broadcast(self._first, src=LEADER)
+        length = int(self._values[0])
+        vector = self._values[1 : 1 + length].copy()
+        if length > len(vector):
+            rest = torch.empty(length - len(vector), dtype=torch.int32)
+            dist.broadcast(rest, src=LEADER)
+            vector = np.concatenate([vector, rest.numpy()])
+        return self._decoder.decode(vector) if length else None
+
+    def share(self, drawn: torch.Tensor) -> None:
+        """All ranks: makes `drawn` what the leader's is, in place, on the ranks' devices."""
+        if not self.alone:
+            # The group of the all-reduces: another one would be another communicator of NCCL's.
+            dist.broadcast(drawn, src=LEADER, group=get_model_parallel_group())
+
+    def _send(self, vector: Vector) -> None:
+        self._finish_sending()
+        fitting = vector[: FIRST_BROADCAST - 1]
+        self._values[0] = len(vector)
+        self._values[1 : 1 + len(fitting)] = fitting
+        self._broadcast(self._first)
+        if len(vector) > len(fitting):
+            self._broadcast(torch.from_numpy(vector[len(fitting) :]))
+
+    def _broadcast(self, vector: torch.Tensor) -> None:
+        if work := dist.broadcast(vector, src=LEADER, async_op=True):
+            self._sending.append(work)
+
+    def _finish_sending(self) -> None:
+        for work in self._sending:
+            work.wait()
+        self._sending.clear()

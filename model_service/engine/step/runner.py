@@ -1,0 +1,101 @@
+"""Runs one step on one rank, and keeps the ranks of a replica in lockstep.
+
+The leader sends each step's plan to its followers and then runs the same forward as they do: the
+all-reduces inside the layers keep them together. Only the leader looks at the logits. On CUDA a
+step is only launched here: what it computes is there when somebody reads it.
+"""
+
+import numpy as np
+import torch
+
+from model_service.engine.step.pinned_transfer import upload
+from model_service.engine.step.plan import StepPlan
+from model_service.engine.step.plan_channel import PlanChannel
+from model_service.model.attention.backend import PROBE_BLOCK, CachedAttention, SequenceSpan
+from model_service.model.cuda_graphs import DecodeGraphs
+from model_service.model.network import Transformer
+
+PROBE = StepPlan(
+    spans=(SequenceSpan(1, 1, (PROBE_BLOCK,)),),
+    tokens=np.zeros(1, dtype=np.int32),
+    logit_rows=np.zeros(1, dtype=np.int32),
+)
+
+
+def resolve(tokens: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """`tokens` with every negative one, ~index, replaced by that entry of `drawn`.
+
+    Args:
+        tokens: [n].
+        drawn: [draws], not empty.
+    """
+    return torch.where(tokens < 0, drawn[(~tokens).clamp_(min=0)], tokens)
+
+
+class ModelRunner:
+    """One rank's network, its part of the cache, and its end of the plan channel."""
+
+    def __init__(
+        self,
+        network: Transformer,
+        attention: CachedAttention,
+        channel: PlanChannel,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        """Takes over the parts of one rank; with `graphs`, decode steps are replayed from them."""
+        self.device = device
+        self._network = network
+        self._attention = attention
+        self._channel = channel
+        self._graphs = graphs
+        self._drawn = torch.empty(0, dtype=torch.long, device=device)  # in the last step
+
+    def execute(self, plan: StepPlan) -> torch.Tensor:
+        """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
+        self._channel.send(plan)
+        return self._forward(plan)
+
+    def feed(self, drawn: torch.Tensor) -> None:
+        """Leader: gives all ranks the tokens [draws] that the executed plan announced."""
+        self._drawn = drawn
+        self._channel.share(drawn)
+
+    def probe(self) -> None:
+        """Leader: one token through all shards, to see that they answer; touches no sequence."""
+        self.execute(PROBE).cpu()
+
+    def warm_up(self, plan: StepPlan) -> torch.Tensor:
+        """Every rank: runs a step that nobody sends; all must run the same ones, in one order."""
+        return self._forward(plan)
+
+    def release_followers(self) -> None:
+        """Leader: lets every follower return from `follow`."""
+        self._channel.close()
+
+    def follow(self) -> None:
+        """Follower: runs the leader's steps until it releases this rank."""
+        while (plan := self._channel.receive()) is not None:
+            self._forward(plan)
+            if plan.draws:
+                self._drawn = torch.empty(plan.draws, dtype=torch.long, device=self.device)
+                self._channel.share(self._drawn)
+
+    def _forward(self, plan: StepPlan) -> torch.Tensor:
+        tokens, positions, logit_rows = upload(
+            self.device,
+            plan.tokens.astype(np.int64),
+            plan.positions,
+            plan.logit_rows.astype(np.int64),
+        )
+        if plan.tokens.min() < 0:
+            tokens = resolve(tokens, self._drawn)
+        if plan.copies:
+            self._attention.copy(plan.copies)
+        if self._graphs is not None:
+            replayed = self._graphs.forward(plan.spans, tokens, positions, logit_rows)
+            if replayed is not None:
+                return replayed
+        self._attention.plan(plan.spans)
+        logits: torch.Tensor = self._network(tokens, positions, logit_rows, self._attention)
+        return logits

@@ -1,0 +1,305 @@
+"""FlashInfer's paged attention behind the backend interface: Ye et al., 2025, arXiv:2501.01005.
+
+Spans of one token at the front of a batch (the scheduler puts them there) go to the decode kernel,
+all others to the prefill kernel: one tile size does not suit both. Each kernel is planned once per
+step. Decode at a fixed batch size reads all that changes from buffers that stay where they are, so
+that a CUDA graph can hold its launch. Needs the extra `cuda`; `backends.py` imports this module
+where it is there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import flashinfer
+import numpy as np
+import torch
+
+from model_service.model.attention.backend import (
+    AttentionBackend,
+    BlockCopy,
+    CacheShape,
+    SequenceSpan,
+    copy_blocks,
+    narrowed,
+)
+from model_service.model.attention.page_tables import PageTables, leading_decodes, page_tables
+from model_service.model.attention.staging import Staging
+
+# From so many query heads per key head on, tensor cores compute them sooner than the memory gives
+# the keys; fewer would leave most of a tile empty.
+_TENSOR_CORES_FROM = 4
+_LEAST_WORKSPACE = 128 * 2**20  # bytes; what FlashInfer recommends
+_INT_WORKSPACE = 2**20  # bytes; a decode plan of a thousand sequences takes less than 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """What plans ask about the arithmetic."""
+
+    query: int  # of this rank
+    key: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+    @property
+    def tensor_cores(self) -> bool:
+        return self.query // self.key >= _TENSOR_CORES_FROM
+
+    @property
+    def for_plan(self) -> tuple[int, int, int, int]:
+        return self.query, self.key, self.head_dim, self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a step's tokens go."""
+
+    slots: torch.Tensor  # [tokens]
+    tables: torch.Tensor  # [tokens], which table each slot is a position in: zeros, there is one
+
+
+class _PagedCache:
+    """Keys and values of all layers [layers, blocks, block_size, kv_heads, head_dim]."""
+
+    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
+        size = (shape.layers, shape.blocks, shape.block_size, shape.kv_heads, shape.head_dim)
+        self._keys, self._values = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
+        # One table that holds every block in order: a token's position in it is its slot.
+        self._blocks = torch.arange(shape.blocks, dtype=torch.int32, device=device)
+        self._ends = torch.tensor([0, shape.blocks], dtype=torch.int32, device=device)
+        self._last = torch.tensor([shape.block_size], dtype=torch.int32, device=device)
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        for cache in (self._keys, self._values):
+            copy_blocks(cache, copies)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._keys[layer], self._values[layer]
+
+    def write(self, layer: int, new: tuple[torch.Tensor, torch.Tensor], place: _Place) -> None:
+        """Puts key and value, `new`, each [tokens, kv_heads, head_dim], into their slots."""
+        key, value = new
+        flashinfer.append_paged_kv_cache(
+            narrowed(key, self._keys.dtype),
+            narrowed(value, self._keys.dtype),
+            place.tables,
+            place.slots,
+            self.layer(layer),
+            self._blocks,
+            self._ends,
+            self._last,
+        )
+
+
+class FlashInferAttention:
+    """Prefill and decode of any mixture, planned step by step."""
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype,
+        *,
+        heads: int,
+        max_batch_size: int,
+    ) -> None:
+        """Allocates cache and workspace.
+
+        Args:
+            shape: of this rank's cache.
+            dtype: of queries, and of what attention gives.
+            device: a CUDA device.
+            kv_dtype: how the cache holds keys and values.
+            heads: query heads of this rank.
+            max_batch_size: most sequences that decode at once.
+        """
+        self._heads = _Heads(
+            heads, shape.kv_heads, shape.head_dim, shape.block_size, dtype, kv_dtype
+        )
+        self._cache = _PagedCache(shape, kv_dtype, device)
+        self._staging = Staging(device)
+        size = workspace_bytes(heads, shape, max_batch_size, _multiprocessors(device))
+        self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "NHD", use_tensor_cores=self._heads.tensor_cores
+        )
+        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+        self._device = device
+        self._decodes = 0  # rows of the step that the decode kernel takes
+        self._tables = torch.zeros(0, dtype=torch.int32, device=device)
+        self._place = _Place(self._tables, self._tables)
+
+    def plan(self, spans: Sequence[SequenceSpan]) -> None:
+        tables = page_tables(spans, self._heads.block_size)
+        decodes = leading_decodes(spans)
+        cut = tables.page_starts[decodes]
+        parts = self._staging.take(
+            tables.slots,
+            tables.page_starts[: decodes + 1],
+            tables.pages[:cut],
+            tables.last_page_lengths[:decodes],
+            tables.query_starts[decodes:] - decodes,
+            tables.page_starts[decodes:] - cut,
+            tables.pages[cut:],
+            tables.last_page_lengths[decodes:],
+            tables.context_lengths,
+        )
+        slots, decode, prefill, lengths = parts[0], parts[1:4], parts[4:8], parts[8]
+        if len(slots) > len(self._tables):
+            self._tables = self._tables.new_zeros(len(slots))
+        self._place = _Place(slots.to(self._device, non_blocking=True), self._tables[: len(slots)])
+        dtypes = {"q_data_type": self._heads.dtype, "kv_data_type": self._heads.kv_dtype}
+        if decodes:
+            self._decode.plan(*decode, *self._heads.for_plan, seq_lens=lengths[:decodes], **dtypes)
+        if decodes < len(spans):
+            self._prefill.plan(
+                *prefill, *self._heads.for_plan, causal=True, seq_lens=lengths[decodes:], **dtypes
+            )
+        self._staging.sent()
+        self._decodes = decodes
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        self._cache.write(layer, (key, value), self._place)
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        cache, decodes = self._cache.layer(layer), self._decodes
+        if decodes:
+            self._decode.run(query[:decodes], cache, out=output[:decodes])
+        if decodes < len(query):
+            self._prefill.run(query[decodes:], cache, out=output[decodes:])
+        return output
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        self._cache.copy(copies)
+
+    def fixed_batches(
+        self, sizes: Sequence[int], context_length: int
+    ) -> dict[int, AttentionBackend]:
+        """A backend for decode steps of each of `sizes` sequences, on the same cache.
+
+        All of them read the same buffers: only one of them may be planned at a time.
+        """
+        pages = -(-context_length // self._heads.block_size)
+        buffers = _FixedBuffers(max(sizes), pages, self._device)
+        integers = torch.zeros(_INT_WORKSPACE, dtype=torch.uint8, device=self._device)
+        batches: dict[int, AttentionBackend] = {}
+        for size in sizes:
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace,
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=self._heads.tensor_cores,
+                paged_kv_indptr_buffer=buffers.page_starts[: size + 1],
+                paged_kv_indices_buffer=buffers.pages,
+                paged_kv_last_page_len_buffer=buffers.last_page_lengths[:size],
+            )
+            # Only one plan is in force at a time: one vector on the device serves all sizes.
+            wrapper.reset_workspace_buffer(self._workspace, integers)
+            batches[size] = _FixedDecode(self._heads, self._cache, self._staging, buffers, wrapper)
+        return batches
+
+
+class _FixedBuffers:
+    """All that a decode step changes, in one vector on the device, so that one copy fills it."""
+
+    def __init__(self, rows: int, pages_per_row: int, device: torch.device) -> None:
+        # Each part begins at a multiple of 16 bytes.
+        self._stride = -(-(rows + 1) // 4) * 4
+        capacity = rows * pages_per_row
+        self.vector = torch.zeros(3 * self._stride + capacity, dtype=torch.int32, device=device)
+        self.page_starts, self.last_page_lengths, self.slots, self.pages = torch.split(
+            self.vector, [self._stride] * 3 + [capacity]
+        )
+
+        self._tables = torch.zeros(rows, dtype=torch.int32, device=device)
+
+    def place(self, rows: int) -> _Place:
+        return _Place(self.slots[:rows], self._tables[:rows])
+
+    def image(self, tables: PageTables) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """What stands in the vector's beginning when it holds `tables`."""
+        image = np.zeros(3 * self._stride + len(tables.pages), dtype=np.int32)
+        for place, part in enumerate(
+            (tables.page_starts, tables.last_page_lengths, tables.slots, tables.pages)
+        ):
+            image[place * self._stride :][: len(part)] = part
+        return image
+
+
+class _FixedDecode:
+    """Decode of a fixed number of sequences, from buffers that stay where they are."""
+
+    def __init__(
+        self,
+        heads: _Heads,
+        cache: _PagedCache,
+        staging: Staging,
+        buffers: _FixedBuffers,
+        wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper,
+    ) -> None:
+        self._heads = heads
+        self._cache = cache
+        self._staging = staging
+        self._buffers = buffers
+        self._wrapper = wrapper
+        self._planned = False
+
+    def plan(self, spans: Sequence[SequenceSpan]) -> None:
+        tables = page_tables(spans, self._heads.block_size)
+        image, starts, last = self._staging.take(
+            self._buffers.image(tables), tables.page_starts, tables.last_page_lengths
+        )
+        self._buffers.vector[: len(image)].copy_(image, non_blocking=True)
+        dtypes = {"q_data_type": self._heads.dtype, "kv_data_type": self._heads.kv_dtype}
+        pages = self._buffers.pages[: len(tables.pages)]
+        if self._planned:
+            # As `plan`, but the buffers are filled already, and nothing is copied to the host.
+            flashinfer.fast_decode_plan(
+                self._wrapper,
+                starts,
+                pages,
+                last,
+                *self._heads.for_plan,
+                global_override_indptr_cpu=starts,
+                **dtypes,
+            )
+        else:
+            # Finds the kernel, too; `fast_decode_plan` takes over what this has found.
+            self._wrapper.plan(starts, pages, last, *self._heads.for_plan, **dtypes)
+            self._planned = True
+        self._staging.sent()
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        self._cache.write(layer, (key, value), self._buffers.place(len(query)))
+        output: torch.Tensor = self._wrapper.run(query, self._cache.layer(layer))
+        return output
+
+
+def workspace_bytes(
+    heads: int, shape: CacheShape, max_batch_size: int, multiprocessors: int
+) -> int:
+    """Room for what kernels that share one sequence's keys leave to be merged.
+
+    As FlashInfer's scheduler asks for it (PrefillPlanImpl in attention/scheduler.cuh): float32
+    rows of head_dim, and their sums, for every tile of queries; in prefill two tiles of 128 rows
+    run on each multiprocessor, in decode on tensor cores a tile of 16 holds one sequence or, at
+    worst, a part of it.
+    """
+    shared = heads // shape.kv_heads
+    at_once = 2 * multiprocessors // shape.kv_heads
+    prefill = at_once * 128
+    decode = max(at_once, -(-max_batch_size * shared // 16) + max_batch_size) * 16
+    row = heads * (shape.head_dim + 1) * 4
+    return max(_LEAST_WORKSPACE, max(prefill, decode) * row + 4096)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,66 @@
+"""From the sequences of a step to the index vectors that paged attention kernels read.
+
+All of it is arithmetic on the host, in numpy and in one pass over the spans: it runs once per step,
+beside the device. What the vectors mean is FlashInfer's page table format, a compressed row format
+over all block tables.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_service.model.attention.backend import SequenceSpan
+
+Indices = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PageTables:
+    """The spans of a flat batch, as vectors."""
+
+    query_starts: Indices  # [spans + 1], where each span's tokens begin in the flat batch
+    context_lengths: Indices  # [spans], tokens in the cache once this step has written its own
+    page_starts: Indices  # [spans + 1], where each span's blocks begin in `pages`
+    pages: Indices  # [sum of blocks], the blocks that hold each span's context, in order
+    last_page_lengths: Indices  # [spans], tokens in the last of them: 1 to block_size
+    slots: Indices  # [tokens], where each token of the batch lies in the cache
+
+
+def page_tables(spans: Sequence[SequenceSpan], block_size: int) -> PageTables:
+    """The vectors of a step; a block table may be longer than its context needs."""
+    count = len(spans)
+    lengths = np.fromiter((span.query_length for span in spans), np.int32, count)
+    contexts = np.fromiter((span.context_length for span in spans), np.int32, count)
+    used = -(-contexts // block_size)
+    query_starts, page_starts = _starts(lengths), _starts(used)
+    tables = (span.block_table[:blocks] for span, blocks in zip(spans, used.tolist(), strict=True))
+    pages = np.fromiter(chain.from_iterable(tables), np.int32, int(page_starts[-1]))
+    tokens = np.arange(query_starts[-1], dtype=np.int32)
+    positions = np.repeat(contexts - query_starts[1:], lengths) + tokens
+    own = np.repeat(page_starts[:-1], lengths) + positions // block_size
+    return PageTables(
+        query_starts=query_starts,
+        context_lengths=contexts,
+        page_starts=page_starts,
+        pages=pages,
+        last_page_lengths=contexts - (used - 1) * block_size,
+        slots=pages[own] * block_size + positions % block_size,
+    )
+
+
+def leading_decodes(spans: Sequence[SequenceSpan]) -> int:
+    """How many spans at the front have one token: those that a decode kernel may take."""
+    for index, span in enumerate(spans):
+        if span.query_length != 1:
+            return index
+    return len(spans)
+
+
+def _starts(lengths: Indices) -> Indices:
+    """Where parts of these lengths begin, one behind the other, and where the last one ends."""
+    starts = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    return starts

@@ -1,0 +1,66 @@
+"""Which attention backend a rank computes with, decided once when it loads."""
+
+import importlib.util
+import logging
+
+import torch
+
+from model_service.model.attention.backend import CachedAttention, CacheShape
+from model_service.model.attention.sdpa import SdpaAttention
+
+_log = logging.getLogger(__name__)
+
+HEAD_DIMS = (64, 128, 256)  # that FlashInfer's kernels are made for
+_LEAST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 and asynchronous copies
+
+
+def make_attention(
+    shape: CacheShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: torch.dtype,
+    *,
+    heads: int,
+    max_batch_size: int,
+) -> CachedAttention:
+    """The fastest backend that computes this, with its cache allocated.
+
+    Args:
+        shape: of this rank's cache.
+        dtype: of queries, keys and values as the network makes them.
+        device: of this rank.
+        kv_dtype: how the cache holds keys and values: `dtype`, or torch.float8_e4m3fn.
+        heads: query heads of this rank.
+        max_batch_size: most sequences that run at once.
+    """
+    if reason := _without_flashinfer(dtype, device, shape.head_dim):
+        _log.info("attention: PyTorch's scaled_dot_product_attention (%s)", reason)
+        return SdpaAttention(shape, dtype, device, kv_dtype)
+    from model_service.model.attention.flashinfer import (  # noqa: PLC0415  # an optional extra
+        FlashInferAttention,
+    )
+
+    _log.info("attention: FlashInfer")
+    return FlashInferAttention(
+        shape, dtype, device, kv_dtype, heads=heads, max_batch_size=max_batch_size
+    )
+
+
+def can_use_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether its kernels are installed, and compute in `dtype` on `device`."""
+    return not _without_flashinfer(dtype, device, head_dim)
+
+
+def _without_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
+    """Why FlashInfer cannot compute this; empty when it can."""
+    if device.type != "cuda":
+        return "on the CPU"
+    if dtype not in {torch.float16, torch.bfloat16}:
+        return f"FlashInfer has no kernels for {str(dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS:
+        return f"FlashInfer has no kernels for heads of {head_dim}"
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return "FlashInfer needs compute capability 8.0"
+    if importlib.util.find_spec("flashinfer") is None:
+        return "FlashInfer is not installed: pip install '.[cuda]' in the source tree"
+    return ""

@@ -1,0 +1,191 @@
+"""Decode steps as CUDA graphs: one launch instead of hundreds, at fixed batch sizes.
+
+A step whose sequences each have one token is padded to the next larger size that was recorded.
+Padding rows are sequences of one token in the probe block, which no sequence owns: they write and
+read there alone, and nobody looks at their logits. Whatever changes from step to step is read from
+buffers that stay where they are; the recorded kernels never change.
+"""
+
+import atexit
+import bisect
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from model_service.model.attention.backend import PROBE_BLOCK, AttentionBackend, SequenceSpan
+from model_service.model.network import Transformer
+
+_log = logging.getLogger(__name__)
+
+PADDING = SequenceSpan(query_length=1, context_length=1, block_table=(PROBE_BLOCK,))
+
+Run = Callable[[], object]
+# Makes of a run something that repeats it: the only part that needs a CUDA device.
+Record = Callable[[Run], Run]
+
+
+@runtime_checkable
+class FixedBatchAttention(Protocol):
+    """A backend that can attend at a fixed batch size without asking the host."""
+
+    def fixed_batches(
+        self, sizes: Sequence[int], context_length: int
+    ) -> dict[int, AttentionBackend]:
+        """A backend for decode steps of each of `sizes` sequences, on the same cache.
+
+        Their `attend` reads what `plan` left in buffers that stay where they are. Only one of
+        them may be planned at a time.
+        """
+
+
+def bucket_sizes(max_batch_size: int) -> list[int]:
+    """The batch sizes to record, from the smallest: steps of at most an eighth from 64 on."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, max_batch_size, 32)]
+    return [size for size in sizes if size < max_batch_size] + [max_batch_size]
+
+
+class DecodeGraphs:
+    """One recorded forward pass for each batch size."""
+
+    def __init__(
+        self,
+        network: Transformer,
+        attention: FixedBatchAttention,
+        *,
+        max_batch_size: int,
+        context_length: int,
+        device: torch.device,
+        record: Record,
+    ) -> None:
+        """Records all sizes, the largest first, so that the others fit into its memory.
+
+        Every rank must do so at the same time: the all-reduces are part of what is recorded.
+
+        Args:
+            network: this rank's.
+            attention: owns the cache.
+            max_batch_size: most sequences of a step.
+            context_length: most tokens of a sequence.
+            device: of this rank.
+            record: on CUDA a `GraphRecorder`.
+        """
+        started = time.monotonic()
+        self._sizes = bucket_sizes(max_batch_size)
+        self._attention = attention.fixed_batches(self._sizes, context_length)
+        self._tokens = torch.zeros(max_batch_size, dtype=torch.long, device=device)
+        self._positions = torch.zeros(max_batch_size, dtype=torch.long, device=device)
+        self._logits = torch.empty(
+            max_batch_size, network.vocab_size, dtype=torch.float32, device=device
+        )
+        self._repeat = {size: self._record(network, size, record) for size in reversed(self._sizes)}
+        _log.info(
+            "decode steps of %d batch sizes up to %d recorded in %.1f s",
+            len(self._sizes),
+            max_batch_size,
+            time.monotonic() - started,
+        )
+
+    def forward(
+        self,
+        spans: Sequence[SequenceSpan],
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        logit_rows: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """A step of the network, like its `forward`.
+
+        Args:
+            spans: the sequences, in the order of the flat batch.
+            tokens: token ids [num_tokens] on the device.
+            positions: position of each token in its own sequence [num_tokens].
+            logit_rows: ascending indices of the tokens whose logits are wanted [num_logits].
+
+        Returns:
+            Logits [num_logits, vocab] in float32, to be used up on the current stream before the
+            next call writes over them; None when no recorded size serves this step.
+        """
+        count = len(spans)
+        if count > self._sizes[-1] or any(span.query_length != 1 for span in spans):
+            return None
+        size = self._sizes[bisect.bisect_left(self._sizes, count)]
+        self._attention[size].plan([*spans, *[PADDING] * (size - count)])
+        for buffer, values in ((self._tokens, tokens), (self._positions, positions)):
+            buffer[:count].copy_(values, non_blocking=True)
+            # What an earlier step left there would do no harm, but equal rows write equal values.
+            buffer[count:size].zero_()
+        self._repeat[size]()
+        if len(logit_rows) == count:
+            return self._logits[:count]
+        return self._logits[logit_rows]
+
+    def _record(self, network: Transformer, size: int, record: Record) -> Run:
+        attention = self._attention[size]
+        attention.plan([PADDING] * size)
+
+        def run() -> None:
+            network(
+                self._tokens[:size],
+                self._positions[:size],
+                None,
+                attention,
+                out=self._logits[:size],
+            )
+
+        return record(run)
+
+
+class GraphRecorder:
+    """Records runs as CUDA graphs that share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # Who replays a graph keeps it. A communicator is only taken down once no graph holds its
+        # kernels: handlers run in reverse order, so these go before the process group does.
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        atexit.register(_release, self._graphs)
+
+    def __call__(self, run: Run) -> Run:
+        # Once outside of the graph: kernels are compiled and loaded, libraries make their handles.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's watchdog asks for events in a thread of its own, which must not end the capture.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            run()
+        self._graphs.add(graph)
+        return graph.replay
+
+
+def _release(graphs: Iterable[torch.cuda.CUDAGraph]) -> None:
+    for graph in graphs:
+        graph.reset()
+
+
+def record_decode(
+    network: Transformer,
+    attention: AttentionBackend,
+    *,
+    max_batch_size: int,
+    context_length: int,
+    device: torch.device,
+) -> DecodeGraphs | None:
+    """Records the decode steps of this rank; None where device or backend allow none."""
+    if device.type != "cuda" or not isinstance(attention, FixedBatchAttention):
+        return None
+    return DecodeGraphs(
+        network,
+        attention,
+        max_batch_size=max_batch_size,
+        context_length=context_length,
+        device=device,
+        record=GraphRecorder(),
+    )

@@ -1,0 +1,155 @@
+"""Reads Meta's checkpoints: any number of shard files onto any number of ranks.
+
+Files are memory-mapped and only the slices of this rank are copied, so reading costs one rank's
+weights in memory however large the files are.
+"""
+
+import hashlib
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig, read_params
+from model_service.model.weights.partition import is_linear, split_dimension
+from model_service.model.weights.quantization import FORMATS, QuantizedWeight
+from model_service.model.weights.shard_checks import (
+    check_copies,
+    check_finite,
+    check_tensors,
+    extremes,
+)
+from model_service.model.weights.shard_files import (
+    check_archive,
+    check_format,
+    open_tensors,
+    shard_files,
+)
+from model_service.model.weights.upload import Upload
+
+StoredWeight = torch.Tensor | QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint: its shape is known and checked, no weight has been read yet."""
+
+    folder: Path
+    config: ModelConfig
+    files: tuple[dict[str, StoredWeight], ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the network."""
+        shapes = self.config.parameter_shapes().values()
+        return sum(torch.Size(shape).numel() for shape in shapes)
+
+    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
+        """Number of weights that one of `shards` ranks holds; `linear` counts those or the rest."""
+        return sum(
+            torch.Size(shape).numel() // (1 if split_dimension(name) is None else shards)
+            for name, shape in self.config.parameter_shapes().items()
+            if linear is None or is_linear(name) is linear
+        )
+
+    def read_shard(
+        self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
+
+        Raises:
+            CheckpointError: behind the last one, if any was not finite in `dtype`.
+        """
+        upload = Upload(device)
+        found: dict[str, torch.Tensor] = {}  # read at the end, so that no copy waits for it
+        for name, shape in self.config.parameter_shapes().items():
+            dimension = split_dimension(name)
+            if dimension is None:
+                weight = torch.empty(shape, dtype=dtype, device=device)
+                upload.copy(self.files[0][name].narrow(0, 0, *shape), weight)
+            else:
+                size = shape[dimension] // shards
+                own = [*shape]
+                own[dimension] = size
+                weight = torch.empty(own, dtype=dtype, device=device)
+                self._read(name, dimension, rank * size, weight, upload)
+            found[name] = extremes(weight)
+            yield name, weight
+        check_finite(self.folder, found)
+
+    def _read(
+        self, name: str, dimension: int, start: int, weight: torch.Tensor, upload: Upload
+    ) -> None:
+        """Fills `weight` with a parameter's elements from `start` on along `dimension`."""
+        end = start + weight.shape[dimension]
+        offset = 0
+        for file in self.files:
+            part = file[name]
+            size = part.shape[dimension]
+            low, high = max(start, offset), min(end, offset + size)
+            if low < high:
+                target = weight.narrow(dimension, low - start, high - low)
+                if isinstance(part, torch.Tensor):
+                    upload.copy(part.narrow(dimension, low - offset, high - low), target)
+                else:  # half or a quarter of the bytes, if the device dequantizes them
+                    moved = part.moved(upload.moved)
+                    target.copy_(moved.narrow(dimension, low - offset, high - low))
+            offset += size
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the shape and of each tensor's checksum, hexadecimal.
+
+        A .pth file is a zip archive: its directory already holds the CRC-32 of every tensor, so
+        the weights are identified without reading them.
+        """
+        digest = hashlib.sha256(repr(self.config).encode())
+        for path in shard_files(self.folder):
+            with zipfile.ZipFile(path) as archive:
+                for entry in archive.infolist():
+                    inner = entry.filename.partition("/")[2]
+                    # Differs between two saves of the same weights.
+                    if inner != ".data/serialization_id":
+                        record = struct.pack("<IQ", entry.CRC, entry.file_size)
+                        digest.update(inner.encode() + record)
+        return digest.hexdigest()
+
+
+def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
+    """Opens and checks the checkpoint in `folder`: `params.json` and `consolidated.*.pth`.
+
+    Args:
+        folder: the checkpoint.
+        verify: compare every tensor with its checksum, which reads each file once.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, holds code, or contradicts another; the
+            message names the file and what to do.
+    """
+    check_format(folder)
+    config = read_params(folder / "params.json")
+    paths = shard_files(folder)
+    for path in paths:
+        check_archive(path, verify=verify)
+    files = tuple(open_tensors(path) for path in paths)
+    embedding = files[0].get("tok_embeddings.weight")
+    unset = config.vocab_size == VOCAB_SIZE_FROM_EMBEDDING
+    if unset and embedding is not None and embedding.ndim and len(embedding):
+        config = replace(config, vocab_size=len(embedding))
+    for path, tensors in zip(paths, files, strict=True):
+        check_tensors(path, tensors, config, len(files))
+    check_copies(paths, files, config)
+    return Checkpoint(folder, config, tuple(_stored_weights(file, config) for file in files))
+
+
+def _stored_weights(
+    tensors: dict[str, torch.Tensor], config: ModelConfig
+) -> dict[str, StoredWeight]:
+    """A file's parameters, each with the tensors that belong to it."""
+    kind = FORMATS.get(config.quantization)
+    return {
+        name: kind.from_file(name, tensors) if kind and is_linear(name) else tensors[name]
+        for name in config.parameter_shapes()
+    }

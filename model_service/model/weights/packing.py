@@ -1,0 +1,43 @@
+"""Which form of a linear layer's weights serves a device, and what it takes there."""
+
+import torch
+
+from model_service.model import cpu
+from model_service.model.weights import matrices
+from model_service.model.weights.matrices import Pack
+from model_service.model.weights.quantization import GROUP_SIZE, Quantization
+
+
+def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Pack:
+    """The function that brings a weight on `device` into the form for activations of `dtype`."""
+    if quantization != "none" and device.type == "cuda":
+        # Imports Triton, which takes seconds.
+        from model_service.model.weights import cuda  # noqa: PLC0415
+
+        pack = cuda.PACK[quantization]
+        return lambda weight: pack(weight, dtype)
+    if quantization != "none":
+        return _ON_CPU[quantization]
+    if device.type == "cpu" and cpu.has_packed_kernels(dtype):
+        return matrices.prepack
+    return plain
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def weight_bytes(quantization: Quantization, dtype: torch.dtype, device_type: str) -> float:
+    """Memory of one weight of a linear layer, its share of groups' scales included."""
+    if quantization == "none":
+        return dtype.itemsize
+    if device_type == "cuda":
+        return {"int8": 1.0, "int4": 0.5 + 4 / GROUP_SIZE, "fp8": 1.0}[quantization]
+    return {"int8": 1.0, "int4": 1.0, "fp8": 4.0}[quantization]
+
+
+_ON_CPU: dict[Quantization, Pack] = {
+    "int8": matrices.pack_int8,
+    "int4": matrices.pack_int4,
+    "fp8": matrices.pack_fp8,
+}

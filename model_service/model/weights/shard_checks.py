@@ -1,0 +1,170 @@
+"""What the tensors of a checkpoint's files must be: by the network's shape, by their values, and
+in agreement with each other.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from model_service.model.config import ModelConfig
+from model_service.model.errors import CheckpointError
+from model_service.model.weights.partition import is_linear, part_shape, split_dimension
+from model_service.model.weights.quantization import FP8, GROUP_SIZE
+
+# Computed from the shape of the network; Meta's files carry it, some conversions leave it out.
+DERIVED = {"rope.freqs"}
+# Copies of one tensor may drift apart by some roundings where they are trained side by side.
+MOST_DRIFT = 0.01
+ONE_CHECKPOINT = "put all files of one checkpoint, and only these, into the folder"
+FLOAT_TYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+_log = logging.getLogger(__name__)
+
+
+def check_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], config: ModelConfig, files: int
+) -> None:
+    """Raises CheckpointError unless `tensors` is one of `files` equal parts of the network."""
+    _check_names(path, tensors, config)
+    if uneven := _uneven(config, files):
+        raise CheckpointError(path.parent, f"{files} files do not divide {uneven}", ONE_CHECKPOINT)
+    expected = _expected_tensors(config, files)
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(
+            path, f"lacks {_some(missing)}", "use the params.json that came with this file"
+        )
+    unexpected = sorted(tensors.keys() - expected.keys() - DERIVED)
+    if unexpected:
+        raise CheckpointError(
+            path, f"also holds {_some(unexpected)}", "use the params.json that came with this file"
+        )
+    for name, (shape, dtypes) in expected.items():
+        tensor = tensors[name]
+        if tensor.dtype not in dtypes:
+            wanted = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise CheckpointError(
+                path,
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}",
+                f"use {' or '.join(wanted)} weights",
+            )
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                path,
+                f"{name} is {_dimensions(tensor.shape)}; params.json and {files} "
+                f"file{'s' * (files > 1)} make it {_dimensions(shape)}",
+                ONE_CHECKPOINT,
+            )
+
+
+def check_copies(
+    paths: Sequence[Path], files: Sequence[Mapping[str, torch.Tensor]], config: ModelConfig
+) -> None:
+    """Raises CheckpointError unless all files agree in what each of them has whole.
+
+    A drift by some roundings is told in the log, and the first file's copy is taken.
+    """
+    whole = [name for name in config.parameter_shapes() if split_dimension(name) is None]
+    for path, tensors in zip(paths, files, strict=True):
+        for name in whole:
+            check_finite(path, {name: extremes(tensors[name])})
+        drift = 0.0
+        for name in (*whole, *(DERIVED & files[0].keys() & tensors.keys())):
+            first, copy = files[0][name].float(), tensors[name].float()
+            apart = (first - copy).abs().max().item() if first.shape == copy.shape else MOST_DRIFT
+            if apart >= MOST_DRIFT:
+                raise CheckpointError(
+                    path, f"{name} is not the one that {paths[0].name} holds", ONE_CHECKPOINT
+                )
+            drift = max(drift, apart)
+        if drift:
+            _log.warning(
+                "%s: norms differ by up to %.2g from those of %s, which are taken",
+                *(path, drift, paths[0].name),
+            )
+
+
+def extremes(weight: torch.Tensor) -> torch.Tensor:
+    """Smallest and largest value [2]; NaN if there is one."""
+    return torch.stack(torch.aminmax(weight))
+
+
+def check_finite(path: Path, found: Mapping[str, torch.Tensor]) -> None:
+    """Raises CheckpointError unless the `extremes` of all tensors are finite."""
+    for name, values in found.items():
+        if not values.isfinite().all():
+            dtype = str(values.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                path,
+                f"{name} holds NaN, or numbers that are infinite in {dtype}",
+                "use a checkpoint whose weights are finite, or another --dtype",
+            )
+
+
+def _check_names(path: Path, tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
+    """Raises CheckpointError if names have a prefix, or as many layers as stated are not there.
+
+    Before anything is listed by the number that params.json states.
+    """
+    embedding = next((name for name in tensors if name.endswith("tok_embeddings.weight")), "")
+    if prefix := embedding.removesuffix("tok_embeddings.weight"):
+        raise CheckpointError(
+            path,
+            f"its names begin with {prefix!r}",
+            "save it once without: torch.save({name.removeprefix("
+            f"{prefix!r}): tensor for name, tensor in torch.load(path, weights_only=True).items()"
+            "}, path)",
+        )
+    layers = {found[1] for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))}
+    if len(layers) != config.n_layers:
+        raise CheckpointError(
+            path,
+            f"holds {len(layers)} layers, params.json states n_layers {config.n_layers}",
+            "use the params.json that came with this file",
+        )
+
+
+def _uneven(config: ModelConfig, files: int) -> str:
+    """A dimension that so many files do not divide, if there is one."""
+    for name, shape in config.parameter_shapes().items():
+        dimension = split_dimension(name)
+        if dimension is not None and shape[dimension] > 0 and shape[dimension] % files:
+            return f"the {shape[dimension]} of {name}"
+    return ""
+
+
+def _expected_tensors(
+    config: ModelConfig, files: int
+) -> dict[str, tuple[tuple[int, ...], set[torch.dtype]]]:
+    """Shape and dtypes of each tensor in one of `files` files."""
+    expected = {}
+    for name, whole in config.parameter_shapes().items():
+        shape = part_shape(name, whole, files)
+        if config.quantization == "none" or not is_linear(name):
+            expected[name] = (shape, FLOAT_TYPES)
+            continue
+        outputs, inputs = shape
+        if config.quantization != "int4":
+            codes = FP8 if config.quantization == "fp8" else torch.int8
+            parts = {"": ((outputs, inputs), codes), ".scales": ((outputs,), torch.float32)}
+        else:
+            groups = ((outputs, inputs // GROUP_SIZE), torch.float32)
+            parts = {
+                "": ((outputs, inputs // 2), torch.uint8),
+                ".scales": groups,
+                ".minima": groups,
+            }
+        expected |= {name + part: (size, {dtype}) for part, (size, dtype) in parts.items()}
+    return expected
+
+
+def _dimensions(shape: tuple[int, ...]) -> str:
+    return " × ".join("any" if size < 0 else str(size) for size in shape) or "a single number"
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,1 @@
+"""What every RPC passes: bounds on connections, messages and turns, and the interceptor."""

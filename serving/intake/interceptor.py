@@ -1,0 +1,239 @@
+"""What every call of every service passes through: who calls, request id, errors to statuses, one
+log line, metrics and trace.
+
+gRPC calls `intercept_service` before it reads the request; the work is in the handler that it
+puts in the place of the service's own. That one is always a coroutine, also where the service's is
+an async generator, so that a cancelled stream closes its generator at once, and not only when it is
+garbage-collected. It always takes a stream of requests, because gRPC calls such a handler before
+the first has arrived: a stranger is refused at once, and nobody holds a call without a request.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+
+import grpc
+import structlog
+
+from serving.errors import RequestError, let_go, to_status
+from serving.intake.held_bytes import Take
+from serving.intake.receive import Parse, Receiver, checked
+from serving.security import caller
+from serving.telemetry import request_id, tracing
+from serving.telemetry.metrics import CallMetrics, MethodMetrics
+from serving.telemetry.rate_limited_log import Seldom
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_log = structlog.stdlib.get_logger(__name__)
+
+# Where gRPC's libraries look for a google.rpc.Status.
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+# From which gRPC's own retries take how many milliseconds to wait: "gRPC Retry Design", A6.
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+# Asked for every few seconds by orchestrators and gateways; logged at debug level only.
+_INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.", "/llama.v1.ModelService/GetLoad")
+
+# How a caller without a key, or without the permission, is refused.
+_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+
+# As go-grpc-prometheus calls the kinds.
+_KINDS = {
+    (False, False): "unary",
+    (False, True): "server_stream",
+    (True, False): "client_stream",
+    (True, True): "bidi_stream",
+}
+# Calls that end before their request has arrived: one log line stands for all within this time.
+_EARLY_END_LOG_SECONDS = 10.0
+# What a refusal may wait for a caller that does not read; gRPC then keeps it without us.
+_ABORT_SECONDS = 5.0
+
+# Who makes this call, given its method and metadata; raises RequestError where it may not.
+Authorize = Callable[[str, Iterable[tuple[str, str | bytes]]], caller.Caller]
+
+
+@dataclass(slots=True)
+class _Call:
+    method: str
+    id: str
+    metrics: MethodMetrics
+    early_ends: Seldom | None  # None where an early end is normal
+    # Whether its caller may make it and its first request is here. Only such a call has a log line
+    # of its own: to begin calls and to reset them costs a client next to nothing, and needs no key.
+    accepted: bool = field(default=False, init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Requests:
+    """A call's stream of requests; the first makes it an accepted one."""
+
+    requests: AsyncIterator[object]
+    call: _Call
+
+    def __aiter__(self) -> AsyncIterator[object]:
+        return self
+
+    async def __anext__(self) -> object:
+        request = await anext(self.requests)
+        self.call.accepted = True
+        return request
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    def __init__(
+        self, metrics: CallMetrics, receiver: Receiver, authorize: Authorize | None = None
+    ) -> None:
+        self._metrics = metrics
+        self._receiver = receiver
+        self._authorize = authorize
+        self._early_ends = Seldom(_EARLY_END_LOG_SECONDS)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        handler = await continuation(handler_call_details)
+        if handler is None:  # gRPC answers UNIMPLEMENTED
+            return None
+        streams = handler.request_streaming, handler.response_streaming
+        method = handler_call_details.method
+        metadata = handler_call_details.invocation_metadata
+        call_id = request_id.from_metadata(metadata)
+        metrics = self._metrics.method(method, _KINDS[streams])
+        # A session that ends before its first request is nothing to warn of.
+        call = _Call(method, call_id, metrics, None if streams[0] else self._early_ends)
+        # A stream of requests is a session: what comes over it has traces of its own.
+        traced = not (handler.request_streaming or method.startswith(_INFRASTRUCTURE))
+        parse = cast("Parse", handler.request_deserializer)
+
+        async def respond(requests: AsyncIterator[object], context: Context) -> object:
+            with (
+                structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}),
+                contextlib.ExitStack() as during_call,
+            ):
+                async with _answering(call, context):
+                    if self._authorize is not None:
+                        caller.identify(self._authorize(method, metadata))
+                    if traced:  # a stranger's traceparent would add to others' traces
+                        during_call.enter_context(tracing.call(method, metadata))
+                    if handler.request_streaming:
+                        return await _call(handler, _Requests(requests, call), context)
+                    take = during_call.enter_context(self._receiver.holding())
+                    # Not in a variable: this frame outlives the call in the traceback of an error.
+                    return await _call(
+                        handler, await self._received(call, parse, context, take), context
+                    )
+
+        # A request that does not parse must fail inside of `respond`. A single one arrives there as
+        # bytes; of a stream, each is parsed while the service reads.
+        factory = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        return factory(
+            respond,
+            request_deserializer=checked(parse) if handler.request_streaming else None,
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _received(self, call: _Call, parse: Parse, context: Context, take: Take) -> object:
+        serialized = await self._receiver.read(context)
+        call.accepted = True
+        return await self._receiver.parse(serialized, parse, take)
+
+
+async def _call(handler: Handler, request: object, context: Context) -> object:
+    behavior = (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
+    # The types of grpcio know only the handlers of its synchronous servers.
+    result = cast("Callable[[object, Context], Any]", behavior)(request, context)
+    # A service need not hold its request until its answer ends, so this frame does not either.
+    del request
+    if not inspect.isasyncgen(result):
+        return await result
+    async with contextlib.aclosing(result) as responses:
+        async for response in responses:
+            await context.write(response)
+    return None
+
+
+@contextlib.asynccontextmanager
+async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
+    """Around the service's own work: ids out first, then errors to statuses, and the log line."""
+    started = time.monotonic()
+    call.metrics.begin()
+    identity = ((request_id.METADATA_KEY, call.id),)
+    code = grpc.StatusCode.OK
+    try:
+        context.set_trailing_metadata(identity)
+        await context.send_initial_metadata(identity)
+        yield
+        code = _code_set_on(context) or code
+    except asyncio.CancelledError as error:
+        let_go(error)
+        expired = context.time_remaining() == 0
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+        raise
+    except grpc.aio.BaseError as error:  # gRPC's own: the service called abort, the peer is gone
+        let_go(error)
+        code = _code_set_on(context) or grpc.StatusCode.CANCELLED
+        raise
+    except RequestError as error:
+        code = error.code
+        call.metrics.refuse(error)
+        status = to_status(error)
+        details = (STATUS_DETAILS_KEY, status.SerializeToString())
+        let_go(error)
+        await _abort(context, code, status.message, (*identity, details, *_pushback(error)))
+    except Exception as error:
+        code = grpc.StatusCode.INTERNAL
+        _log.exception("call failed", method=call.method)
+        let_go(error)
+        await _abort(context, code, f"internal error, request id {call.id}", identity)
+    finally:
+        seconds = time.monotonic() - started
+        call.metrics.end(code, seconds)
+        tracing.end_call(code)
+        infrastructure = call.method.startswith(_INFRASTRUCTURE)
+        log = _log.info if call.accepted and not infrastructure else _log.debug
+        log("call finished", method=call.method, code=code.name, seconds=round(seconds, 6))
+        # Refusals are logged where they are decided.
+        if call.early_ends and not (call.accepted or infrastructure or code in _REFUSED):
+            event = "calls end before their request arrives"
+            call.early_ends.warn(_log, event, method=call.method, code=code.name)
+
+
+async def _abort(
+    context: Context,
+    code: grpc.StatusCode,
+    message: str,
+    trailing_metadata: tuple[tuple[str, str | bytes], ...],
+) -> None:
+    """Ends the call by raising, as gRPC's own does, but waits only so long for it to be read."""
+    try:
+        async with asyncio.timeout(_ABORT_SECONDS):
+            await context.abort(code, message, trailing_metadata)
+    except TimeoutError:
+        raise asyncio.CancelledError from None
+
+
+def _pushback(error: RequestError) -> tuple[tuple[str, str], ...]:
+    if error.retry_after is None:
+        return ()
+    return ((PUSHBACK_KEY, str(math.ceil(error.retry_after * 1000))),)
+
+
+def _code_set_on(context: Context) -> grpc.StatusCode | None:
+    return cast("grpc.StatusCode | None", context.code())  # None where nobody set one

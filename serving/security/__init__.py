@@ -1,0 +1,1 @@
+"""Who calls: TLS and API keys."""

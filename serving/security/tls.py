@@ -1,0 +1,158 @@
+"""Certificates of servers and callers, read from PEM files, and again when the files change.
+
+A server looks at its files at every new connection, a caller whenever it makes a channel. A
+changed set of files is used only if it fits together: a half-written or mismatched one is logged,
+and the certificates in use stay.
+"""
+
+import copy
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import structlog
+
+from serving.errors import StartError
+from serving.security.watched_files import WatchedFiles
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files. `cert` is a chain, its own certificate first; `ca` is whom to trust."""
+
+    cert: Path | None
+    key: Path | None
+    ca: Path | None
+
+    def __iter__(self) -> Iterator[Path | None]:
+        return iter((self.cert, self.key, self.ca))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pem:
+    """What is in the files."""
+
+    cert: bytes | None
+    key: bytes | None
+    ca: bytes | None
+
+
+class ServerCertificates:
+    """What a server shows; with `ca`, callers must show a certificate signed by one of those.
+
+    Raises:
+        StartError: a file cannot be read, or is not what it should be.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = _CurrentPem(files)
+        self._needs_client = files.ca is not None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        return grpc.dynamic_ssl_server_credentials(
+            _configuration(self._files.pem),
+            self._changed,  # type: ignore[arg-type]  # the stubs forget that None means no change
+            self._needs_client,
+        )
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC's own threads, before each handshake."""
+        return _configuration(self._files.pem) if self._files.refresh() else None
+
+
+class PeerCertificates:
+    """What a caller trusts and, where a server asks for it, shows.
+
+    Raises:
+        StartError: a file cannot be read, or is not what it should be.
+    """
+
+    def __init__(self, files: TlsFiles, name: str | None = None) -> None:
+        self._files = _CurrentPem(files)
+        # The name that certificates must have, in place of the address that is connected to.
+        self.options = () if name is None else (("grpc.ssl_target_name_override", name),)
+
+    def expecting(self, name: str | None) -> "PeerCertificates":
+        """The same for a server found under a name, which its certificate must have then."""
+        if name is None or self.options:
+            return self
+        expecting = copy.copy(self)
+        expecting.options = (("grpc.ssl_target_name_override", name),)
+        return expecting
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Of the files as they are now."""
+        self._files.refresh()
+        pem = self._files.pem
+        return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
+
+
+class _CurrentPem:
+    """The last contents of the files that fitted together."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._lock = threading.Lock()
+        self._watched = WatchedFiles(files)
+        try:
+            self.pem = _read(files)
+        except ValueError as error:
+            raise StartError(str(error)) from error
+
+    def refresh(self) -> bool:
+        """Reads the files if they changed since the last look; True if `pem` is new."""
+        with self._lock:
+            if not self._watched.changed():
+                return False
+            try:
+                self.pem = _read(self._files)
+            except ValueError as error:
+                _log.error("certificates not reloaded, the old ones stay", reason=str(error))
+                return False
+        _log.info("certificates reloaded", files=[str(path) for path in self._files if path])
+        return True
+
+
+def _configuration(pem: _Pem) -> grpc.ServerCertificateConfiguration:
+    pairs = [(pem.key, pem.cert)] if pem.key and pem.cert else []
+    return grpc.ssl_server_certificate_configuration(pairs, pem.ca)
+
+
+def _read(files: TlsFiles) -> _Pem:
+    """ValueError, with the name of the file, unless gRPC could use them."""
+    with _blaming(files.cert, files.key):
+        if files.cert and files.key:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # Without a password of its own, OpenSSL would ask for one on the terminal.
+            context.load_cert_chain(files.cert, files.key, password=_no_password)
+    with _blaming(files.ca):
+        if files.ca:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(files.ca)
+    contents = []
+    for path in files:
+        with _blaming(path):
+            contents.append(path.read_bytes() if path else None)
+    return _Pem(*contents)
+
+
+@contextmanager
+def _blaming(*paths: Path | None) -> Iterator[None]:
+    names = " and ".join(str(path) for path in paths if path)
+    try:
+        yield
+    except ssl.SSLError as error:
+        # Plain numbers of OpenSSL's where it has no words.
+        reason = (error.reason or "no PEM file of the right kind").replace("_", " ").lower()
+        raise ValueError(f"{names}: not usable as certificate or key: {reason}") from error
+    except OSError as error:
+        raise ValueError(f"{names}: cannot be read: {error.strerror}") from error
+
+
+def _no_password() -> str:
+    return ""

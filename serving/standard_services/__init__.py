@@ -1,0 +1,1 @@
+"""Health and reflection, as gRPC defines them."""
