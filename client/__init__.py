@@ -31,7 +31,7 @@ from client.results import (
     TopLogprob,
     Usage,
 )
-from client.status import GatewayStatus, Load, Peer, PeerState, ReplicaInfo, ReplicaStatus
+from client.status import GatewayStatus, Load, ReplicaInfo, ReplicaStatus, Upstream, UpstreamState
 from client.sync import Client
 from client.tags import special_tags, without_special_tags
 
@@ -56,8 +56,6 @@ __all__ = [
     "Load",
     "Message",
     "Model",
-    "Peer",
-    "PeerState",
     "Prompt",
     "RenderedPrompt",
     "ReplicaInfo",
@@ -73,6 +71,8 @@ __all__ = [
     "TopLogprob",
     "UnavailableError",
     "UnreachableError",
+    "Upstream",
+    "UpstreamState",
     "Usage",
     "Violation",
     "special_tags",

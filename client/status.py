@@ -1,7 +1,7 @@
 """What a gateway says of itself and of what is behind it, as frozen dataclasses.
 
 Names are the contract's; `protos/llama/v1/operator.proto` and `model.proto` say what each means.
-States that this client is too old to know read as PeerState.UNSPECIFIED.
+States that this client is too old to know read as UpstreamState.UNSPECIFIED.
 """
 
 from collections.abc import Mapping
@@ -13,25 +13,25 @@ from client.results import Determinism, determinism
 from llama.v1 import model_pb2, operator_pb2
 
 
-class PeerState(Enum):
+class UpstreamState(Enum):
     """How a service behind the gateway does."""
 
-    UNSPECIFIED = operator_pb2.PEER_STATE_UNSPECIFIED
-    CONNECTING = operator_pb2.PEER_STATE_CONNECTING
-    SERVING = operator_pb2.PEER_STATE_SERVING
-    NOT_SERVING = operator_pb2.PEER_STATE_NOT_SERVING
-    REFUSED = operator_pb2.PEER_STATE_REFUSED
+    UNSPECIFIED = operator_pb2.UPSTREAM_STATE_UNSPECIFIED
+    CONNECTING = operator_pb2.UPSTREAM_STATE_CONNECTING
+    SERVING = operator_pb2.UPSTREAM_STATE_SERVING
+    NOT_SERVING = operator_pb2.UPSTREAM_STATE_NOT_SERVING
+    REFUSED = operator_pb2.UPSTREAM_STATE_REFUSED
 
 
-_STATES: Mapping[int, PeerState] = {state.value: state for state in PeerState}
+_STATES: Mapping[int, UpstreamState] = {state.value: state for state in UpstreamState}
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class Upstream:
     """A service behind the gateway; `reason` says why it does not serve."""
 
     target: str
-    state: PeerState
+    state: UpstreamState
     reason: str
 
 
@@ -73,7 +73,7 @@ class Load:
 class ReplicaStatus:
     """One replica; `sequences` and `outstanding_tokens` are those of the gateway that was asked."""
 
-    peer: Peer
+    upstream: Upstream
     info: ReplicaInfo | None
     load: Load | None
     load_age: timedelta | None
@@ -85,38 +85,40 @@ class ReplicaStatus:
 class GatewayStatus:
     """What one gateway sees."""
 
-    tokenizer: Peer
+    tokenizer: Upstream
     replicas: tuple[ReplicaStatus, ...]
     running_sequences: int
     queued_sequences: int
     detached_streams: int
     displaced_sequences: int
     uptime: timedelta
-    safety: Peer | None  # None where none is configured
+    safety: Upstream | None  # None where none is configured
     serving: bool  # as the gateway's health says it
 
 
 def gateway_status(response: operator_pb2.GetStatusResponse) -> GatewayStatus:
     return GatewayStatus(
-        tokenizer=_peer(response.tokenizer),
+        tokenizer=_upstream(response.tokenizer),
         replicas=tuple(_replica(each) for each in response.replicas),
         running_sequences=response.running_sequences,
         queued_sequences=response.queued_sequences,
         detached_streams=response.detached_streams,
         displaced_sequences=response.displaced_sequences,
         uptime=response.uptime.ToTimedelta(),
-        safety=_peer(response.safety) if response.HasField("safety") else None,
+        safety=_upstream(response.safety) if response.HasField("safety") else None,
         serving=response.serving,
     )
 
 
-def _peer(peer: operator_pb2.Peer) -> Peer:
-    return Peer(peer.target, _STATES.get(peer.state, PeerState.UNSPECIFIED), peer.reason)
+def _upstream(upstream: operator_pb2.Upstream) -> Upstream:
+    return Upstream(
+        upstream.target, _STATES.get(upstream.state, UpstreamState.UNSPECIFIED), upstream.reason
+    )
 
 
 def _replica(status: operator_pb2.ReplicaStatus) -> ReplicaStatus:
     return ReplicaStatus(
-        peer=_peer(status.peer),
+        upstream=_upstream(status.upstream),
         info=_info(status.info) if status.HasField("info") else None,
         load=_load(status.load) if status.HasField("load") else None,
         load_age=status.load_age.ToTimedelta() if status.HasField("load_age") else None,

@@ -119,7 +119,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self._limits = settings.request_limits
         self.admission = Admission(settings.admission_bounds, lambda: backend.replicas.places)
         self._streams = streams
-        self._accounting = Accounting(metrics, log_peers=settings.log_peers)
+        self._accounting = Accounting(metrics, log_client_addresses=settings.log_client_addresses)
 
     async def ChatComplete(
         self, request: chat_pb2.ChatCompleteRequest, context: Context

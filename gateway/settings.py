@@ -117,20 +117,20 @@ class GatewaySettings(ServerSettings):
         Path | None,
         Field(description="TOML file of the keys that callers must have; default none is needed"),
     ] = None
-    peer_ca: Annotated[
+    upstream_ca: Annotated[
         Path | None,
         Field(
             description="PEM file of whom to trust as tokenizer service, replica and safety "
             "service; turns on TLS to them"
         ),
     ] = None
-    peer_cert: Annotated[
+    upstream_cert: Annotated[
         Path | None, Field(description="PEM file with the certificate chain to show them")
     ] = None
-    peer_key: Annotated[
+    upstream_key: Annotated[
         Path | None, Field(description="PEM file with that certificate's private key")
     ] = None
-    peer_name: Annotated[
+    upstream_name: Annotated[
         str | None,
         Field(
             min_length=1,
@@ -138,7 +138,7 @@ class GatewaySettings(ServerSettings):
         ),
     ] = None
 
-    log_peers: Annotated[
+    log_client_addresses: Annotated[
         bool, Field(description="show the addresses of callers in the access log")
     ] = False
     trust_traceparent: Annotated[
@@ -150,11 +150,13 @@ class GatewaySettings(ServerSettings):
     ] = False
 
     @model_validator(mode="after")
-    def _peer_tls_is_whole(self) -> Self:
-        if (self.peer_cert is None) != (self.peer_key is None):
-            raise ValueError("--peer_cert and --peer_key belong together: give both")
-        if self.peer_ca is None and (self.peer_cert or self.peer_name):
-            raise ValueError("--peer_cert, --peer_key and --peer_name need --peer_ca")
+    def _upstream_tls_is_complete(self) -> Self:
+        if (self.upstream_cert is None) != (self.upstream_key is None):
+            raise ValueError("--upstream_cert and --upstream_key belong together: give both")
+        if self.upstream_ca is None and (self.upstream_cert or self.upstream_name):
+            raise ValueError(
+                "--upstream_cert, --upstream_key and --upstream_name need --upstream_ca"
+            )
         return self
 
     safety_target: Annotated[

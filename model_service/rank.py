@@ -85,7 +85,7 @@ def follow(replica: Replica, shards: distributed.Shards) -> None:
         signal.signal(stop, signal.SIG_IGN)
     try:
         replica.runner.follow()
-    except RuntimeError as error:  # what torch.distributed raises when a peer is gone
+    except RuntimeError as error:  # what torch.distributed raises when another rank is gone
         raise shards.failure(error) from error
 
 

@@ -101,7 +101,7 @@ class LlamaGuard:
                         await health.set_serving(response.status == HealthCheckResponse.SERVING)
                 except grpc.aio.AioRpcError as error:
                     if error.code() is not logged:
-                        _log.error("guard lost", peer=self._target, reason=error.code().name)
+                        _log.error("guard lost", upstream=self._target, reason=error.code().name)
                     logged = error.code()
                 finally:
                     call.cancel()

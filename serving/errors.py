@@ -1,7 +1,7 @@
 """How a request is refused: raise `RequestError` where the fault is found, with all a client needs.
 
 `to_status` is the one place where it becomes a google.rpc.Status. That travels in HTTP/2 trailers,
-message and details both, and peers may refuse more than 8 KiB of those: hence the limits on size.
+message and details both, and clients may refuse more than 8 KiB of those: hence the limits on size.
 """
 
 import traceback

@@ -24,7 +24,7 @@ from serving.freeze_gc import keep_what_is_loaded
 from serving.intake.grpc_options import Option, server_options
 from serving.intake.interceptor import Authorize, CallInterceptor
 from serving.intake.receive import Receiver
-from serving.security.tls import PeerCertificates, ServerCertificates, TlsFiles
+from serving.security.tls import ServerCertificates, TlsFiles, UpstreamCertificates
 from serving.settings import ServerSettings
 from serving.standard_services import reflection
 from serving.standard_services.health import Health
@@ -47,7 +47,7 @@ class Service:
     """What a service brings along.
 
     `names` are its full gRPC names, for health and reflection. `run` is a task beside the server
-    that sets the health and watches peers; its failure ends the server, its return does not.
+    that sets the health and watches upstreams; its failure ends the server, its return does not.
     `begin_drain` is called as soon as health says NOT_SERVING, for new work that may not begin any
     more; other work is still taken for a moment. `drain` then lets the service's own long-lived
     streams finish. `authorize` says who makes a call, or
@@ -130,8 +130,8 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
             await asyncio.wait({background})
 
 
-def channel(target: str, certificates: PeerCertificates | None = None) -> grpc.aio.Channel:
-    """A channel to another service: notices a dead peer within 15 seconds, tries again within 2.
+def channel(target: str, certificates: UpstreamCertificates | None = None) -> grpc.aio.Channel:
+    """A channel to another service: notices a dead server within 15 seconds, tries again within 2.
 
     Plaintext without `certificates`, which are read again for each channel.
     """

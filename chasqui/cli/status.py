@@ -13,7 +13,7 @@ import click
 from chasqui.cli.flags import access_settings, one_line_errors, target_setting
 from client.connection.channel import Access
 from client.errors import ChasquiError
-from client.status import GatewayStatus, Peer, ReplicaStatus
+from client.status import GatewayStatus, ReplicaStatus, Upstream
 from client.sync import Client
 
 TIMEOUT = 10.0  # seconds that a gateway has to answer
@@ -80,8 +80,12 @@ def _lines(target: str, found: GatewayStatus) -> Iterator[str]:
         yield from _aligned([_HEADS, *map(_cells, found.replicas)])
     else:
         yield "no replica is named or found"
-    peers = [found.tokenizer, found.safety, *(replica.peer for replica in found.replicas)]
-    reasons = [f"{peer.target}: {peer.reason}" for peer in peers if peer and peer.reason]
+    upstreams = [found.tokenizer, found.safety, *(replica.upstream for replica in found.replicas)]
+    reasons = [
+        f"{upstream.target}: {upstream.reason}"
+        for upstream in upstreams
+        if upstream and upstream.reason
+    ]
     if reasons:
         yield from ("", *reasons)
 
@@ -95,8 +99,8 @@ _HEADS = (
 def _cells(replica: ReplicaStatus) -> Sequence[str]:
     info, load, age = replica.info, replica.load, replica.load_age
     return (
-        replica.peer.target,
-        _state(replica.peer),
+        replica.upstream.target,
+        _state(replica.upstream),
         NOTHING if info is None else info.name,
         NOTHING if load is None else f"{load.running_sequences:,}",
         NOTHING if load is None else f"{load.waiting_sequences:,}",
@@ -120,8 +124,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
-def _state(peer: Peer) -> str:
-    return peer.state.name.lower().replace("_", " ")
+def _state(upstream: Upstream) -> str:
+    return upstream.state.name.lower().replace("_", " ")
 
 
 def _duration(length: timedelta) -> str:

@@ -52,7 +52,7 @@ class Discovery:
         except (OSError, UnicodeError) as error:
             reason = str(error)
             if self._reasons.get(target) != reason:
-                _log.error("name cannot be resolved", peer=target, reason=reason)
+                _log.error("name cannot be resolved", upstream=target, reason=reason)
             self._reasons[target] = reason
 
 

@@ -13,7 +13,7 @@ from gateway.replicas.options import PoolOptions
 from gateway.replicas.replica import Deliver, Replica
 from gateway.replicas.routing import choose
 from gateway.upstream.connect import Connect
-from gateway.upstream.session import UnfitPeerError
+from gateway.upstream.session import UnfitUpstreamError
 from llama.v1 import model_pb2
 from serving.errors import unavailable
 
@@ -116,7 +116,7 @@ class ReplicaPool:
         for target, (replica, task) in [*self._members.items()]:
             replica.retired = target not in addresses
             if replica.retired and not replica.sequences:
-                _log.info("replica is not named any more", peer=target)
+                _log.info("replica is not named any more", upstream=target)
                 del self._members[target]
                 task.cancel()
         self._changed()
@@ -154,18 +154,18 @@ class ReplicaPool:
     def _check(self, info: model_pb2.GetModelInfoResponse) -> None:
         theirs, ours = info.tokenizer_fingerprint, self._tokenizer_fingerprint
         if theirs and ours and theirs != ours:
-            raise UnfitPeerError(
+            raise UnfitUpstreamError(
                 f"refused: it was given the tokenizer {theirs[:12]}, the tokenizer service has "
                 f"{ours[:12]}; start both with the same tokenizer_path"
             )
         if info.vocab_size != self._vocab_size:
-            raise UnfitPeerError(
+            raise UnfitUpstreamError(
                 f"refused: its embedding has {info.vocab_size} rows, the tokenizer service has "
                 f"{self._vocab_size} tokens; checkpoint and tokenizer do not belong together"
             )
         for other in self._all:
             if other.info is not None and _identity(other.info) != _identity(info):
-                raise UnfitPeerError(
+                raise UnfitUpstreamError(
                     f"refused: it serves {_describe(info)}, but {other.target} serves "
                     f"{_describe(other.info)}; all replicas must serve the same"
                 )

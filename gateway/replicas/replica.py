@@ -17,9 +17,9 @@ import structlog
 
 from gateway.replicas.prefix_index import BLOCK, PrefixIndex
 from gateway.upstream.connect import Connect, connected
-from gateway.upstream.session import Peer, PeerError, follow_health, keep_session
+from gateway.upstream.session import Upstream, UpstreamError, follow_health, keep_session
 from llama.v1 import model_pb2, model_pb2_grpc
-from llama.v1.operator_pb2 import PEER_STATE_CONNECTING, PEER_STATE_NOT_SERVING
+from llama.v1.operator_pb2 import UPSTREAM_STATE_CONNECTING, UPSTREAM_STATE_NOT_SERVING
 
 SERVICE = "llama.v1.ModelService"
 LOAD_INTERVAL = 1.0  # seconds from one load report to the next
@@ -31,7 +31,7 @@ STEP_TIMEOUTS = 3
 MOST_INDEXED_BLOCKS = 65_536  # a million tokens, of which each block costs about 150 bytes here
 
 Deliver = Callable[[model_pb2.TokenEvent], None]
-# Raises PeerError where a replica does not fit.
+# Raises UpstreamError where a replica does not fit.
 Check = Callable[[model_pb2.GetModelInfoResponse], None]
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -69,7 +69,7 @@ class Replica:
         """`hang_timeout` is in seconds: who does not answer for so long is lost. `name` is the one
         that the target was found under.
         """
-        self.peer = Peer(target, changed)
+        self.upstream = Upstream(target, changed)
         self.info: model_pb2.GetModelInfoResponse | None = None  # while a session lasts
         self.load: model_pb2.GetLoadResponse | None = None  # the last report, while it lasts
         self.outstanding_tokens = 0
@@ -89,12 +89,12 @@ class Replica:
 
     @property
     def target(self) -> str:
-        return self.peer.target
+        return self.upstream.target
 
     @property
     def ready(self) -> bool:
         """Whether it takes new sequences."""
-        return self.peer.serving and self.info is not None and not self.retired
+        return self.upstream.serving and self.info is not None and not self.retired
 
     @property
     def sequences(self) -> int:
@@ -114,8 +114,8 @@ class Replica:
 
     async def run(self) -> NoReturn:
         """Keeps a session; ends when cancelled."""
-        _log.info("connecting to replica", peer=self.target)
-        await keep_session(self.peer, self._session)
+        _log.info("connecting to replica", upstream=self.target)
+        await keep_session(self.upstream, self._session)
 
     def start(
         self, start: model_pb2.StartSequence, request_id: str | None, deliver: Deliver
@@ -137,7 +137,7 @@ class Replica:
 
     def refused(self) -> None:
         """It took no sequence although it seemed to serve: it drains, and will say so itself."""
-        self.peer.become(PEER_STATE_NOT_SERVING, "it refused a sequence: it drains")
+        self.upstream.become(UPSTREAM_STATE_NOT_SERVING, "it refused a sequence: it drains")
 
     def report(self, load: model_pb2.GetLoadResponse) -> None:
         """Takes its report of now."""
@@ -165,12 +165,12 @@ class Replica:
         info = await stub.GetModelInfo(request, timeout=self._hang_timeout)
         self._check(info)
         self.info = info
-        _log.info("replica connected", peer=self.target, model=info.name, shards=info.shards)
+        _log.info("replica connected", upstream=self.target, model=info.name, shards=info.shards)
         self._commands = asyncio.Queue()
         call = stub.Generate(_iterate(self._commands))
         # No TaskGroup: before Python 3.13, one that fails while it is cancelled forgets the latter.
         tasks = [
-            asyncio.create_task(follow_health(channel, SERVICE, self.peer)),
+            asyncio.create_task(follow_health(channel, SERVICE, self.upstream)),
             asyncio.create_task(self._dispatch(call)),
             asyncio.create_task(self._follow_load(stub)),
         ]
@@ -194,7 +194,7 @@ class Replica:
             self._last_event_at = time.monotonic()
             for event in response.events:
                 self._take(event)
-        raise PeerError("the Generate stream ended")
+        raise UpstreamError("the Generate stream ended")
 
     async def _follow_load(self, stub: "model_pb2_grpc.ModelServiceAsyncStub") -> NoReturn:
         """Keeps the load report; raises when the replica hangs."""
@@ -208,7 +208,7 @@ class Replica:
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise
-                raise PeerError(f"it hangs: no answer within {timeout:g} seconds") from error
+                raise UpstreamError(f"it hangs: no answer within {timeout:g} seconds") from error
             now = time.monotonic()
             if self.load is None or load.steps != self.load.steps or not self._sequences:
                 stepped_at = now
@@ -217,7 +217,7 @@ class Replica:
                 if not reported.done():
                     reported.set_result(None)
             if now - max(stepped_at, self._last_event_at) > STEP_TIMEOUTS * timeout:
-                raise PeerError(f"it hangs: no step within {STEP_TIMEOUTS * timeout:g} seconds")
+                raise UpstreamError(f"it hangs: no step within {STEP_TIMEOUTS * timeout:g} seconds")
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOAD_INTERVAL):
                     await self._load_wanted.wait()
@@ -225,7 +225,7 @@ class Replica:
     def _take(self, event: model_pb2.TokenEvent) -> None:
         sequence = self._sequences.get(event.request_id)
         if sequence is None:
-            _log.warning("event of an unknown sequence", peer=self.target, id=event.request_id)
+            _log.warning("event of an unknown sequence", upstream=self.target, id=event.request_id)
             return
         made = sequence.unreported_tokens + len(event.ids)
         sequence.unreported_tokens = 0
@@ -243,9 +243,9 @@ class Replica:
         self.prefixes.clear()
         lost, self._sequences = self._sequences, {}
         # Before anything else goes on, as this one must not be chosen again.
-        self.peer.become(PEER_STATE_CONNECTING, "the session broke")
+        self.upstream.become(UPSTREAM_STATE_CONNECTING, "the session broke")
         if lost:
-            _log.warning("replica lost", peer=self.target, sequences=len(lost))
+            _log.warning("replica lost", upstream=self.target, sequences=len(lost))
         error = model_pb2.SequenceError(
             code=grpc.StatusCode.UNAVAILABLE.value[0],
             message="the model replica was lost while it made the answer",

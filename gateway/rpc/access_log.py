@@ -90,9 +90,9 @@ class _Asked:
 class Accounting:
     """Keeps the accounts of a gateway's requests."""
 
-    def __init__(self, metrics: RequestMetrics, *, log_peers: bool) -> None:
+    def __init__(self, metrics: RequestMetrics, *, log_client_addresses: bool) -> None:
         self._metrics = metrics
-        self._log_peers = log_peers
+        self._log_client_addresses = log_client_addresses
 
     def follow(
         self,
@@ -122,7 +122,7 @@ class Accounting:
 
     @contextmanager
     def _closing(self, account: Account, asked: _Asked, context: Context) -> Iterator[None]:
-        peer = context.peer() if self._log_peers else None
+        client_address = context.peer() if self._log_client_addresses else None
         code = grpc.StatusCode.INTERNAL
         try:
             yield
@@ -137,10 +137,10 @@ class Accounting:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
         finally:
-            self._close(account, code, asked.method, peer)
+            self._close(account, code, asked.method, client_address)
 
     def _close(
-        self, account: Account, code: grpc.StatusCode, method: str, peer: str | None
+        self, account: Account, code: grpc.StatusCode, method: str, client_address: str | None
     ) -> None:
         total = time.monotonic() - account.arrived
         cost = _cost(account)
@@ -156,7 +156,7 @@ class Accounting:
                 "gen_ai.response.finish_reasons": reasons,
             }
         )
-        optional = {"key": key, "peer": peer, "resumed": cost.resumed}
+        optional = {"key": key, "client_address": client_address, "resumed": cost.resumed}
         _log.info(
             "request finished",
             method=method,

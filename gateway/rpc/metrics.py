@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 from gateway.admission.admission import Admission
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.upstreams import Backend
-from llama.v1.operator_pb2 import PEER_STATE_UNSPECIFIED, PeerState
+from llama.v1.operator_pb2 import UPSTREAM_STATE_UNSPECIFIED, UpstreamState
 from serving.telemetry import histogram
 from serving.telemetry.metrics import histogram_family
 
@@ -24,9 +24,9 @@ REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 CANCELLED_TOKENS = (0, 1, 4, 16, 64, 256, 1024, 4096)
 
 _STATES = {
-    state: name.removeprefix("PEER_STATE_").lower()
-    for name, state in PeerState.items()
-    if state != PEER_STATE_UNSPECIFIED
+    state: name.removeprefix("UPSTREAM_STATE_").lower()
+    for name, state in UpstreamState.items()
+    if state != UPSTREAM_STATE_UNSPECIFIED
 }
 
 
@@ -156,7 +156,7 @@ class StateMetrics:
             "Dialogs, texts and pieces of answers that went on while the safety service was away.",
         )
         if classifier is not None:
-            ready.add_metric((), classifier.peer.serving)
+            ready.add_metric((), classifier.upstream.serving)
         unjudged.add_metric((), 0 if classifier is None else classifier.unjudged)
         return ready, unjudged
 
@@ -178,7 +178,7 @@ class StateMetrics:
         )
         for replica in self._backend.replicas.replicas:
             ready.add_metric([replica.target], replica.ready)
-            current = replica.peer.state
+            current = replica.upstream.state
             for state, name in _STATES.items():
                 states.add_metric([replica.target, name], state == current)
             outstanding.add_metric([replica.target], replica.outstanding_tokens)

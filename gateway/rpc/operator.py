@@ -11,7 +11,7 @@ from gateway.admission.admission import Admission
 from gateway.replicas.replica import Replica
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.upstreams import Backend
-from gateway.upstream.session import Peer
+from gateway.upstream.session import Upstream
 from llama.v1 import operator_pb2, operator_pb2_grpc
 
 OPERATOR_SERVICE_NAME = operator_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name
@@ -34,26 +34,28 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         replicas, classifier = self._backend.replicas.replicas, self._backend.classifier
         await asyncio.gather(*(replica.refresh_load() for replica in replicas))
         return operator_pb2.GetStatusResponse(
-            tokenizer=_peer(self._backend.tokenizer.peer),
+            tokenizer=_upstream(self._backend.tokenizer.upstream),
             replicas=map(_replica_status, replicas),
             running_sequences=self._admission.running_sequences,
             queued_sequences=self._admission.queued_sequences,
             detached_streams=self._streams.detached,
             displaced_sequences=sum(self._admission.displaced_sequences.values()),
             uptime=_duration(time.monotonic() - self._started),
-            safety=None if classifier is None else _peer(classifier.peer),
+            safety=None if classifier is None else _upstream(classifier.upstream),
             serving=self._backend.ready,
         )
 
 
-def _peer(peer: Peer) -> operator_pb2.Peer:
-    return operator_pb2.Peer(target=peer.target, state=peer.state, reason=peer.reason)
+def _upstream(upstream: Upstream) -> operator_pb2.Upstream:
+    return operator_pb2.Upstream(
+        target=upstream.target, state=upstream.state, reason=upstream.reason
+    )
 
 
 def _replica_status(replica: Replica) -> operator_pb2.ReplicaStatus:
     age = replica.load_age
     return operator_pb2.ReplicaStatus(
-        peer=_peer(replica.peer),
+        upstream=_upstream(replica.upstream),
         info=replica.info,
         load=replica.load,
         load_age=None if age is None else _duration(age),

@@ -15,8 +15,8 @@ from gateway.safety.options import SafetyOptions
 from gateway.upstream.connect import Connect, connected
 from gateway.upstream.session import (
     FIRST_PAUSE,
-    Peer,
     SessionEndedError,
+    Upstream,
     answer,
     call_metadata,
     follow_health,
@@ -25,7 +25,7 @@ from gateway.upstream.session import (
 from llama.prompt_format import dialog
 from llama.prompt_format.dialog import Message
 from llama.v1 import chat_pb2, safety_pb2, safety_pb2_grpc
-from llama.v1.operator_pb2 import PEER_STATE_CONNECTING
+from llama.v1.operator_pb2 import UPSTREAM_STATE_CONNECTING
 from serving.errors import RequestError, resource_exhausted, unavailable
 
 SERVICE = "llama.v1.SafetyService"
@@ -64,7 +64,7 @@ class Classifier:
     ) -> None:
         self.unjudged = 0  # judgements that open mode went on without
         self.chunk = options.chunk
-        self.peer = Peer(options.target, changed)
+        self.upstream = Upstream(options.target, changed)
         self._timeout = options.timeout
         self._open = options.on_failure == "open"
         self._connect = connect
@@ -74,12 +74,12 @@ class Classifier:
     @property
     def ready(self) -> bool:
         """Whether requests can be answered: judged, or without where that is allowed."""
-        return self.peer.serving or self._open
+        return self.upstream.serving or self._open
 
     async def run(self) -> NoReturn:
         """Keeps a session; ends when cancelled."""
-        _log.info("connecting to safety service", peer=self.peer.target)
-        await keep_session(self.peer, self._session)
+        _log.info("connecting to safety service", upstream=self.upstream.target)
+        await keep_session(self.upstream, self._session)
 
     async def judge(self, subject: Subject, time_remaining: TimeRemaining) -> Judgement:
         """What the classifier says; without its answer UNAVAILABLE if closed, SAFE if open.
@@ -87,7 +87,7 @@ class Classifier:
         Closed, a service that restarts costs a pause: it is waited for as long as one judgement may
         take. Open, nothing is waited for that is known to be away.
         """
-        if self._open and not self.peer.serving:
+        if self._open and not self.upstream.serving:
             return self._without_answer(_UNAVAILABLE, "not connected")
         loop, remaining = asyncio.get_running_loop(), time_remaining()
         expires = remaining is not None and remaining <= self._timeout
@@ -96,7 +96,7 @@ class Classifier:
         while True:
             try:
                 async with asyncio.timeout_at(ends):
-                    await self.peer.until_serving()
+                    await self.upstream.until_serving()
             except TimeoutError:
                 return self._failed(grpc.StatusCode.DEADLINE_EXCEEDED, expires=expires)
             found = await self._classify(request, ends - loop.time())
@@ -145,7 +145,9 @@ class Classifier:
         if self._unjudged_before_outage is None:
             self._unjudged_before_outage = self.unjudged
             allowed = "unjudged" if self._open else "refused"
-            _log.error("no judgements", peer=self.peer.target, reason=reason, requests=allowed)
+            _log.error(
+                "no judgements", upstream=self.upstream.target, reason=reason, requests=allowed
+            )
         if not self._open:
             raise unavailable(message)
         self.unjudged += 1
@@ -154,18 +156,18 @@ class Classifier:
     def _end_outage(self) -> None:
         if self._unjudged_before_outage is not None:
             missed = self.unjudged - self._unjudged_before_outage
-            _log.info("judgements again", peer=self.peer.target, missed=missed)
+            _log.info("judgements again", upstream=self.upstream.target, missed=missed)
             self._unjudged_before_outage = None
 
     async def _session(self) -> None:
-        async with connected(self._connect, self.peer.target) as channel:
+        async with connected(self._connect, self.upstream.target) as channel:
             self._stub = safety_pb2_grpc.SafetyServiceStub(channel)
             try:
-                await follow_health(channel, SERVICE, self.peer)
+                await follow_health(channel, SERVICE, self.upstream)
             finally:
                 # Before the channel is closed, so that no call is begun on it any more.
                 self._stub = None
-                self.peer.become(PEER_STATE_CONNECTING, "the session broke")
+                self.upstream.become(UPSTREAM_STATE_CONNECTING, "the session broke")
 
 
 def _request(subject: Subject) -> safety_pb2.ClassifyRequest:

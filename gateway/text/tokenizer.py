@@ -15,9 +15,9 @@ from gateway.text.detokenizer import Vocabulary
 from gateway.upstream.connect import Connect, connected
 from gateway.upstream.session import (
     FIRST_PAUSE,
-    Peer,
     SessionEndedError,
-    UnfitPeerError,
+    UnfitUpstreamError,
+    Upstream,
     answer,
     call_metadata,
     follow_health,
@@ -25,7 +25,7 @@ from gateway.upstream.session import (
 )
 from llama.prompt_format.dialog import Segment
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
-from llama.v1.operator_pb2 import PEER_STATE_CONNECTING
+from llama.v1.operator_pb2 import UPSTREAM_STATE_CONNECTING
 from serving.errors import RequestError, resource_exhausted, unavailable
 from serving.intake.fair_turns import FairTurns
 from serving.security import caller
@@ -51,7 +51,7 @@ class Tokenizer:
         self, target: str, changed: Callable[[], None], connect: Connect, patience: float
     ) -> None:
         """`patience` is how long a call waits for the service to come back, in seconds."""
-        self.peer = Peer(target, changed)
+        self.upstream = Upstream(target, changed)
         self._patience = patience
         self._connect = connect
         self._turns = FairTurns(MAX_BYTES_AT_ONCE)
@@ -62,7 +62,7 @@ class Tokenizer:
 
     @property
     def ready(self) -> bool:
-        return self.peer.serving
+        return self.upstream.serving
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -78,8 +78,8 @@ class Tokenizer:
 
     async def run(self) -> NoReturn:
         """Keeps a session; ends when cancelled."""
-        _log.info("connecting to tokenizer service", peer=self.peer.target)
-        await keep_session(self.peer, self._session)
+        _log.info("connecting to tokenizer service", upstream=self.upstream.target)
+        await keep_session(self.upstream, self._session)
 
     async def encode(
         self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
@@ -102,7 +102,7 @@ class Tokenizer:
         """Before a turn is taken, so that it is not spent on waiting for a service that is away."""
         try:
             async with asyncio.timeout(self._patience):
-                await self.peer.until_serving()
+                await self.upstream.until_serving()
         except TimeoutError:
             raise _unavailable() from None
 
@@ -124,7 +124,7 @@ class Tokenizer:
     ) -> tokenizer_pb2.EncodeResponse:
         """Encoding has no effect but its answer, so it is simply tried again."""
         while True:
-            await self.peer.until_serving()
+            await self.upstream.until_serving()
             if self._stub is None:  # the session ended again before this went on
                 continue
             call = self._stub.Encode(request, timeout=time_remaining(), metadata=call_metadata())
@@ -139,16 +139,16 @@ class Tokenizer:
             await asyncio.sleep(FIRST_PAUSE)
 
     async def _session(self) -> None:
-        async with connected(self._connect, self.peer.target) as channel:
+        async with connected(self._connect, self.upstream.target) as channel:
             stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
             self._take(await stub.GetVocabulary(tokenizer_pb2.GetVocabularyRequest()))
             self._stub = stub
             try:
-                await follow_health(channel, SERVICE, self.peer)
+                await follow_health(channel, SERVICE, self.upstream)
             finally:
                 # Before the channel is closed, so that no call is begun on it any more.
                 self._stub = None
-                self.peer.become(PEER_STATE_CONNECTING, "the session broke")
+                self.upstream.become(UPSTREAM_STATE_CONNECTING, "the session broke")
 
     def _take(self, response: tokenizer_pb2.GetVocabularyResponse) -> None:
         if self._vocabulary is None:
@@ -161,11 +161,15 @@ class Tokenizer:
             self.fingerprint = response.fingerprint
             self._loaded.set()
         elif response.fingerprint != self.fingerprint:
-            raise UnfitPeerError(
+            raise UnfitUpstreamError(
                 f"serves another model file ({response.fingerprint[:12]}) than when this gateway "
                 f"started ({self.fingerprint[:12]}): restart the gateway to use it"
             )
-        _log.info("tokenizer service connected", peer=self.peer.target, tokens=len(response.pieces))
+        _log.info(
+            "tokenizer service connected",
+            upstream=self.upstream.target,
+            tokens=len(response.pieces),
+        )
 
 
 def _calls(

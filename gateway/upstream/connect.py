@@ -10,7 +10,7 @@ from typing import Protocol
 import grpc
 
 from gateway.settings import GatewaySettings
-from serving.security.tls import PeerCertificates, TlsFiles
+from serving.security.tls import TlsFiles, UpstreamCertificates
 from serving.server import channel
 
 # Shorter than the longest pause between two sessions, after which one counts as begun.
@@ -18,10 +18,13 @@ CONNECT_SECONDS = 4.0
 
 # What gRPC says of a connection that TLS prevents, and what it means here.
 _TLS_PROBLEMS = (
-    ("WRONG_VERSION_NUMBER", "it speaks plaintext; --peer_ca makes this gateway speak TLS"),
-    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not valid by --peer_ca"),
-    ("Hostname Verification", "its certificate has another name: set --peer_name"),
-    ("Socket closed", "it may speak TLS or ask for a certificate: set --peer_ca, --peer_cert"),
+    ("WRONG_VERSION_NUMBER", "it speaks plaintext; --upstream_ca makes this gateway speak TLS"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not valid by --upstream_ca"),
+    ("Hostname Verification", "its certificate has another name: set --upstream_name"),
+    (
+        "Socket closed",
+        "it may speak TLS or ask for a certificate: set --upstream_ca, --upstream_cert",
+    ),
 )
 
 
@@ -38,10 +41,10 @@ def plaintext(target: str, name: str | None = None) -> grpc.aio.Channel:  # noqa
 
 def connector(settings: GatewaySettings) -> Connect:
     """How this gateway connects to the services behind it."""
-    if settings.peer_ca is None:
+    if settings.upstream_ca is None:
         return plaintext
-    files = TlsFiles(settings.peer_cert, settings.peer_key, settings.peer_ca)
-    certificates = PeerCertificates(files, settings.peer_name)
+    files = TlsFiles(settings.upstream_cert, settings.upstream_key, settings.upstream_ca)
+    certificates = UpstreamCertificates(files, settings.upstream_name)
 
     def connect(target: str, name: str | None = None) -> grpc.aio.Channel:
         return channel(target, certificates.expecting(name))

@@ -1,5 +1,5 @@
-"""What the gateway's relations to other services have in common: a session with a peer is kept as
-long as it lasts and begun anew when it breaks, for ever. Only cancelling, or a bug, ends that.
+"""The session with one upstream, a service that the gateway calls. It is kept as long as it lasts and
+begun anew when it breaks, for ever. Only cancelling, or a bug, ends that.
 """
 
 import asyncio
@@ -13,11 +13,11 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from gateway.upstream.connect import failure_reason
 from llama.v1.operator_pb2 import (
-    PEER_STATE_CONNECTING,
-    PEER_STATE_NOT_SERVING,
-    PEER_STATE_REFUSED,
-    PEER_STATE_SERVING,
-    PeerState,
+    UPSTREAM_STATE_CONNECTING,
+    UPSTREAM_STATE_NOT_SERVING,
+    UPSTREAM_STATE_REFUSED,
+    UPSTREAM_STATE_SERVING,
+    UpstreamState,
 )
 from serving.telemetry import request_id, tracing
 
@@ -30,25 +30,25 @@ ResponseT = TypeVar("ResponseT")
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class PeerError(Exception):
-    """The peer cannot be used now; the message says why, to whoever runs the services."""
+class UpstreamError(Exception):
+    """The upstream cannot be used now; the message says why, to whoever runs the services."""
 
 
-class UnfitPeerError(PeerError):
-    """The peer is another one than this gateway needs."""
+class UnfitUpstreamError(UpstreamError):
+    """The upstream is another one than this gateway needs."""
 
 
-class SessionEndedError(PeerError):
+class SessionEndedError(UpstreamError):
     """The session that a call belonged to, and its channel, ended before the call did."""
 
 
-class Peer:
+class Upstream:
     """A service behind this gateway and how it does."""
 
     def __init__(self, target: str, changed: Callable[[], None]) -> None:
         """`changed` is called at each change of how it does."""
         self.target = target
-        self.state: PeerState.ValueType = PEER_STATE_CONNECTING
+        self.state: UpstreamState.ValueType = UPSTREAM_STATE_CONNECTING
         self.reason = "not connected yet"  # why it does not serve; empty while it does
         self._changed = changed
         self._serves = asyncio.Event()
@@ -60,9 +60,9 @@ class Peer:
     async def until_serving(self) -> None:
         await self._serves.wait()
 
-    def become(self, state: "PeerState.ValueType", reason: str = "") -> None:
+    def become(self, state: "UpstreamState.ValueType", reason: str = "") -> None:
         self.state, self.reason = state, reason
-        if state == PEER_STATE_SERVING:
+        if state == UPSTREAM_STATE_SERVING:
             self._serves.set()
         else:
             self._serves.clear()
@@ -71,12 +71,14 @@ class Peer:
     def told(self, *, serving: bool) -> None:
         """What its health service said."""
         if serving:
-            self.become(PEER_STATE_SERVING)
+            self.become(UPSTREAM_STATE_SERVING)
         else:
-            self.become(PEER_STATE_NOT_SERVING, "takes no work: it starts, drains or is stalled")
+            self.become(
+                UPSTREAM_STATE_NOT_SERVING, "takes no work: it starts, drains or is stalled"
+            )
 
 
-async def keep_session(peer: Peer, session: Callable[[], Awaitable[None]]) -> NoReturn:
+async def keep_session(upstream: Upstream, session: Callable[[], Awaitable[None]]) -> NoReturn:
     """Runs `session` again and again, with growing pauses while it fails.
 
     A reason is logged once, not again with each attempt that it makes fail.
@@ -85,33 +87,33 @@ async def keep_session(peer: Peer, session: Callable[[], Awaitable[None]]) -> No
     pause, last_reason = FIRST_PAUSE, ""
     while True:
         started = loop.time()
-        state, reason = PEER_STATE_CONNECTING, "the session ended"
+        state, reason = UPSTREAM_STATE_CONNECTING, "the session ended"
         try:
             await session()
-        except* UnfitPeerError as group:
-            state, reason = PEER_STATE_REFUSED, "; ".join(_reasons(group))
-        except* (grpc.aio.AioRpcError, PeerError) as group:
+        except* UnfitUpstreamError as group:
+            state, reason = UPSTREAM_STATE_REFUSED, "; ".join(_reasons(group))
+        except* (grpc.aio.AioRpcError, UpstreamError) as group:
             reason = "; ".join(_reasons(group))
-        peer.become(state, reason)
+        upstream.become(state, reason)
         if loop.time() - started > LONGEST_PAUSE:
             pause, last_reason = FIRST_PAUSE, ""
         if reason != last_reason:
-            _log.error("peer unusable", peer=peer.target, reason=reason)
+            _log.error("upstream unusable", upstream=upstream.target, reason=reason)
         last_reason = reason
         await asyncio.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-async def follow_health(channel: grpc.aio.Channel, service: str, peer: Peer) -> NoReturn:
-    """Tells `peer` whether it serves, now and at each change, until it is lost."""
+async def follow_health(channel: grpc.aio.Channel, service: str, upstream: Upstream) -> NoReturn:
+    """Tells `upstream` whether it serves, now and at each change, until it is lost."""
     stub = health_pb2_grpc.HealthStub(channel)
     call = stub.Watch(HealthCheckRequest(service=service))  # type: ignore[attr-defined]  # not in the stubs
     try:
         async for response in call:
-            peer.told(serving=response.status == HealthCheckResponse.SERVING)
+            upstream.told(serving=response.status == HealthCheckResponse.SERVING)
     finally:
         call.cancel()
-    raise PeerError("the health stream ended")
+    raise UpstreamError("the health stream ended")
 
 
 async def answer(call: grpc.aio.UnaryUnaryCall[RequestT, ResponseT]) -> ResponseT:
@@ -133,7 +135,7 @@ async def answer(call: grpc.aio.UnaryUnaryCall[RequestT, ResponseT]) -> Response
 
 
 def call_metadata() -> tuple[tuple[str, str], ...]:
-    """By which the peer's log lines and spans are found with those of the request."""
+    """By which the upstream's log lines and spans are found with those of the request."""
     current = request_id.current()
     identity = () if current is None else ((request_id.METADATA_KEY, current),)
     return (*identity, *tracing.metadata())

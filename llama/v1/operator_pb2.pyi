@@ -21,37 +21,37 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _PeerState:
+class _UpstreamState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _PeerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PeerState.ValueType], _builtins.type):
+class _UpstreamStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UpstreamState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    PEER_STATE_UNSPECIFIED: _PeerState.ValueType  # 0
+    UPSTREAM_STATE_UNSPECIFIED: _UpstreamState.ValueType  # 0
     """Never sent."""
-    PEER_STATE_CONNECTING: _PeerState.ValueType  # 1
+    UPSTREAM_STATE_CONNECTING: _UpstreamState.ValueType  # 1
     """No connection yet, or none any more; the gateway keeps trying."""
-    PEER_STATE_SERVING: _PeerState.ValueType  # 2
+    UPSTREAM_STATE_SERVING: _UpstreamState.ValueType  # 2
     """It takes work."""
-    PEER_STATE_NOT_SERVING: _PeerState.ValueType  # 3
+    UPSTREAM_STATE_NOT_SERVING: _UpstreamState.ValueType  # 3
     """It is connected and says that it takes no work: starting, draining or stalled."""
-    PEER_STATE_REFUSED: _PeerState.ValueType  # 4
+    UPSTREAM_STATE_REFUSED: _UpstreamState.ValueType  # 4
     """It is connected and does not fit: another model, another tokenizer."""
 
-class PeerState(_PeerState, metaclass=_PeerStateEnumTypeWrapper):
+class UpstreamState(_UpstreamState, metaclass=_UpstreamStateEnumTypeWrapper):
     """How a service behind the gateway does."""
 
-PEER_STATE_UNSPECIFIED: PeerState.ValueType  # 0
+UPSTREAM_STATE_UNSPECIFIED: UpstreamState.ValueType  # 0
 """Never sent."""
-PEER_STATE_CONNECTING: PeerState.ValueType  # 1
+UPSTREAM_STATE_CONNECTING: UpstreamState.ValueType  # 1
 """No connection yet, or none any more; the gateway keeps trying."""
-PEER_STATE_SERVING: PeerState.ValueType  # 2
+UPSTREAM_STATE_SERVING: UpstreamState.ValueType  # 2
 """It takes work."""
-PEER_STATE_NOT_SERVING: PeerState.ValueType  # 3
+UPSTREAM_STATE_NOT_SERVING: UpstreamState.ValueType  # 3
 """It is connected and says that it takes no work: starting, draining or stalled."""
-PEER_STATE_REFUSED: PeerState.ValueType  # 4
+UPSTREAM_STATE_REFUSED: UpstreamState.ValueType  # 4
 """It is connected and does not fit: another model, another tokenizer."""
-Global___PeerState: _TypeAlias = PeerState  # noqa: Y015
+Global___UpstreamState: _TypeAlias = UpstreamState  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):
@@ -71,7 +71,7 @@ class GetStatusRequest(_message.Message):
 Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
 @_typing.final
-class Peer(_message.Message):
+class Upstream(_message.Message):
     """The tokenizer service, the safety service or a replica."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -81,7 +81,7 @@ class Peer(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     target: _builtins.str
     """Its address."""
-    state: Global___PeerState.ValueType
+    state: Global___UpstreamState.ValueType
     """How it does."""
     reason: _builtins.str
     """Why it does not serve, in a sentence; empty while it does."""
@@ -89,7 +89,7 @@ class Peer(_message.Message):
         self,
         *,
         target: _builtins.str = ...,
-        state: Global___PeerState.ValueType = ...,
+        state: Global___UpstreamState.ValueType = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -98,7 +98,7 @@ class Peer(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Peer: _TypeAlias = Peer  # noqa: Y015
+Global___Upstream: _TypeAlias = Upstream  # noqa: Y015
 
 @_typing.final
 class ReplicaStatus(_message.Message):
@@ -106,7 +106,7 @@ class ReplicaStatus(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PEER_FIELD_NUMBER: _builtins.int
+    UPSTREAM_FIELD_NUMBER: _builtins.int
     INFO_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     LOAD_AGE_FIELD_NUMBER: _builtins.int
@@ -117,7 +117,7 @@ class ReplicaStatus(_message.Message):
     outstanding_tokens: _builtins.int
     """Prompt and answer tokens that those may still have computed."""
     @_builtins.property
-    def peer(self) -> Global___Peer:
+    def upstream(self) -> Global___Upstream:
         """Its address and state."""
 
     @_builtins.property
@@ -137,16 +137,16 @@ class ReplicaStatus(_message.Message):
     def __init__(
         self,
         *,
-        peer: Global___Peer | None = ...,
+        upstream: Global___Upstream | None = ...,
         info: _model_pb2.GetModelInfoResponse | None = ...,
         load: _model_pb2.GetLoadResponse | None = ...,
         load_age: _duration_pb2.Duration | None = ...,
         sequences: _builtins.int = ...,
         outstanding_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "load", b"load", "load_age", b"load_age", "peer", b"peer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "load", b"load", "load_age", b"load_age", "upstream", b"upstream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "load", b"load", "load_age", b"load_age", "outstanding_tokens", b"outstanding_tokens", "peer", b"peer", "sequences", b"sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "load", b"load", "load_age", b"load_age", "outstanding_tokens", b"outstanding_tokens", "sequences", b"sequences", "upstream", b"upstream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,7 +182,7 @@ class GetStatusResponse(_message.Message):
     the gateway started.
     """
     @_builtins.property
-    def tokenizer(self) -> Global___Peer:
+    def tokenizer(self) -> Global___Upstream:
         """The tokenizer service."""
 
     @_builtins.property
@@ -194,19 +194,19 @@ class GetStatusResponse(_message.Message):
         """Since the gateway started."""
 
     @_builtins.property
-    def safety(self) -> Global___Peer:
+    def safety(self) -> Global___Upstream:
         """The safety service; absent where none is configured."""
 
     def __init__(
         self,
         *,
-        tokenizer: Global___Peer | None = ...,
+        tokenizer: Global___Upstream | None = ...,
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
         running_sequences: _builtins.int = ...,
         queued_sequences: _builtins.int = ...,
         detached_streams: _builtins.int = ...,
         uptime: _duration_pb2.Duration | None = ...,
-        safety: Global___Peer | None = ...,
+        safety: Global___Upstream | None = ...,
         serving: _builtins.bool = ...,
         displaced_sequences: _builtins.int = ...,
     ) -> None: ...

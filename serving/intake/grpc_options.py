@@ -1,8 +1,8 @@
 """What connections may cost a server, whoever is at their other end.
 
 Each connection holds a file descriptor from its first packet on, before anything is known about
-it: hence the bound on connections, which leaves descriptors for the server's own files and peers,
-and the bound on the time to complete a handshake.
+it: hence the bound on connections, which leaves descriptors for the server's own files and
+upstreams, and the bound on the time to complete a handshake.
 """
 
 import math

@@ -186,7 +186,7 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         expired = context.time_remaining() == 0
         code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
         raise
-    except grpc.aio.BaseError as error:  # gRPC's own: the service called abort, the peer is gone
+    except grpc.aio.BaseError as error:  # gRPC's own: the service called abort, the client is gone
         let_go(error)
         code = _code_set_on(context) or grpc.StatusCode.CANCELLED
         raise

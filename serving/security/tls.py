@@ -66,7 +66,7 @@ class ServerCertificates:
         return _configuration(self._files.pem) if self._files.refresh() else None
 
 
-class PeerCertificates:
+class UpstreamCertificates:
     """What a caller trusts and, where a server asks for it, shows.
 
     Raises:
@@ -78,7 +78,7 @@ class PeerCertificates:
         # The name that certificates must have, in place of the address that is connected to.
         self.options = () if name is None else (("grpc.ssl_target_name_override", name),)
 
-    def expecting(self, name: str | None) -> "PeerCertificates":
+    def expecting(self, name: str | None) -> "UpstreamCertificates":
         """The same for a server found under a name, which its certificate must have then."""
         if name is None or self.options:
             return self

@@ -47,7 +47,7 @@ def test_status_as_json_is_one_object(run: Run, target: str) -> None:
     found = json.loads(run("status", "--target", target, "--json").stdout)
     [replica] = found["replicas"]
     assert found["serving"]
-    assert found["tokenizer"]["state"] == replica["peer"]["state"] == "SERVING"
+    assert found["tokenizer"]["state"] == replica["upstream"]["state"] == "SERVING"
     assert replica["info"]["name"] == "gqa-mp1"
     assert replica["load"]["free_blocks"] == replica["load"]["total_blocks"] > 0
     assert 0 <= replica["load_age"] < found["uptime"]

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 
-from serving.security.tls import PeerCertificates, TlsFiles
+from serving.security.tls import TlsFiles, UpstreamCertificates
 from serving.server import Service, channel, running
 from serving.settings import ServerSettings
 from tests.deploy.conftest import ROOT
@@ -53,7 +53,7 @@ async def status(folder: Path, shown: str, caller: str | None, expected: str) ->
     files = TlsFiles(pem(caller, "crt"), pem(caller, "key"), pem(SERVICES_CA, "crt"))
     async with (
         running(settings, Service(["test.A"], lambda _: None)) as server,
-        channel(server.address, PeerCertificates(files, expected)) as to_server,
+        channel(server.address, UpstreamCertificates(files, expected)) as to_server,
     ):
         health: Any = health_pb2_grpc.HealthStub(to_server)
         code: grpc.StatusCode = await health.Check(HealthCheckRequest(), timeout=30).code()

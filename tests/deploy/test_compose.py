@@ -14,7 +14,12 @@ DOCUMENT = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 COMPOSES_OWN = {"CHASQUI_HOST", "CHASQUI_PORT", "CHASQUI_DEVICE", "CHASQUI_HEALTH_PORT"}
 FILES = {
     *("CHASQUI_TLS_CERT", "CHASQUI_TLS_KEY", "CHASQUI_TLS_CLIENT_CA", "CHASQUI_API_KEYS"),
-    *("CHASQUI_PEER_CA", "CHASQUI_PEER_CERT", "CHASQUI_PEER_KEY", "CHASQUI_PEER_NAME"),
+    *(
+        "CHASQUI_UPSTREAM_CA",
+        "CHASQUI_UPSTREAM_CERT",
+        "CHASQUI_UPSTREAM_KEY",
+        "CHASQUI_UPSTREAM_NAME",
+    ),
     *("CHASQUI_RULES", "CHASQUI_GUARD_POLICY"),
 }
 # Bounds on what strangers cost; they reach the gateway alone.

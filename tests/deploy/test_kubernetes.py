@@ -185,7 +185,7 @@ def test_no_two_services_share_a_secret(pods: list[Pod]) -> None:
 
 
 def test_gateway_expects_of_each_service_the_name_that_it_calls(pods: list[Pod]) -> None:
-    assert all("CHASQUI_PEER_NAME" not in pod.environment for pod in pods)
+    assert all("CHASQUI_UPSTREAM_NAME" not in pod.environment for pod in pods)
 
 
 def test_volumes_that_are_mounted_exist(manifests: list[Manifest], pods: list[Pod]) -> None:

@@ -68,15 +68,15 @@ async def test_neither_texts_nor_addresses_are_logged(chat: Any, stack: Any) -> 
     request = TextCompleteRequest(prompts=["a private matter"])
     await chat.TextComplete(request, metadata=(("x-request-id", "private"),))
     [line] = lines(stack.gateway, "private")
-    assert "peer" not in line
+    assert "client_address" not in line
     assert not any("private matter" in line for line in stack.gateway.log)
 
 
 def test_address_is_logged_where_it_is_asked_for(gateway_beside: Callable[..., Any]) -> None:
-    gateway = gateway_beside(log_peers=True)
+    gateway = gateway_beside(log_client_addresses=True)
     with grpc.insecure_channel(gateway.address) as channel:
         stub: Any = channel.unary_unary("/llama.v1.ChatService/TextComplete")
         with pytest.raises(grpc.RpcError):
             stub(b"", metadata=(("x-request-id", "known"),))
     [line] = lines(gateway, "known")
-    assert line["peer"].startswith("ipv4:127.0.0.1:")
+    assert line["client_address"].startswith("ipv4:127.0.0.1:")

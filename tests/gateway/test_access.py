@@ -48,10 +48,10 @@ async def test_services_inside_talk_mutual_tls(
     servers: AsyncExitStack,
 ) -> None:
     tls = {"tls_cert": pem["cert"], "tls_key": pem["key"], "tls_client_ca": pem["ca"]}
-    peers = {"peer_cert": pem["cert"], "peer_key": pem["key"], "peer_ca": pem["ca"]}
+    upstreams = {"upstream_cert": pem["cert"], "upstream_key": pem["key"], "upstream_ca": pem["ca"]}
     to_tokenizer, _ = await start_server(tokenizer_service(tokenizer), **tls)
     to_model, _ = await start_server(model.service(), **tls)
-    named: Any = {**peers, "peer_name": "inside.example"}
+    named: Any = {**upstreams, "upstream_name": "inside.example"}
     settings = GatewaySettings(port=0, grace_period=0, **named)
     backend = Backend(to_tokenizer, [to_model], settings.pool_options, connector(settings))
     server: Running = await servers.enter_async_context(
@@ -66,13 +66,21 @@ async def test_services_inside_talk_mutual_tls(
 @pytest.mark.parametrize(
     ("service_settings", "gateway_settings", "meaning"),
     [
-        ([], ["peer_ca"], "it speaks plaintext; --peer_ca makes this gateway speak TLS"),
-        (["tls_cert", "tls_key"], [], "it may speak TLS or ask for a certificate: set --peer_ca"),
-        (["tls_cert", "tls_key"], ["peer_ca"], "its certificate has another name: set --peer_name"),
+        ([], ["upstream_ca"], "it speaks plaintext; --upstream_ca makes this gateway speak TLS"),
+        (
+            ["tls_cert", "tls_key"],
+            [],
+            "it may speak TLS or ask for a certificate: set --upstream_ca",
+        ),
+        (
+            ["tls_cert", "tls_key"],
+            ["upstream_ca"],
+            "its certificate has another name: set --upstream_name",
+        ),
         (
             ["tls_cert", "tls_key", "tls_client_ca"],
-            ["peer_ca", "peer_name"],
-            "it may speak TLS or ask for a certificate: set --peer_ca, --peer_cert",
+            ["upstream_ca", "upstream_name"],
+            "it may speak TLS or ask for a certificate: set --upstream_ca, --upstream_cert",
         ),
     ],
 )
@@ -84,8 +92,8 @@ async def test_gateway_says_which_side_speaks_tls(
     gateway_settings: list[str],
     meaning: str,
 ) -> None:
-    values: dict[str, Any] = {"tls_client_ca": pem["ca"], "peer_name": "inside.example"}
-    values |= {f"{side}_{name}": file for side in ("tls", "peer") for name, file in pem.items()}
+    values: dict[str, Any] = {"tls_client_ca": pem["ca"], "upstream_name": "inside.example"}
+    values |= {f"{side}_{name}": file for side in ("tls", "upstream") for name, file in pem.items()}
     chosen = {name: values[name] for name in service_settings}
     target, _ = await start_server(tokenizer_service(tokenizer), **chosen)
     settings = GatewaySettings(**{name: values[name] for name in gateway_settings})
@@ -114,8 +122,12 @@ async def test_services_show_the_names_that_their_targets_have(
         (await start_server(service, **tls))[0].replace("127.0.0.1", "localhost")
         for service in (tokenizer_service(tokenizer), model.service())
     ]
-    peers: Any = {"peer_cert": pair[1], "peer_key": pair[1], "peer_ca": tmp_path / "services"}
-    settings = GatewaySettings(port=0, grace_period=0, **peers)
+    upstreams: Any = {
+        "upstream_cert": pair[1],
+        "upstream_key": pair[1],
+        "upstream_ca": tmp_path / "services",
+    }
+    settings = GatewaySettings(port=0, grace_period=0, **upstreams)
     targets = [f"dns:///{to_model}"]
     backend = Backend(to_tokenizer, targets, settings.pool_options, connector(settings))
     service = gateway_service(backend, settings)

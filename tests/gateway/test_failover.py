@@ -237,7 +237,7 @@ async def test_a_replica_that_does_not_answer_loses_its_sequences(
     again = await fleet.models[1 - first].starts.get()
     fleet.models[1 - first].tell(again.request_id, finish_reason=FINISH_REASON_LENGTH)
     assert (await only(call)).resumed == 1
-    unusable = await log.wait_for("peer unusable")
+    unusable = await log.wait_for("upstream unusable")
     assert unusable["reason"] == "it hangs: no answer within 1 seconds"
 
 
@@ -249,4 +249,4 @@ async def test_a_replica_that_makes_no_step_loses_its_sequences(start_fleet: Any
     again = await fleet.models[1 - first].starts.get()
     fleet.models[1 - first].tell(again.request_id, finish_reason=FINISH_REASON_LENGTH)
     assert (await only(call)).resumed == 1
-    assert "no step within 3 seconds" in (await log.wait_for("peer unusable"))["reason"]
+    assert "no step within 3 seconds" in (await log.wait_for("upstream unusable"))["reason"]

@@ -8,9 +8,9 @@ from typing import Any
 from gateway.replicas.replica import FRESH_LOAD_SECONDS
 from llama.v1.chat_pb2 import TextCompleteRequest, TextCompleteStreamRequest
 from llama.v1.operator_pb2 import (
-    PEER_STATE_CONNECTING,
-    PEER_STATE_REFUSED,
-    PEER_STATE_SERVING,
+    UPSTREAM_STATE_CONNECTING,
+    UPSTREAM_STATE_REFUSED,
+    UPSTREAM_STATE_SERVING,
     GetStatusRequest,
     GetStatusResponse,
 )
@@ -35,8 +35,8 @@ async def test_status_tells_services_load_and_what_runs(gateway: Any, model: Any
     starts = [await model.starts.get() for _ in range(2)]
     found = await status_when(gateway, lambda each: each.replicas[0].load.total_blocks == 64)
     [replica] = found.replicas
-    assert found.tokenizer.state == replica.peer.state == PEER_STATE_SERVING
-    assert (replica.info.name, replica.peer.reason) == ("scripted", "")
+    assert found.tokenizer.state == replica.upstream.state == UPSTREAM_STATE_SERVING
+    assert (replica.info.name, replica.upstream.reason) == ("scripted", "")
     assert (replica.sequences, found.running_sequences, found.queued_sequences) == (2, 2, 0)
     assert replica.outstanding_tokens > sum(len(start.prompt_ids) for start in starts)
     assert found.uptime.ToTimedelta() > replica.load_age.ToTimedelta()
@@ -72,13 +72,14 @@ async def test_status_tells_why_a_replica_takes_no_work(
     unfit, _ = await start_server(type(model)(other).service())
     gateway = await start_gateway(tokenizer_target, unfit, NOBODY)
     found = await status_when(
-        gateway, lambda each: PEER_STATE_REFUSED in {one.peer.state for one in each.replicas}
+        gateway,
+        lambda each: UPSTREAM_STATE_REFUSED in {one.upstream.state for one in each.replicas},
     )
-    peers = {replica.peer.target: replica.peer for replica in found.replicas}
-    assert list(peers) == sorted([unfit, NOBODY])
-    assert "its embedding has" in peers[unfit].reason
-    assert peers[NOBODY].state == PEER_STATE_CONNECTING
-    assert peers[NOBODY].reason
+    upstreams = {replica.upstream.target: replica.upstream for replica in found.replicas}
+    assert list(upstreams) == sorted([unfit, NOBODY])
+    assert "its embedding has" in upstreams[unfit].reason
+    assert upstreams[NOBODY].state == UPSTREAM_STATE_CONNECTING
+    assert upstreams[NOBODY].reason
     assert not found.replicas[0].HasField("load")
 
 

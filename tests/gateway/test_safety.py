@@ -20,7 +20,11 @@ from llama.v1.chat_pb2 import (
     Message,
     TextCompleteRequest,
 )
-from llama.v1.operator_pb2 import PEER_STATE_CONNECTING, PEER_STATE_SERVING, GetStatusRequest
+from llama.v1.operator_pb2 import (
+    UPSTREAM_STATE_CONNECTING,
+    UPSTREAM_STATE_SERVING,
+    GetStatusRequest,
+)
 from llama.v1.sampling_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_SAFETY,
@@ -243,12 +247,12 @@ async def test_closed_gateway_refuses_until_the_classifier_is_back(
 ) -> None:
     gateway = await start_guarded(safety_timeout=0.2)
     found = await gateway.operator.GetStatus(GetStatusRequest())
-    assert (found.serving, found.safety.state) == (True, PEER_STATE_SERVING)
+    assert (found.serving, found.safety.state) == (True, UPSTREAM_STATE_SERVING)
     assert found.safety.target == gateway.safety_target
     await gateway.safety_server.aclose()
     await gateway.until(serving=False)
     found = await gateway.operator.GetStatus(GetStatusRequest())
-    assert (found.serving, found.safety.state) == (False, PEER_STATE_CONNECTING)
+    assert (found.serving, found.safety.state) == (False, UPSTREAM_STATE_CONNECTING)
     with pytest.raises(grpc.aio.AioRpcError, match="safety classifier") as refused:
         await gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]))
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -301,7 +305,7 @@ async def test_open_gateway_goes_on_unjudged_and_says_so_once(
 ) -> None:
     gateway = await start_guarded(safety_on_failure="open")
     await gateway.safety_server.aclose()
-    while (await log.wait_for("peer unusable"))["peer"] != gateway.safety_target:
+    while (await log.wait_for("upstream unusable"))["upstream"] != gateway.safety_target:
         pass
     call = gateway.stub.ChatCompleteStream(ChatCompleteStreamRequest(dialogs=[dialog("spit")]))
     start = await model.starts.get()

@@ -363,8 +363,8 @@ async def test_replica_that_does_not_fit_is_refused_and_said_why(
     gateway = await start_gateway(tokenizer_target, address, late)
     await gateway.until(serving=True)
     await start_server(unfit.service(), port=int(late.rpartition(":")[2]))
-    refusal = await log.wait_for("peer unusable")
-    assert refusal["peer"] == late
+    refusal = await log.wait_for("upstream unusable")
+    assert refusal["upstream"] == late
     assert reason in refusal["reason"]
     assert (await gateway.stub.GetModel(GetModelRequest())).replicas == 1
 
@@ -380,7 +380,7 @@ async def test_tokenizer_service_with_another_model_file_is_not_used(
     other = copy.copy(tokenizer)
     other.fingerprint = "f" * 64
     await start_server(tokenizer_service(other), port=int(target.rpartition(":")[2]))
-    refusals = [await log.wait_for("peer unusable") for _ in range(2)]
+    refusals = [await log.wait_for("upstream unusable") for _ in range(2)]
     assert "serves another model file (ffffffffffff)" in refusals[-1]["reason"]
 
 

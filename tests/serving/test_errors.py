@@ -16,7 +16,7 @@ from serving.errors import (
     unavailable,
 )
 
-# What HTTP/2 peers take in headers or trailers without being configured.
+# What HTTP/2 clients and servers take in headers or trailers without being configured.
 METADATA_LIMIT = 8192
 
 

@@ -15,7 +15,7 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from serving.errors import StartError
 from serving.healthcheck import health
-from serving.security.tls import PeerCertificates, ServerCertificates, TlsFiles
+from serving.security.tls import ServerCertificates, TlsFiles, UpstreamCertificates
 from serving.server import channel, running
 from serving.settings import ServerSettings
 
@@ -36,9 +36,9 @@ def settings(files: TlsFiles, **more: Any) -> ServerSettings:
     return ServerSettings(tls_cert=files.cert, tls_key=files.key, **more)
 
 
-async def say(target: str, files: TlsFiles | PeerCertificates) -> str:
+async def say(target: str, files: TlsFiles | UpstreamCertificates) -> str:
     """What a caller with these files is answered, or the reason that it is not."""
-    certificates = PeerCertificates(files) if isinstance(files, TlsFiles) else files
+    certificates = UpstreamCertificates(files) if isinstance(files, TlsFiles) else files
     async with channel(target, certificates) as to_server:
         method: Any = to_server.unary_unary(
             "/test.Echo/unary_unary", StringValue.SerializeToString, StringValue.FromString
@@ -93,7 +93,7 @@ async def test_caller_reads_its_files_again_when_it_connects(
     files = issue(trustme.CA(), tmp_path)
     locked = settings(files, tls_client_ca=files.ca)
     server = await servers.enter_async_context(running(locked, echo.service()))
-    caller = PeerCertificates(files)
+    caller = UpstreamCertificates(files)
     assert await say(server.address, caller) == "hello"
     issue(trustme.CA(), tmp_path)
     assert await say(server.address, caller) == "hello"
@@ -148,4 +148,4 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"absent\.pem.*cannot be read: No such file"):
         ServerCertificates(TlsFiles(tmp_path / "absent.pem", files.key, None))
     with pytest.raises(StartError, match=r"key\.pem: not usable as certificate or key"):
-        PeerCertificates(TlsFiles(None, None, files.key))
+        UpstreamCertificates(TlsFiles(None, None, files.key))

@@ -29,7 +29,12 @@ from client.connection.channel import channel_options
 
 # How variables begin that each service needs for itself: with one for all they would not find each
 # other (TLS), or share a port.
-OF_ONE_SERVICE = ("CHASQUI_TLS_", "CHASQUI_PEER_", "CHASQUI_HEALTH_PORT", "CHASQUI_METRICS_PORT")
+OF_ONE_SERVICE = (
+    "CHASQUI_TLS_",
+    "CHASQUI_UPSTREAM_",
+    "CHASQUI_HEALTH_PORT",
+    "CHASQUI_METRICS_PORT",
+)
 # The distribution's extras, each with a module that it alone brings.
 EXTRAS = {"serving": "grpc_health", "tokenizer": "sentencepiece", "model": "torch"}
 GUARD = "read _; kill -KILL 0"

@@ -127,16 +127,16 @@ async def test_a_stream_that_ends_without_its_end_is_a_failure(
 
 
 async def test_each_connection_of_a_sender_is_its_own(start_gateway: Any) -> None:
-    peers: set[str] = set()
+    addresses: set[str] = set()
 
     def behaviour(_request: object, context: grpc.ServicerContext) -> Iterator[Response]:
-        peers.add(context.peer())
+        addresses.add(context.peer())
         return answer()
 
     async with Sender(start_gateway(TextCompleteStream=behaviour), connections=3) as sender:
         await run(sender, work(), Closed(1), Until(requests=6))
 
-    assert len(peers) == 3
+    assert len(addresses) == 3
 
 
 @given(st.floats(0.01, 1e4), st.integers(0, 2**64 - 1))
