@@ -24,6 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CHASQUI = str(Path(sys.executable).with_name("chasqui"))
 GetModel = Callable[[str], Model]
 Behaviour = Callable[[Any, grpc.ServicerContext], Any]
+_METHODS = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].methods_by_name
 
 
 class StartGateway(Protocol):
@@ -49,14 +50,19 @@ class Scripted:
         self, request: chat_pb2.ChatCompleteStreamRequest, _context: grpc.ServicerContext
     ) -> Iterator[chat_pb2.ChatCompleteStreamResponse]:
         self.dialogs.append([message.content for message in request.dialogs[0].messages])
-        yield chat_pb2.ChatCompleteStreamResponse(sequence=1, started=chat_pb2.ChatStarted(seed=1))
-        sequence = 1
-        for text in next(self._answers):
-            sequence += 1
-            delta = chat_pb2.ChatDelta(text=text)
-            yield chat_pb2.ChatCompleteStreamResponse(sequence=sequence, delta=delta)
-        finished = chat_pb2.ChatFinished(finish_reason=FINISH_REASON_STOP)
-        yield chat_pb2.ChatCompleteStreamResponse(sequence=sequence + 1, finished=finished)
+        yield numbered(1, started=chat_pb2.Started(seed=1))
+        number = 1
+        for number, text in enumerate(next(self._answers), start=2):
+            yield numbered(number, delta=chat_pb2.Delta(text=text))
+        finished = chat_pb2.Finished(finish_reason=FINISH_REASON_STOP)
+        yield numbered(number + 1, finished=finished)
+
+
+def numbered(number: int, **event: Any) -> chat_pb2.ChatCompleteStreamResponse:
+    """An event of a chat stream."""
+    return chat_pb2.ChatCompleteStreamResponse(
+        event=chat_pb2.StreamEvent(event_number=number, **event)
+    )
 
 
 class Serve(Protocol):
@@ -99,7 +105,7 @@ def _handler(name: str, behaviour: Behaviour) -> "grpc.RpcMethodHandler[Any, Any
     response = getattr(chat_pb2, f"{name}Response")
     kind = (
         grpc.unary_stream_rpc_method_handler
-        if name.endswith("Stream")
+        if _METHODS[name].server_streaming
         else grpc.unary_unary_rpc_method_handler
     )
     return kind(behaviour, request.FromString, response.SerializeToString)
@@ -133,20 +139,18 @@ def unfinished(start_gateway: StartGateway) -> Unfinished:
         request: chat_pb2.ChatCompleteStreamRequest, context: grpc.ServicerContext
     ) -> Iterator[chat_pb2.ChatCompleteStreamResponse]:
         context.add_callback(cancelled.set)
-        names.append(request.request_id)
-        started = chat_pb2.ChatStarted(seed=1)
-        yield chat_pb2.ChatCompleteStreamResponse(sequence=1, started=started)
-        delta = chat_pb2.ChatDelta(text="word")
-        yield chat_pb2.ChatCompleteStreamResponse(sequence=2, delta=delta)
+        names.append(request.stream_name)
+        yield numbered(1, started=chat_pb2.Started(seed=1))
+        yield numbered(2, delta=chat_pb2.Delta(text="word"))
         cancelled.wait()
 
     def cancel(
-        request: chat_pb2.CancelRequest, _context: grpc.ServicerContext
-    ) -> chat_pb2.CancelResponse:
-        cancelled_names.append(request.request_id)
-        return chat_pb2.CancelResponse()
+        request: chat_pb2.CancelStreamRequest, _context: grpc.ServicerContext
+    ) -> chat_pb2.CancelStreamResponse:
+        cancelled_names.append(request.stream_name)
+        return chat_pb2.CancelStreamResponse()
 
-    target = start_gateway(ChatCompleteStream=answer, Cancel=cancel)
+    target = start_gateway(ChatCompleteStream=answer, CancelStream=cancel)
     return Unfinished(target, cancelled, names, cancelled_names)
 
 
