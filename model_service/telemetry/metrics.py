@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 
 from model_service.engine.thread import EngineThread
-from model_service.loading.replica import ModelInfo
+from model_service.loading.load_replica import ModelInfo
 from serving.telemetry.metrics import histogram_family
 
 # Name behind "chasqui_model_", meaning; the field of EngineLoad has the name unless it is given.

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model_service.engine.engine import EngineLimits
-from model_service.engine.sampling.device_draw import Rules, draw, truncate
 from model_service.engine.sampling.device_sampler import DeviceSampler
+from model_service.engine.sampling.device_truncation import Rules, draw, truncate
 from model_service.engine.sampling.result import StepResult, read_result
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
 from model_service.engine.step.batch import Row
-from model_service.engine.step.pinned_transfer import upload_packed
 from model_service.loading.warm_up import warm_up_sampling
+from model_service.model.pinned_transfer import upload_packed
 
 CPU = torch.device("cpu")
 VOCABS = 5, 300, 1040, 9001

@@ -11,7 +11,7 @@ import pytest
 
 from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.loading.distributed import Shards
-from model_service.loading.replica import load_replica
+from model_service.loading.load_replica import load_replica
 from model_service.model import cpu
 from model_service.rank import replica_options
 from model_service.server import ModelServer

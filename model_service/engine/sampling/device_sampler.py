@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model_service.engine.sampling.device_draw import Rules, draw, draw_truncated
+from model_service.engine.sampling.device_penalties import Adjustments, Penalties
+from model_service.engine.sampling.device_truncation import Rules, draw, draw_truncated
 from model_service.engine.sampling.host_sampler import LEAST_TEMPERATURE
-from model_service.engine.sampling.penalties import Adjustments, Penalties
+from model_service.engine.sampling.host_truncation import in_highest_blocks
 from model_service.engine.sampling.philox import uniforms
 from model_service.engine.sampling.result import StepResult
-from model_service.engine.sampling.truncation import in_highest_blocks
 from model_service.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 from model_service.engine.step.batch import Row
-from model_service.engine.step.pinned_transfer import Download, upload
 from model_service.engine.step.runner import resolve
+from model_service.model.pinned_transfer import Download, upload
 
 _LARGEST = torch.finfo(torch.float32).max
 _ROWS_SCORED_AT_ONCE = 256  # a whole prompt's logprobs would double the memory of its logits

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model_service.engine.sampling.host_truncation import Truncation, choose, in_highest_blocks
 from model_service.engine.sampling.philox import uniforms
-from model_service.engine.sampling.truncation import Truncation, choose, in_highest_blocks
 from model_service.engine.sequence import SamplingParams, TokenLogprobs
 
 # Below it a logit divided by the temperature may overflow; at it only equal logits share the mass.

@@ -8,12 +8,12 @@ step is only launched here: what it computes is there when somebody reads it.
 import numpy as np
 import torch
 
-from model_service.engine.step.pinned_transfer import upload
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.model.attention.backend import PROBE_BLOCK, CachedAttention, SequenceSpan
 from model_service.model.cuda_graphs import DecodeGraphs
 from model_service.model.network import Transformer
+from model_service.model.pinned_transfer import upload
 
 PROBE = StepPlan(
     spans=(SequenceSpan(1, 1, (PROBE_BLOCK,)),),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from model_service.engine.sequence import Sequence
-from model_service.engine.step.pinned_transfer import upload
+from model_service.model.pinned_transfer import upload
 
 _LARGEST = torch.finfo(torch.float32).max
 _FIRST_SLOTS = 8
