@@ -59,7 +59,7 @@ class _Stream:
             self.responses.put_nowait(None)
 
 
-class ModelServer(model_pb2_grpc.ModelServiceServicer):
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Serves one replica; `service` plugs it into a gRPC server."""
 
     def __init__(self, replica: Replica, tokenizer_fingerprint: str, shards: Shards) -> None:
@@ -135,8 +135,8 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetLoadResponse:
         load = self._engine.load
         return model_pb2.GetLoadResponse(
-            running_sequences=load.running,
-            waiting_sequences=load.waiting,
+            running_sequences=load.running_sequences,
+            waiting_sequences=load.waiting_sequences,
             total_blocks=load.total_blocks,
             free_blocks=load.free_blocks,
             block_size=self._replica.limits.block_size,

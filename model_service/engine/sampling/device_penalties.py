@@ -17,7 +17,7 @@ _FIRST_SLOTS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Penalties:
+class PenaltyColumns:
     """One column per parameter, [rows, 1] float32; on the device."""
 
     repetition: torch.Tensor
@@ -25,7 +25,7 @@ class Penalties:
     presence: torch.Tensor
 
 
-class Adjustments:
+class PenaltyTables:
     """One row of the vocabulary's size per slot."""
 
     def __init__(self, vocab: int, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Adjustments:
             self._free.append(slot)
 
     def apply(
-        self, logits: torch.Tensor, slots: torch.Tensor, penalties: Penalties
+        self, logits: torch.Tensor, slots: torch.Tensor, penalties: PenaltyColumns
     ) -> torch.Tensor:
         """The adjusted logits, as `sampler.adjust` makes them.
 
