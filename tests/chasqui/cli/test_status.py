@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.client.conftest import Run
+from tests.command import Run
 from tests.e2e.processes import ServiceProcess
 
 UNREACHABLE = "127.0.0.1:1"
