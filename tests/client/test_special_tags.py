@@ -6,9 +6,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client import Client, FinishReason, Message, special_tags, tags, without_special_tags
+from client import Client, FinishReason, Message, special_tags, without_special_tags
 from client.results import chat_prediction
-from llama.prompt_format import dialog
 from llama.v1 import chat_pb2
 from tests.client.conftest import Run, Scripted, StartGateway
 
@@ -21,10 +20,6 @@ def test_text_without_special_tags_holds_none_and_is_else_as_it_was(text: str) -
     kept = without_special_tags(text)
     assert special_tags(kept) == ()
     assert (kept == text) is (special_tags(text) == ())
-
-
-def test_the_client_knows_the_gateways_tags() -> None:
-    assert tags.SPECIAL_TAGS == dialog.SPECIAL_TAGS
 
 
 def test_a_conversation_goes_on_after_an_answer_with_tags(
