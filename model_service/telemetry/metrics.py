@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 from model_service.engine.thread import EngineThread
 from model_service.loading.load_replica import ModelInfo
 
-# By the field of EngineLoad; the metric is called so behind "chasqui_model_", `total_blocks` without total.
+# By the fields of EngineLoad. A metric is called chasqui_model_ and the field, without "total_".
 _GAUGES = {
     "running_sequences": "Sequences that hold blocks.",
     "waiting_sequences": "Sequences that wait for blocks.",

@@ -167,7 +167,7 @@ class Scheduler:
         return drafted
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
-        """Records that the chunks' keys and values are in the cache, for other sequences to find."""
+        """Records that the chunks' keys and values are in the cache, where others find them."""
         for chunk in chunks:
             sequence = chunk.sequence
             # The step in flight may have taken it further.
