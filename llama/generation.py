@@ -2,7 +2,7 @@
 
 This is the one place that composes the project's rooms in one process. Under torchrun every rank
 calls the same methods with the same arguments, as with Meta's code; rank 0 leads the engine, and
-its results are what every rank returns. docs/differences.md lists what differs from Meta's.
+its results are what every rank returns. docs/clients/llama.md lists what differs from Meta's.
 """
 
 import itertools

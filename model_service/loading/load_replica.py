@@ -27,13 +27,12 @@ from model_service.loading.step_memory import memory_for_steps, step_memory
 from model_service.loading.warm_up import warm_up
 from model_service.model.attention.backend import CachedAttention, CacheShape
 from model_service.model.attention.select import make_attention
-from model_service.model.config import ModelConfig
+from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu import instructions
 from model_service.model.cuda_graphs import record_decode
 from model_service.model.network import load_network
 from model_service.model.weights.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.weights.packing import packing
-from model_service.model.weights.quantization import Quantization
 from model_service.model.weights.source import WeightSource
 from serving.errors import StartError
 

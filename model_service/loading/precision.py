@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from model_service.model.config import ModelConfig
+from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu import computes_in_bfloat16
 from model_service.model.weights.packing import weight_bytes
-from model_service.model.weights.quantization import FP8, GROUP_SIZE, Quantization
+from model_service.model.weights.quantization import FP8, GROUP_SIZE
 from model_service.model.weights.source import WeightSource
 from serving.errors import StartError
 
