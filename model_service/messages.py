@@ -10,7 +10,7 @@ from datetime import timedelta
 from google.protobuf.duration_pb2 import Duration
 
 from llama.v1 import model_pb2, sampling_pb2
-from model_service.engine.engine import EngineLimits
+from model_service.engine.limits import EngineLimits
 from model_service.engine.sequence import (
     FinishReason,
     GenerationRequest,

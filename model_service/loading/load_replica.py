@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model_service.engine.engine import Engine, EngineLimits
+from model_service.engine.engine import Engine
+from model_service.engine.limits import EngineLimits
 from model_service.engine.step.plan_channel import LEADER, PlanChannel
 from model_service.engine.step.runner import ModelRunner
 from model_service.loading import distributed
