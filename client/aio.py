@@ -95,7 +95,7 @@ class AsyncClient:
         request = requests.chat(chat_pb2.ChatCompleteRequest, dialogs, options, n)
         async with self._readable_errors():
             response = await self._stub.ChatComplete(request, timeout=requests.deadline(options))
-        return [results.prediction(each) for each in response.predictions]
+        return results.predictions(response)
 
     def chat_stream(
         self, dialog: Dialog, *, n: int | None = None, **options: Unpack[ChatOptions]
@@ -130,7 +130,7 @@ class AsyncClient:
         request = requests.text(chat_pb2.TextCompleteRequest, prompts, options, n)
         async with self._readable_errors():
             response = await self._stub.TextComplete(request, timeout=requests.deadline(options))
-        return [results.prediction(each) for each in response.predictions]
+        return results.predictions(response)
 
     def complete_stream(
         self, prompt: Prompt, *, n: int | None = None, **options: Unpack[TextOptions]

@@ -48,6 +48,7 @@ class Sampling(TypedDict, total=False):
     min_p: float | None
     top_k: int | None
     max_gen_len: int | None
+    min_gen_len: int | None
     seed: int | None
     stop: str | Sequence[str] | None  # a text is one stop string
     stop_token_ids: Sequence[int] | None
@@ -67,23 +68,27 @@ class CallOptions(TypedDict, total=False):
     timeout: float | None
 
 
-class ChatOptions(CallOptions, Sampling, total=False):
+class _Answers(CallOptions, Sampling, total=False):
+    """What the chat and the completion methods have in common."""
+
+    model: str | None  # another than the one that is served is NOT_FOUND
+    logprobs: bool | None
+    top_logprobs: int | None
+    logprob_token_ids: Sequence[int] | None
+    priority: int | None
+
+
+class ChatOptions(_Answers, total=False):
     """Keyword arguments of the chat methods."""
 
-    logprobs: bool | None
-    top_logprobs: int | None
     context_policy: ContextPolicy | None
-    priority: int | None
 
 
-class TextOptions(CallOptions, Sampling, total=False):
+class TextOptions(_Answers, total=False):
     """Keyword arguments of the completion methods."""
 
-    logprobs: bool | None
-    top_logprobs: int | None
     echo: bool | None
     exact_continuation: bool | None
-    priority: int | None
 
 
 class RenderOptions(CallOptions, total=False):
@@ -105,7 +110,7 @@ _CONTEXT_POLICIES: Mapping[str, chat_pb2.ContextPolicy.ValueType] = {
 # Fields with one value; the others are containers.
 _SAMPLING_FIELDS = sorted(Sampling.__optional_keys__ - {"stop", "stop_token_ids", "logit_bias"})
 
-_CHAT_FIELDS = ("logprobs", "top_logprobs", "priority")
+_CHAT_FIELDS = ("model", "logprobs", "top_logprobs", "priority")
 _TEXT_FIELDS = (*_CHAT_FIELDS, "echo", "exact_continuation")
 
 _MESSAGES = 'a list of messages such as {"role": "user", "content": "…"}'
@@ -119,6 +124,7 @@ _SCALARS: Mapping[int, Callable[[object], object]] = {
     FieldDescriptor.CPPTYPE_INT32: lambda value: arguments.integer(value, -(2**31), 2**31 - 1),
     FieldDescriptor.CPPTYPE_FLOAT: arguments.number,
     FieldDescriptor.CPPTYPE_BOOL: arguments.flag,
+    FieldDescriptor.CPPTYPE_STRING: arguments.text,
 }
 
 # The unary and the streaming request of a kind have the same fields.
@@ -143,6 +149,7 @@ def chat(
             _set_dialog(request.dialogs.add(), dialog, f"dialogs[{index}]", refusals)
         _set_sampling(request.sampling, options, refusals)
         _set_fields(request, _CHAT_FIELDS, options, "", refusals)
+        _set_ids(request.logprob_token_ids, options, "logprob_token_ids", "", refusals)
         _set_context_policy(request, options, refusals)
         _set_fields(request, ("n",), {"n": n}, "", refusals)
     return request
@@ -161,6 +168,7 @@ def text(
             _add_prompt(request, prompt, index, refusals)
         _set_sampling(request.sampling, options, refusals)
         _set_fields(request, _TEXT_FIELDS, options, "", refusals)
+        _set_ids(request.logprob_token_ids, options, "logprob_token_ids", "", refusals)
         _set_fields(request, ("n",), {"n": n}, "", refusals)
     return request
 
@@ -323,12 +331,23 @@ def _set_sampling(
         for index, string in enumerate(texts):
             with refusals.at(f"sampling.stop[{index}]"):
                 target.stop.append(arguments.text(string))
-    if (stop_ids := options.get("stop_token_ids")) is not None:
-        path = "sampling.stop_token_ids"
-        ids = refusals.items(path, stop_ids, "a list of token ids", ordered=False)
-        _add_ids(target.stop_token_ids, ids, path, refusals)
+    _set_ids(target.stop_token_ids, options, "stop_token_ids", "sampling.", refusals)
     if (biases := options.get("logit_bias")) is not None:
         _set_logit_bias(target.logit_bias, biases, refusals)
+
+
+def _set_ids(
+    target: MutableSequence[int],
+    options: Mapping[str, object],
+    name: str,
+    prefix: str,
+    refusals: _Refusals,
+) -> None:
+    if (given := options.get(name)) is not None:
+        ids = refusals.items(
+            prefix + name, given, "a list of token ids", ordered=name == "logprob_token_ids"
+        )
+        _add_ids(target, ids, prefix + name, refusals)
 
 
 def _set_logit_bias(

@@ -4,11 +4,13 @@ Names are the contract's; `protos/llama/v1/chat.proto` says what each field mean
 client is too old to know read as FinishReason.UNSPECIFIED.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import cast
+from typing import TypedDict, cast
+
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from client.requests import Message, Sampling
 from llama.prompt_format.tags import without_special_tags
@@ -22,6 +24,7 @@ class FinishReason(Enum):
     STOP = sampling_pb2.FINISH_REASON_STOP
     STOP_STRING = sampling_pb2.FINISH_REASON_STOP_STRING
     LENGTH = sampling_pb2.FINISH_REASON_LENGTH
+    CONTEXT_LENGTH = sampling_pb2.FINISH_REASON_CONTEXT_LENGTH
     SPECIAL_TAGS = sampling_pb2.FINISH_REASON_SPECIAL_TAGS
     SAFETY = sampling_pb2.FINISH_REASON_SAFETY
     CANCELLED = sampling_pb2.FINISH_REASON_CANCELLED
@@ -59,7 +62,9 @@ class Token:
     text: str
     bytes: bytes
     logprob: float
+    rank: int
     top_logprobs: tuple[TokenLogprob, ...]
+    requested_logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +90,24 @@ class Prediction:
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason
+    stop_token_id: int | None
+    stop_string: str | None
     safety_categories: tuple[str, ...]
     usage: Usage
-    seed: int
+    sampling: Sampling
     dropped_turns: int
     fingerprint: str
     determinism: Determinism
     failovers: int
+    # Of the response, equal for all of its predictions:
+    id: str
+    created: datetime
+    model: str
+
+    @property
+    def seed(self) -> int:
+        """The seed that the tokens were drawn with."""
+        return self.sampling.get("seed") or 0
 
     @property
     def message(self) -> Message:
@@ -108,11 +124,19 @@ class Started:
 
     index: int
     choice_index: int
+    id: str
+    created: datetime
+    model: str
     prompt_tokens: int
-    seed: int
+    sampling: Sampling
     dropped_turns: int
     fingerprint: str
     determinism: Determinism
+
+    @property
+    def seed(self) -> int:
+        """The seed that the tokens are drawn with."""
+        return self.sampling.get("seed") or 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +156,8 @@ class Finished:
     index: int
     choice_index: int
     finish_reason: FinishReason
+    stop_token_id: int | None
+    stop_string: str | None
     safety_categories: tuple[str, ...]
     usage: Usage
     failovers: int
@@ -160,6 +186,7 @@ class Limits:
     max_messages: int
     max_choices: int
     max_top_logprobs: int
+    max_logprob_token_ids: int
     max_sequences: int
     max_request_bytes: int
     max_response_bytes: int
@@ -188,20 +215,33 @@ def determinism(value: int) -> Determinism:
     return _DETERMINISMS.get(value, Determinism.UNSPECIFIED)
 
 
-def prediction(message: chat_pb2.Prediction) -> Prediction:
+def predictions(
+    response: chat_pb2.ChatCompleteResponse | chat_pb2.TextCompleteResponse,
+) -> list[Prediction]:
+    return [_prediction(each, response) for each in response.predictions]
+
+
+def _prediction(
+    message: chat_pb2.Prediction,
+    response: chat_pb2.ChatCompleteResponse | chat_pb2.TextCompleteResponse,
+) -> Prediction:
     return Prediction(
         index=message.index,
         choice_index=message.choice_index,
         text=message.text,
         tokens=_tokens(message.tokens),
         finish_reason=_finish_reason(message.finish_reason),
+        **_stopped_by(message),
         safety_categories=tuple(message.safety_categories),
         usage=_usage(message.usage),
-        seed=message.seed,
+        sampling=_sampling(message.sampling),
         dropped_turns=message.dropped_turns,
         fingerprint=message.fingerprint,
         determinism=determinism(message.determinism),
         failovers=message.failovers,
+        id=response.id,
+        created=_datetime(response.created),
+        model=response.model,
     )
 
 
@@ -211,8 +251,11 @@ def event(message: chat_pb2.StreamEvent) -> Event:
         return Started(
             index=started.index,
             choice_index=started.choice_index,
+            id=started.id,
+            created=_datetime(started.created),
+            model=started.model,
             prompt_tokens=started.prompt_tokens,
-            seed=started.seed,
+            sampling=_sampling(started.sampling),
             dropped_turns=started.dropped_turns,
             fingerprint=started.fingerprint,
             determinism=determinism(started.determinism),
@@ -225,6 +268,7 @@ def event(message: chat_pb2.StreamEvent) -> Event:
         index=finished.index,
         choice_index=finished.choice_index,
         finish_reason=_finish_reason(finished.finish_reason),
+        **_stopped_by(finished),
         safety_categories=tuple(finished.safety_categories),
         usage=_usage(finished.usage),
         failovers=finished.failovers,
@@ -260,6 +304,7 @@ def model(response: chat_pb2.GetModelResponse) -> Model:
             max_messages=limits.max_messages,
             max_choices=limits.max_choices,
             max_top_logprobs=limits.max_top_logprobs,
+            max_logprob_token_ids=limits.max_logprob_token_ids,
             max_sequences=limits.max_sequences,
             max_request_bytes=limits.max_request_bytes,
             max_response_bytes=limits.max_response_bytes,
@@ -279,12 +324,32 @@ def _tokens(tokens: Sequence[chat_pb2.Token]) -> tuple[Token, ...]:
             text=token.text,
             bytes=token.bytes,
             logprob=token.logprob,
-            top_logprobs=tuple(
-                TokenLogprob(top.id, top.text, top.bytes, top.logprob) for top in token.top_logprobs
-            ),
+            rank=token.rank,
+            top_logprobs=_token_logprobs(token.top_logprobs),
+            requested_logprobs=_token_logprobs(token.requested_logprobs),
         )
         for token in tokens
     )
+
+
+def _token_logprobs(entries: Sequence[chat_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(each.id, each.text, each.bytes, each.logprob) for each in entries)
+
+
+class _StoppedBy(TypedDict):
+    stop_token_id: int | None
+    stop_string: str | None
+
+
+def _stopped_by(message: chat_pb2.Prediction | chat_pb2.Finished) -> _StoppedBy:
+    return {
+        "stop_token_id": message.stop_token_id if message.HasField("stop_token_id") else None,
+        "stop_string": message.stop_string if message.HasField("stop_string") else None,
+    }
+
+
+def _datetime(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(tzinfo=UTC)
 
 
 def _usage(usage: chat_pb2.Usage) -> Usage:
@@ -301,9 +366,17 @@ def _usage(usage: chat_pb2.Usage) -> Usage:
 
 
 def _sampling(params: sampling_pb2.SamplingParams) -> Sampling:
-    present: dict[str, object] = {
-        # As a float of 32 bits was meant: 0.6, and not 0.6000000238418579.
-        field.name: float(f"{value:.7g}") if isinstance(value, float) else value
-        for field, value in params.ListFields()
-    }
-    return cast("Sampling", present)
+    return cast("Sampling", {each.name: _plain(value) for each, value in params.ListFields()})
+
+
+def _plain(value: object) -> object:
+    """A field's value as a caller would write it."""
+    match value:
+        case float():  # as a float of 32 bits was meant: 0.6, and not 0.6000000238418579
+            return float(f"{value:.7g}")
+        case bool() | int():
+            return value
+        case Mapping():
+            return {key: _plain(each) for key, each in value.items()}
+        case _:
+            return list(cast("Iterable[object]", value))

@@ -37,7 +37,7 @@ from gateway.request.validation import (
 )
 from gateway.rpc.access import authorizer, connection_options
 from gateway.rpc.access_log import Accounting
-from gateway.rpc.messages import model_response, prediction_message, stream_event
+from gateway.rpc.messages import model_response, prediction_message, response_head, stream_event
 from gateway.rpc.metrics import RequestMetrics, StateMetrics
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.operator import OPERATOR_SERVICE_NAME, OperatorServicer
@@ -120,7 +120,9 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         del request  # which may have megabytes, and is not needed while the answers are made
         async with aclosing(made) as events:
             predictions = await fold(events)
-        response = chat_pb2.ChatCompleteResponse(predictions=map(prediction_message, predictions))
+        response = chat_pb2.ChatCompleteResponse(
+            **response_head(predictions), predictions=map(prediction_message, predictions)
+        )
         for message, prediction in zip(response.predictions, predictions, strict=True):
             await add_tokens(message, prediction)
         return response
@@ -142,7 +144,9 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         del request  # which may have megabytes, and is not needed while the answers are made
         async with aclosing(made) as events:
             predictions = await fold(events)
-        response = chat_pb2.TextCompleteResponse(predictions=map(prediction_message, predictions))
+        response = chat_pb2.TextCompleteResponse(
+            **response_head(predictions), predictions=map(prediction_message, predictions)
+        )
         for message, prediction in zip(response.predictions, predictions, strict=True):
             await add_tokens(message, prediction)
         return response
@@ -176,6 +180,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def RenderPrompt(
         self, request: chat_pb2.RenderPromptRequest, context: Context
     ) -> chat_pb2.RenderPromptResponse:
+        self._require_model(request.model)
         window, read = self._window(), Dialogs()
         max_gen_len = default_max_gen_len(window.length)
         if request.HasField("max_gen_len"):
@@ -205,6 +210,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         request: chat_pb2.GetModelRequest,
         context: Context,
     ) -> chat_pb2.GetModelResponse:
+        self._require_model(request.model)
         return model_response(
             self._replicas.model,
             self._replicas.ready_count,
@@ -228,6 +234,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self, request: ChatRequest, time_remaining: TimeRemaining
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
+        self._require_model(request.model)
         vocabulary, window = self._tokenizer.vocabulary, self._window()
         limits = self._callers_limits()
         read = await read_dialogs(request.dialogs, limits)
@@ -258,6 +265,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self, request: TextRequest, time_remaining: TimeRemaining
     ) -> AsyncGenerator[PlacedEvent, None]:
         arrived = time.monotonic()
+        self._require_model(request.model)
         vocabulary, window = self._tokenizer.vocabulary, self._window()
         _refuse(text_violations(request, self._callers_limits(), len(vocabulary), window))
         chosen = options(request, window.length)
@@ -304,6 +312,13 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         if isinstance(request, chat_pb2.ChatCompleteRequest | chat_pb2.TextCompleteRequest):
             vocabulary, limit = self._tokenizer.vocabulary, self._settings.max_response_bytes
             _refuse(size_violations(chosen, sequences, self._window(), vocabulary, limit))
+
+    def _require_model(self, name: str) -> None:
+        """NOT_FOUND if a request names another model than the one that is served."""
+        served = self._replicas.model.name
+        if name not in ("", served):
+            message = f"model: {name!r} is not served here, {served!r} is"
+            raise RequestError(grpc.StatusCode.NOT_FOUND, message)
 
     def _window(self) -> Window:
         """UNAVAILABLE while there is no tokenizer service or no replica."""

@@ -5,6 +5,7 @@ foreign caller from harming the sequences of others.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
@@ -20,11 +21,16 @@ from model_service.engine.sequence import (
     TokenLogprobs,
 )
 from serving.errors import Violation, invalid_argument
-from serving.request_rules import sampling_violations, top_logprobs_violations
+from serving.request_rules import (
+    logprob_token_ids_violations,
+    sampling_violations,
+    top_logprobs_violations,
+)
 
 _FINISH_REASONS = {
     FinishReason.STOP: sampling_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: sampling_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CONTEXT_LENGTH: sampling_pb2.FINISH_REASON_CONTEXT_LENGTH,
     FinishReason.CANCELLED: sampling_pb2.FINISH_REASON_CANCELLED,
 }
 INVALID_ARGUMENT, INTERNAL = 3, 13  # google.rpc.Code
@@ -53,6 +59,7 @@ def generation_request(
         logprobs=start.logprobs,
         prompt_logprobs=start.prompt_logprobs,
         top_logprobs=start.top_logprobs,
+        logprob_token_ids=tuple(start.logprob_token_ids),
         priority=start.priority,
         cache_scope=start.cache_scope,
     )
@@ -71,9 +78,12 @@ def token_event(sequence_id: str, output: SequenceOutput) -> model_pb2.TokenEven
         ids=output.ids,
         cached_prompt_tokens=output.cached_prompt_tokens,
         logprobs=[entry.logprob for entry in output.logprobs],
+        ranks=[entry.rank for entry in output.logprobs],
         top=[_top(entry) for entry in output.logprobs]
         if any(e.top for e in output.logprobs)
         else (),
+        requested_logprobs=_requested(output.logprobs),
+        stop_token_id=output.stop_token_id,
     )
     if output.timings is not None:
         event.timings.CopyFrom(_timings(output.timings))
@@ -117,6 +127,9 @@ def _violations(
             sampling.greedy or start.sampling.HasField("seed"),
         ),
         *top_logprobs_violations(start.top_logprobs, "start.top_logprobs"),
+        *logprob_token_ids_violations(
+            start.logprob_token_ids, limits.vocab_size, "start.logprob_token_ids"
+        ),
     ]
 
 
@@ -124,6 +137,12 @@ def _top(entry: TokenLogprobs) -> model_pb2.TopLogprobs:
     return model_pb2.TopLogprobs(
         ids=[token for token, _ in entry.top], logprobs=[value for _, value in entry.top]
     )
+
+
+def _requested(entries: Sequence[TokenLogprobs]) -> list[float]:
+    """The requested logprobs of all positions in a row; 0 where nothing predicts the token."""
+    count = max((len(entry.requested) for entry in entries), default=0)
+    return [value for entry in entries for value in entry.requested or [0.0] * count]
 
 
 def _timings(timings: Timings) -> model_pb2.Timings:

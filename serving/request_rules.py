@@ -26,6 +26,7 @@ DEFAULT_PRESENCE_PENALTY = 0.0
 DEFAULT_FREQUENCY_PENALTY = 0.0
 
 MAX_TOP_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
@@ -82,6 +83,7 @@ NUMBER_RULES: Mapping[str, FloatRule | IntegerRule] = {
     "repetition_penalty": FloatRule(0, 10, above_low=True),
     "top_k": IntegerRule(1, advice="; leave it out to keep all tokens"),
     "max_gen_len": IntegerRule(0),
+    "min_gen_len": IntegerRule(0),
 }
 _LOGIT_BIAS = FloatRule(-100, 100)
 
@@ -127,8 +129,11 @@ def sampling_violations(
     }
     return [
         *number_violations(present, path),
+        *_min_gen_len_violations(sampling, path),
         *_stop_violations(sampling.stop, f"{path}stop"),
-        *_stop_token_violations(sampling.stop_token_ids, vocab_size, f"{path}stop_token_ids"),
+        *_token_ids_violations(
+            sampling.stop_token_ids, MAX_STOP_TOKEN_IDS, vocab_size, f"{path}stop_token_ids"
+        ),
         *_logit_bias_violations(sampling.logit_bias, vocab_size, f"{path}logit_bias"),
     ]
 
@@ -138,6 +143,13 @@ def top_logprobs_violations(top_logprobs: int, path: str = "top_logprobs") -> li
     if 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
         return []
     return [Violation(path, f"must be 0 to {MAX_TOP_LOGPROBS}, not {top_logprobs}")]
+
+
+def logprob_token_ids_violations(
+    token_ids: Sequence[int], vocab_size: int, path: str = "logprob_token_ids"
+) -> list[Violation]:
+    """The rules for the tokens that are scored whatever their rank."""
+    return _token_ids_violations(token_ids, MAX_LOGPROB_TOKEN_IDS, vocab_size, path)
 
 
 def count_violations(path: str, count: int, limit: int) -> list[Violation]:
@@ -195,9 +207,19 @@ def _stop_violations(stop: Sequence[str], path: str) -> list[Violation]:
     ]
 
 
-def _stop_token_violations(token_ids: Sequence[int], vocab_size: int, path: str) -> list[Violation]:
-    if len(token_ids) > MAX_STOP_TOKEN_IDS:
-        return count_violations(path, len(token_ids), MAX_STOP_TOKEN_IDS)
+def _min_gen_len_violations(sampling: SamplingParams, path: str) -> list[Violation]:
+    most = sampling.max_gen_len if sampling.HasField("max_gen_len") else MAX_UINT32
+    if sampling.min_gen_len <= most:
+        return []
+    rule = f"must be at most max_gen_len, {most}, not {sampling.min_gen_len}"
+    return [Violation(f"{path}min_gen_len", rule)]
+
+
+def _token_ids_violations(
+    token_ids: Sequence[int], limit: int, vocab_size: int, path: str
+) -> list[Violation]:
+    if len(token_ids) > limit:
+        return count_violations(path, len(token_ids), limit)
     return [
         Violation(f"{path}[{index}]", problem)
         for index, token_id in enumerate(token_ids)

@@ -71,7 +71,7 @@ def unfinished(start_gateway: StartGateway) -> Unfinished:
     ) -> Iterator[chat_pb2.ChatCompleteStreamResponse]:
         context.add_callback(cancelled.set)
         names.append(request.stream_name)
-        yield chat_event(1, started=chat_pb2.Started(seed=1))
+        yield chat_event(1, started=chat_pb2.Started())
         yield chat_event(2, delta=chat_pb2.Delta(text="word"))
         cancelled.wait()
 

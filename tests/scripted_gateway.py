@@ -38,7 +38,7 @@ class Scripted:
         self, request: chat_pb2.ChatCompleteStreamRequest, _context: grpc.ServicerContext
     ) -> Iterator[chat_pb2.ChatCompleteStreamResponse]:
         self.dialogs.append([message.content for message in request.dialogs[0].messages])
-        yield chat_event(1, started=chat_pb2.Started(seed=1))
+        yield chat_event(1, started=chat_pb2.Started())
         number = 1
         for number, text in enumerate(next(self._answers), start=2):
             yield chat_event(number, delta=chat_pb2.Delta(text=text))

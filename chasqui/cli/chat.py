@@ -33,6 +33,7 @@ Ctrl-C        stop the running answer"""
 
 _ENDINGS = {
     FinishReason.LENGTH: "cut off: the answer reached its length limit",
+    FinishReason.CONTEXT_LENGTH: "cut off: dialog and answer fill the context",
     FinishReason.CANCELLED: "stopped",
     FinishReason.SAFETY: "ended by the safety classifier",
 }

@@ -34,6 +34,11 @@ class Answer:
         self._expected_prompt_ids = len(prompt_ids) if options.prompt_logprobs else 0
 
     @property
+    def stop_string(self) -> str:
+        """The stop string that ended the text; empty while none has."""
+        return self._stop.stop_string
+
+    @property
     def stopped(self) -> bool:
         """Whether a stop string has ended the text; later ids are ignored."""
         return self._stop.found
@@ -71,24 +76,31 @@ class Answer:
             self._expected_prompt_ids -= 1
             return text
         self.completion_tokens += 1
+        if self.completion_tokens <= self._options.sampling.min_gen_len:
+            return text
         return self._stop.push(text)
 
     def _token(self, event: model_pb2.TokenEvent, position: int) -> chat_pb2.Token:
-        token_id = event.ids[position]
+        token_id, wanted = event.ids[position], self._options.logprob_token_ids
+        rank = event.ranks[position] if event.ranks else 0
         # Nothing predicts the first token of a prompt: an event may hold no alternatives at all.
         top = event.top[position] if event.top else model_pb2.TopLogprobs()
+        begin = position * len(wanted)
+        requested = event.requested_logprobs[begin : begin + len(wanted)] if rank else []
         return chat_pb2.Token(
             id=token_id,
             text=self._vocabulary.lone_texts[token_id],
             bytes=self._vocabulary.pieces[token_id],
             logprob=event.logprobs[position],
-            top_logprobs=[
-                chat_pb2.TokenLogprob(
-                    id=each,
-                    text=self._vocabulary.lone_texts[each],
-                    bytes=self._vocabulary.pieces[each],
-                    logprob=logprob,
-                )
-                for each, logprob in zip(top.ids, top.logprobs, strict=True)
-            ],
+            rank=rank,
+            top_logprobs=map(self._token_logprob, top.ids, top.logprobs),
+            requested_logprobs=map(self._token_logprob, wanted, requested),
+        )
+
+    def _token_logprob(self, token_id: int, logprob: float) -> chat_pb2.TokenLogprob:
+        return chat_pb2.TokenLogprob(
+            id=token_id,
+            text=self._vocabulary.lone_texts[token_id],
+            bytes=self._vocabulary.pieces[token_id],
+            logprob=logprob,
         )

@@ -5,11 +5,13 @@ fold it. Whoever iterates `complete` must close it (contextlib.aclosing): that c
 
 import secrets
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.admission.admission import Admitted, Size
 from gateway.generation.answer import Answer, Delta
@@ -22,6 +24,8 @@ from gateway.text.detokenizer import Vocabulary
 from llama.prompt_format.dialog import UNSAFE_ERROR
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import (
+    FINISH_REASON_CONTEXT_LENGTH,
+    FINISH_REASON_LENGTH,
     FINISH_REASON_SPECIAL_TAGS,
     FINISH_REASON_STOP_STRING,
     Determinism,
@@ -47,8 +51,11 @@ class Place:
 class Started:
     """A generation was begun."""
 
+    response_id: str
+    created: Timestamp
+    model: str
     usage: chat_pb2.Usage
-    seed: int
+    sampling: SamplingParams  # as applied
     fingerprint: str
     determinism: "Determinism.ValueType"
     dropped_turns: int
@@ -61,6 +68,8 @@ class Finished:
     reason: "FinishReason.ValueType"
     usage: chat_pb2.Usage
     resumed: int = 0  # how often it went on at another replica
+    stop_token_id: int | None = None
+    stop_string: str = ""
     safety_categories: tuple[str, ...] = ()
 
 
@@ -99,7 +108,7 @@ class _Request:
 
     place: Place
     prompt: Prompt | Refusal
-    seed: int
+    sampling: SamplingParams  # as applied, without stop strings
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +144,11 @@ async def complete(
         RequestError: among others, RESOURCE_EXHAUSTED where the events are taken too slowly.
     """
     model = replicas.model
-    requests = [*_requests(prompts, options)]
+    requests = [*_requests(prompts, options, model.context_length)]
+    response_id, created = str(uuid.uuid4()), Timestamp()
+    created.GetCurrentTime()
     starts = {
-        each.place: _start(each.prompt, each.seed, options, model.context_length, vocabulary.eos_id)
+        each.place: _start(each.prompt, each.sampling, options, vocabulary.eos_id)
         for each in requests
         if isinstance(each.prompt, Prompt)
     }
@@ -152,14 +163,14 @@ async def complete(
                     answer, starts[each.place], next(turns), replicas, deliver
                 )
         for each in requests:
-            yield each.place, _started(each, model)
+            yield each.place, _started(each, model, options, response_id, created)
             for event in _first_events(each, running.get(each.place), arrived):
                 yield each.place, event
         while running:
             place, outcome = await made.get()
             if isinstance(outcome, Exception):
                 raise outcome
-            for event in _events(running[place], outcome, arrived):
+            for event in _events(running[place], outcome, options, arrived):
                 yield place, event
             if outcome.finish_reason:
                 del running[place]
@@ -171,31 +182,42 @@ async def complete(
                 generation.cancel()
 
 
-def _requests(prompts: Sequence[Prompt | Refusal], options: Options) -> Iterator[_Request]:
+def _requests(
+    prompts: Sequence[Prompt | Refusal], options: Options, context_length: int
+) -> Iterator[_Request]:
     """Each answer has a seed of its own, so that it can be repeated alone."""
     for index, prompt in enumerate(prompts):
         first_seed = _seed(options.sampling)
+        room = context_length - (len(prompt.ids) if isinstance(prompt, Prompt) else 0)
         for choice in range(options.n):
-            yield _Request(Place(index, choice), prompt, (first_seed + choice) % 2**64)
+            sampling = _applied(options.sampling, (first_seed + choice) % 2**64, room)
+            yield _Request(Place(index, choice), prompt, sampling)
 
 
 def _seed(sampling: SamplingParams) -> int:
     return sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
 
 
-def _start(
-    prompt: Prompt, seed: int, options: Options, context_length: int, eos_id: int
-) -> model_pb2.StartSequence:
+def _applied(asked: SamplingParams, seed: int, room: int) -> SamplingParams:
+    """The parameters of an answer for which the context leaves `room` tokens."""
     sampling = SamplingParams()
-    sampling.CopyFrom(options.sampling)
+    sampling.CopyFrom(asked)
     sampling.seed = seed
-    sampling.max_gen_len = min(sampling.max_gen_len, context_length - len(prompt.ids))
+    sampling.max_gen_len = min(asked.max_gen_len, room)
+    sampling.min_gen_len = min(asked.min_gen_len, sampling.max_gen_len)
+    return sampling
+
+
+def _start(
+    prompt: Prompt, sampling: SamplingParams, options: Options, eos_id: int
+) -> model_pb2.StartSequence:
     return model_pb2.StartSequence(
         prompt_ids=prompt.ids,
         sampling=sampling,
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,
         top_logprobs=options.top_logprobs,
+        logprob_token_ids=options.logprob_token_ids,
         eos_ids=[eos_id],
         priority=options.priority,
         traceparent=tracing.traceparent(),
@@ -214,13 +236,24 @@ def _deliver_to(made: UnreadEvents[Place], place: Place) -> Callable[[Outcome], 
     return deliver
 
 
-def _started(request: _Request, model: model_pb2.GetModelInfoResponse) -> Started:
+def _started(
+    request: _Request,
+    model: model_pb2.GetModelInfoResponse,
+    options: Options,
+    response_id: str,
+    created: Timestamp,
+) -> Started:
     prompt_tokens = dropped_turns = 0
     if isinstance(prompt := request.prompt, Prompt):
         prompt_tokens, dropped_turns = len(prompt.ids), prompt.dropped_turns
+    sampling = SamplingParams(stop=[stop.text for stop in options.stop])
+    sampling.MergeFrom(request.sampling)
     return Started(
+        response_id,
+        created,
+        model.name,
         chat_pb2.Usage(prompt_tokens=prompt_tokens),
-        request.seed,
+        sampling,
         model.fingerprint,
         model.determinism,
         dropped_turns,
@@ -241,7 +274,7 @@ def _first_events(
 
 
 def _events(
-    generation: Generation, token_event: model_pb2.TokenEvent, arrived: float
+    generation: Generation, token_event: model_pb2.TokenEvent, options: Options, arrived: float
 ) -> Iterator[Event]:
     if token_event.HasField("error"):
         raise _failure(token_event.error)
@@ -249,13 +282,15 @@ def _events(
     if delta.text or delta.tokens:
         yield delta
     if token_event.finish_reason:
-        yield _finished(generation, token_event, arrived)
+        yield _finished(generation, token_event, options, arrived)
     elif generation.answer.stopped:
         # The sequence's last event, which tells its usage, is still to come.
         generation.cancel()
 
 
-def _finished(generation: Generation, last: model_pb2.TokenEvent, arrived: float) -> Finished:
+def _finished(
+    generation: Generation, last: model_pb2.TokenEvent, options: Options, arrived: float
+) -> Finished:
     queued = Duration()
     queued.FromNanoseconds(last.timings.queued.ToNanoseconds() + round(generation.waited * 1e9))
     usage = chat_pb2.Usage(
@@ -268,8 +303,20 @@ def _finished(generation: Generation, last: model_pb2.TokenEvent, arrived: float
         compute_time=last.timings.compute,
         total_time=_since(arrived),
     )
-    reason = FINISH_REASON_STOP_STRING if generation.answer.stopped else last.finish_reason
-    return Finished(reason, usage, generation.resumed)
+    reason, stop_token_id = last.finish_reason, None
+    if generation.answer.stopped:
+        reason = FINISH_REASON_STOP_STRING
+    elif last.HasField("stop_token_id"):
+        stop_token_id = last.stop_token_id
+    elif reason == FINISH_REASON_LENGTH and generation.max_gen_len < options.sampling.max_gen_len:
+        reason = FINISH_REASON_CONTEXT_LENGTH  # the replica was asked for no more than fits
+    return Finished(
+        reason,
+        usage,
+        generation.resumed,
+        stop_token_id=stop_token_id,
+        stop_string=generation.answer.stop_string,
+    )
 
 
 def _since(arrived: float) -> Duration:

@@ -43,6 +43,11 @@ class Generation:
         return len(self._start.prompt_ids)
 
     @property
+    def max_gen_len(self) -> int:
+        """The most tokens its answer may have, at most what the context leaves."""
+        return self._start.sampling.max_gen_len
+
+    @property
     def waited(self) -> float:
         """Seconds until its turn came."""
         return self._turn.waited

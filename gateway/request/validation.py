@@ -21,6 +21,7 @@ from serving.request_rules import (
     DEFAULT_TEMPERATURE,
     DEFAULT_TOP_P,
     count_violations,
+    logprob_token_ids_violations,
     sampling_violations,
     token_id_violations,
     top_logprobs_violations,
@@ -38,6 +39,7 @@ SAMPLING_DEFAULTS = SamplingParams(
     repetition_penalty=DEFAULT_REPETITION_PENALTY,
     presence_penalty=DEFAULT_PRESENCE_PENALTY,
     frequency_penalty=DEFAULT_FREQUENCY_PENALTY,
+    min_gen_len=0,
     ignore_eos=False,
 )
 
@@ -85,6 +87,7 @@ class Options:
     stop: tuple[StopString, ...]
     logprobs: bool
     top_logprobs: int
+    logprob_token_ids: tuple[int, ...] = ()
     echo: bool = False
     exact_continuation: bool = False
     n: int = 1  # answers to each dialog or prompt
@@ -112,6 +115,7 @@ def options(request: ChatRequest | TextRequest, context_length: int) -> Options:
         stop,
         request.logprobs,
         request.top_logprobs,
+        tuple(request.logprob_token_ids),
         echo=echo,
         exact_continuation=exact_continuation,
         n=choices(request),
@@ -144,7 +148,7 @@ def chat_violations(
     return [
         *of_dialogs,
         *sampling_violations(request.sampling, vocab_size),
-        *_logprobs_violations(request),
+        *_logprobs_violations(request, vocab_size),
         *_context_policy_violations(request.context_policy),
         *_choices_violations(request, len(request.dialogs), limits),
         *_name_violations(request),
@@ -167,7 +171,7 @@ def text_violations(
     return [
         *found,
         *sampling_violations(request.sampling, vocab_size),
-        *_logprobs_violations(request),
+        *_logprobs_violations(request, vocab_size),
         *_choices_violations(request, len(request.prompts) + len(request.prompt_ids), limits),
         *_name_violations(request),
         *_priority_violations(request.priority, limits),
@@ -239,9 +243,15 @@ def _prompt_ids_violations(
     return found
 
 
-def _logprobs_violations(request: ChatRequest | TextRequest) -> list[Violation]:
-    if found := top_logprobs_violations(request.top_logprobs):
+def _logprobs_violations(request: ChatRequest | TextRequest, vocab_size: int) -> list[Violation]:
+    found = [
+        *top_logprobs_violations(request.top_logprobs),
+        *logprob_token_ids_violations(request.logprob_token_ids, vocab_size),
+    ]
+    if found or request.logprobs:
         return found
-    if request.top_logprobs and not request.logprobs:
-        return [Violation("top_logprobs", "needs logprobs")]
-    return []
+    details = {
+        "top_logprobs": request.top_logprobs,
+        "logprob_token_ids": request.logprob_token_ids,
+    }
+    return [Violation(name, "needs logprobs") for name, value in details.items() if value]

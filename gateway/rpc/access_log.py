@@ -47,6 +47,7 @@ class Account:
     arrived: float  # time.monotonic
     echo: bool  # the first delta of each answer is its prompt
     metrics: RequestMetrics
+    response_id: str = ""
     answers: dict[Place, _Answer] = field(default_factory=dict)
 
     def note(self, place: Place, event: Started | Delta | Finished) -> None:
@@ -64,6 +65,7 @@ class Account:
                     self.metrics.inter_token.observe(now - answer.last_token_at)
                 answer.last_token_at = now
         elif isinstance(event, Started):
+            self.response_id = event.response_id
             self.answers[place] = _Answer(event.usage.prompt_tokens, self.echo)
         else:
             answer = self.answers[place]
@@ -156,7 +158,12 @@ class Accounting:
                 "gen_ai.response.finish_reasons": reasons,
             }
         )
-        optional = {"key": key, "client_address": client_address, "failovers": cost.failovers}
+        optional = {
+            "key": key,
+            "client_address": client_address,
+            "response_id": account.response_id,
+            "failovers": cost.failovers,
+        }
         _log.info(
             "request finished",
             method=method,

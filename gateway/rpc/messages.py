@@ -1,12 +1,17 @@
 """Messages of the public contract, made from what the gateway generated."""
 
+from collections.abc import Sequence
+from typing import TypedDict
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from gateway.generation.answer import Delta
 from gateway.generation.completion import Event, Finished, Place, Prediction, Started
 from gateway.request.validation import SAMPLING_DEFAULTS, RequestLimits, default_max_gen_len
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import SamplingParams
-from serving.request_rules import MAX_TOP_LOGPROBS
+from serving.request_rules import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 
 
 def stream_event(event_number: int, place: Place, event: Event) -> chat_pb2.StreamEvent:
@@ -17,8 +22,11 @@ def stream_event(event_number: int, place: Place, event: Event) -> chat_pb2.Stre
             started = chat_pb2.Started(
                 index=place.index,
                 choice_index=place.choice,
+                id=event.response_id,
+                created=event.created,
+                model=event.model,
                 prompt_tokens=event.usage.prompt_tokens,
-                seed=event.seed,
+                sampling=event.sampling,
                 dropped_turns=event.dropped_turns,
                 fingerprint=event.fingerprint,
                 determinism=event.determinism,
@@ -37,12 +45,42 @@ def stream_event(event_number: int, place: Place, event: Event) -> chat_pb2.Stre
                 index=place.index,
                 choice_index=place.choice,
                 finish_reason=event.reason,
+                **_stopped_by(event),
                 safety_categories=event.safety_categories,
                 usage=event.usage,
                 failovers=event.resumed,
             )
             response.finished.CopyFrom(finished)
     return response
+
+
+class _StoppedBy(TypedDict, total=False):
+    """One of the two, or none."""
+
+    stop_token_id: int
+    stop_string: str
+
+
+def _stopped_by(finished: Finished) -> _StoppedBy:
+    if finished.stop_string:
+        return {"stop_string": finished.stop_string}
+    if finished.stop_token_id is not None:
+        return {"stop_token_id": finished.stop_token_id}
+    return {}
+
+
+class ResponseHead(TypedDict):
+    """The fields of a unary response beside its predictions."""
+
+    id: str
+    created: Timestamp
+    model: str
+
+
+def response_head(predictions: Sequence[Prediction]) -> ResponseHead:
+    """The same for all predictions of a response, which are one or more."""
+    started = predictions[0].started
+    return {"id": started.response_id, "created": started.created, "model": started.model}
 
 
 def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
@@ -52,9 +90,10 @@ def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
         choice_index=prediction.place.choice,
         text=prediction.text,
         finish_reason=prediction.finished.reason,
+        **_stopped_by(prediction.finished),
         safety_categories=prediction.finished.safety_categories,
         usage=prediction.finished.usage,
-        seed=prediction.started.seed,
+        sampling=prediction.started.sampling,
         dropped_turns=prediction.started.dropped_turns,
         fingerprint=prediction.started.fingerprint,
         determinism=prediction.started.determinism,
@@ -87,6 +126,7 @@ def model_response(
             max_messages=limits.max_messages,
             max_choices=limits.max_choices,
             max_top_logprobs=MAX_TOP_LOGPROBS,
+            max_logprob_token_ids=MAX_LOGPROB_TOKEN_IDS,
             max_sequences=limits.max_sequences,
             max_request_bytes=settings.max_request_bytes,
             max_response_bytes=settings.max_response_bytes,

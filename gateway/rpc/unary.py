@@ -19,7 +19,7 @@ from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, resource_exhausted
 from serving.intake.time_slice import TimeSlice
 
-# What a prediction has beside its text and its tokens: usage, seed, fingerprint.
+# What a prediction has beside its text, tokens and sampling parameters: usage, fingerprint.
 PREDICTION_BYTES = 512
 # A token's or an alternative's, beside its text and its bytes: id, logprob, tags and lengths.
 _ENTRY_BYTES = 15
@@ -36,7 +36,8 @@ def size_violations(
     tokens = min(chosen.sampling.max_gen_len, window.length - 1)
     if chosen.prompt_logprobs:
         tokens = window.length
-    entries = sequences * tokens * (1 + chosen.top_logprobs)
+    others = chosen.top_logprobs + len(chosen.logprob_token_ids)
+    entries = sequences * tokens * (1 + others)
     size = round(entries * (_ENTRY_BYTES + 2 * vocabulary.mean_token_bytes))
     if size <= max_bytes:
         return []
@@ -45,7 +46,8 @@ def size_violations(
         f"unary answer may have {max_bytes}: lower sampling.max_gen_len, n or the number of "
         "prompts, or call the streaming method"
     )
-    return [Violation("top_logprobs" if chosen.top_logprobs else "logprobs", rule)]
+    field = "top_logprobs" if chosen.top_logprobs else "logprobs"
+    return [Violation("logprob_token_ids" if chosen.logprob_token_ids else field, rule)]
 
 
 async def within(
@@ -57,11 +59,13 @@ async def within(
         async for place, event in events:
             match event:
                 case Started():
-                    size += PREDICTION_BYTES
+                    size += PREDICTION_BYTES + event.sampling.ByteSize()
                 case Delta():
                     # Each token with its tag and length.
                     size += len(event.text.encode())
                     size += sum(token.ByteSize() + 4 for token in event.tokens)
+                case Finished():
+                    size += len(event.stop_string.encode())
             if size > max_bytes:
                 raise _too_large(max_bytes)
             yield place, event

@@ -38,7 +38,11 @@ class StopFilter:
         self._stops = stops
         self._matched = [0] * len(stops)
         self._held = ""
-        self.found = False
+        self.stop_string = ""  # the one that ended the text
+
+    @property
+    def found(self) -> bool:
+        return bool(self.stop_string)
 
     def push(self, text: str) -> str:
         """The text that is certain now; `found` tells whether it ends before a stop string."""
@@ -51,13 +55,13 @@ class StopFilter:
                 for stop, matched in zip(self._stops, self._matched, strict=True)
             ]
             complete = [
-                matched
+                stop.text
                 for stop, matched in zip(self._stops, self._matched, strict=True)
                 if matched == len(stop.text)
             ]
             if complete:
-                self.found, self._held = True, ""
-                return pending[: end - max(complete)]
+                self.stop_string, self._held = max(complete, key=len), ""
+                return pending[: end - len(self.stop_string)]
         certain = len(pending) - max(self._matched)
         self._held = pending[certain:]
         return pending[:certain]

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from llama.v1 import sampling_pb2 as _sampling_pb2
@@ -135,13 +136,19 @@ class ChatCompleteRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
     DIALOGS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that is to answer, by GetModelResponse.name; empty: the one that is served. NOT_FOUND if
+    another one is.
+    """
     n: _builtins.int
     """Answers to each dialog, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the work
     of the prompt. Answer i draws with seed + i (modulo 2^64).
@@ -166,20 +173,28 @@ class ChatCompleteRequest(_message.Message):
     def sampling(self) -> _sampling_pb2.SamplingParams:
         """How to choose tokens, for all dialogs."""
 
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids whose logprobs are reported at each position, whatever their rank: at most
+        GetModelResponse.limits.max_logprob_token_ids; needs `logprobs`.
+        """
+
     def __init__(
         self,
         *,
+        model: _builtins.str = ...,
         dialogs: _abc.Iterable[Global___Dialog] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
         n: _builtins.int | None = ...,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
         priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "n", b"n", "priority", b"priority", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
@@ -193,7 +208,18 @@ class ChatCompleteResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ID_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     PREDICTIONS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """A random name of this response; the gateway's access log has it, too."""
+    model: _builtins.str
+    """GetModelResponse.name of the model that answers."""
+    @_builtins.property
+    def created(self) -> _timestamp_pb2.Timestamp:
+        """When the gateway began to answer."""
+
     @_builtins.property
     def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]:
         """`n` predictions per dialog, those of the first dialog first."""
@@ -201,11 +227,14 @@ class ChatCompleteResponse(_message.Message):
     def __init__(
         self,
         *,
+        id: _builtins.str = ...,
+        created: _timestamp_pb2.Timestamp | None = ...,
+        model: _builtins.str = ...,
         predictions: _abc.Iterable[Global___Prediction] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["predictions", b"predictions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "id", b"id", "model", b"model", "predictions", b"predictions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -217,14 +246,20 @@ class ChatCompleteStreamRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
     DIALOGS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     STREAM_NAME_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that is to answer, by GetModelResponse.name; empty: the one that is served. NOT_FOUND if
+    another one is.
+    """
     n: _builtins.int
     """Answers to each dialog, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the work
     of the prompt. Answer i draws with seed + i (modulo 2^64).
@@ -256,21 +291,29 @@ class ChatCompleteStreamRequest(_message.Message):
     def sampling(self) -> _sampling_pb2.SamplingParams:
         """How to choose tokens, for all dialogs."""
 
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids whose logprobs are reported at each position, whatever their rank: at most
+        GetModelResponse.limits.max_logprob_token_ids; needs `logprobs`.
+        """
+
     def __init__(
         self,
         *,
+        model: _builtins.str = ...,
         dialogs: _abc.Iterable[Global___Dialog] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
         n: _builtins.int | None = ...,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
         priority: _builtins.int = ...,
         stream_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "sampling", b"sampling", "stream_name", b"stream_name", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "n", b"n", "priority", b"priority", "sampling", b"sampling", "stream_name", b"stream_name", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
@@ -308,15 +351,21 @@ class TextCompleteRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
     PROMPTS_FIELD_NUMBER: _builtins.int
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
     EXACT_CONTINUATION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that is to answer, by GetModelResponse.name; empty: the one that is served. NOT_FOUND if
+    another one is.
+    """
     n: _builtins.int
     """Continuations of each prompt, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the
     work of the prompt. Continuation i draws with seed + i (modulo 2^64).
@@ -352,22 +401,30 @@ class TextCompleteRequest(_message.Message):
     def sampling(self) -> _sampling_pb2.SamplingParams:
         """How to choose tokens, for all prompts."""
 
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids whose logprobs are reported at each position, whatever their rank: at most
+        GetModelResponse.limits.max_logprob_token_ids; needs `logprobs`.
+        """
+
     def __init__(
         self,
         *,
+        model: _builtins.str = ...,
         prompts: _abc.Iterable[_builtins.str] | None = ...,
         prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
         n: _builtins.int | None = ...,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         echo: _builtins.bool = ...,
         exact_continuation: _builtins.bool = ...,
         priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
@@ -381,7 +438,18 @@ class TextCompleteResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ID_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     PREDICTIONS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """A random name of this response; the gateway's access log has it, too."""
+    model: _builtins.str
+    """GetModelResponse.name of the model that answers."""
+    @_builtins.property
+    def created(self) -> _timestamp_pb2.Timestamp:
+        """When the gateway began to answer."""
+
     @_builtins.property
     def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]:
         """`n` predictions per prompt, those of the first prompt first."""
@@ -389,11 +457,14 @@ class TextCompleteResponse(_message.Message):
     def __init__(
         self,
         *,
+        id: _builtins.str = ...,
+        created: _timestamp_pb2.Timestamp | None = ...,
+        model: _builtins.str = ...,
         predictions: _abc.Iterable[Global___Prediction] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["predictions", b"predictions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "id", b"id", "model", b"model", "predictions", b"predictions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -405,16 +476,22 @@ class TextCompleteStreamRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
     PROMPTS_FIELD_NUMBER: _builtins.int
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
     EXACT_CONTINUATION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     STREAM_NAME_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that is to answer, by GetModelResponse.name; empty: the one that is served. NOT_FOUND if
+    another one is.
+    """
     n: _builtins.int
     """Continuations of each prompt, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the
     work of the prompt. Continuation i draws with seed + i (modulo 2^64).
@@ -457,15 +534,23 @@ class TextCompleteStreamRequest(_message.Message):
     def sampling(self) -> _sampling_pb2.SamplingParams:
         """How to choose tokens, for all prompts."""
 
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids whose logprobs are reported at each position, whatever their rank: at most
+        GetModelResponse.limits.max_logprob_token_ids; needs `logprobs`.
+        """
+
     def __init__(
         self,
         *,
+        model: _builtins.str = ...,
         prompts: _abc.Iterable[_builtins.str] | None = ...,
         prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
         n: _builtins.int | None = ...,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         echo: _builtins.bool = ...,
         exact_continuation: _builtins.bool = ...,
         priority: _builtins.int = ...,
@@ -473,7 +558,7 @@ class TextCompleteStreamRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "stream_name", b"stream_name", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "stream_name", b"stream_name", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
@@ -516,9 +601,11 @@ class Prediction(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    STOP_STRING_FIELD_NUMBER: _builtins.int
     SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
     DROPPED_TURNS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
@@ -531,8 +618,10 @@ class Prediction(_message.Message):
     """The text generated; with `echo`, the prompt's in front."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
-    seed: _builtins.int
-    """The seed that its tokens were drawn with."""
+    stop_token_id: _builtins.int
+    """The end-of-sequence token, or the one of `SamplingParams.stop_token_ids`."""
+    stop_string: _builtins.str
+    """The one of `SamplingParams.stop` in front of which the text ends."""
     dropped_turns: _builtins.int
     """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
     fingerprint: _builtins.str
@@ -557,6 +646,12 @@ class Prediction(_message.Message):
     def usage(self) -> Global___Usage:
         """What it cost."""
 
+    @_builtins.property
+    def sampling(self) -> _sampling_pb2.SamplingParams:
+        """The sampling parameters as they were applied: defaults filled in, max_gen_len and min_gen_len at most
+        what the context leaves, and the seed that the tokens are drawn with. What is absent is off.
+        """
+
     def __init__(
         self,
         *,
@@ -565,19 +660,23 @@ class Prediction(_message.Message):
         text: _builtins.str = ...,
         tokens: _abc.Iterable[Global___Token] | None = ...,
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
+        stop_token_id: _builtins.int = ...,
+        stop_string: _builtins.str = ...,
         safety_categories: _abc.Iterable[_builtins.str] | None = ...,
         usage: Global___Usage | None = ...,
-        seed: _builtins.int = ...,
+        sampling: _sampling_pb2.SamplingParams | None = ...,
         dropped_turns: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         determinism: _sampling_pb2.Determinism.ValueType = ...,
         failovers: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "stopped_by", b"stopped_by", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "failovers", b"failovers", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "index", b"index", "safety_categories", b"safety_categories", "seed", b"seed", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "failovers", b"failovers", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "index", b"index", "safety_categories", b"safety_categories", "sampling", b"sampling", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "stopped_by", b"stopped_by", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_stopped_by: _TypeAlias = _typing.Literal["stop_token_id", "stop_string"]  # noqa: Y015
+    _WhichOneofArgType_stopped_by: _TypeAlias = _typing.Literal["stopped_by", b"stopped_by"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_stopped_by) -> _WhichOneofReturnType_stopped_by | None: ...
 
 Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
 
@@ -631,8 +730,11 @@ class Started(_message.Message):
 
     INDEX_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
     DROPPED_TURNS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
@@ -640,30 +742,45 @@ class Started(_message.Message):
     """Which dialog or prompt of the request, from 0."""
     choice_index: _builtins.int
     """Which of the `n` answers to it, from 0."""
+    id: _builtins.str
+    """A random name of this response, the same for all of its predictions; the gateway's access log has
+    it, too.
+    """
+    model: _builtins.str
+    """GetModelResponse.name of the model that answers."""
     prompt_tokens: _builtins.int
     """Tokens of the rendered prompt."""
-    seed: _builtins.int
-    """The seed that its tokens are drawn with."""
     dropped_turns: _builtins.int
     """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
     fingerprint: _builtins.str
     """As Prediction.fingerprint."""
     determinism: _sampling_pb2.Determinism.ValueType
     """As Prediction.determinism."""
+    @_builtins.property
+    def created(self) -> _timestamp_pb2.Timestamp:
+        """When the gateway began to answer."""
+
+    @_builtins.property
+    def sampling(self) -> _sampling_pb2.SamplingParams:
+        """As Prediction.sampling."""
+
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         choice_index: _builtins.int = ...,
+        id: _builtins.str = ...,
+        created: _timestamp_pb2.Timestamp | None = ...,
+        model: _builtins.str = ...,
         prompt_tokens: _builtins.int = ...,
-        seed: _builtins.int = ...,
+        sampling: _sampling_pb2.SamplingParams | None = ...,
         dropped_turns: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         determinism: _sampling_pb2.Determinism.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "index", b"index", "prompt_tokens", b"prompt_tokens", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "created", b"created", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "id", b"id", "index", b"index", "model", b"model", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -714,6 +831,8 @@ class Finished(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    STOP_STRING_FIELD_NUMBER: _builtins.int
     SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     FAILOVERS_FIELD_NUMBER: _builtins.int
@@ -723,6 +842,10 @@ class Finished(_message.Message):
     """Which of the `n` answers to it, from 0."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
+    stop_token_id: _builtins.int
+    """The end-of-sequence token, or the one of `SamplingParams.stop_token_ids`."""
+    stop_string: _builtins.str
+    """The one of `SamplingParams.stop` in front of which the text ends."""
     failovers: _builtins.int
     """As Prediction.failovers."""
     @_builtins.property
@@ -739,15 +862,19 @@ class Finished(_message.Message):
         index: _builtins.int = ...,
         choice_index: _builtins.int = ...,
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
+        stop_token_id: _builtins.int = ...,
+        stop_string: _builtins.str = ...,
         safety_categories: _abc.Iterable[_builtins.str] | None = ...,
         usage: Global___Usage | None = ...,
         failovers: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "stopped_by", b"stopped_by", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "failovers", b"failovers", "finish_reason", b"finish_reason", "index", b"index", "safety_categories", b"safety_categories", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "failovers", b"failovers", "finish_reason", b"finish_reason", "index", b"index", "safety_categories", b"safety_categories", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "stopped_by", b"stopped_by", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_stopped_by: _TypeAlias = _typing.Literal["stop_token_id", "stop_string"]  # noqa: Y015
+    _WhichOneofArgType_stopped_by: _TypeAlias = _typing.Literal["stopped_by", b"stopped_by"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_stopped_by) -> _WhichOneofReturnType_stopped_by | None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
 
@@ -761,7 +888,9 @@ class Token(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    REQUESTED_LOGPROBS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Token id."""
     text: _builtins.str
@@ -770,9 +899,17 @@ class Token(_message.Message):
     """The token's bytes, exact where `text` is not (a byte of a longer character)."""
     logprob: _builtins.float
     """Natural logarithm of its probability under the raw distribution, given all tokens before it."""
+    rank: _builtins.int
+    """Its place among all tokens by their logprobs, from 1, the most probable; equal ones share a place. 0
+    for the first token of a prompt, which nothing predicts.
+    """
     @_builtins.property
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """The most probable tokens at this position, best first; only with `top_logprobs`."""
+
+    @_builtins.property
+    def requested_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The tokens of `logprob_token_ids`, in their order."""
 
     def __init__(
         self,
@@ -781,11 +918,13 @@ class Token(_message.Message):
         text: _builtins.str = ...,
         bytes: _builtins.bytes = ...,
         logprob: _builtins.float = ...,
+        rank: _builtins.int = ...,
         top_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        requested_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "logprob", b"logprob", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "logprob", b"logprob", "rank", b"rank", "requested_logprobs", b"requested_logprobs", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -984,9 +1123,12 @@ class RenderPromptRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
     DIALOG_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
     MAX_GEN_LEN_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """As ChatCompleteRequest.model."""
     context_policy: Global___ContextPolicy.ValueType
     """What to do with a dialog that is too long."""
     max_gen_len: _builtins.int
@@ -1000,13 +1142,14 @@ class RenderPromptRequest(_message.Message):
     def __init__(
         self,
         *,
+        model: _builtins.str = ...,
         dialog: Global___Dialog | None = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
         max_gen_len: _builtins.int | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_gen_len", b"_max_gen_len", "dialog", b"dialog", "max_gen_len", b"max_gen_len"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_gen_len", b"_max_gen_len", "context_policy", b"context_policy", "dialog", b"dialog", "max_gen_len", b"max_gen_len"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_gen_len", b"_max_gen_len", "context_policy", b"context_policy", "dialog", b"dialog", "max_gen_len", b"max_gen_len", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_gen_len: _TypeAlias = _typing.Literal["max_gen_len"]  # noqa: Y015
     _WhichOneofArgType__max_gen_len: _TypeAlias = _typing.Literal["_max_gen_len", b"_max_gen_len"]  # noqa: Y015
@@ -1064,16 +1207,21 @@ Global___RenderPromptResponse: _TypeAlias = RenderPromptResponse  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
-    """No parameters: the gateway serves one model."""
+    """A model to describe."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """As ChatCompleteRequest.model."""
     def __init__(
         self,
+        *,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1159,6 +1307,7 @@ class Limits(_message.Message):
     MAX_MESSAGES_FIELD_NUMBER: _builtins.int
     MAX_CHOICES_FIELD_NUMBER: _builtins.int
     MAX_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MAX_LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     MAX_RESPONSE_BYTES_FIELD_NUMBER: _builtins.int
@@ -1170,6 +1319,8 @@ class Limits(_message.Message):
     """Answers to one dialog or prompt: the request's `n`."""
     max_top_logprobs: _builtins.int
     """Tokens per position in `top_logprobs`."""
+    max_logprob_token_ids: _builtins.int
+    """Token ids in `logprob_token_ids`."""
     max_sequences: _builtins.int
     """Generations of this caller that may run or wait at once, dialogs times `n`; beyond it
     RESOURCE_EXHAUSTED.
@@ -1178,7 +1329,7 @@ class Limits(_message.Message):
     """Bytes of one request message."""
     max_response_bytes: _builtins.int
     """Bytes of a unary answer. ChatComplete and TextComplete stop beyond it with RESOURCE_EXHAUSTED, and
-    refuse a request whose `logprobs` or `top_logprobs` could take more.
+    refuse a request whose token details could take more.
     """
     def __init__(
         self,
@@ -1187,13 +1338,14 @@ class Limits(_message.Message):
         max_messages: _builtins.int = ...,
         max_choices: _builtins.int = ...,
         max_top_logprobs: _builtins.int = ...,
+        max_logprob_token_ids: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
         max_request_bytes: _builtins.int = ...,
         max_response_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_choices", b"max_choices", "max_dialogs", b"max_dialogs", "max_messages", b"max_messages", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_sequences", b"max_sequences", "max_top_logprobs", b"max_top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_choices", b"max_choices", "max_dialogs", b"max_dialogs", "max_logprob_token_ids", b"max_logprob_token_ids", "max_messages", b"max_messages", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_sequences", b"max_sequences", "max_top_logprobs", b"max_top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

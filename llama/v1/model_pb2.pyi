@@ -66,6 +66,7 @@ class StartSequence(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SCOPE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
@@ -104,6 +105,10 @@ class StartSequence(_message.Message):
         not reported. The caller gives them because the model service has no tokenizer.
         """
 
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids whose logprobs to report at each position, at most 20."""
+
     def __init__(
         self,
         *,
@@ -115,13 +120,14 @@ class StartSequence(_message.Message):
         logprobs: _builtins.bool = ...,
         prompt_logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         priority: _builtins.int = ...,
         cache_scope: _builtins.str = ...,
         traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_scope", b"cache_scope", "eos_ids", b"eos_ids", "generated_tokens", b"generated_tokens", "logprobs", b"logprobs", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "sequence_id", b"sequence_id", "top_logprobs", b"top_logprobs", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_scope", b"cache_scope", "eos_ids", b"eos_ids", "generated_tokens", b"generated_tokens", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "sequence_id", b"sequence_id", "top_logprobs", b"top_logprobs", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,8 +188,11 @@ class TokenEvent(_message.Message):
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    REQUESTED_LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
@@ -191,6 +200,8 @@ class TokenEvent(_message.Message):
     """As given at the start."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Set on the last event of a sequence."""
+    stop_token_id: _builtins.int
+    """With FINISH_REASON_STOP: the token that ended the sequence."""
     cached_prompt_tokens: _builtins.int
     """Prompt tokens found in the cache at the first start; set on the first event that has ids, and
     on the last event.
@@ -206,8 +217,20 @@ class TokenEvent(_message.Message):
         """One per id, if asked for."""
 
     @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids' places among all tokens by their logprobs, from 1; 0 for the first token of a prompt, which
+        nothing predicts. One per id, if logprobs are asked for.
+        """
+
+    @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprobs]:
         """One per id, if asked for."""
+
+    @_builtins.property
+    def requested_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """For each id in turn the logprobs of the sequence's `logprob_token_ids`, in their order; 0 for the
+        first token of a prompt.
+        """
 
     @_builtins.property
     def timings(self) -> Global___Timings:
@@ -223,17 +246,22 @@ class TokenEvent(_message.Message):
         sequence_id: _builtins.str = ...,
         ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
         top: _abc.Iterable[Global___TopLogprobs] | None = ...,
+        requested_logprobs: _abc.Iterable[_builtins.float] | None = ...,
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
+        stop_token_id: _builtins.int | None = ...,
         cached_prompt_tokens: _builtins.int = ...,
         timings: Global___Timings | None = ...,
         error: Global___SequenceError | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "error", b"error", "stop_token_id", b"stop_token_id", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "error", b"error", "finish_reason", b"finish_reason", "ids", b"ids", "logprobs", b"logprobs", "sequence_id", b"sequence_id", "timings", b"timings", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "cached_prompt_tokens", b"cached_prompt_tokens", "error", b"error", "finish_reason", b"finish_reason", "ids", b"ids", "logprobs", b"logprobs", "ranks", b"ranks", "requested_logprobs", b"requested_logprobs", "sequence_id", b"sequence_id", "stop_token_id", b"stop_token_id", "timings", b"timings", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__stop_token_id: _TypeAlias = _typing.Literal["stop_token_id"]  # noqa: Y015
+    _WhichOneofArgType__stop_token_id: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_token_id) -> _WhichOneofReturnType__stop_token_id | None: ...
 
 Global___TokenEvent: _TypeAlias = TokenEvent  # noqa: Y015
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17llama/v1/sampling.proto\x12\x08llama.v1\"\xb9\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x0bmax_gen_len\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12;\n\nlogit_bias\x18\r \x03(\x0b\x32\'.llama.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x0e\n\x0c_max_gen_lenB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r*c\n\x0b\x44\x65terminism\x12\x1b\n\x17\x44\x45TERMINISM_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44\x45TERMINISM_SEEDED\x10\x01\x12\x1f\n\x1b\x44\x45TERMINISM_BATCH_INVARIANT\x10\x02*\xd5\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1e\n\x1a\x46INISH_REASON_SPECIAL_TAGS\x10\x04\x12\x18\n\x14\x46INISH_REASON_SAFETY\x10\x05\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17llama/v1/sampling.proto\x12\x08llama.v1\"\xe3\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x0bmax_gen_len\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x18\n\x0bmin_gen_len\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12;\n\nlogit_bias\x18\x0e \x03(\x0b\x32\'.llama.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x0e\n\x0c_max_gen_lenB\x0e\n\x0c_min_gen_lenB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r*c\n\x0b\x44\x65terminism\x12\x1b\n\x17\x44\x45TERMINISM_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44\x45TERMINISM_SEEDED\x10\x01\x12\x1f\n\x1b\x44\x45TERMINISM_BATCH_INVARIANT\x10\x02*\xf7\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12 \n\x1c\x46INISH_REASON_CONTEXT_LENGTH\x10\x04\x12\x1e\n\x1a\x46INISH_REASON_SPECIAL_TAGS\x10\x05\x12\x18\n\x14\x46INISH_REASON_SAFETY\x10\x06\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_DETERMINISM']._serialized_start=634
-  _globals['_DETERMINISM']._serialized_end=733
-  _globals['_FINISHREASON']._serialized_start=736
-  _globals['_FINISHREASON']._serialized_end=949
+  _globals['_DETERMINISM']._serialized_start=676
+  _globals['_DETERMINISM']._serialized_end=775
+  _globals['_FINISHREASON']._serialized_start=778
+  _globals['_FINISHREASON']._serialized_end=1025
   _globals['_SAMPLINGPARAMS']._serialized_start=38
-  _globals['_SAMPLINGPARAMS']._serialized_end=607
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=407
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=455
-  _globals['_TOKENIDS']._serialized_start=609
-  _globals['_TOKENIDS']._serialized_end=632
+  _globals['_SAMPLINGPARAMS']._serialized_end=649
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=433
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=481
+  _globals['_TOKENIDS']._serialized_start=651
+  _globals['_TOKENIDS']._serialized_end=674
 # @@protoc_insertion_point(module_scope)

@@ -70,12 +70,14 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_STOP_STRING: _FinishReason.ValueType  # 2
     """One of `SamplingParams.stop` was generated."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 3
-    """max_gen_len or the context length was reached."""
-    FINISH_REASON_SPECIAL_TAGS: _FinishReason.ValueType  # 4
+    """max_gen_len was reached."""
+    FINISH_REASON_CONTEXT_LENGTH: _FinishReason.ValueType  # 4
+    """The context length was reached before max_gen_len: prompt and answer fill it."""
+    FINISH_REASON_SPECIAL_TAGS: _FinishReason.ValueType  # 5
     """The dialog held a special tag of the prompt format and was answered with the refusal text."""
-    FINISH_REASON_SAFETY: _FinishReason.ValueType  # 5
+    FINISH_REASON_SAFETY: _FinishReason.ValueType  # 6
     """The safety classifier found the dialog or the answer unsafe; text that was already sent stays."""
-    FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 6
+    FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 7
     """The generation was cancelled before it ended."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
@@ -88,12 +90,14 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 1
 FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 2
 """One of `SamplingParams.stop` was generated."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
-"""max_gen_len or the context length was reached."""
-FINISH_REASON_SPECIAL_TAGS: FinishReason.ValueType  # 4
+"""max_gen_len was reached."""
+FINISH_REASON_CONTEXT_LENGTH: FinishReason.ValueType  # 4
+"""The context length was reached before max_gen_len: prompt and answer fill it."""
+FINISH_REASON_SPECIAL_TAGS: FinishReason.ValueType  # 5
 """The dialog held a special tag of the prompt format and was answered with the refusal text."""
-FINISH_REASON_SAFETY: FinishReason.ValueType  # 5
+FINISH_REASON_SAFETY: FinishReason.ValueType  # 6
 """The safety classifier found the dialog or the answer unsafe; text that was already sent stays."""
-FINISH_REASON_CANCELLED: FinishReason.ValueType  # 6
+FINISH_REASON_CANCELLED: FinishReason.ValueType  # 7
 """The generation was cancelled before it ended."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
@@ -128,6 +132,7 @@ class SamplingParams(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     MIN_P_FIELD_NUMBER: _builtins.int
     MAX_GEN_LEN_FIELD_NUMBER: _builtins.int
+    MIN_GEN_LEN_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
@@ -152,6 +157,11 @@ class SamplingParams(_message.Message):
     """The most tokens an answer may have; never more than the context leaves after the prompt.
     0 makes an empty answer: with echo and logprobs it scores the prompt.
     Default: context length - 1.
+    """
+    min_gen_len: _builtins.int
+    """The fewest tokens an answer may have: before it has as many, the end-of-sequence token and
+    `stop_token_ids` cannot be drawn, and `stop` strings are not looked for; max_gen_len, the context
+    length, a cancel and the safety classifier still end it. At most max_gen_len; default 0 (off).
     """
     seed: _builtins.int
     """Makes the draw repeatable: with the same seed, prompt and settings, equal logits give equal tokens.
@@ -197,6 +207,7 @@ class SamplingParams(_message.Message):
         top_k: _builtins.int | None = ...,
         min_p: _builtins.float | None = ...,
         max_gen_len: _builtins.int | None = ...,
+        min_gen_len: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
@@ -206,9 +217,9 @@ class SamplingParams(_message.Message):
         frequency_penalty: _builtins.float | None = ...,
         logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_max_gen_len", b"_max_gen_len", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "max_gen_len", b"max_gen_len", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_max_gen_len", b"_max_gen_len", "_min_gen_len", b"_min_gen_len", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "max_gen_len", b"max_gen_len", "min_gen_len", b"min_gen_len", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_max_gen_len", b"_max_gen_len", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "max_gen_len", b"max_gen_len", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_max_gen_len", b"_max_gen_len", "_min_gen_len", b"_min_gen_len", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "max_gen_len", b"max_gen_len", "min_gen_len", b"min_gen_len", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
     _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
@@ -216,6 +227,8 @@ class SamplingParams(_message.Message):
     _WhichOneofArgType__ignore_eos: _TypeAlias = _typing.Literal["_ignore_eos", b"_ignore_eos"]  # noqa: Y015
     _WhichOneofReturnType__max_gen_len: _TypeAlias = _typing.Literal["max_gen_len"]  # noqa: Y015
     _WhichOneofArgType__max_gen_len: _TypeAlias = _typing.Literal["_max_gen_len", b"_max_gen_len"]  # noqa: Y015
+    _WhichOneofReturnType__min_gen_len: _TypeAlias = _typing.Literal["min_gen_len"]  # noqa: Y015
+    _WhichOneofArgType__min_gen_len: _TypeAlias = _typing.Literal["_min_gen_len", b"_min_gen_len"]  # noqa: Y015
     _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
     _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
     _WhichOneofReturnType__presence_penalty: _TypeAlias = _typing.Literal["presence_penalty"]  # noqa: Y015
@@ -236,6 +249,8 @@ class SamplingParams(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ignore_eos) -> _WhichOneofReturnType__ignore_eos | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_gen_len) -> _WhichOneofReturnType__max_gen_len | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_gen_len) -> _WhichOneofReturnType__min_gen_len | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
     @_typing.overload

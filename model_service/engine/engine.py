@@ -100,7 +100,7 @@ class Engine:
         sequence = Sequence.from_request(request, self.limits.context_length, next(self._arrivals))
         if sequence.needs_no_step:
             prompt = _prompt_output(sequence) if request.prompt_logprobs else ((), ())
-            self._ready.append(_final(sequence, FinishReason.LENGTH, *prompt))
+            self._ready.append(_final(sequence, sequence.length_reason, *prompt))
             return
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
@@ -252,19 +252,20 @@ class Engine:
             ids, logprobs = _prompt_output(sequence)
         made = result.tokens.get(sequence, [])
         reason: FinishReason | None = None
+        stop: int | None = None
         if not made or chunk.end + 1 == sequence.limit:
-            reason = FinishReason.LENGTH
+            reason = sequence.length_reason
         if made:
             sequence.last_token_at = now
             sequence.first_token_at = sequence.first_token_at or now
             if made[-1].id in request.stop_ids:
-                reason = FinishReason.STOP
+                reason, stop = FinishReason.STOP, made[-1].id
                 made = made[:-1]
         ids += tuple([token.id for token in made])
         logprobs += tuple([token.logprobs for token in made if token.logprobs is not None])
         if reason is not None:
             self._end(sequence)
-            return _final(sequence, reason, ids, logprobs)
+            return _final(sequence, reason, ids, logprobs, stop_token_id=stop)
         cached = sequence.cached_prompt_tokens if first else 0
         return SequenceOutput(request.request_id, ids, logprobs, cached_prompt_tokens=cached)
 
@@ -294,6 +295,8 @@ def _final(
     reason: FinishReason,
     ids: tuple[int, ...] = (),
     logprobs: tuple[TokenLogprobs, ...] = (),
+    *,
+    stop_token_id: int | None = None,
     error: str = "",
 ) -> SequenceOutput:
     return SequenceOutput(
@@ -301,6 +304,7 @@ def _final(
         ids,
         logprobs,
         reason,
+        stop_token_id,
         error=error,
         timings=sequence.timings(),
         cached_prompt_tokens=sequence.cached_prompt_tokens,

@@ -27,6 +27,7 @@ class EngineLimits:
         broken = [
             *prompt_violations(prompt, self.vocab_size, self.context_length, "prompt_ids"),
             *token_id_violations(sorted(request.stop_ids), self.vocab_size, "stop_ids"),
+            *token_id_violations(request.logprob_token_ids, self.vocab_size, "logprob_token_ids"),
         ]
         if broken:
             raise ValueError(f"{broken[0].field}: {broken[0].description}")

@@ -29,6 +29,7 @@ class SamplingParams:
     top_p: float = DEFAULT_TOP_P
     top_k: int | None = None
     min_p: float = DEFAULT_MIN_P
+    min_gen_len: int = 0
     seed: int = 0
     repetition_penalty: float = DEFAULT_REPETITION_PENALTY
     presence_penalty: float = DEFAULT_PRESENCE_PENALTY
@@ -59,15 +60,26 @@ class GenerationRequest:
     logprobs: bool = False
     prompt_logprobs: bool = False
     top_logprobs: int = 0
+    logprob_token_ids: tuple[int, ...] = ()
     priority: int = 0
     cache_scope: str = ""  # it shares no blocks with sequences of other scopes
+
+    @property
+    def answer_start(self) -> int:
+        """Index of the answer's first token in the sequence."""
+        return len(self.prompt_ids) - self.offset
+
+    def masks_stops_at(self, position: int) -> bool:
+        """Whether the token at `position` comes too early to end the answer."""
+        return position < self.answer_start + self.sampling.min_gen_len
 
 
 class FinishReason(enum.Enum):
     """Why a sequence ended."""
 
     STOP = enum.auto()
-    LENGTH = enum.auto()
+    LENGTH = enum.auto()  # max_gen_len tokens
+    CONTEXT_LENGTH = enum.auto()  # prompt and answer fill the context
     CANCELLED = enum.auto()
     REFUSED = enum.auto()  # the request breaks a limit of the engine
     FAILED = enum.auto()  # the network gave no usable logits
@@ -75,10 +87,12 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A token's own logprob, and the most probable alternatives as (id, logprob), best first."""
+    """A token's own logprob and rank, and the logprobs of other tokens at its position."""
 
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0  # from 1, the most probable; 0 where nothing predicts the token
+    top: tuple[tuple[int, float], ...] = ()  # the most probable tokens as (id, logprob), best first
+    requested: tuple[float, ...] = ()  # of the request's logprob_token_ids
 
 
 # For the first token of a prompt: nothing comes before it that could predict it.
@@ -102,6 +116,7 @@ class SequenceOutput(NamedTuple):  # one per sequence and step: a dataclass is s
     ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per id, if asked for
     finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # with STOP
     timings: Timings | None = None  # with finish_reason
     # With the first ids and with finish_reason: found in the cache at the first start.
     cached_prompt_tokens: int = 0
@@ -140,8 +155,7 @@ class Sequence:
 
     @classmethod
     def from_request(cls, request: GenerationRequest, context: int, arrival: int) -> "Sequence":
-        prompt = len(request.prompt_ids) - request.offset
-        limit = min(context, prompt + request.max_gen_len)
+        limit = min(context, request.answer_start + request.max_gen_len)
         return cls(request, limit, list(request.prompt_ids), arrival)
 
     @property
@@ -176,8 +190,13 @@ class Sequence:
     @property
     def cached_prompt_tokens(self) -> int:
         """Prompt tokens found in the cache when it first ran; 0 when it never did."""
-        own = len(self.request.prompt_ids) - self.request.offset
-        return min(self.cached_at_start or 0, own)
+        return min(self.cached_at_start or 0, self.request.answer_start)
+
+    @property
+    def length_reason(self) -> FinishReason:
+        """Why it ends at its limit."""
+        wanted = self.request.answer_start + self.request.max_gen_len
+        return FinishReason.CONTEXT_LENGTH if self.limit < wanted else FinishReason.LENGTH
 
     def timings(self) -> Timings:
         now = time.monotonic()

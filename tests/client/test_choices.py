@@ -60,7 +60,8 @@ def test_one_answer_takes_no_n(target: str) -> None:
 
 def test_prompt_tokens_from_the_cache_are_told() -> None:
     usage = chat_pb2.Usage(prompt_tokens=9, cached_prompt_tokens=8)
-    answer = results.prediction(chat_pb2.Prediction(usage=usage, choice_index=2))
+    made = chat_pb2.Prediction(usage=usage, choice_index=2)
+    [answer] = results.predictions(chat_pb2.ChatCompleteResponse(predictions=[made]))
 
     assert answer.usage.cached_prompt_tokens == 8
     assert answer.choice_index == 2
@@ -69,6 +70,7 @@ def test_prompt_tokens_from_the_cache_are_told() -> None:
 def test_results_tell_of_lost_replicas_and_of_the_classifiers_findings() -> None:
     found: dict[str, Any] = {"failovers": 2, "safety_categories": ["weapons"]}
     finished = chat_pb2.StreamEvent(finished=chat_pb2.Finished(**found))
-    for result in (results.prediction(chat_pb2.Prediction(**found)), results.event(finished)):
+    response = chat_pb2.TextCompleteResponse(predictions=[chat_pb2.Prediction(**found)])
+    for result in (*results.predictions(response), results.event(finished)):
         assert not isinstance(result, Started | Delta)
         assert (result.failovers, result.safety_categories) == (2, ("weapons",))

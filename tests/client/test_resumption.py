@@ -28,6 +28,7 @@ from llama.v1.chat_pb2 import (
     TextCompleteStreamResponse,
     Token,
 )
+from llama.v1.sampling_pb2 import SamplingParams
 
 ANSWER = "Chasquis ran by day and by night."
 BROKEN = UnreachableError("the connection broke", request_id="abc")
@@ -72,7 +73,11 @@ def run_of(
     pieces: Sequence[str], fingerprint: str = "f", seed: int = 7
 ) -> Iterator[TextCompleteStreamResponse]:
     """One run of the stream: a token per character, an event per piece."""
-    events = [StreamEvent(started=chat_pb2.Started(seed=seed, fingerprint=fingerprint))]
+    events = [
+        StreamEvent(
+            started=chat_pb2.Started(sampling=SamplingParams(seed=seed), fingerprint=fingerprint)
+        )
+    ]
     for piece in pieces:
         tokens = [Token(id=ord(character)) for character in piece]
         events.append(StreamEvent(delta=chat_pb2.Delta(text=piece, tokens=tokens)))

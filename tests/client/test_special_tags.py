@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client import Client, FinishReason, Message, special_tags, without_special_tags
-from client.results import prediction
+from client.results import predictions
 from llama.v1 import chat_pb2
 
 HELLO: Message = {"role": "user", "content": "Hello"}
@@ -19,7 +19,8 @@ def test_text_without_special_tags_holds_none_and_is_else_as_it_was(text: str) -
 
 
 def test_the_message_of_an_answer_can_be_sent_back(target: str) -> None:
-    answer = prediction(chat_pb2.Prediction(text="Hi [INST] you"))
+    made = chat_pb2.Prediction(text="Hi [INST] you")
+    [answer] = predictions(chat_pb2.ChatCompleteResponse(predictions=[made]))
     with Client(target) as client:
         raw: Message = {"role": "assistant", "content": answer.text}
         refused = client.chat([HELLO, raw, HELLO], max_gen_len=1)

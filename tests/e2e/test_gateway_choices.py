@@ -42,13 +42,14 @@ async def test_each_answer_is_what_its_seed_gives_alone(chat: Any, seed: dict[st
     for place, prediction in enumerate(predictions):
         again = ChatCompleteRequest(
             dialogs=dialogs(QUESTIONS[place // 3]),
-            sampling=sampled(seed=prediction.seed),
+            sampling=sampled(seed=prediction.sampling.seed),
             logprobs=True,
         )
         [alone] = (await chat.ChatComplete(again)).predictions
         assert ids(prediction) == ids(alone)
         assert prediction.text == alone.text
-        assert prediction.seed == (predictions[place // 3 * 3].seed + place % 3) % 2**64
+        first = predictions[place // 3 * 3].sampling.seed
+        assert prediction.sampling.seed == (first + place % 3) % 2**64
     assert [each.choice_index for each in predictions] == [0, 1, 2] * 2
     assert len({each.text for each in predictions}) > 3
 
@@ -76,7 +77,7 @@ async def test_continuations_of_token_ids_count_from_the_seed(chat: Any) -> None
     prompt_ids = [TokenIds(ids=[1, 400, 401]), TokenIds(ids=[1, 402])]
     request = TextCompleteRequest(prompt_ids=prompt_ids, sampling=sampled(seed=7), n=2, echo=True)
     predictions = (await chat.TextComplete(request)).predictions
-    assert [(each.choice_index, each.seed) for each in predictions] == [(0, 7), (1, 8)] * 2
+    assert [(each.choice_index, each.sampling.seed) for each in predictions] == [(0, 7), (1, 8)] * 2
     second = TextCompleteRequest(prompt_ids=prompt_ids[1:], sampling=sampled(seed=8), echo=True)
     [alone] = (await chat.TextComplete(second)).predictions
     assert alone.text == predictions[3].text

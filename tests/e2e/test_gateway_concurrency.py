@@ -61,7 +61,7 @@ async def test_reported_seed_reproduces_the_answer(chat: Any) -> None:
     request = ChatCompleteRequest(dialogs=dialogs(*QUESTIONS[:1] * 2), sampling=drawn)
     first, second = (await chat.ChatComplete(request)).predictions
     assert first.text != second.text
-    drawn.seed = second.seed
+    drawn.seed = second.sampling.seed
     request = ChatCompleteRequest(dialogs=dialogs(QUESTIONS[0]), sampling=drawn)
     [repeated] = (await chat.ChatComplete(request)).predictions
     assert repeated.text == second.text

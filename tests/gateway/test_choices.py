@@ -41,7 +41,7 @@ async def test_answers_share_a_prompt_and_count_seeds_up_from_the_given_one(
     assert len({tuple(start.prompt_ids) for start in begun}) == 1
     assert len({start.sequence_id for start in begun}) == 4
     assert [start.sampling.seed for start in begun] == [2**64 - 2, 2**64 - 1, 0, 1]
-    assert [each.seed for each in predictions] == [2**64 - 2, 2**64 - 1, 0, 1]
+    assert [each.sampling.seed for each in predictions] == [2**64 - 2, 2**64 - 1, 0, 1]
 
 
 async def test_one_seed_is_drawn_for_each_dialog(gateway: Any, model: Any) -> None:

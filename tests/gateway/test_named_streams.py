@@ -26,7 +26,7 @@ from llama.v1.chat_pb2 import (
     TextCompleteStreamRequest,
     Token,
 )
-from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams
+from llama.v1.sampling_pb2 import FINISH_REASON_CONTEXT_LENGTH, FINISH_REASON_LENGTH, SamplingParams
 from serving.errors import RequestError
 from serving.security import caller
 from tokenizer_service.tokenizer import Tokenizer
@@ -237,7 +237,7 @@ async def test_deadline_of_the_first_call_does_not_end_a_stream_that_has_begun(
     tell(model, start, ids, end=True)
     events = await read(resume(gateway, "slow", 0), 1000)
     assert [token.id for token in tokens(events)] == ids
-    assert events[-1].finished.finish_reason == FINISH_REASON_LENGTH
+    assert events[-1].finished.finish_reason == FINISH_REASON_CONTEXT_LENGTH
 
 
 async def test_sequences_of_a_named_stream_carry_the_request_id_of_its_first_call(

@@ -218,6 +218,7 @@ def test_absent_fields_take_the_documented_defaults() -> None:
         presence_penalty=0,
         frequency_penalty=0,
         ignore_eos=False,
+        min_gen_len=0,
     )
 
 

@@ -23,6 +23,7 @@ from llama.v1.chat_pb2 import (
 from llama.v1.model_pb2 import SequenceError, Timings
 from llama.v1.sampling_pb2 import (
     DETERMINISM_SEEDED,
+    FINISH_REASON_CONTEXT_LENGTH,
     FINISH_REASON_LENGTH,
     FINISH_REASON_SPECIAL_TAGS,
     FINISH_REASON_STOP,
@@ -77,7 +78,7 @@ async def test_events_are_numbered_and_in_order(
         ("delta", 2, "leaves"),
         ("delta", 0, "grass"),
         ("finished", 0, FINISH_REASON_STOP),
-        ("finished", 2, FINISH_REASON_LENGTH),
+        ("finished", 2, FINISH_REASON_CONTEXT_LENGTH),  # no max_gen_len was asked for
     ]
 
 
@@ -108,7 +109,7 @@ async def test_unary_answer_folds_the_events(
     )
     [prediction] = (await call).predictions
     assert prediction.text == "grass and leaves"
-    assert (prediction.seed, prediction.fingerprint) == (7, "weights")
+    assert (prediction.sampling.seed, prediction.fingerprint) == (7, "weights")
     assert prediction.determinism == DETERMINISM_SEEDED
     assert prediction.usage.prompt_tokens == len(start.prompt_ids)
     assert prediction.usage.cached_prompt_tokens == 3
@@ -124,7 +125,7 @@ async def test_sequence_is_started_with_what_the_request_means(gateway: Any, mod
     started = (await call.read()).event.started
     call.cancel()
     assert start.sampling.max_gen_len == 256 - len(start.prompt_ids)
-    assert start.sampling.seed == started.seed
+    assert start.sampling.seed == started.sampling.seed
     assert (start.sampling.top_p, start.sampling.temperature) == pytest.approx((0.5, 0.6))
     assert not start.sampling.stop
     assert list(start.eos_ids) == [EOS]

@@ -39,12 +39,13 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
     error: str = ""
 
     def add(self, output: SequenceOutput) -> None:
         self.ids += output.ids
         self.logprobs += (entry.logprob for entry in output.logprobs)
-        self.finish_reason = output.finish_reason
+        self.finish_reason, self.stop_token_id = output.finish_reason, output.stop_token_id
         self.error = output.error
 
 

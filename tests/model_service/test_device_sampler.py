@@ -31,6 +31,7 @@ params = st.builds(
     top_p=st.sampled_from((0.0, 0.5, 0.9, 1.0)),
     top_k=st.sampled_from((None, 1, 3, 50, 100_000)),
     min_p=st.sampled_from((0.0, 0.0, 0.05, 1.0)),
+    min_gen_len=st.sampled_from((0, 0, 1, 2, 9)),
     seed=st.integers(0, 2**64 - 1),
     repetition_penalty=st.sampled_from((1.0, 1.0, 0.7, 1.3)),
     presence_penalty=st.sampled_from((0.0, 0.0, 0.4)),
@@ -53,6 +54,7 @@ def sequences(choose: st.DrawFn) -> Sequence:
         logprobs=choose(st.booleans()),
         prompt_logprobs=choose(st.booleans()),
         top_logprobs=choose(st.integers(0, 4)),
+        logprob_token_ids=choose(st.lists(st.integers(0, 4), max_size=3).map(tuple)),
     )
     return Sequence.from_request(request, 4096, 0)
 
@@ -78,7 +80,10 @@ def made_logits(data: st.DataObject, rows: int, vocab: int) -> torch.Tensor:
 
 def values(entry: TokenLogprobs | None) -> list[float]:
     """Without the ids of alternatives: which of equal ones is named depends on other rows."""
-    return [] if entry is None else [entry.logprob, *(value for _, value in entry.top)]
+    if entry is None:
+        return []
+    top = [value for _, value in entry.top]
+    return [entry.logprob, entry.rank, *top, *entry.requested]
 
 
 def made_of(result: StepResult) -> dict[Sequence, list[tuple[int, list[float]]]]:

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -191,7 +192,28 @@ def test_a_prompt_that_fills_the_context_gets_an_empty_answer(
     assert answers["scored"].ids == list(prompt)
     assert len(answers["scored"].logprobs) == 16
     assert answers["scored"].logprobs[0] == 0.0
-    assert {answer.finish_reason for answer in answers.values()} == {FinishReason.LENGTH}
+    assert {answer.finish_reason for answer in answers.values()} == {FinishReason.CONTEXT_LENGTH}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"draft_tokens": 0}, {"draft_tokens": 8}, {"lookahead": True}]
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_stop_token_ends_an_answer_before_its_least_length(
+    make_engine: Any, run: Any, settings: dict[str, Any], temperature: float
+) -> None:
+    prompt = (1, *range(60, 70)) * 3  # repeats, so that drafts are made
+    stops = frozenset(range(2, 260))  # nearly half of the vocabulary
+    sampling = SamplingParams(temperature=temperature, top_p=1, seed=5, min_gen_len=20)
+    start = GenerationRequest("a", prompt, 40, sampling, stops)
+    whole = run(make_engine(**settings), [start])["a"]
+    assert len(whole.ids) >= 20
+    assert whole.finish_reason is FinishReason.STOP  # soon after
+    assert not stops.intersection(whole.ids)
+    moved = dataclasses.replace(start, prompt_ids=prompt + tuple(whole.ids[:7]), offset=7)
+    rest = run(make_engine(**settings), [moved])["a"]
+    assert (rest.ids, rest.stop_token_id) == (whole.ids[7:], whole.stop_token_id)
+    assert whole.stop_token_id in stops
 
 
 def test_end_of_sequence_inside_a_prompt_stops_nothing(

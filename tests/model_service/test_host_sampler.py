@@ -16,9 +16,14 @@ from model_service.engine.sequence import SamplingParams
 VOCAB = 12
 
 
-def row(tokens: tuple[int, ...] = (1, 2, 3), answer: int = 0, **params: Any) -> SamplingRow:
+def row(
+    tokens: tuple[int, ...] = (1, 2, 3),
+    answer: int = 0,
+    stop_ids: frozenset[int] = frozenset(),
+    **params: Any,
+) -> SamplingRow:
     """A row whose last `answer` tokens are the answer's."""
-    return SamplingRow(SamplingParams(**params), tokens, len(tokens) - answer)
+    return SamplingRow(SamplingParams(**params), tokens, len(tokens) - answer, stop_ids)
 
 
 def test_philox_gives_the_published_numbers() -> None:
@@ -93,10 +98,21 @@ def test_logit_bias_moves_single_tokens() -> None:
     assert logits.tolist() == [[3.0, 2.0, 1.0]]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1.0, 100.0])
+def test_answer_that_is_too_short_cannot_end(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 50.0, 1.0]])
+    settings: Any = {"temperature": temperature, "logit_bias": {1: 100.0}, "min_gen_len": 2}
+    short = row((1, 2), answer=1, stop_ids=frozenset([1]), **settings)
+    long_enough = row((1, 2, 2), answer=2, stop_ids=frozenset([1]), **settings)
+    assert sample(logits, [short]) != [1]
+    assert sample(logits, [long_enough]) == [1]
+    assert logits.tolist() == [[0.0, 50.0, 1.0]]
+
+
 def test_scores_are_of_the_raw_distribution() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     expected = torch.log_softmax(logits, dim=-1)[0].tolist()
-    (entry,) = score(logits, [0], [2])
+    (entry,) = score(logits, [0], [2], [()])
     assert entry.logprob == pytest.approx(expected[0])
     assert [token for token, _ in entry.top] == [1, 2]
     assert [value for _, value in entry.top] == pytest.approx([expected[1], expected[2]])
@@ -107,16 +123,19 @@ def test_scores_equal_log_softmax(seed: int, rows: int, count: int) -> None:
     logits = torch.randn(rows, 700, generator=torch.Generator().manual_seed(seed)) * 4
     expected = torch.log_softmax(logits, dim=-1)
     targets = [(7 * index) % 700 for index in range(rows)]
-    entries = score(logits, targets, [count] * rows)
+    requested = [tuple(range(index % 4)) for index in range(rows)]
+    entries = score(logits, targets, [count] * rows, requested)
     best = expected.topk(max(count, 1)).values[:, :count]
     assert [entry.logprob for entry in entries] == expected[range(rows), targets].tolist()
     for index, entry in enumerate(entries):
         assert [value for _, value in entry.top] == best[index].tolist()
         assert [expected[index, token] for token, _ in entry.top] == best[index].tolist()
+        assert entry.requested == tuple(expected[index, : index % 4].tolist())
+        assert expected[index].sort(descending=True).values[entry.rank - 1] == entry.logprob
 
 
 def test_each_scored_row_names_as_many_alternatives_as_it_asked_for() -> None:
-    entries = score(torch.randn(40, 900), [3] * 40, [index % 3 for index in range(40)])
+    entries = score(torch.randn(40, 900), [3] * 40, [i % 3 for i in range(40)], [()] * 40)
     assert [len(entry.top) for entry in entries] == [index % 3 for index in range(40)]
 
 

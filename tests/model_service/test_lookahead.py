@@ -31,6 +31,7 @@ def varied(seed: int) -> GenerationRequest:
         top_p=(0.95, 1.0)[seed % 2],
         top_k=(None, 40)[seed // 2 % 2],
         min_p=(0.0, 0.02)[seed // 4 % 2],
+        min_gen_len=(0, 0, 12)[seed % 3],
         seed=seed,
         repetition_penalty=(1.0, 1.2)[seed // 3 % 2],
         presence_penalty=(0.0, 0.5)[seed // 5 % 2],
@@ -48,6 +49,7 @@ def varied(seed: int) -> GenerationRequest:
         logprobs=seed % 2 == 0,
         prompt_logprobs=seed % 8 == 0,
         top_logprobs=seed % 5,
+        logprob_token_ids=tuple(range(seed % 4)),
     )
 
 

@@ -69,7 +69,7 @@ class PenaltyTables:
     def _fill(self, slot: int, sequence: Sequence) -> None:
         request = sequence.request
         bias = request.sampling.logit_bias
-        answer = sequence.tokens[len(request.prompt_ids) - request.offset :]
+        answer = sequence.tokens[request.answer_start :]
         tokens, answered, stops, biased, values = upload(
             self._device,
             np.array(sequence.tokens, dtype=np.int64),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model_service.engine.pending_token import pending_token, resolve_pending
 from model_service.engine.sampling.columns import (
@@ -21,6 +22,7 @@ from model_service.engine.sampling.columns import (
 )
 from model_service.engine.sampling.device_penalties import PenaltyTables
 from model_service.engine.sampling.device_truncation import draw, draw_truncated
+from model_service.engine.sampling.host_sampler import ranks
 from model_service.engine.sampling.host_truncation import in_highest_blocks
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import SamplingParams, Sequence, TokenLogprobs
@@ -38,6 +40,7 @@ class _Scored:
     rows: list[int]
     targets: list[int]  # [rows], the tokens to score; pending ones are what the step samples
     alternatives: int  # the most that a row wants
+    requested: NDArray[np.int64]  # [rows, most], token ids that rows want; filled up with 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,7 @@ class DeviceSampling:
 
     def read(self) -> StepResult:
         """What the step made, once the device has made it."""
-        sampled, finite, logprobs, top_ids, top_logprobs = (
-            tensor.tolist() for tensor in self.download.wait()
-        )
+        sampled, finite, *scored = (tensor.tolist() for tensor in self.download.wait())
         failed: dict[Sequence, int] = {}
         for row, is_finite in zip(self.rows, finite, strict=True):
             if not is_finite:
@@ -65,10 +66,11 @@ class DeviceSampling:
             if self.rows[i].sequence not in failed
         ]
         scores = {}
-        entries = zip(self.scored_rows, logprobs, top_ids, top_logprobs, strict=True)
-        for i, own, ids, values in entries:
-            count = self.rows[i].sequence.request.top_logprobs
-            scores[i] = TokenLogprobs(own, tuple(zip(ids[:count], values[:count], strict=True)))
+        for i, own, rank, ids, values, others in zip(self.scored_rows, *scored, strict=True):
+            request = self.rows[i].sequence.request
+            top = zip(ids[: request.top_logprobs], values, strict=False)
+            requested = others[: len(request.logprob_token_ids)]
+            scores[i] = TokenLogprobs(own, rank, tuple(top), tuple(requested))
         return StepResult.of(self.rows, tokens, scores, failed)
 
 
@@ -107,7 +109,7 @@ class DeviceSampler:
         params = [row.sequence.request.sampling for row in rows]
         penalized = [i for i, each in enumerate(params) if each.has_penalties]
         if not penalized:
-            return self._choose(logits, rows, params)
+            return self._choose(self._mask_stops(logits, rows), rows, params)
         columns = penalty_columns([params[i] for i in penalized])
         indices, slots, *uploaded = upload(
             self._device,
@@ -116,9 +118,23 @@ class DeviceSampler:
             *(getattr(columns, field.name) for field in fields(columns)),
         )
         changed = self._penalties.apply(logits[indices], slots, PenaltyColumns(*uploaded))
-        tokens = self._choose(logits.index_copy(0, indices, changed), rows, params)
+        changed = self._mask_stops(logits.index_copy(0, indices, changed), rows)
+        tokens = self._choose(changed, rows, params)
         self._penalties.record(slots, tokens[indices])
         return tokens
+
+    def _mask_stops(self, logits: torch.Tensor, rows: list[LogitRow]) -> torch.Tensor:
+        """The logits without the stop ids of answers that are too short to end."""
+        indices = [
+            i * self._vocab + stop
+            for i, row in enumerate(rows)
+            if row.sequence.request.masks_stops_at(row.position)
+            for stop in row.sequence.request.stop_ids
+        ]
+        if not indices:
+            return logits
+        (masked,) = upload(self._device, np.array(indices, dtype=np.int64))
+        return logits.reshape(-1).index_fill(0, masked, -torch.inf).view(logits.shape)
 
     def _choose(
         self, logits: torch.Tensor, rows: list[LogitRow], params: list[SamplingParams]
@@ -152,8 +168,11 @@ class DeviceSampler:
 
     def _score(
         self, logits: torch.Tensor, scored: _Scored, sampled: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `host_sampler.score`: the targets' logprobs [rows], ids and logprobs of the best ones.
+    ) -> tuple[torch.Tensor, ...]:
+        """As `host_sampler.score`, one tensor for each field, [rows] or [rows, most].
+
+        They are the targets' logprobs and ranks, ids and logprobs of the most probable tokens, and
+        the logprobs of those requested.
 
         Args:
             logits: [rows, vocab], as the network gave them.
@@ -161,25 +180,29 @@ class DeviceSampler:
             sampled: [num_sampled], what pending targets stand for.
         """
         if not scored.rows:  # the usual case
-            return logits[:, 0], logits[:, :0].long(), logits[:, :0]
+            nothing = logits[:, :0]
+            return logits[:, 0], logits[:, 0].long(), nothing.long(), nothing, nothing
         most = min(scored.alternatives, self._vocab)
-        chosen, top_ids, top_values = [], [], []
-        (targets,) = upload(self._device, np.array(scored.targets, dtype=np.int64))
+        targets, requested = upload(
+            self._device, np.array(scored.targets, dtype=np.int64), scored.requested
+        )
         if min(scored.targets) < 0:
             targets = resolve_pending(targets, sampled)
-        parts = (torch.split(tensor, _ROWS_SCORED_AT_ONCE) for tensor in (logits, targets))
-        for part, wanted in zip(*parts, strict=True):
+        entries = []
+        parts = (torch.split(each, _ROWS_SCORED_AT_ONCE) for each in (logits, targets, requested))
+        for part, wanted, others in zip(*parts, strict=True):
             logprobs = torch.log_softmax(part, dim=-1)
-            chosen.append(logprobs.gather(-1, wanted.unsqueeze(-1)).squeeze(-1))
+            own = logprobs.gather(-1, wanted.unsqueeze(-1))
             values, ids = _highest(logprobs, most)
-            top_values.append(values)
-            top_ids.append(ids)
-        return torch.cat(chosen), torch.cat(top_ids), torch.cat(top_values)
+            others_values = logprobs.gather(-1, others)
+            entries.append((own.squeeze(-1), ranks(logprobs, own), ids, values, others_values))
+        return tuple(torch.cat(each) for each in zip(*entries, strict=True))
 
 
 def _scored(rows: list[LogitRow]) -> _Scored:
     wanted: list[int] = []
     targets: list[int] = []
+    requested: list[tuple[int, ...]] = []
     alternatives = num_sampled = 0
     for i, row in enumerate(rows):
         sequence = row.sequence
@@ -188,8 +211,12 @@ def _scored(rows: list[LogitRow]) -> _Scored:
             own = sequence.tokens[row.position] if row.in_prompt else pending_token(num_sampled)
             targets.append(own)
             alternatives = max(alternatives, sequence.request.top_logprobs)
+            requested.append(sequence.request.logprob_token_ids)
         num_sampled += not row.in_prompt
-    return _Scored(wanted, targets, alternatives)
+    ids = np.zeros((len(requested), max(map(len, requested), default=0)), dtype=np.int64)
+    for i, row_ids in enumerate(requested):
+        ids[i, : len(row_ids)] = row_ids
+    return _Scored(wanted, targets, alternatives, ids)
 
 
 def _highest(logprobs: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

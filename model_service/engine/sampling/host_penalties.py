@@ -1,4 +1,4 @@
-"""Penalties and biases on the host: applied to the logits of the tokens that they are about."""
+"""Changes of the logits on the host before a draw: penalties, biases, masked stop ids."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,16 +24,22 @@ class SamplingRow:
     answer_start: int  # index of the answer's first token
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer; no penalty changes them
 
+    @property
+    def masks_stops(self) -> bool:
+        """Whether the answer is too short to end."""
+        return len(self.tokens) - self.answer_start < self.params.min_gen_len
+
 
 def apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Logits [rows, vocab] with penalties and biases; the same tensor if no row has any."""
-    if not any(row.params.has_penalties for row in rows):
+    """Logits [rows, vocab] as tokens are drawn from them; the same tensor if no row changes any."""
+    if not any(row.params.has_penalties or row.masks_stops for row in rows):
         return logits
     changed = logits.clone()
     _penalize_repetition(changed, rows)
     _penalize_answers(changed, rows)
     _restore_stops(changed, logits, rows)
     _add_biases(changed, rows)
+    _mask_stops(changed, rows)
     return changed
 
 
@@ -100,6 +106,14 @@ def _add_biases(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     indices = _flat(wanted, biases, [len(bias) for bias in biases], logits)
     values = np.fromiter(chain.from_iterable(bias.values() for bias in biases), dtype=np.float32)
     logits.view(-1)[_on_device(indices, logits)] += _on_device(values, logits)
+
+
+def _mask_stops(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Excludes the stop ids of answers that are too short, in place."""
+    wanted = [(i, row) for i, row in enumerate(rows) if row.masks_stops]
+    stops = [row.stop_ids for _, row in wanted]
+    indices = _flat(wanted, stops, [*map(len, stops)], logits)
+    logits.view(-1)[_on_device(indices, logits)] = -torch.inf
 
 
 def _flat(

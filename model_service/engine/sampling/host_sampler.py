@@ -5,6 +5,7 @@ probabilities: then a rounding difference in the logits can only move a border b
 swap two tokens of nearly equal probability.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +69,13 @@ class HostSampling:
                 targets[i] = tokens[i]
         if not targets:
             return {}
-        alternatives = [self.rows[i].sequence.request.top_logprobs for i in targets]
-        entries = score(self._select([*targets]), [*targets.values()], alternatives)
+        requests = [self.rows[i].sequence.request for i in targets]
+        entries = score(
+            self._select([*targets]),
+            [*targets.values()],
+            [request.top_logprobs for request in requests],
+            [request.logprob_token_ids for request in requests],
+        )
         return dict(zip(targets, entries, strict=True))
 
     def _select(self, rows: list[int]) -> torch.Tensor:
@@ -104,8 +110,7 @@ def _sampling_row(row: LogitRow) -> SamplingRow:
     sequence, before = row.sequence, row.drafts_before
     request = sequence.request
     tokens = sequence.tokens + row.drafts[:before] if before else sequence.tokens
-    answer_start = len(request.prompt_ids) - request.offset
-    return SamplingRow(request.sampling, tokens, answer_start, request.stop_ids)
+    return SamplingRow(request.sampling, tokens, request.answer_start, request.stop_ids)
 
 
 def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
@@ -127,18 +132,24 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     return [tokens[index] for index in range(len(rows))]
 
 
-def score(logits: torch.Tensor, targets: list[int], alternatives: list[int]) -> list[TokenLogprobs]:
+def score(
+    logits: torch.Tensor,
+    targets: list[int],
+    alternatives: list[int],
+    requested: list[tuple[int, ...]],
+) -> list[TokenLogprobs]:
     """Logprobs under the raw distribution.
 
     Args:
         logits: [rows, vocab] float32 as the network gave them.
         targets: [rows], the token that was chosen (or, in a prompt, stands) there.
         alternatives: [rows], how many of the most probable tokens to name.
+        requested: [rows], tokens to score whatever their rank.
     """
     scores: list[TokenLogprobs] = []
     for part in torch.split(logits, _ROWS_SCORED_AT_ONCE):
         own = slice(len(scores), len(scores) + len(part))
-        scores += _score(part, targets[own], alternatives[own])
+        scores += _score(part, targets[own], alternatives[own], requested[own])
     return scores
 
 
@@ -173,19 +184,37 @@ def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
 
 
 def _score(
-    logits: torch.Tensor, targets: list[int], alternatives: list[int]
+    logits: torch.Tensor,
+    targets: list[int],
+    alternatives: list[int],
+    requested: list[tuple[int, ...]],
 ) -> list[TokenLogprobs]:
     # One fused kernel: logsumexp would read the logits four times and take longer.
     logprobs = torch.log_softmax(logits, dim=-1)
     indices = torch.tensor(targets, device=logits.device).unsqueeze(-1)
-    chosen = logprobs.gather(-1, indices).squeeze(-1).tolist()
-    most = min(max(alternatives), logits.shape[-1])
+    chosen = logprobs.gather(-1, indices)
+    own = zip(chosen.squeeze(-1).tolist(), ranks(logprobs, chosen).tolist(), strict=True)
+    top = _most_probable(logprobs, alternatives)
+    others = [tuple(logprobs[i, [*ids]].tolist()) if ids else () for i, ids in enumerate(requested)]
+    return [
+        TokenLogprobs(logprob, rank, row_top, row_others)
+        for (logprob, rank), row_top, row_others in zip(own, top, others, strict=True)
+    ]
+
+
+def ranks(logprobs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The places [rows] of the logprobs `chosen` [rows, 1] in their rows, from 1, the largest."""
+    return (logprobs > chosen).sum(dim=-1) + 1
+
+
+def _most_probable(
+    logprobs: torch.Tensor, counts: list[int]
+) -> Iterable[tuple[tuple[int, float], ...]]:
+    """For each row as many of its most probable tokens, best first."""
+    most = min(max(counts), logprobs.shape[-1])
     if not most:
-        return [TokenLogprobs(value) for value in chosen]
+        return [()] * len(counts)
     candidates, ids, _ = in_highest_blocks(logprobs, most)
     values, order = candidates.topk(most, dim=-1)
-    rows = zip(chosen, ids.gather(-1, order).tolist(), values.tolist(), alternatives, strict=True)
-    return [
-        TokenLogprobs(own, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
-        for own, row_ids, row_values, count in rows
-    ]
+    rows = zip(ids.gather(-1, order).tolist(), values.tolist(), counts, strict=True)
+    return [tuple(zip(ids[:count], values[:count], strict=True)) for ids, values, count in rows]

@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -13,6 +13,7 @@ from client import Client, Delta, Event, Finished, FinishReason, Started
 from client.results import Determinism, Usage
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+NOW = datetime.now(tz=UTC)
 USAGE = Usage(1, 0, 1, *[timedelta()] * 5)
 
 
@@ -20,9 +21,9 @@ USAGE = Usage(1, 0, 1, *[timedelta()] * 5)
 def test_interleaved_answers_come_one_after_the_other_and_whole(data: st.DataObject) -> None:
     answers: list[list[Event]] = [
         [
-            Started(0, choice, 1, choice, 0, "", Determinism.UNSPECIFIED),
+            Started(0, choice, "", NOW, "", 1, {}, 0, "", Determinism.UNSPECIFIED),
             *(Delta(0, choice, str(number), ()) for number in range(data.draw(st.integers(0, 4)))),
-            Finished(0, choice, FinishReason.STOP, (), USAGE, failovers=0),
+            Finished(0, choice, FinishReason.STOP, 2, None, (), USAGE, failovers=0),
         ]
         for choice in range(data.draw(st.integers(1, 4)))
     ]

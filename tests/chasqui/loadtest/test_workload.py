@@ -24,7 +24,7 @@ MODEL = Model(
     quantization="",
     fingerprint="",
     determinism=Determinism.UNSPECIFIED,
-    limits=Limits(1, 1, 1, 1, 1, 1, 1),
+    limits=Limits(1, 1, 1, 1, 1, 1, 1, 1),
     sampling_defaults={},
 )
 WORKLOAD = Workload(Constant(32), Constant(8), 0, (), {"temperature": 0.0}, seed=0)
