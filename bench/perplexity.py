@@ -17,7 +17,7 @@ from demo.tokenizer import Tokenizer
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
 from model_service.loading.load_replica import load_replica
-from model_service.loading.options import ReplicaOptions
+from model_service.loading.options import Dtype, Quantize, ReplicaOptions
 
 CONTEXT_LENGTH = 512
 ANSWER_LENGTH = 256
