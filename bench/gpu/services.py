@@ -166,7 +166,7 @@ def token_times(record: Record) -> Sequence[float]:
     if not isinstance(record.outcome, Success):
         raise RuntimeError(f"{record.outcome.status}: {record.outcome.message}")
     usage = record.outcome.usage
-    waited = (usage.queued + usage.prefill).total_seconds()
+    waited = (usage.queue_time + usage.prefill_time).total_seconds()
     first = record.arrivals[0] if record.arrivals else record.sent + waited
     gap = (record.ended - first) / max(1, usage.completion_tokens - 1)
     return [first + number * gap for number in range(usage.completion_tokens)]

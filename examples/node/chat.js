@@ -11,7 +11,7 @@ const definition = loader.loadSync("llama/v1/chat.proto", {
   includeDirs: [protos],
   enums: String, // FINISH_REASON_STOP, and not 1
   longs: String, // seeds have 64 bits, JavaScript's numbers 53
-  oneofs: true, // event.event names the kind of event
+  oneofs: true, // event.kind names what happened
 });
 const { ChatService } = grpc.loadPackageDefinition(definition).llama.v1;
 
@@ -22,8 +22,8 @@ const stream = client.ChatCompleteStream({
   dialogs: [{ messages: [{ role: "ROLE_USER", content: question }] }],
   sampling: { temperature: 0 },
 });
-stream.on("data", (event) => {
-  if (event.event === "delta") process.stdout.write(event.delta.text);
+stream.on("data", ({ event }) => {
+  if (event.kind === "delta") process.stdout.write(event.delta.text);
 });
 stream.on("error", (error) => {
   console.error(`${grpc.status[error.code]}: ${error.details}`);

@@ -48,7 +48,7 @@ def gateway_says(sampling: SamplingParams) -> str:
 
 
 def model_service_says(sampling: SamplingParams) -> str:
-    start = model_pb2.StartSequence(request_id="a", prompt_ids=[1], sampling=sampling)
+    start = model_pb2.StartSequence(sequence_id="a", prompt_ids=[1], sampling=sampling)
     try:
         generation_request(start, 0, ENGINE_LIMITS)
     except RequestError as error:
