@@ -20,8 +20,8 @@ from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.engine.sequence import SequenceOutput
 from model_service.engine.thread import EngineThread
 from model_service.loading.distributed import Shards
-from model_service.loading.load_replica import Replica
 from model_service.loading.precision import Determinism
+from model_service.loading.replica import Replica
 from model_service.messages import generation_request, token_event
 from model_service.telemetry.metrics import EngineMetrics
 from model_service.telemetry.spans import SequenceSpans
