@@ -1,4 +1,4 @@
-"""`python -m safety_service`: judges by rules, or by a Llama Guard that a gateway serves."""
+"""`python -m safety_service`: a classifier by rules, or by a Llama Guard that a gateway serves."""
 
 import asyncio
 from pathlib import Path
@@ -22,10 +22,11 @@ class SafetySettings(ServerSettings):
     port: Port = 50054
     classifier: Annotated[
         Literal["rules", "llama-guard"],
-        Field(description="rules looks for words, llama-guard asks a model"),
+        Field(description="rules searches for words; llama-guard asks a model"),
     ] = "rules"
     rules: Annotated[
-        Path | None, Field(description="TOML file of rules; none: those that come with the service")
+        Path | None,
+        Field(description="TOML file of rules; default: those of the service"),
     ] = None
     guard_target: Annotated[
         str | None, Field(min_length=1, description="address of a gateway that serves Llama Guard")
@@ -34,7 +35,7 @@ class SafetySettings(ServerSettings):
         Path | None,
         Field(
             description="text file of Llama Guard's categories, such as its model card's own; "
-            "none: the same categories in other words"
+            "default: the same categories in other words"
         ),
     ] = None
 
