@@ -2,7 +2,8 @@
 
 python examples/python/chat.py "What do llamas eat?" [host:port]
 
-The `client` package does the same with typed results and readable errors: see docs/client.md.
+The `client` package does the same with typed results and readable errors:
+see docs/clients/python.md.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The CUDA formats where no CUDA is: layouts, arithmetic, and what PyTorch's fake tensors check.
+"""The CUDA formats where no CUDA is: layouts, precision, and what PyTorch's fake tensors check.
 
 What their kernels compute on a GPU is not tested here.
 """
