@@ -59,8 +59,24 @@ class _Stream:
             self.responses.put_nowait(None)
 
 
+def model_service(replica: Replica, tokenizer_fingerprint: str, shards: Shards) -> Service:
+    """The service as `serving` runs it, on the current event loop."""
+    servicer = ModelServicer(replica, tokenizer_fingerprint, shards)
+
+    def register(server: grpc.aio.Server) -> None:
+        model_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server)
+
+    return Service(
+        names=[SERVICE_NAME],
+        register=register,
+        run=servicer.run,
+        drain=servicer.drain,
+        collectors=[servicer.metrics],
+    )
+
+
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Serves one replica; `service` plugs it into a gRPC server."""
+    """Serves one replica."""
 
     def __init__(self, replica: Replica, tokenizer_fingerprint: str, shards: Shards) -> None:
         self._replica = replica
@@ -74,19 +90,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self._failure: asyncio.Future[Exception] = self._loop.create_future()
         self._engine = EngineThread(replica.engine(), self._deliver, self._fail)
         self._spans = SequenceSpans()
-
-    def stop(self) -> None:
-        """Ends the engine's thread; call when no RPC is left."""
-        self._engine.stop()
-
-    def service(self) -> Service:
-        return Service(
-            names=[SERVICE_NAME],
-            register=lambda server: model_pb2_grpc.add_ModelServiceServicer_to_server(self, server),
-            run=self._run,
-            drain=self._drain,
-            collectors=[EngineMetrics(self._engine, self._replica.info)],
-        )
+        self.metrics = EngineMetrics(self._engine, replica.info)
 
     async def Generate(
         self,
@@ -211,12 +215,18 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """Called in the engine's thread, as its last act."""
         self._loop.call_soon_threadsafe(self._failure.set_result, error)
 
-    async def _run(self, health: Health) -> None:
-        """Runs the engine and keeps the health true; raises when the engine has failed."""
+    async def run(self, health: Health) -> None:
+        """Runs the engine and updates the health until it is cancelled, when no RPC is left.
+
+        Raises if the engine has failed.
+        """
         self._engine.run()
-        while not self._failure.done():
-            await health.set_serving(self._engine.answered and not self._stalled())
-            await asyncio.wait({self._failure}, timeout=HEALTH_INTERVAL)
+        try:
+            while not self._failure.done():
+                await health.set_serving(self._engine.answered and not self._stalled())
+                await asyncio.wait({self._failure}, timeout=HEALTH_INTERVAL)
+        finally:
+            self._engine.stop()
         await health.set_serving(False)
         for stream in self._streams.values():
             stream.responses.put_nowait(unavailable("the replica has failed"))
@@ -225,7 +235,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     def _stalled(self) -> bool:
         return time.monotonic() - self._engine.last_step_at > STALL_LIMIT
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
         """Lets running sequences finish, then ends the streams."""
         self._draining = True
         if any(stream.running for stream in self._streams.values()):
