@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PROTOS := $(wildcard protos/llama/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help env chat test lint format proto bench bench-peers up down
+.PHONY: help env chat test lint format proto bench bench-baselines up down
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -30,7 +30,7 @@ test: env ## run all tests
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/pytest -m alone
 
-lint: env ## formatting, types, import rules, proto style, stale generated code
+lint: env ## formatting, types, import rules, protos, and the house's rooms and words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -38,6 +38,9 @@ lint: env ## formatting, types, import rules, proto style, stale generated code
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/python deploy/generate_protos.py --check
+	-$(BIN)/python .ci/check_rooms.py
+	-$(BIN)/python .ci/check_reading_list.py
+	-$(BIN)/python .ci/check_language.py
 
 format: env ## rewrite the sources in house format
 	$(BIN)/ruff check --fix .
@@ -50,8 +53,8 @@ proto: env ## regenerate llama/v1 from protos
 bench: env ## measure the engine; ARGS="--shapes 1.1B" passes flags on
 	$(BIN)/python -m bench.engine $(ARGS)
 
-bench-peers: env ## compare with transformers, llama.cpp and vLLM on this machine
-	$(BIN)/python -m bench.peers $(ARGS)
+bench-baselines: env ## compare with transformers, llama.cpp and vLLM on this machine
+	$(BIN)/python -m bench.baselines $(ARGS)
 
 up: ## docker compose: build, start, wait until healthy
 	docker compose up --build --detach --wait

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from bench.checkpoint import ensure_checkpoint
+from bench.engine.driver import Driver, Job, free_memory
 from bench.engine.memory import read_seconds
 from bench.engine.session import FIRST_ORDINARY_ID
-from bench.gpu.driver import Driver, Job, free_memory
 from bench.gpu.sizes import Sizes
 from bench.report import Row
 from bench.service import KNOWN_PIECES, Rates, made_up_tokenizer
@@ -30,7 +30,7 @@ from chasqui.loadtest.sender import Sender, clock
 from chasqui.loadtest.workload import Work
 from client import requests
 from llama.v1 import chat_pb2
-from model_service.loading.replica import load_replica
+from model_service.loading.load_replica import load_replica
 
 Call = Literal["chat", "text"]
 CALLS: tuple[Call, ...] = ("chat", "text")

@@ -2,7 +2,7 @@
 
 python examples/python/chat.py "What do llamas eat?" [host:port]
 
-docs/client.md describes the client. stubs.py does the same with the generated stubs alone.
+docs/clients/python.md describes the client. stubs.py does the same with the generated stubs alone.
 """
 
 import sys

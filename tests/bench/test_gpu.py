@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.engine.driver import Driver, Job, Passage, Step, loaded
 from bench.gpu.__main__ import main
-from bench.gpu.driver import Driver, Job, Passage, Step, loaded
 from bench.gpu.recorder import Recorder, SkippedError
 from bench.gpu.sizes import SMALL
 from bench.gpu.targets import against_targets
@@ -69,7 +69,7 @@ def test_a_cancelled_request_makes_room(driver: Driver) -> None:
     driver.cancel(next(iter(contexts)))
     driver.clear()
     load = driver.engine.load()
-    assert (load.running, load.free_blocks) == (0, load.total_blocks)
+    assert (load.running_sequences, load.free_blocks) == (0, load.total_blocks)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -3,9 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client import Client, FinishReason, Message, special_tags, tags, without_special_tags
+from client import Client, FinishReason, Message, special_tags, without_special_tags
 from client.results import chat_prediction
-from llama.prompt_format import dialog
 from llama.v1 import chat_pb2
 
 HELLO: Message = {"role": "user", "content": "Hello"}
@@ -17,10 +16,6 @@ def test_text_without_special_tags_holds_none_and_is_else_as_it_was(text: str) -
     kept = without_special_tags(text)
     assert special_tags(kept) == ()
     assert (kept == text) is (special_tags(text) == ())
-
-
-def test_the_client_knows_the_gateways_tags() -> None:
-    assert tags.SPECIAL_TAGS == dialog.SPECIAL_TAGS
 
 
 def test_the_message_of_an_answer_can_be_sent_back(target: str) -> None:

@@ -1,0 +1,106 @@
+"""Penalties and biases on the device: the history of each sequence that has any, kept there.
+
+A sequence has a slot from its first draw to its end. Drawn tokens are entered where they are drawn,
+so no step needs to know on the host, or to upload, what came before it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model_service.engine.sequence import Sequence
+from model_service.model.pinned_transfer import upload
+
+_LARGEST = torch.finfo(torch.float32).max
+_FIRST_SLOTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyColumns:
+    """One column per parameter, [rows, 1] float32; on the device."""
+
+    repetition: torch.Tensor
+    frequency: torch.Tensor
+    presence: torch.Tensor
+
+
+class PenaltyTables:
+    """One row of the vocabulary's size per slot."""
+
+    def __init__(self, vocab: int, device: torch.device) -> None:
+        self._vocab = vocab
+        self._device = device
+        self._slots: dict[Sequence, int] = {}
+        self._free: list[int] = []
+        self._stands = torch.empty(0, vocab, dtype=torch.bool, device=device)  # prompt or answer
+        self._counts = torch.empty(0, vocab, device=device)  # in the answer
+        self._biases = torch.empty(0, vocab, device=device)
+
+    def slot(self, sequence: Sequence) -> int:
+        """Where the history of `sequence` is; at its first call all its tokens are known."""
+        if (slot := self._slots.get(sequence)) is None:
+            if not self._free:
+                self._enlarge()
+            slot = self._slots[sequence] = self._free.pop()
+            self._enter(slot, sequence)
+        return slot
+
+    def forget(self, sequence: Sequence) -> None:
+        """Gives up the slot of a sequence that has ended, if it has one."""
+        if (slot := self._slots.pop(sequence, None)) is not None:
+            self._free.append(slot)
+
+    def apply(
+        self, logits: torch.Tensor, slots: torch.Tensor, penalties: PenaltyColumns
+    ) -> torch.Tensor:
+        """The adjusted logits, as `sampler.adjust` makes them.
+
+        Args:
+            logits: [rows, vocab] float32.
+            slots: [rows].
+            penalties: the rows' parameters.
+        """
+        counts = self._counts[slots]
+        divided, multiplied = logits / penalties.repetition, logits * penalties.repetition
+        repeated = torch.where(logits > 0, divided, multiplied).clamp_(-_LARGEST, _LARGEST)
+        adjusted = torch.where(self._stands[slots], repeated, logits)
+        adjusted -= penalties.frequency * counts
+        adjusted -= penalties.presence * (counts > 0)
+        adjusted += self._biases[slots]
+        return adjusted
+
+    def note(self, slots: torch.Tensor, drawn: torch.Tensor) -> None:
+        """Enters the tokens [rows] that were drawn for these slots [rows], all different."""
+        # Not `[...] = True`: a number from the host might be waited for.
+        self._stands.index_put_((slots, drawn), torch.ones_like(drawn, dtype=torch.bool))
+        self._counts.index_put_((slots, drawn), self._counts[slots, drawn] + 1.0)
+
+    def _enter(self, slot: int, sequence: Sequence) -> None:
+        request = sequence.request
+        bias = request.sampling.logit_bias
+        answer = sequence.tokens[len(request.prompt_ids) - request.offset :]
+        tokens, answered, stops, biased, values = upload(
+            self._device,
+            np.array(sequence.tokens, dtype=np.int64),
+            np.array(answer, dtype=np.int64),
+            np.array([*request.stop_ids], dtype=np.int64),
+            np.array([*bias], dtype=np.int64),
+            np.array([*bias.values()], dtype=np.float32),
+        )
+        stands, counts, biases = self._stands[slot], self._counts[slot], self._biases[slot]
+        # Stop ids are exempt from penalties; one that is drawn later ends the sequence.
+        stands.zero_().index_fill_(0, tokens, True).index_fill_(0, stops, False)
+        counts.zero_().index_add_(0, answered, torch.ones_like(answered, dtype=torch.float32))
+        counts.index_fill_(0, stops, 0.0)
+        biases.zero_().index_copy_(0, biased, values)
+
+    def _enlarge(self) -> None:
+        """Doubles the slots."""
+        before = len(self._counts)
+        added = max(before, _FIRST_SLOTS)
+        self._free += range(before, before + added)
+        self._stands, self._counts, self._biases = (
+            torch.cat((table, table.new_empty(added, self._vocab)))
+            for table in (self._stands, self._counts, self._biases)
+        )
