@@ -15,7 +15,7 @@ from demo.text import read_corpus, read_questions
 from demo.tokenizer import Tokenizer
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
-from model_service.loading.replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import ReplicaOptions, load_replica
 
 CONTEXT_LENGTH = 512
 ANSWER_LENGTH = 256

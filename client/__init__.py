@@ -33,7 +33,7 @@ from client.results import (
 )
 from client.status import GatewayStatus, Load, ReplicaInfo, ReplicaStatus, Upstream, UpstreamState
 from client.sync import Client
-from client.tags import special_tags, without_special_tags
+from llama.prompt_format.tags import special_tags, without_special_tags
 
 __all__ = [
     "DEFAULT_TARGET",

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import cast
 
 from client.requests import Message, Sampling
-from client.tags import without_special_tags
+from llama.prompt_format.tags import without_special_tags
 from llama.v1 import chat_pb2, sampling_pb2
 
 

@@ -28,7 +28,7 @@ WEIGHTS, PARAMS, TOKENIZER, MANIFEST = (
 def text_digest() -> str:
     """SHA-256 over the training text and the questions held out from it."""
     digest = hashlib.sha256()
-    for path in [*sorted(TEXT.glob("*.toml")), HELD_OUT]:
+    for path in [*sorted({*TEXT.glob("*.toml")} - {HELD_OUT}), HELD_OUT]:
         content = path.read_bytes().replace(b"\r\n", b"\n")
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()

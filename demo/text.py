@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TEXT = Path(__file__).parent / "text"
-HELD_OUT = Path(__file__).parent / "held_out.toml"
+HELD_OUT = TEXT / "held_out.toml"
 TOPIC_FILES = ("small_talk", "self", "chasqui", "llamas", "andes", "cooking", "first_words")
 
 _CHOICE = re.compile(r"\{([^{}]*)\}")

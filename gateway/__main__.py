@@ -7,8 +7,8 @@ from gateway.rpc.upstreams import Backend
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
 from gateway.upstream.connect import connector
-from serving.allocator import return_large_blocks
 from serving.errors import StartError
+from serving.process import return_freed_memory
 from serving.server import serve
 from serving.settings import parse
 from serving.telemetry import logs
@@ -28,7 +28,7 @@ async def run(settings: GatewaySettings) -> None:
 def main() -> None:
     settings = parse(GatewaySettings, prog="python -m gateway")
     logs.configure(settings)
-    return_large_blocks()
+    return_freed_memory()
     try:
         asyncio.run(run(settings))
     except StartError as error:

@@ -20,8 +20,8 @@ from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.engine.sequence import SequenceOutput
 from model_service.engine.thread import EngineThread
 from model_service.loading.distributed import Shards
+from model_service.loading.load_replica import Replica
 from model_service.loading.precision import Determinism
-from model_service.loading.replica import Replica
 from model_service.messages import generation_request, token_event
 from model_service.telemetry.metrics import EngineMetrics
 from model_service.telemetry.spans import SequenceSpans
@@ -59,7 +59,7 @@ class _Stream:
             self.responses.put_nowait(None)
 
 
-class ModelServer(model_pb2_grpc.ModelServiceServicer):
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Serves one replica; `service` plugs it into a gRPC server."""
 
     def __init__(self, replica: Replica, tokenizer_fingerprint: str, shards: Shards) -> None:
@@ -135,8 +135,8 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetLoadResponse:
         load = self._engine.load
         return model_pb2.GetLoadResponse(
-            running_sequences=load.running,
-            waiting_sequences=load.waiting,
+            running_sequences=load.running_sequences,
+            waiting_sequences=load.waiting_sequences,
             total_blocks=load.total_blocks,
             free_blocks=load.free_blocks,
             block_size=self._replica.limits.block_size,

@@ -8,7 +8,7 @@ import structlog
 from pydantic import Field
 
 import serving  # noqa: F401  # before grpc
-from serving.allocator import return_large_blocks
+from serving.process import return_freed_memory
 from serving.server import serve
 from serving.settings import Port, ServerSettings, parse
 from serving.telemetry import logs
@@ -26,7 +26,7 @@ class TokenizerSettings(ServerSettings):
 def main() -> None:
     settings = parse(TokenizerSettings, prog="python -m tokenizer_service")
     logs.configure(settings)
-    return_large_blocks()
+    return_freed_memory()
     try:
         tokenizer = Tokenizer(settings.tokenizer_path)
     except TokenizerFileError as error:

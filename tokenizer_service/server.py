@@ -24,7 +24,7 @@ from llama.v1.tokenizer_pb2 import (
     GetVocabularyResponse,
 )
 from serving.errors import Violation, invalid_argument
-from serving.intake.fair_turns import FairTurns
+from serving.intake.fair_semaphore import FairSemaphore
 from serving.server import Service
 from tokenizer_service.tokenizer import TokenIdError, Tokenizer
 
@@ -52,7 +52,7 @@ def tokenizer_service(tokenizer: Tokenizer) -> Service:
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._turns = FairTurns(MAX_BYTES_AT_ONCE)
+        self._semaphore = FairSemaphore(MAX_BYTES_AT_ONCE)
         self._segments = Counter(
             "chasqui_tokenizer_segments_total", "Segments encoded.", registry=None
         )
@@ -78,12 +78,12 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         if len(request.caller) > MAX_CALLER_CHARACTERS:
             rule = f"must have at most {MAX_CALLER_CHARACTERS} characters"
             raise invalid_argument([Violation("caller", f"{rule}, not {len(request.caller)}")])
-        async with self._turns.turn(request.caller, CALL_BYTES + request.ByteSize()):
+        async with self._semaphore.acquire(request.caller, CALL_BYTES + request.ByteSize()):
             return await _to_its_end(asyncio.to_thread(self._encode, request))
 
     async def Decode(self, request: DecodeRequest, _context: object) -> DecodeResponse:
         _check_count("sequences", len(request.sequences))
-        async with self._turns.turn("", CALL_BYTES + request.ByteSize()):
+        async with self._semaphore.acquire("", CALL_BYTES + request.ByteSize()):
             return await _to_its_end(asyncio.to_thread(self._decode, request))
 
     async def GetVocabulary(

@@ -13,7 +13,7 @@ import psutil
 from bench.engine.session import Variant, session
 from bench.report import Row
 from bench.shapes import Shape
-from model_service.loading.replica import load_replica
+from model_service.loading.load_replica import load_replica
 
 READ_BYTES = 2**24
 ITEMSIZE = {"float32": 4, "bfloat16": 2}

@@ -17,7 +17,7 @@ from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest, SamplingParams, TokenLogprobs
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.runner import ModelRunner
-from model_service.loading.replica import Replica, ReplicaOptions, load_replica
+from model_service.loading.load_replica import Replica, ReplicaOptions, load_replica
 
 GREEDY = SamplingParams(temperature=0.0)
 FIRST_ORDINARY_ID = 259  # behind the control and byte pieces of a Llama 2 vocabulary

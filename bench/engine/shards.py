@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.engine.session import Session, Variant
 from bench.report import Row
 from bench.summary import Summary, summarize
-from model_service.loading.replica import load_replica
+from model_service.loading.load_replica import load_replica
 
 
 def shard_sweep(

@@ -23,7 +23,7 @@ from bench.gpu.weights import RandomWeights
 from bench.shapes import Shape
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest
-from model_service.loading.replica import Replica, ReplicaOptions, load_replica
+from model_service.loading.load_replica import Replica, ReplicaOptions, load_replica
 
 QUANTIZED = ("int8", "int4", "fp8")
 Prompt = tuple[int, ...]

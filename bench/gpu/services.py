@@ -30,7 +30,7 @@ from chasqui.loadtest.sender import Sender, clock
 from chasqui.loadtest.workload import Work
 from client import requests
 from llama.v1 import chat_pb2
-from model_service.loading.replica import load_replica
+from model_service.loading.load_replica import load_replica
 
 Call = Literal["chat", "text"]
 CALLS: tuple[Call, ...] = ("chat", "text")

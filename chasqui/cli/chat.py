@@ -20,7 +20,7 @@ from client.errors import ChasquiError
 from client.requests import ChatOptions, Message
 from client.results import Delta, Event, Finished, FinishReason, Started, Token
 from client.sync import Client
-from client.tags import special_tags, without_special_tags
+from llama.prompt_format.tags import special_tags, without_special_tags
 
 HELP = """\
 /system TEXT  give the model instructions; without TEXT, take them back

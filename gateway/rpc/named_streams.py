@@ -16,7 +16,7 @@ import structlog
 
 from gateway.rpc.ended_streams import EndedStreams, StreamKey
 from llama.v1 import chat_pb2
-from serving.errors import RequestError, let_go, unavailable
+from serving.errors import RequestError, clear_frames, unavailable
 from serving.security import caller
 
 # What it costs to keep an event, beyond its own bytes. Events are kept as they go over the wire:
@@ -268,7 +268,7 @@ class _Stream(Generic[ResponseT]):
             self._failure = task.exception()
         if self._failure is not None and not isinstance(self._failure, RequestError):
             _log.error("stream failed", exc_info=self._failure)
-        let_go(self._failure)
+        clear_frames(self._failure)
         self.ended = True
         self._tell_reader()
 

@@ -17,7 +17,7 @@ from gateway.request.validation import Options
 from gateway.text.detokenizer import Vocabulary
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, resource_exhausted
-from serving.intake.breather import Breather
+from serving.intake.time_slice import TimeSlice
 
 # What a prediction has beside its text and its tokens: usage, seed, fingerprint.
 PREDICTION_BYTES = 512
@@ -95,10 +95,10 @@ async def add_tokens(
     message: chat_pb2.ChatPrediction | chat_pb2.TextPrediction, prediction: Prediction
 ) -> None:
     """Puts a prediction's tokens into its message, in steps between which others run."""
-    breather = Breather()
+    time_slice = TimeSlice()
     for part in prediction.tokens:
         message.MergeFromString(part)
-        await breather.breathe()
+        await time_slice.yield_if_over()
 
 
 def _too_large(max_bytes: int) -> RequestError:

@@ -6,11 +6,9 @@ of `chat_completion` in Meta's llama/generation.py to the byte.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llama.prompt_format.tags import B_INST, B_SYS, E_INST, E_SYS, special_tags
 from serving.errors import Violation
 
-B_INST, E_INST = "[INST]", "[/INST]"
-B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
-SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>")
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -76,7 +74,7 @@ def _misplaced(role: str, before: str | None, *, last: bool) -> str | None:
 
 def has_special_tags(dialog: Sequence[Message]) -> bool:
     """Whether any content, the system message's too, could pass for part of the prompt format."""
-    return any(tag in message.content for message in dialog for tag in SPECIAL_TAGS)
+    return any(special_tags(message.content) for message in dialog)
 
 
 def render(dialog: Sequence[Message]) -> list[Segment]:

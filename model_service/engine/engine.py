@@ -18,7 +18,7 @@ from functools import partial
 from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.engine.sampling.device_sampler import DeviceSampler
 from model_service.engine.sampling.result import StepResult, read_result
-from model_service.engine.scheduling.prefill_budget import Pace
+from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.scheduler import Chunk, Schedule, Scheduler
 from model_service.engine.scheduling.speculation import NgramDrafter, Speculation
 from model_service.engine.sequence import (
@@ -29,7 +29,7 @@ from model_service.engine.sequence import (
     SequenceOutput,
     TokenLogprobs,
 )
-from model_service.engine.step.batch import Row, plan_step
+from model_service.engine.step.batch import LogitRow, plan_step
 from model_service.engine.step.runner import ModelRunner
 from model_service.engine.step.step_times import StepTimes
 from serving.request_rules import prompt_violations, token_id_violations
@@ -67,8 +67,8 @@ class EngineLimits:
 class EngineLoad:
     """What the engine is doing now."""
 
-    running: int
-    waiting: int
+    running_sequences: int
+    waiting_sequences: int
     total_blocks: int
     free_blocks: int  # cached ones included
     cached_blocks: int  # that no sequence holds
@@ -84,11 +84,11 @@ class EngineLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
+class InFlightStep:
     """A step that was launched."""
 
     schedule: Schedule
-    rows: list[Row]
+    rows: list[LogitRow]
     ends: list[Chunk]  # those that reach the end of their sequence
     read: Callable[[], StepResult]  # waits for what the step makes
     # By time.monotonic:
@@ -106,12 +106,14 @@ class Engine:
         self._runner = runner
         self._sampler = DeviceSampler(limits.vocab_size, runner.device)
         self._pool = BlockPool(limits.blocks, limits.block_size)
-        self._pace = Pace(limits.max_stall, limits.block_size, limits.max_step_tokens)
+        self._prefill_budget = PrefillBudget(
+            limits.max_stall, limits.block_size, limits.max_step_tokens
+        )
         drafts = 0 if limits.lookahead else limits.draft_tokens  # they follow a known token
-        self._speculation = Speculation(NgramDrafter(), self._pace, drafts)
+        self._speculation = Speculation(NgramDrafter(), self._prefill_budget, drafts)
         self._scheduler = Scheduler(
             self._pool,
-            self._pace,
+            self._prefill_budget,
             self._speculation,
             max_batch_size=limits.max_batch_size,
             max_step_tokens=limits.max_step_tokens,
@@ -120,7 +122,7 @@ class Engine:
         self._sequences: dict[Hashable, Sequence] = {}
         self._arrivals = itertools.count()
         self._ready: list[SequenceOutput] = []  # outputs that need no step
-        self._in_flight: _Flight | None = None  # only with lookahead
+        self._in_flight: InFlightStep | None = None  # only with lookahead
         self._read_at = 0.0  # when the last step's result was there
         self._steps = 0
         self._prompt_tokens = 0
@@ -179,8 +181,8 @@ class Engine:
 
     def load(self) -> EngineLoad:
         return EngineLoad(
-            running=self._scheduler.running_count,
-            waiting=self._scheduler.waiting_count,
+            running_sequences=self._scheduler.running_count,
+            waiting_sequences=self._scheduler.waiting_count,
             total_blocks=self._pool.total,
             free_blocks=self._pool.free_count,
             cached_blocks=self._pool.cached_count,
@@ -194,7 +196,7 @@ class Engine:
             accepted_tokens=self._speculation.accepted,
         )
 
-    def _launch(self) -> _Flight | None:
+    def _launch(self) -> InFlightStep | None:
         """Schedules a step and sets it going; None when there is nothing to do."""
         started = time.monotonic()
         schedule = self._scheduler.schedule()
@@ -210,15 +212,15 @@ class Engine:
         self._steps += 1
         if not self.limits.lookahead:
             read = partial(read_result, rows, logits)
-            return _Flight(schedule, rows, ends, read, started, planned, time.monotonic())
+            return InFlightStep(schedule, rows, ends, read, started, planned, time.monotonic())
         launched = self._sampler.launch(rows, logits)
-        if plan.draws:
+        if plan.num_sampled:
             self._runner.feed(launched.drawn)
-        self._expect(schedule, rows, ends)
-        return _Flight(schedule, rows, ends, launched.read, started, planned, computed=None)
+        self._reserve_pending(schedule, rows, ends)
+        return InFlightStep(schedule, rows, ends, launched.read, started, planned, computed=None)
 
     @staticmethod
-    def _expect(schedule: Schedule, rows: list[Row], ends: list[Chunk]) -> None:
+    def _reserve_pending(schedule: Schedule, rows: list[LogitRow], ends: list[Chunk]) -> None:
         """Lets the sequences of a step under way go on, behind tokens that are still to come."""
         for chunk in schedule.chunks:
             chunk.sequence.num_computed = chunk.end
@@ -228,14 +230,14 @@ class Engine:
         for chunk in ends:
             chunk.sequence.all_launched = not chunk.sequence.generates
 
-    def _collect(self, flight: _Flight) -> list[SequenceOutput]:
+    def _collect(self, flight: InFlightStep) -> list[SequenceOutput]:
         """Waits for what a step makes, and books it into the sequences that are still there."""
         result = flight.read()
         now = time.monotonic()
         schedule, last = flight.schedule, self._read_at
         seconds = now - max(flight.started, last)
         extra = schedule.prompt_tokens + schedule.drafted_tokens
-        self._pace.record(schedule.decode_rows, extra, seconds)
+        self._prefill_budget.record(schedule.decode_rows, extra, seconds)
         per_token = seconds / (schedule.decode_rows + extra)
         alive = [c for c in schedule.chunks if self._scheduler.is_running(c.sequence)]
         for chunk in alive:
@@ -243,7 +245,7 @@ class Engine:
             sequence.compute += per_token * chunk.length
             if chunk.begin < (prompt := len(sequence.request.prompt_ids)):
                 self._prompt_tokens += min(chunk.end, prompt) - chunk.begin
-        self._note_prompt_scores(flight.rows, result)
+        self._record_prompt_scores(flight.rows, result)
         ends = [chunk for chunk in flight.ends if self._scheduler.is_running(chunk.sequence)]
         for chunk in ends:
             self._extend(chunk, [token for token, _ in result.tokens.get(chunk.sequence, ())])
@@ -264,7 +266,7 @@ class Engine:
         return outputs
 
     @staticmethod
-    def _note_prompt_scores(rows: list[Row], result: StepResult) -> None:
+    def _record_prompt_scores(rows: list[LogitRow], result: StepResult) -> None:
         for i, entry in result.scores.items():
             if rows[i].in_prompt:
                 sequence = rows[i].sequence
@@ -333,7 +335,7 @@ class Engine:
 
     def _fail(self, sequence: Sequence, position: int) -> SequenceOutput:
         del self._sequences[sequence.request.request_id]
-        self._scheduler.retract(sequence)
+        self._scheduler.invalidate(sequence)
         self._forget(sequence)
         return _final(
             sequence,

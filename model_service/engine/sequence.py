@@ -39,7 +39,7 @@ class SamplingParams:
         return self.temperature <= 0
 
     @property
-    def adjusts_logits(self) -> bool:
+    def has_penalties(self) -> bool:
         """Whether the logits are changed before the temperature divides them."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)

@@ -10,9 +10,11 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from model_service.model.errors import CheckpointError
-from model_service.model.weights.quantization import FORMATS, Quantization
+
+Quantization = Literal["none", "int8", "int4", "fp8"]
 
 ROPE_THETA = 10000.0
 VOCAB_SIZE_FROM_EMBEDDING = -1
@@ -149,7 +151,7 @@ def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:
 def _broken_rule(name: str, value: object) -> str:
     """What `value` ought to be; empty if it may stand for the setting `name`."""
     if name == "quantization":
-        names = ["none", *FORMATS]
+        names = get_args(Quantization)
         return "" if value in names else " or ".join(names)
     if value is None and name in {"n_kv_heads", "ffn_dim_multiplier"}:
         return ""

@@ -9,13 +9,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 
 from model_service.engine.thread import EngineThread
-from model_service.loading.replica import ModelInfo
+from model_service.loading.load_replica import ModelInfo
 from serving.telemetry.metrics import histogram_family
 
 # Name behind "chasqui_model_", meaning; the field of EngineLoad has the name unless it is given.
 _GAUGES = {
-    "running_sequences": ("running", "Sequences that hold blocks."),
-    "waiting_sequences": ("waiting", "Sequences that wait for a place."),
+    "running_sequences": ("running_sequences", "Sequences that hold blocks."),
+    "waiting_sequences": ("waiting_sequences", "Sequences that wait for a place."),
     "blocks": ("total_blocks", "Blocks of the KV cache."),
     "free_blocks": ("free_blocks", "Blocks that no sequence holds, cached ones included."),
     "cached_blocks": (

@@ -18,7 +18,7 @@ def test_streams_of_a_decode_step_all_advance(variant: Variant) -> None:
         assert 0 < step.forward < step.seconds
         run.clear()
         load = run.engine.load()
-        assert load.running == load.waiting == 0
+        assert load.running_sequences == load.waiting_sequences == 0
 
 
 def test_answers_too_short_for_all_to_run_at_once_are_told(variant: Variant) -> None:

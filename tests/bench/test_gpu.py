@@ -69,7 +69,7 @@ def test_a_cancelled_request_makes_room(driver: Driver) -> None:
     driver.cancel(next(iter(contexts)))
     driver.clear()
     load = driver.engine.load()
-    assert (load.running, load.free_blocks) == (0, load.total_blocks)
+    assert (load.running_sequences, load.free_blocks) == (0, load.total_blocks)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

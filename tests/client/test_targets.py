@@ -10,7 +10,7 @@ import pytest
 
 from client import AsyncClient, Client, ConnectionSettingsError
 from client.connection.targets import Address, addresses, is_local, proxy
-from tests.client.conftest import Run
+from tests.command import Run
 
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy")
 

@@ -28,8 +28,8 @@ from client import (
 from llama import Llama
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP
-from tests.client.conftest import Run
-from tests.client.conftest import _handler as handler
+from tests.command import Run
+from tests.scripted_gateway import handler
 
 GetModel = Callable[[str, Tls | None], str]
 HELLO: list[Message] = [{"role": "user", "content": "Hello"}]

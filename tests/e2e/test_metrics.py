@@ -20,7 +20,7 @@ from llama.v1.sampling_pb2 import SamplingParams
 from tests.e2e.processes import start_gateway
 
 PROMPT = "The llama walks over the bridge"
-NOBODY = "127.0.0.1:1"
+UNREACHABLE = "127.0.0.1:1"
 
 
 def exactly(tokens: int) -> SamplingParams:
@@ -159,7 +159,7 @@ async def test_refused_request_is_counted_though_it_made_nothing(chat: Any, stac
 
 async def test_what_goes_on_unjudged_is_counted(stack: Any) -> None:
     gateway = start_gateway(
-        stack.tokenizer, stack.model, safety_target=NOBODY, safety_on_failure="open"
+        stack.tokenizer, stack.model, safety_target=UNREACHABLE, safety_on_failure="open"
     )
     try:
         gateway.wait_until(serving=True)

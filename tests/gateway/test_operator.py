@@ -16,7 +16,7 @@ from llama.v1.operator_pb2 import (
 )
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 
-NOBODY = "127.0.0.1:1"
+UNREACHABLE = "127.0.0.1:1"
 
 
 async def status_when(
@@ -70,16 +70,16 @@ async def test_status_tells_why_a_replica_takes_no_work(
     other = copy.deepcopy(model.info)
     other.vocab_size += 1
     unfit, _ = await start_server(type(model)(other).service())
-    gateway = await start_gateway(tokenizer_target, unfit, NOBODY)
+    gateway = await start_gateway(tokenizer_target, unfit, UNREACHABLE)
     found = await status_when(
         gateway,
         lambda each: UPSTREAM_STATE_REFUSED in {one.upstream.state for one in each.replicas},
     )
     upstreams = {replica.upstream.target: replica.upstream for replica in found.replicas}
-    assert list(upstreams) == sorted([unfit, NOBODY])
+    assert list(upstreams) == sorted([unfit, UNREACHABLE])
     assert "its embedding has" in upstreams[unfit].reason
-    assert upstreams[NOBODY].state == UPSTREAM_STATE_CONNECTING
-    assert upstreams[NOBODY].reason
+    assert upstreams[UNREACHABLE].state == UPSTREAM_STATE_CONNECTING
+    assert upstreams[UNREACHABLE].reason
     assert not found.replicas[0].HasField("load")
 
 

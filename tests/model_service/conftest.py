@@ -20,7 +20,7 @@ from model_service.engine.sequence import (
     SamplingParams,
     SequenceOutput,
 )
-from model_service.loading.replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import ReplicaOptions, load_replica
 from model_service.model.attention.backend import (
     AttentionBackend,
     CacheShape,

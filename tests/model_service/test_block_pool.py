@@ -53,11 +53,11 @@ class PoolUse(RuleBasedStateMachine):
             assert self.content[known] == content
 
     @rule(data=st.data())
-    def retract(self, data: st.DataObject) -> None:
+    def invalidate(self, data: st.DataObject) -> None:
         if self.held:
             blocks = data.draw(st.sampled_from(self.held))
             digests = [self.content[block].digest for block in blocks if block in self.content]
-            self.pool.retract(blocks)
+            self.pool.invalidate(blocks)
             assert not set(self.pool.match(digests)) & set(blocks)
 
     @rule(wanted=st.lists(contents, max_size=3, unique=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model_service.loading.replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import ReplicaOptions, load_replica
 from model_service.model.weights import cuda as weights_cuda
 from model_service.model.weights.checkpoint import open_checkpoint
 from model_service.model.weights.packing import packing

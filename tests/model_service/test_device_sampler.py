@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model_service.engine.engine import EngineLimits
-from model_service.engine.sampling.device_draw import Rules, draw, truncate
 from model_service.engine.sampling.device_sampler import DeviceSampler
+from model_service.engine.sampling.device_truncation import Rules, draw, truncate
 from model_service.engine.sampling.result import StepResult, read_result
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
-from model_service.engine.step.batch import Row
-from model_service.engine.step.pinned_transfer import upload_packed
+from model_service.engine.step.batch import LogitRow
 from model_service.loading.warm_up import warm_up_sampling
+from model_service.model.pinned_transfer import upload_packed
 
 CPU = torch.device("cpu")
 VOCABS = 5, 300, 1040, 9001
@@ -55,11 +55,11 @@ def sequences(choose: st.DrawFn) -> Sequence:
     return Sequence.from_request(request, 4096, 0)
 
 
-def rows_of(sequence: Sequence, *, first: bool) -> list[Row]:
+def rows_of(sequence: Sequence, *, first: bool) -> list[LogitRow]:
     """Of the next step; at first also those of the prompt, if they are wanted."""
     length = len(sequence.tokens)
     scored = range(1, length) if first and sequence.request.prompt_logprobs else ()
-    return [Row(sequence, position, []) for position in (*scored, length)]
+    return [LogitRow(sequence, position, []) for position in (*scored, length)]
 
 
 def made_logits(data: st.DataObject, rows: int, vocab: int) -> torch.Tensor:
@@ -138,7 +138,7 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
 def test_a_large_batch_is_drawn_in_parts_no_larger_than_its_logits(top_p: float) -> None:
     request = GenerationRequest(0, (1,), 9, SamplingParams(1.0, top_p))
-    rows = [Row(Sequence.from_request(request, 99, 0), 1, []) for _ in range(600)]
+    rows = [LogitRow(Sequence.from_request(request, 99, 0), 1, []) for _ in range(600)]
     logits = torch.zeros(len(rows), 50)
     with Largest() as largest:  # type: ignore[no-untyped-call]
         launched = DeviceSampler(50, CPU).launch(rows, logits)
@@ -149,7 +149,7 @@ def test_a_large_batch_is_drawn_in_parts_no_larger_than_its_logits(top_p: float)
 def test_warm_up_reaches_the_largest_draw_and_the_largest_scoring(monkeypatch: Any) -> None:
     launched = []
 
-    def launch(_: DeviceSampler, rows: list[Row], logits: torch.Tensor) -> None:
+    def launch(_: DeviceSampler, rows: list[LogitRow], logits: torch.Tensor) -> None:
         launched.append(([row.in_prompt for row in rows], logits.shape))
 
     monkeypatch.setattr(DeviceSampler, "launch", launch)

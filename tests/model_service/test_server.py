@@ -11,10 +11,10 @@ import pytest
 
 from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.loading.distributed import Shards
-from model_service.loading.replica import load_replica
+from model_service.loading.load_replica import load_replica
 from model_service.model import cpu
 from model_service.rank import replica_options
-from model_service.server import ModelServer
+from model_service.server import ModelServicer
 from model_service.settings import ModelSettings
 from serving.server import channel, running
 
@@ -74,9 +74,9 @@ def ids(events: list[Any]) -> list[int]:
 
 
 @pytest.fixture
-async def server(golden: Path) -> AsyncIterator[ModelServer]:
+async def server(golden: Path) -> AsyncIterator[ModelServicer]:
     settings = ModelSettings(port=0, ckpt_dir=golden / "checkpoints" / "gqa-mp1", max_seq_len=256)
-    server = ModelServer(load_replica(replica_options(settings)), "of-the-tokenizer", Shards(60))
+    server = ModelServicer(load_replica(replica_options(settings)), "of-the-tokenizer", Shards(60))
     async with AsyncExitStack() as stack:
         stack.callback(server.stop)
         up = await stack.enter_async_context(running(settings, server.service()))
@@ -85,7 +85,7 @@ async def server(golden: Path) -> AsyncIterator[ModelServer]:
 
 
 @pytest.fixture
-async def model(server: ModelServer) -> AsyncIterator[Model]:
+async def model(server: ModelServicer) -> AsyncIterator[Model]:
     async with channel(server.address) as target:  # type: ignore[attr-defined]
         yield Model(target)
 
@@ -194,7 +194,7 @@ async def test_a_request_id_that_runs_is_refused_and_runs_on(
 
 
 async def test_draining_finishes_what_runs_and_refuses_what_comes(
-    model: Model, server: ModelServer, cases: Callable[[str], list[Case]]
+    model: Model, server: ModelServicer, cases: Callable[[str], list[Case]]
 ) -> None:
     call = await model.open(start(cases("gqa")[0], "running"))
     events = list((await call.read()).events)

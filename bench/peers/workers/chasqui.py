@@ -8,7 +8,7 @@ import torch
 from bench.engine.session import Session, Variant
 from bench.host import versions
 from bench.peers.protocol import Job, random_prompts, serve
-from model_service.loading.replica import load_replica
+from model_service.loading.load_replica import load_replica
 
 
 class ChasquiWorker:

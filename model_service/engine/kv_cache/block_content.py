@@ -49,7 +49,7 @@ def extend_contents(
         contents.append(BlockContent.of(parent, block))
 
 
-class Beginnings:
+class ContentIndex:
     """Finds, of the contents that stand behind the same one, that which agrees for longest.
 
     Among sorted strings it is one of the two neighbours of the string that is looked for.

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model_service.engine.sampling.device_draw import Rules, draw, draw_truncated
-from model_service.engine.sampling.host_sampler import LEAST_TEMPERATURE
-from model_service.engine.sampling.penalties import Adjustments, Penalties
+from model_service.engine.sampling.device_penalties import PenaltyColumns, PenaltyTables
+from model_service.engine.sampling.device_truncation import Rules, draw, draw_truncated
+from model_service.engine.sampling.host_sampler import MIN_TEMPERATURE
+from model_service.engine.sampling.host_truncation import in_highest_blocks
 from model_service.engine.sampling.philox import uniforms
 from model_service.engine.sampling.result import StepResult
-from model_service.engine.sampling.truncation import in_highest_blocks
 from model_service.engine.sequence import SamplingParams, Sequence, TokenLogprobs
-from model_service.engine.step.batch import Row
-from model_service.engine.step.pinned_transfer import Download, upload
-from model_service.engine.step.runner import resolve
+from model_service.engine.step.batch import LogitRow
+from model_service.engine.step.runner import resolve_pending
+from model_service.model.pinned_transfer import Download, upload
 
 _LARGEST = torch.finfo(torch.float32).max
 _ROWS_SCORED_AT_ONCE = 256  # a whole prompt's logprobs would double the memory of its logits
@@ -31,7 +31,7 @@ class Launched:
     """A step's sampling under way."""
 
     drawn: torch.Tensor  # [draws] int64, on the device
-    rows: list[Row]
+    rows: list[LogitRow]
     draws: list[int]  # rows that draw
     scored: list[int]  # rows whose logprobs are wanted
     download: Download
@@ -62,14 +62,14 @@ class DeviceSampler:
         self._vocab = vocab
         self._device = device
         with torch.inference_mode():
-            self._adjustments = Adjustments(vocab, device)
+            self._penalties = PenaltyTables(vocab, device)
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is held for a sequence that has ended."""
-        self._adjustments.forget(sequence)
+        self._penalties.forget(sequence)
 
     @torch.inference_mode()
-    def launch(self, rows: list[Row], logits: torch.Tensor) -> Launched:
+    def launch(self, rows: list[LogitRow], logits: torch.Tensor) -> Launched:
         """Draws for every row behind a prompt, and scores as the requests want it.
 
         Args:
@@ -91,31 +91,31 @@ class DeviceSampler:
         (places,) = upload(self._device, np.array(rows, dtype=np.int64))
         return logits[places]
 
-    def _draw(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, rows: list[LogitRow]) -> torch.Tensor:
         """One token per row [rows]; any token where the row is not finite."""
         params = [row.sequence.request.sampling for row in rows]
-        adjusted = [i for i, each in enumerate(params) if each.adjusts_logits]
+        adjusted = [i for i, each in enumerate(params) if each.has_penalties]
         if not adjusted:
             return self._choose(logits, rows, params)
         settings = [
             (each.repetition_penalty, each.frequency_penalty, each.presence_penalty)
             for each in (params[i] for i in adjusted)
         ]
-        held = [self._adjustments.slot(rows[i].sequence) for i in adjusted]
+        held = [self._penalties.slot(rows[i].sequence) for i in adjusted]
         places, slots, columns = upload(
             self._device,
             np.array(adjusted, dtype=np.int64),
             np.array(held, dtype=np.int64),
             np.array(settings, dtype=np.float32),
         )
-        penalties = Penalties(*torch.split(columns, 1, dim=-1))
-        changed = self._adjustments.apply(logits[places], slots, penalties)
+        penalties = PenaltyColumns(*torch.split(columns, 1, dim=-1))
+        changed = self._penalties.apply(logits[places], slots, penalties)
         tokens = self._choose(logits.index_copy(0, places, changed), rows, params)
-        self._adjustments.note(slots, tokens[places])
+        self._penalties.note(slots, tokens[places])
         return tokens
 
     def _choose(
-        self, logits: torch.Tensor, rows: list[Row], params: list[SamplingParams]
+        self, logits: torch.Tensor, rows: list[LogitRow], params: list[SamplingParams]
     ) -> torch.Tensor:
         """`_draw` from logits that are adjusted."""
         sampled = [i for i, each in enumerate(params) if not each.greedy]
@@ -128,7 +128,7 @@ class DeviceSampler:
         places, temperature, uniform, top_k, columns = upload(
             self._device,
             np.array(order, dtype=np.int64),
-            np.array([[max(params[i].temperature, LEAST_TEMPERATURE)] for i in order], np.float32),
+            np.array([[max(params[i].temperature, MIN_TEMPERATURE)] for i in order], np.float32),
             uniforms(
                 np.array([params[i].seed for i in order], dtype=np.uint64),
                 np.array([rows[i].position for i in order]),
@@ -166,7 +166,7 @@ class DeviceSampler:
         chosen, top_ids, top_values = [], [], []
         (indices,) = upload(self._device, np.array(targets, dtype=np.int64))
         if min(targets) < 0:
-            indices = resolve(indices, drawn)
+            indices = resolve_pending(indices, drawn)
         parts = (torch.split(tensor, _ROWS_SCORED_AT_ONCE) for tensor in (logits, indices))
         for part, wanted in zip(*parts, strict=True):
             logprobs = torch.log_softmax(part, dim=-1)
@@ -177,7 +177,7 @@ class DeviceSampler:
         return torch.cat(chosen), torch.cat(top_ids), torch.cat(top_values)
 
 
-def _targets(rows: list[Row]) -> tuple[list[int], list[int], int]:
+def _targets(rows: list[LogitRow]) -> tuple[list[int], list[int], int]:
     """Rows whose logprobs are wanted, of which token (as in a plan), and with how many others."""
     scored: list[int] = []
     targets: list[int] = []

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model_service.engine.sampling.host_truncation import Truncation, choose, in_highest_blocks
 from model_service.engine.sampling.philox import uniforms
-from model_service.engine.sampling.truncation import Truncation, choose, in_highest_blocks
 from model_service.engine.sequence import SamplingParams, TokenLogprobs
 
 # Below it a logit divided by the temperature may overflow; at it only equal logits share the mass.
-LEAST_TEMPERATURE = 1e-30
+MIN_TEMPERATURE = 1e-30
 _LARGEST = torch.finfo(torch.float32).max
 _ROWS_SCORED_AT_ONCE = 16  # 2 MB of logprobs: a whole prompt's do not fit any processor's cache
 
@@ -55,7 +55,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Logits with penalties and biases applied; the same tensor when no row has any."""
-    if not any(row.params.adjusts_logits for row in rows):
+    if not any(row.params.has_penalties for row in rows):
         return logits
     adjusted = logits.clone()
     _penalize_repetition(adjusted, rows)
@@ -104,7 +104,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     vocab = logits.shape[-1]
     columns = np.array(
         [
-            (max(p.temperature, LEAST_TEMPERATURE), p.min_p, p.top_p, min(p.top_k or vocab, vocab))
+            (max(p.temperature, MIN_TEMPERATURE), p.min_p, p.top_p, min(p.top_k or vocab, vocab))
             for p in (row.params for row in rows)
         ]
     )

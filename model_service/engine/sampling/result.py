@@ -10,7 +10,7 @@ import torch
 
 from model_service.engine.sampling.host_sampler import SamplingRow, finite_rows, sample, score
 from model_service.engine.sequence import Sequence, TokenLogprobs
-from model_service.engine.step.batch import Row
+from model_service.engine.step.batch import LogitRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,14 @@ class StepResult:
     scores: dict[int, TokenLogprobs]  # by row, where they are wanted; a prompt's in order
 
 
-def read_result(rows: list[Row], logits: torch.Tensor) -> StepResult:
+def read_result(rows: list[LogitRow], logits: torch.Tensor) -> StepResult:
     """Draws and scores; waits for the logits [len(rows), vocab]."""
     result = _draw(rows, logits)
     result.scores.update(_score(rows, logits, result))
     return result
 
 
-def _draw(rows: list[Row], logits: torch.Tensor) -> StepResult:
+def _draw(rows: list[LogitRow], logits: torch.Tensor) -> StepResult:
     """The next tokens of each sequence whose end the step reached, as far as drafts hold."""
     finite = finite_rows(logits)
     wanted = [i for i, row in enumerate(rows) if finite[i] and not row.in_prompt]
@@ -56,7 +56,9 @@ def _draw(rows: list[Row], logits: torch.Tensor) -> StepResult:
     return result
 
 
-def _score(rows: list[Row], logits: torch.Tensor, result: StepResult) -> dict[int, TokenLogprobs]:
+def _score(
+    rows: list[LogitRow], logits: torch.Tensor, result: StepResult
+) -> dict[int, TokenLogprobs]:
     made = {i: token for tokens in result.tokens.values() for token, i in tokens}
     targets: dict[int, int] = {}
     for i, row in enumerate(rows):
@@ -75,7 +77,7 @@ def _score(rows: list[Row], logits: torch.Tensor, result: StepResult) -> dict[in
     return dict(zip(targets, entries, strict=True))
 
 
-def _sampling_row(row: Row) -> SamplingRow:
+def _sampling_row(row: LogitRow) -> SamplingRow:
     sequence, before = row.sequence, row.drafts_before
     request = sequence.request
     tokens = sequence.tokens + row.drafts[:before] if before else sequence.tokens

@@ -12,15 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from model_service.engine.kv_cache.block_pool import BlockPool
-from model_service.engine.kv_cache.prefix_cache import KnownBeginning, PrefixCache
-from model_service.engine.scheduling.prefill_budget import Pace
+from model_service.engine.kv_cache.prefix_cache import CachedPrefix, PrefixCache
+from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.speculation import Speculation
 from model_service.engine.scheduling.waiting import WaitingQueue
 from model_service.engine.sequence import Sequence
 from model_service.model.attention.backend import BlockCopy
 
 # A burst of arrivals with one beginning is looked at over several steps: streams run meanwhile.
-MOST_PARKED = 64  # sequences per step
+MAX_PARKED = 64  # sequences per step
 
 
 @dataclass(slots=True)  # not frozen: that makes it three times as slow to create, 256 times a step
@@ -58,7 +58,7 @@ class Scheduler:
     def __init__(
         self,
         pool: BlockPool,
-        pace: Pace,
+        prefill_budget: PrefillBudget,
         speculation: Speculation,
         *,
         max_batch_size: int,
@@ -66,7 +66,7 @@ class Scheduler:
         prefix_cache: bool,
     ) -> None:
         self._pool = pool
-        self._pace = pace
+        self._prefill_budget = prefill_budget
         self._speculation = speculation
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
@@ -105,9 +105,9 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
 
-    def retract(self, sequence: Sequence) -> None:
+    def invalidate(self, sequence: Sequence) -> None:
         """Sees to it that nobody uses the keys and values of a running sequence again."""
-        self._pool.retract(sequence.block_table)
+        self._pool.invalidate(sequence.block_table)
         sequence.num_computed = 0
 
     def is_running(self, sequence: Sequence) -> bool:
@@ -140,7 +140,7 @@ class Scheduler:
         rows = len(decode)
         drafted = self._draft(decode)
         room = self._max_step_tokens - rows
-        budget = max(0, min(room, self._pace.prompt_budget(rows)) - drafted)
+        budget = max(0, min(room, self._prefill_budget.prompt_budget(rows)) - drafted)
         chunks, left = decode, budget
         for sequence in prompts:
             if left:
@@ -185,13 +185,13 @@ class Scheduler:
     def _admit(self, budget: int, chunks: list[Chunk]) -> int:
         """Lets waiting sequences run while there are places and blocks; returns the budget left."""
         parked = 0
-        while budget and parked < MOST_PARKED and len(self._running) < self._max_batch_size:
+        while budget and parked < MAX_PARKED and len(self._running) < self._max_batch_size:
             sequence = self._waiting.first()
             if sequence is None:
                 break
             known = self._prefixes.find(sequence)
-            if known.awaited is not None:
-                self._waiting.park(sequence, known.awaited)
+            if known.waits_for is not None:
+                self._waiting.park(sequence, known.waits_for)
                 parked += 1
                 continue
             wanted = self._pool.blocks_for(len(sequence.tokens)) - len(known.blocks)
@@ -202,7 +202,7 @@ class Scheduler:
             budget -= self._take(sequence, budget, chunks)
         return budget
 
-    def _start(self, sequence: Sequence, known: KnownBeginning, wanted: int) -> None:
+    def _start(self, sequence: Sequence, known: CachedPrefix, wanted: int) -> None:
         self._pool.share(known.blocks)
         own = self._pool.allocate(wanted)
         sequence.block_table = known.blocks + own

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from model_service.model.config import Quantization
 from model_service.model.weights.matrices import Multiply, PackedWeight
 from model_service.model.weights.quantization import (
     GROUP_SIZE,
     Fp8Weight,
     Int4Weight,
     Int8Weight,
-    Quantization,
     fp8_rows,
 )
 

@@ -3,9 +3,10 @@
 import torch
 
 from model_service.model import cpu
+from model_service.model.config import Quantization
 from model_service.model.weights import matrices
 from model_service.model.weights.matrices import Pack
-from model_service.model.weights.quantization import GROUP_SIZE, Quantization
+from model_service.model.weights.quantization import GROUP_SIZE
 
 
 def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Pack:

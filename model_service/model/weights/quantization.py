@@ -6,11 +6,11 @@ any other, as numbers, and a network that quantizes them holds exactly what the 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import torch
 
-Quantization = Literal["none", "int8", "int4", "fp8"]
+from model_service.model.config import Quantization
 
 GROUP_SIZE = 32  # neighbours of one row that share the scale of their 4-bit codes
 FP8 = torch.float8_e4m3fn

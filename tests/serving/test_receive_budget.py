@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import RequestError
-from serving.intake import held_bytes
-from serving.intake.held_bytes import MAX_BYTES, HeldBytes
+from serving.intake import receive_budget
+from serving.intake.receive_budget import MAX_BYTES, ReceiveBudget
 from serving.server import channel, running
 from serving.settings import ServerSettings
 
@@ -24,7 +24,7 @@ PADDING = b"\x7a\x80\x80\x40" + b"x" * MIB
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, MAX_BYTES)), max_size=30))
 def test_no_caller_keeps_another_from_its_share(requests: list[tuple[str, int]]) -> None:
-    held, own = HeldBytes(), 0
+    held, own = ReceiveBudget(), 0
     with ExitStack() as calls:
         for caller, size in requests:
             take = calls.enter_context(held.holding(caller))
@@ -41,7 +41,7 @@ def test_no_caller_keeps_another_from_its_share(requests: list[tuple[str, int]])
 async def test_large_requests_of_a_caller_are_bounded_until_they_are_answered(
     echo: Any, servers: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_bytes, "MAX_BYTES", 2 * MIB)
+    monkeypatch.setattr(receive_budget, "MAX_BYTES", 2 * MIB)
     server = await servers.enter_async_context(running(ServerSettings(), echo.service()))
     async with channel(server.address) as to_server:
         method: Any = to_server.unary_unary("/test.Echo/unary_unary")

@@ -7,13 +7,13 @@ import time
 _STEP = 0.004
 
 
-class Breather:
+class TimeSlice:
     """Counts the time of one piece of work that asks for `breathe` between its steps."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
 
-    async def breathe(self) -> None:
+    async def yield_if_over(self) -> None:
         """Others run now, if this work has gone on for a step without them."""
         if time.monotonic() - self._since > _STEP:
             await asyncio.sleep(0)

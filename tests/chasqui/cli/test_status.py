@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 
-from tests.client.conftest import Run
+from tests.command import Run
 from tests.e2e.processes import ServiceProcess
 
-NOBODY = "127.0.0.1:1"
+UNREACHABLE = "127.0.0.1:1"
 
 
 @pytest.fixture
 def lonely() -> Iterator[str]:
     """The address of a gateway without any service behind it."""
-    targets = {"tokenizer_target": NOBODY, "model_targets": NOBODY, "safety_target": NOBODY}
+    targets = {
+        "tokenizer_target": UNREACHABLE,
+        "model_targets": UNREACHABLE,
+        "safety_target": UNREACHABLE,
+    }
     process = ServiceProcess("gateway", "-m", "gateway", **targets)
     yield process.address
     process.stop()
@@ -39,8 +43,10 @@ def test_status_of_a_gateway_without_services_says_why_and_fails(run: Run, lonel
     done = run("status", "--target", lonely)
     assert done.returncode == 1
     assert done.stdout.startswith(f"gateway    {lonely}  not serving, up ")
-    assert f"tokenizer  {NOBODY}  connecting\nsafety     {NOBODY}  connecting" in done.stdout
-    assert f"\n{NOBODY}: " in done.stdout
+    assert (
+        f"tokenizer  {UNREACHABLE}  connecting\nsafety     {UNREACHABLE}  connecting" in done.stdout
+    )
+    assert f"\n{UNREACHABLE}: " in done.stdout
 
 
 def test_status_as_json_is_one_object(run: Run, target: str) -> None:

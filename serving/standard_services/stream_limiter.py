@@ -21,7 +21,7 @@ MAX_IN_ALL = 1024
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-class HeldStreams:
+class StreamLimiter:
     """Counts the open streams of a server. Lives on the event loop."""
 
     def __init__(self) -> None:

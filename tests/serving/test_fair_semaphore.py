@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.intake.fair_turns import FairTurns
+from serving.intake.fair_semaphore import FairSemaphore
 
 WORK = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 150)), min_size=1, max_size=40)
 
@@ -21,7 +21,7 @@ async def settle() -> None:
 class Line:
     """Work that ends when the test says so, in the order in which it began."""
 
-    def __init__(self, turns: FairTurns) -> None:
+    def __init__(self, turns: FairSemaphore) -> None:
         self.turns = turns
         self.running: list[tuple[int, asyncio.Event]] = []
         self.begun: list[str] = []
@@ -29,7 +29,7 @@ class Line:
 
     def add(self, caller: str, cost: int, weight: float = 1.0) -> asyncio.Task[None]:
         async def work() -> None:
-            async with self.turns.turn(caller, cost, weight):
+            async with self.turns.acquire(caller, cost, weight):
                 ended = asyncio.Event()
                 self.begun.append(caller)
                 self.running.append((cost, ended))
@@ -50,7 +50,7 @@ class Line:
 async def test_what_runs_is_within_the_capacity_or_alone_and_all_gets_its_turn(
     work: list[tuple[str, int]], cancelled: set[int]
 ) -> None:
-    line = Line(FairTurns(capacity=100))
+    line = Line(FairSemaphore(capacity=100))
     tasks = [line.add(caller, cost) for caller, cost in work]
     await settle()
     for index in cancelled & set(range(1, len(tasks))):
@@ -66,7 +66,7 @@ async def test_what_runs_is_within_the_capacity_or_alone_and_all_gets_its_turn(
 
 
 async def test_caller_with_little_work_does_not_wait_for_one_with_much() -> None:
-    line = Line(FairTurns(capacity=1))
+    line = Line(FairSemaphore(capacity=1))
     for _ in range(20):
         line.add("much", 100)
     line.add("little", 1)
@@ -80,7 +80,7 @@ async def test_caller_with_little_work_does_not_wait_for_one_with_much() -> None
 
 @pytest.mark.parametrize("weight", [1, 3])
 async def test_callers_share_by_weight(weight: int) -> None:
-    line = Line(FairTurns(capacity=1))
+    line = Line(FairSemaphore(capacity=1))
     for _ in range(100):
         line.add("one", 1)
         line.add("other", 1, weight)
@@ -94,7 +94,7 @@ async def test_callers_share_by_weight(weight: int) -> None:
 
 
 async def test_idle_caller_keeps_no_credit() -> None:
-    line = Line(FairTurns(capacity=1))
+    line = Line(FairSemaphore(capacity=1))
     for _ in range(40):
         line.add("busy", 1)
     await settle()
@@ -112,7 +112,7 @@ async def test_idle_caller_keeps_no_credit() -> None:
 
 
 async def test_given_up_work_does_not_pile_up_behind_work_that_lasts() -> None:
-    line = Line(FairTurns(capacity=1))
+    line = Line(FairSemaphore(capacity=1))
     line.add("lasts", 1)
     given_up = [line.add("impatient", 1) for _ in range(100)]
     line.add("waits", 1)

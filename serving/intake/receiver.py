@@ -15,9 +15,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from serving.errors import RequestError, resource_exhausted
-from serving.intake.fair_turns import FairTurns
-from serving.intake.held_bytes import HeldBytes, Take
-from serving.intake.wire import holds_more_than
+from serving.intake.fair_semaphore import FairSemaphore
+from serving.intake.field_count import has_more_fields_than
+from serving.intake.receive_budget import ReceiveBudget, Take
 from serving.security import caller
 from serving.settings import ServerSettings
 
@@ -36,8 +36,8 @@ class Receiver:
     def __init__(self, settings: ServerSettings) -> None:
         self._timeout = settings.receive_timeout
         self._max_fields = settings.max_request_fields
-        self._large = FairTurns(capacity=1)
-        self._held = HeldBytes()
+        self._large = FairSemaphore(capacity=1)
+        self._held = ReceiveBudget()
         # By caller, each in order of arrival.
         self._awaited: dict[str, dict[asyncio.Timeout, None]] = {}
 
@@ -79,7 +79,7 @@ class Receiver:
         if len(serialized) <= _SMALL:
             return checked(parse)(serialized)
         take(len(serialized))
-        async with self._large.turn(caller.current().name, len(serialized)):
+        async with self._large.acquire(caller.current().name, len(serialized)):
             began = time.monotonic()
             try:
                 await self._require_few_fields(serialized, parse)
@@ -99,7 +99,7 @@ class Receiver:
         descriptor = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
         if descriptor is None:
             return
-        if await holds_more_than(self._max_fields, serialized, descriptor):
+        if await has_more_fields_than(self._max_fields, serialized, descriptor):
             message = f"the request has more than {self._max_fields} fields in all of its parts"
             raise resource_exhausted(message, "max_request_fields", retry_after=None)
 

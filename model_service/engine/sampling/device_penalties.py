@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from model_service.engine.sequence import Sequence
-from model_service.engine.step.pinned_transfer import upload
+from model_service.model.pinned_transfer import upload
 
 _LARGEST = torch.finfo(torch.float32).max
 _FIRST_SLOTS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Penalties:
+class PenaltyColumns:
     """One column per parameter, [rows, 1] float32; on the device."""
 
     repetition: torch.Tensor
@@ -25,7 +25,7 @@ class Penalties:
     presence: torch.Tensor
 
 
-class Adjustments:
+class PenaltyTables:
     """One row of the vocabulary's size per slot."""
 
     def __init__(self, vocab: int, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Adjustments:
             self._free.append(slot)
 
     def apply(
-        self, logits: torch.Tensor, slots: torch.Tensor, penalties: Penalties
+        self, logits: torch.Tensor, slots: torch.Tensor, penalties: PenaltyColumns
     ) -> torch.Tensor:
         """The adjusted logits, as `sampler.adjust` makes them.
 

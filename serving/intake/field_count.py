@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from serving.intake.breather import Breather
+from serving.intake.time_slice import TimeSlice
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types that have a value
 _GROUP = (3, 4)  # the wire types of a group's begin and end
@@ -31,15 +31,15 @@ class _Layout:
     packed: frozenset[int]  # lists of numbers
 
 
-async def holds_more_than(limit: int, serialized: bytes, descriptor: Descriptor) -> bool:
+async def has_more_fields_than(limit: int, serialized: bytes, descriptor: Descriptor) -> bool:
     """Whether a message of this type has more fields than `limit`."""
     if len(serialized) <= limit:
         return False
-    breather = Breather()
+    time_slice = TimeSlice()
     for count in _counts(serialized, _layout(descriptor)):
         if count > limit:
             return True
-        await breather.breathe()
+        await time_slice.yield_if_over()
     return False
 
 

@@ -16,7 +16,7 @@ from llama.v1.chat_pb2 import (
     TextCompleteRequest,
 )
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
-from serving.intake.wire import holds_more_than
+from serving.intake.field_count import has_more_fields_than
 
 TEXTS = st.text(max_size=5)
 DIALOGS = st.lists(
@@ -61,15 +61,15 @@ def fields(message: ProtoMessage) -> int:
 async def test_fields_are_counted_as_a_parser_finds_them(message: ProtoMessage) -> None:
     count, serialized = fields(message), message.SerializeToString()
     descriptor: Any = message.DESCRIPTOR
-    assert not await holds_more_than(count, serialized, descriptor)
+    assert not await has_more_fields_than(count, serialized, descriptor)
     if count:
-        assert await holds_more_than(count - 1, serialized, descriptor)
+        assert await has_more_fields_than(count - 1, serialized, descriptor)
 
 
 @given(serialized=st.binary(max_size=200), limit=st.integers(0, 20))
 async def test_malformed_message_is_left_to_the_parser(serialized: bytes, limit: int) -> None:
     assert isinstance(
-        await holds_more_than(limit, serialized, ChatCompleteRequest.DESCRIPTOR), bool
+        await has_more_fields_than(limit, serialized, ChatCompleteRequest.DESCRIPTOR), bool
     )
 
 
@@ -78,7 +78,7 @@ async def test_malformed_message_is_left_to_the_parser(serialized: bytes, limit:
     [(ChatCompleteRequest, b"\x0a\x00"), (RenderPromptRequest, b"\x0a\x02\x0a\x00")],
 )
 async def test_others_run_while_a_large_message_is_counted(kind: Any, part: bytes) -> None:
-    counting = asyncio.create_task(holds_more_than(900_000, part * 1_000_000, kind.DESCRIPTOR))
+    counting = asyncio.create_task(has_more_fields_than(900_000, part * 1_000_000, kind.DESCRIPTOR))
     turns = 0
     while not counting.done():
         await asyncio.sleep(0)
@@ -90,4 +90,4 @@ async def test_others_run_while_a_large_message_is_counted(kind: Any, part: byte
 async def test_a_group_is_more_than_any_number_of_fields(group: bytes) -> None:
     # In it, the parser takes for content what looks like fields here.
     hidden = b"\x0a\xff\xff\xff\x0f" + b"\x0a\x00" * 100
-    assert await holds_more_than(100, group + hidden, ChatCompleteRequest.DESCRIPTOR)
+    assert await has_more_fields_than(100, group + hidden, ChatCompleteRequest.DESCRIPTOR)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class FairTurns:
+class FairSemaphore:
     """Turns for work of at most `capacity` together, or for one larger piece alone.
 
     Belongs to one event loop.
@@ -34,7 +34,7 @@ class FairTurns:
         return self._running
 
     @asynccontextmanager
-    async def turn(self, caller: str, cost: int, weight: float = 1.0) -> AsyncIterator[None]:
+    async def acquire(self, caller: str, cost: int, weight: float = 1.0) -> AsyncIterator[None]:
         """Waits for a turn, and holds it while the context lasts."""
         start = max(self._now, self._ends.get(caller, 0.0))
         self._ends[caller] = start + cost / weight

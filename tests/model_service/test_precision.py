@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from model_service.loading.precision import Arithmetic, choose_arithmetic, cuda_dtype
+from model_service.loading.precision import Precision, choose_precision, cuda_dtype
 from model_service.model.config import ModelConfig
 from model_service.model.weights.packing import weight_bytes
 from serving.errors import StartError
@@ -12,8 +12,8 @@ H200, A100, T4 = (9, 0), (8, 0), (7, 5)
 LLAMA_7B = ModelConfig(vocab_size=32000)
 
 
-def on_cuda(quantization: Any) -> Arithmetic:
-    return Arithmetic("cuda", torch.bfloat16, quantization, torch.bfloat16)
+def on_cuda(quantization: Any) -> Precision:
+    return Precision("cuda", torch.bfloat16, quantization, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_int4_takes_little_more_than_half_a_byte_on_cuda() -> None:
 
 def test_a_cache_in_fp8_is_another_arithmetic() -> None:
     own, narrow = (
-        choose_arithmetic(torch.device("cpu"), "float32", "int8", cache, small=True)
+        choose_precision(torch.device("cpu"), "float32", "int8", cache, small=True)
         for cache in ("auto", "fp8")
     )
     assert str(own) == "int8 (float32)"

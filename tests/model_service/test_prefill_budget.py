@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.engine.scheduling.prefill_budget import CONTRAST_EVERY, FLOOR, WINDOW, Pace
+from model_service.engine.scheduling.prefill_budget import (
+    CONTRAST_EVERY,
+    FLOOR,
+    WINDOW,
+    PrefillBudget,
+)
 
 Seconds = Callable[[int, int], float]  # of a step with these decode rows and prompt tokens
 SETTLED = 6 * WINDOW
@@ -16,12 +21,12 @@ def linear(base: float, per_token: float) -> Seconds:
     return lambda _rows, tokens: base + per_token * tokens
 
 
-def loaded(pace: Pace, seconds: Seconds, steps: int, rows: int = 8) -> list[int]:
+def loaded(prefill_budget: PrefillBudget, seconds: Seconds, steps: int, rows: int = 8) -> list[int]:
     """Steps with more prompt tokens waiting than any budget; returns what each took."""
     taken = []
     for _ in range(steps):
-        taken.append(pace.prompt_budget(rows))
-        pace.record(rows, taken[-1], seconds(rows, taken[-1]))
+        taken.append(prefill_budget.prompt_budget(rows))
+        prefill_budget.record(rows, taken[-1], seconds(rows, taken[-1]))
     return taken
 
 
@@ -31,9 +36,9 @@ def usual(budgets: list[int]) -> list[int]:
 
 
 def test_without_streams_a_step_takes_all_it_can() -> None:
-    pace = Pace(2.0, 16, 512)
-    loaded(pace, linear(0.01, 0.01), SETTLED)
-    assert pace.prompt_budget(0) == 512
+    prefill_budget = PrefillBudget(2.0, 16, 512)
+    loaded(prefill_budget, linear(0.01, 0.01), SETTLED)
+    assert prefill_budget.prompt_budget(0) == 512
 
 
 @given(
@@ -44,9 +49,9 @@ def test_without_streams_a_step_takes_all_it_can() -> None:
 def test_steps_stay_below_the_stall_and_use_most_of_it(
     stall: float, base: float, affordable: int
 ) -> None:
-    pace = Pace(stall, 4, 4096)
+    prefill_budget = PrefillBudget(stall, 4, 4096)
     seconds = linear(base, base / affordable)
-    late = loaded(pace, seconds, SETTLED)[-2 * WINDOW :]
+    late = loaded(prefill_budget, seconds, SETTLED)[-2 * WINDOW :]
     assert max(seconds(8, tokens) for tokens in late) <= stall * base * 1.01
     assert min(usual(late)) >= (stall - 1) * affordable * 0.9 - 1
 
@@ -59,11 +64,11 @@ def test_steps_stay_below_the_stall_and_use_most_of_it(
 def test_a_budget_is_never_below_the_floor_nor_above_the_ceiling(
     steps: list[tuple[int, int, float]], first: int, ceiling: int
 ) -> None:
-    pace = Pace(2.0, first, ceiling)
+    prefill_budget = PrefillBudget(2.0, first, ceiling)
     for rows, tokens, seconds in steps:
-        pace.record(rows, tokens, seconds)
+        prefill_budget.record(rows, tokens, seconds)
         for decoding in (0, 1, rows, 300):
-            budget = pace.prompt_budget(decoding)
+            budget = prefill_budget.prompt_budget(decoding)
             assert min(FLOOR, ceiling) <= budget <= ceiling or (decoding and not budget)
 
 
@@ -71,9 +76,9 @@ def test_a_budget_is_never_below_the_floor_nor_above_the_ceiling(
 def test_prompts_get_on_in_all_steps_but_every_ninth(
     stall: float, base: float, per_token: float, dice: Random
 ) -> None:
-    pace = Pace(stall, 4, 4096)
+    prefill_budget = PrefillBudget(stall, 4, 4096)
     noisy = linear(base, per_token)
-    taken = loaded(pace, lambda *step: noisy(*step) * dice.uniform(0.5, 2), SETTLED)
+    taken = loaded(prefill_budget, lambda *step: noisy(*step) * dice.uniform(0.5, 2), SETTLED)
     assert not any(not before and not after for before, after in pairwise(taken))
     assert taken.count(0) <= SETTLED // CONTRAST_EVERY
 
@@ -81,12 +86,12 @@ def test_prompts_get_on_in_all_steps_but_every_ninth(
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_among_steps_of_like_size_does_not_make_the_slope(seed: int) -> None:
     """Each token of a long prompt costs more than the last; the machine is noisy."""
-    dice, pace = Random(seed), Pace(2.0, 16, 512)
+    dice, prefill_budget = Random(seed), PrefillBudget(2.0, 16, 512)
     done, gaps = 0, []
     while done < 4000:
-        context, tokens = done / 4000, pace.prompt_budget(8)
+        context, tokens = done / 4000, prefill_budget.prompt_budget(8)
         step = 1 + tokens * (0.04 + 0.08 * context)
-        pace.record(8, tokens, step * dice.lognormvariate(0, 0.12))
+        prefill_budget.record(8, tokens, step * dice.lognormvariate(0, 0.12))
         gaps.append(step)
         done += tokens
     assert max(gaps[WINDOW:]) < 2.7
@@ -94,47 +99,47 @@ def test_noise_among_steps_of_like_size_does_not_make_the_slope(seed: int) -> No
 
 @pytest.mark.parametrize("outlier", [0.0, 100.0])
 def test_one_outlier_changes_next_to_nothing(outlier: float) -> None:
-    pace = Pace(2.0, 16, 4096)
+    prefill_budget = PrefillBudget(2.0, 16, 4096)
     seconds = linear(0.01, 0.0001)
-    loaded(pace, seconds, SETTLED)
-    pace.record(8, 100, outlier)
-    assert all(85 <= tokens <= 115 for tokens in usual(loaded(pace, seconds, WINDOW)))
+    loaded(prefill_budget, seconds, SETTLED)
+    prefill_budget.record(8, 100, outlier)
+    assert all(85 <= tokens <= 115 for tokens in usual(loaded(prefill_budget, seconds, WINDOW)))
 
 
 @pytest.mark.parametrize("factor", [0.2, 5.0])
 def test_a_machine_that_changes_its_speed_keeps_its_budget(factor: float) -> None:
-    pace = Pace(2.0, 16, 4096)
-    loaded(pace, linear(0.01, 0.0001), SETTLED)
-    late = loaded(pace, linear(0.01 * factor, 0.0001 * factor), SETTLED)[-WINDOW:]
+    prefill_budget = PrefillBudget(2.0, 16, 4096)
+    loaded(prefill_budget, linear(0.01, 0.0001), SETTLED)
+    late = loaded(prefill_budget, linear(0.01 * factor, 0.0001 * factor), SETTLED)[-WINDOW:]
     assert all(90 <= tokens <= 100 for tokens in usual(late))
 
 
 @pytest.mark.parametrize(("before", "after"), [(400, 50), (50, 400)])
 def test_prompt_tokens_that_change_their_cost_change_the_budget(before: int, after: int) -> None:
-    pace = Pace(2.0, 16, 4096)
-    loaded(pace, linear(0.01, 0.01 / before), SETTLED)
-    late = loaded(pace, linear(0.01, 0.01 / after), SETTLED)[-WINDOW:]
+    prefill_budget = PrefillBudget(2.0, 16, 4096)
+    loaded(prefill_budget, linear(0.01, 0.01 / before), SETTLED)
+    late = loaded(prefill_budget, linear(0.01, 0.01 / after), SETTLED)[-WINDOW:]
     assert all(0.9 * after <= tokens <= after for tokens in usual(late))
 
 
 def test_prompts_may_take_less_than_a_block_where_they_cost_much() -> None:
-    pace = Pace(2.0, 16, 4096)
-    late = loaded(pace, linear(0.1, 0.018), SETTLED)[-WINDOW:]
+    prefill_budget = PrefillBudget(2.0, 16, 4096)
+    late = loaded(prefill_budget, linear(0.1, 0.018), SETTLED)[-WINDOW:]
     assert max(late) == 5
     assert late.count(5) >= WINDOW * 3 // 4
 
 
 def test_a_budget_at_the_floor_rises_again_when_prompts_get_cheap() -> None:
-    pace = Pace(2.0, 16, 4096)
-    assert max(usual(loaded(pace, linear(0.01, 0.01), SETTLED)[-WINDOW:])) <= FLOOR
-    late = loaded(pace, linear(0.01, 0.0001), SETTLED)[-WINDOW:]
+    prefill_budget = PrefillBudget(2.0, 16, 4096)
+    assert max(usual(loaded(prefill_budget, linear(0.01, 0.01), SETTLED)[-WINDOW:])) <= FLOOR
+    late = loaded(prefill_budget, linear(0.01, 0.0001), SETTLED)[-WINDOW:]
     assert all(90 <= tokens <= 100 for tokens in usual(late))
 
 
 def test_decode_alone_keeps_what_was_learned_of_prompts() -> None:
-    pace = Pace(2.0, 16, 4096)
+    prefill_budget = PrefillBudget(2.0, 16, 4096)
     seconds = linear(0.01, 0.0001)
-    loaded(pace, seconds, SETTLED)
+    loaded(prefill_budget, seconds, SETTLED)
     for _ in range(1000):
-        pace.record(8, 0, 0.01)
-    assert 90 <= pace.prompt_budget(8) <= 100
+        prefill_budget.record(8, 0, 0.01)
+    assert 90 <= prefill_budget.prompt_budget(8) <= 100

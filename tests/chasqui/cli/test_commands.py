@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.client.conftest import CHASQUI, Scripted, StartGateway
+from tests.command import CHASQUI
+from tests.scripted_gateway import Scripted, StartGateway
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 GREEDY = ("--temperature", "0", "--max_gen_len", "8")

@@ -14,12 +14,12 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
-from serving.intake import receive
-from serving.security.caller import ANYBODY, Caller
+from serving.intake import receiver
+from serving.security.caller import ANONYMOUS, Caller
 from serving.server import channel, running
 from serving.settings import ServerSettings
-from serving.standard_services import held_streams
-from serving.telemetry.rate_limited_log import Seldom
+from serving.standard_services import stream_limiter
+from serving.telemetry.rate_limited_log import RateLimitedLog
 
 Logged = Callable[[], list[dict[str, Any]]]
 
@@ -90,7 +90,7 @@ async def test_held_streams_of_a_connection_are_bounded_and_checks_still_answer(
     server = await servers.enter_async_context(running(ServerSettings(), echo.service()))
     async with connection(server.address) as to_server, connection(server.address) as other:
         stub: Any = health_pb2_grpc.HealthStub(to_server)
-        first, *_ = [await watching(to_server) for _ in range(held_streams.MAX_PER_CONNECTION)]
+        first, *_ = [await watching(to_server) for _ in range(stream_limiter.MAX_PER_CONNECTION)]
         reflection: Any = ServerReflectionStub(to_server)  # type: ignore[arg-type]
         for further in (stub.Watch(HealthCheckRequest()), reflection.ServerReflectionInfo()):
             assert await further.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -104,7 +104,7 @@ async def test_held_streams_of_a_connection_are_bounded_and_checks_still_answer(
 async def test_held_streams_of_a_server_are_bounded_over_all_connections(
     echo: Any, servers: AsyncExitStack, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
-    monkeypatch.setattr(held_streams, bound, 3)
+    monkeypatch.setattr(stream_limiter, bound, 3)
     server = await servers.enter_async_context(running(ServerSettings(), echo.service()))
     async with AsyncExitStack() as connections:
         for _ in range(3):
@@ -132,7 +132,7 @@ async def test_request_that_does_not_arrive_is_not_waited_for(
 async def test_the_call_that_waits_longest_for_its_request_gives_way(
     echo: Any, servers: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receive, "MAX_AWAITED_REQUESTS", 3)
+    monkeypatch.setattr(receiver, "MAX_AWAITED_REQUESTS", 3)
     server = await servers.enter_async_context(running(ServerSettings(), echo.service()))
     async with channel(server.address) as to_server:
         method: Any = to_server.stream_unary("/test.Echo/unary_unary")
@@ -152,10 +152,10 @@ async def test_the_call_that_waits_longest_for_its_request_gives_way(
 async def test_late_requests_of_one_caller_do_not_take_anothers_place(
     echo: Any, servers: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receive, "MAX_AWAITED_REQUESTS", 3)
+    monkeypatch.setattr(receiver, "MAX_AWAITED_REQUESTS", 3)
 
     def authorize(_method: str, metadata: Any) -> Caller:
-        return replace(ANYBODY, name=dict(metadata)["name"])
+        return replace(ANONYMOUS, name=dict(metadata)["name"])
 
     service = replace(echo.service(), authorize=authorize)
     server = await servers.enter_async_context(running(ServerSettings(), service))
@@ -182,10 +182,10 @@ async def test_call_without_a_request_is_told_so(echo: Any, servers: AsyncExitSt
 
 def test_what_comes_often_is_told_seldom_with_a_count(logged: Logged) -> None:
     now = 0.0
-    seldom, log = Seldom(10.0, lambda: now), structlog.stdlib.get_logger("test")
+    seldom, log = RateLimitedLog(10.0, lambda: now), structlog.stdlib.get_logger("test")
     for now in (0.0, 1.0, 9.0, 10.5, 11.0, 21.0):
         seldom.warn(log, "refused", at=str(now))
-    assert [(line["at"], line["untold"]) for line in logged()] == [
+    assert [(line["at"], line["suppressed"]) for line in logged()] == [
         ("0.0", 0),
         ("10.5", 2),
         ("21.0", 1),

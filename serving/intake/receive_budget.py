@@ -12,7 +12,7 @@ MAX_BYTES = 64 * 1024 * 1024
 Take = Callable[[int], None]
 
 
-class HeldBytes:
+class ReceiveBudget:
     """Bytes by caller. Lives on the event loop.
 
     A caller may hold the bound divided by the number of callers that hold anything, itself

@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import subprocess
-from asyncio.subprocess import PIPE
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,10 @@ import psutil
 import pytest
 
 from chasqui.cli.serve.deployment import Deployment, SupervisorError, demonstration
-from chasqui.cli.serve.service_log import (
-    as_json,
-    failure,
-    is_below,
-    listening_address,
-    own_line,
-    readable,
-)
-from chasqui.cli.serve.service_process import ServiceProcess
 from chasqui.cli.serve.supervisor import Supervisor
 from client import AsyncClient, Client, FinishReason, UnreachableError
 from client.results import Finished
 
-LISTENING = '{"address": "127.0.0.1:5", "event": "listening", "level": "info"}'
-FAILED = '{"event": "no such file", "level": "critical", "path": "a b"}'
 Serve = Callable[..., Any]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -54,47 +42,6 @@ def listening(process: psutil.Process) -> list[str]:
 def all_end(processes: list[psutil.Process]) -> bool:
     _, alive = psutil.wait_procs(processes, timeout=60)
     return not alive
-
-
-def test_the_address_is_read_from_the_log() -> None:
-    assert listening_address(LISTENING) == "127.0.0.1:5"
-    assert listening_address(FAILED) is None
-    assert listening_address("Traceback (most recent call last):") is None
-    assert listening_address("[1, 2]") is None
-
-
-def test_log_lines_are_made_readable() -> None:
-    assert readable(LISTENING) == "listening address=127.0.0.1:5"
-    assert readable("not JSON") == "not JSON"
-
-
-def test_log_lines_become_json_objects_that_name_their_service() -> None:
-    assert json.loads(as_json("model-1", LISTENING)) == {
-        "service": "model-1",
-        **json.loads(LISTENING),
-    }
-    assert json.loads(as_json("a", "Traceback")) == {"service": "a", "event": "Traceback"}
-    assert json.loads(as_json("a", "[1, 2]")) == {"service": "a", "event": "[1, 2]"}
-    assert {"level": "warning", "event": "hm", "port": 5}.items() <= json.loads(
-        own_line("warning", "hm", port=5)
-    ).items()
-
-
-def test_lines_below_the_level_are_told_from_others() -> None:
-    assert is_below("warning", LISTENING)
-    assert not is_below("info", LISTENING)
-    assert not is_below("error", FAILED)
-    assert not is_below("error", "Traceback (most recent call last):")
-
-
-def test_of_last_lines_the_errors_are_kept() -> None:
-    assert failure([FAILED, LISTENING, "noise"]) == "no such file path=a b"
-    assert failure([FAILED, FAILED]) == "no such file path=a b"
-    assert failure([FAILED, FAILED.replace("file", "port")]) == (
-        "no such file path=a b; no such port path=a b"
-    )
-    assert failure(["one", "  two"]) == "its last lines were: one; two"
-    assert failure([]) == "it wrote nothing"
 
 
 def test_settings_become_flags() -> None:
@@ -183,7 +130,7 @@ def test_replicas_share_the_cores() -> None:
 
 
 def test_a_service_that_cannot_start_is_named_with_its_reason(run: Run, tmp_path: Path) -> None:
-    tokenizer = Path(__file__).parents[1] / "golden" / "tokenizer.model"
+    tokenizer = Path(__file__).parents[2] / "golden" / "tokenizer.model"
     flags = (f"--ckpt_dir={tmp_path}", f"--tokenizer_path={tokenizer}", "--port=0")
 
     done = run("serve", *flags, f"--log_file={tmp_path / 'log'}")
@@ -194,7 +141,7 @@ def test_a_service_that_cannot_start_is_named_with_its_reason(run: Run, tmp_path
 
 
 def test_a_tokenizer_that_does_not_belong_to_the_checkpoint_is_named(run: Run) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     checkpoint = root / "tests" / "golden" / "checkpoints" / "gqa-mp1"
     tokenizer = root / "demo" / "checkpoint" / "tokenizer.model"
     files = ("--ckpt_dir", str(checkpoint), "--tokenizer_path", str(tokenizer))
@@ -284,34 +231,6 @@ def test_the_wait_for_a_hung_service_is_explained_and_a_second_ctrl_c_ends_it(
     assert process.returncode == 0
     assert stderr == "Had to be killed: model-1.\n"
     assert all_end(services)
-
-
-async def test_service_that_does_not_end_when_asked_is_killed_and_named() -> None:
-    ended: list[ServiceProcess] = []
-    log = asyncio.Queue[str]()
-    hanging = await asyncio.create_subprocess_exec(
-        *("/bin/sh", "-c", "trap '' TERM; echo ready; read _"), stdin=PIPE, stdout=PIPE
-    )
-    service = ServiceProcess(
-        "model-1", hanging, lambda _name, line: log.put_nowait(line), ended.append
-    )
-    assert await log.get() == "ready"
-
-    await service.stop(seconds=0.1)
-
-    assert ended == [service]
-    assert service.killed_at_end
-    assert service.obituary() == "model-1 was killed, as it did not end within 0.1 seconds"
-
-
-async def test_service_that_ends_when_asked_is_not_said_to_be_killed() -> None:
-    process = await asyncio.create_subprocess_exec("/bin/cat", stdin=PIPE, stdout=PIPE)
-    service = ServiceProcess("model-1", process, lambda *_: None, lambda _: None)
-
-    await service.stop(seconds=60)
-    service.kill_at_end("all services were ended at once")
-
-    assert not service.killed_at_end
 
 
 def test_in_json_all_lines_are_objects_and_the_access_log_is_among_them(

@@ -25,7 +25,7 @@ def screen(written: str, columns: int) -> list[str]:
             rows.append([])
             column = 0
         else:
-            cells = 2 if unicodedata.east_asian_width(character) == "W" else 1
+            cells = 2 if unicodedata.east_asian_width(character) in "WF" else 1
             if column + cells > columns:
                 full.add(len(rows) - 1)
                 rows.append([])
@@ -51,6 +51,8 @@ TEXT = st.text(st.sampled_from("aaabé 　 \n日。"), max_size=120)
 @example(text="a" * 22 + " bb" * 30, chunk=2)
 @example(text="a" * 23 + " b", chunk=1)
 @example(text="a" * 60, chunk=3)
+@example(text="a" * 21 + "日a", chunk=1)
+@example(text="a" * 7 + "\u3000" * 7 + "。a", chunk=1)
 def test_copied_text_has_the_words_and_line_breaks_of_the_model(text: str, chunk: int) -> None:
     copied = "\n".join(screen(streamed(text, chunk), COLUMNS)).replace("\\\n", "")
     assert words_of(copied) == words_of(text)

@@ -17,22 +17,21 @@ from model_service.engine.step.runner import ModelRunner
 from model_service.loading import distributed
 from model_service.loading.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, readable_size
 from model_service.loading.precision import (
-    Arithmetic,
     Determinism,
-    choose_arithmetic,
+    Precision,
     choose_device,
+    choose_precision,
 )
 from model_service.loading.step_memory import memory_for_steps, step_memory
 from model_service.loading.warm_up import warm_up
 from model_service.model.attention.backend import CachedAttention, CacheShape
 from model_service.model.attention.select import make_attention
-from model_service.model.config import ModelConfig
+from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu import instructions
 from model_service.model.cuda_graphs import record_decode
 from model_service.model.network import load_network
 from model_service.model.weights.checkpoint import Checkpoint, open_checkpoint
 from model_service.model.weights.packing import packing
-from model_service.model.weights.quantization import Quantization
 from model_service.model.weights.source import WeightSource
 from serving.errors import StartError
 
@@ -44,7 +43,7 @@ PROBE_BLOCKS = 1  # kept out of the pool
 SMALL_MODEL = 20_000_000
 # A cache of no given size holds no more than all running sequences at full length, this many times
 # over: beyond it, what it keeps for later turns is hardly ever asked for.
-MOST_CACHE = 16
+MAX_CACHE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +120,22 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     config = source.config
     _check_shards(config, shards)
     small = source.shard_parameters(shards) < SMALL_MODEL
-    arithmetic = choose_arithmetic(
+    precision = choose_precision(
         device,
         options.dtype,
         config.quantization if options.quantize == "auto" else options.quantize,
         options.kv_cache_dtype,
         small=small,
     )
-    arithmetic.check(config, shards)
+    precision.check(config, shards)
     distributed.use_threads(options.threads or (1 if small else None))
 
-    layout = _Layout(options, config, shards, arithmetic, device)
-    weights = arithmetic.shard_bytes(source, shards)
+    layout = _Layout(options, config, shards, precision, device)
+    weights = precision.shard_bytes(source, shards)
     limits = layout.limits(weights=weights)
     memory = layout.memory(limits, weights)
     if rank == LEADER:
-        _log.info("%s: %s", options.ckpt_dir, _summary(source, shards, arithmetic, memory))
+        _log.info("%s: %s", options.ckpt_dir, _summary(source, shards, precision, memory))
     memory.check(device, layout.neighbours)
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
@@ -144,9 +143,9 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     network = load_network(
         config,
         limits.context_length,
-        source.read_shard(rank, shards, arithmetic.read_dtype, device),
-        pack=packing(arithmetic.quantization, arithmetic.dtype, device),
-        dtype=arithmetic.dtype,
+        source.read_shard(rank, shards, precision.read_dtype, device),
+        pack=packing(precision.quantization, precision.dtype, device),
+        dtype=precision.dtype,
         device=device,
     )
 
@@ -179,11 +178,11 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
         vocab_size=config.vocab_size,
         context_length=limits.context_length,
         shards=shards,
-        dtype=arithmetic.dtype_name,
-        quantization=arithmetic.quantization,
+        dtype=precision.dtype_name,
+        quantization=precision.quantization,
         device=_device_name(device),
-        fingerprint=_fingerprint(source, shards, arithmetic, device),
-        determinism=arithmetic.determinism,
+        fingerprint=_fingerprint(source, shards, precision, device),
+        determinism=precision.determinism,
         max_batch_size=limits.max_batch_size,
     )
     return Replica(info, limits, runner, is_leader=rank == LEADER)
@@ -206,7 +205,7 @@ class _Layout:
     options: ReplicaOptions
     config: ModelConfig
     shards: int
-    arithmetic: Arithmetic
+    precision: Precision
     device: torch.device
 
     @property
@@ -221,26 +220,28 @@ class _Layout:
             weights: bytes of this rank's that are still to be allocated.
             working: bytes that a step takes.
         """
-        token = self._cache(blocks=1, block_size=1).bytes(self.arithmetic.kv_dtype)
+        token = self._cache(blocks=1, block_size=1).bytes(self.precision.kv_dtype)
         affordable = cache_tokens(
             self.device, self.neighbours, weights=weights, bytes_per_token=token, working=working
         )
-        return _limits(self.options, self.config, self.device.type, distributed.least(affordable))
+        return _limits(
+            self.options, self.config, self.device.type, distributed.min_over_ranks(affordable)
+        )
 
     def memory(
         self, limits: EngineLimits, weights: int, working: int = WORKING_MEMORY
     ) -> MemoryPlan:
         cache = self._cache(limits.blocks + PROBE_BLOCKS, limits.block_size)
-        size = cache.bytes(self.arithmetic.kv_dtype)
+        size = cache.bytes(self.precision.kv_dtype)
         return MemoryPlan(weights, size, limits.blocks * limits.block_size, working)
 
     def attention(self, blocks: int) -> CachedAttention:
         """A backend with a new cache of `blocks` blocks."""
         return make_attention(
             self._cache(blocks, self.options.block_size),
-            self.arithmetic.dtype,
+            self.precision.dtype,
             self.device,
-            self.arithmetic.kv_dtype,
+            self.precision.kv_dtype,
             heads=self.config.n_heads // self.shards,
             max_batch_size=self.options.max_batch_size,
         )
@@ -259,7 +260,7 @@ def _limits(
     options: ReplicaOptions, config: ModelConfig, device_type: str, affordable: int
 ) -> EngineLimits:
     """The engine's limits; `affordable` is how many tokens the cache has memory for."""
-    most = MOST_CACHE * options.max_batch_size * options.max_seq_len
+    most = MAX_CACHE * options.max_batch_size * options.max_seq_len
     # Where not even one sequence is affordable, the memory check says so with its numbers.
     tokens = options.kv_cache_tokens or max(options.max_seq_len, min(affordable, most))
     if tokens < options.max_seq_len:
@@ -284,11 +285,11 @@ def _limits(
     )
 
 
-def _summary(source: WeightSource, shards: int, arithmetic: Arithmetic, memory: MemoryPlan) -> str:
+def _summary(source: WeightSource, shards: int, precision: Precision, memory: MemoryPlan) -> str:
     files = len(source.files) if isinstance(source, Checkpoint) else 0
     stored = f"{files} file{'s' * (files > 1)}, " if files else ""
     return (
-        f"{_count(source.parameters)}, {stored}{arithmetic}, "
+        f"{_count(source.parameters)}, {stored}{precision}, "
         f"{shards} shard{'s, each' if shards > 1 else ','} {memory}"
     )
 
@@ -309,8 +310,8 @@ def _device_name(device: torch.device) -> str:
 
 
 def _fingerprint(
-    source: WeightSource, shards: int, arithmetic: Arithmetic, device: torch.device
+    source: WeightSource, shards: int, precision: Precision, device: torch.device
 ) -> str:
     kernels = f"{_device_name(device)} {torch.__version__}"
-    identity = f"{source.fingerprint()} {shards} {arithmetic} {kernels}"
+    identity = f"{source.fingerprint()} {shards} {precision} {kernels}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -8,9 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_service.engine.sampling.device_draw import Rules, draw_truncated
+from model_service.engine.sampling.device_truncation import Rules, draw_truncated
+from model_service.engine.sampling.host_truncation import (
+    Truncation,
+    choose,
+    draw,
+    keep,
+    most_probable,
+)
 from model_service.engine.sampling.philox import uniforms
-from model_service.engine.sampling.truncation import Truncation, choose, draw, keep, most_probable
 
 VOCAB = 12
 # Below, at and above what 64 and 512 blocks of 16 hold, and not multiples of a block.

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from model_service.loading.replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import ReplicaOptions, load_replica
 from model_service.model.config import ModelConfig
 from model_service.model.weights.checkpoint import open_checkpoint
 
@@ -60,7 +60,7 @@ def test_other_kernels_have_another_fingerprint(
 ) -> None:
     own = load_replica(options).info
     monkeypatch.setattr(
-        "model_service.loading.replica.instructions", lambda: "of another processor"
+        "model_service.loading.load_replica.instructions", lambda: "of another processor"
     )
     other = load_replica(options).info
     assert other.fingerprint != own.fingerprint

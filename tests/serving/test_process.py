@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving.freeze_gc import keep_what_is_loaded
+from serving.process import freeze_gc
 
 
 @pytest.fixture(autouse=True)
@@ -15,5 +15,5 @@ def thawed() -> Iterator[None]:
 
 
 def test_full_collections_walk_nothing_of_what_was_loaded() -> None:
-    keep_what_is_loaded()
+    freeze_gc()
     assert len(gc.get_objects(generation=2)) < 1000 < gc.get_freeze_count()
