@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from bench.checkpoint import ensure_checkpoint
+from bench.engine.driver import Driver, Job, free_memory
 from bench.engine.memory import read_seconds
 from bench.engine.session import FIRST_ORDINARY_ID
-from bench.gpu.driver import Driver, Job, free_memory
 from bench.gpu.sizes import Sizes
 from bench.report import Row
 from bench.service import KNOWN_PIECES, Rates, made_up_tokenizer

@@ -5,17 +5,16 @@ import re
 from functools import cache
 
 import pytest
-from pydantic_settings import BaseSettings
 
 from gateway.settings import GatewaySettings
 from model_service.settings import ModelSettings
-from safety_service.__main__ import SafetySettings
+from safety_service.settings import SafetySettings
 from serving.settings import ServerSettings
 from tests.docs import reference
 from tests.docs.markdown import ROOT
-from tokenizer_service.__main__ import TokenizerSettings
+from tokenizer_service.settings import TokenizerSettings
 
-SETTINGS = {
+SETTINGS: dict[str, type[ServerSettings]] = {
     "Every service": ServerSettings,
     "The gateway": GatewaySettings,
     "The tokenizer service": TokenizerSettings,
@@ -54,7 +53,7 @@ def test_troubleshooting_page_quotes_messages_that_there_are() -> None:
     assert not [text for text in quoted if not is_said(text)]
 
 
-def own_fields(settings: type[BaseSettings]) -> set[str]:
+def own_fields(settings: type[ServerSettings]) -> set[str]:
     """The fields that a service has beside those that every service has."""
     shared = set() if settings is ServerSettings else ServerSettings.model_fields.keys() - {"port"}
     fields = settings.model_fields.keys() - shared
@@ -76,10 +75,7 @@ def is_said(quoted: str) -> bool:
 @cache
 def strings() -> str:
     """All texts of the sources, those of f-strings without their values."""
-    found = []
-    for folder in SOURCES:
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.append(node.value)
-    return "\n".join(found)
+    paths = [path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text("utf-8"))))
+    values = (node.value for node in nodes if isinstance(node, ast.Constant))
+    return "\n".join(value for value in values if isinstance(value, str))

@@ -194,11 +194,13 @@ async def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("chasqui.cli.serve.liveness.PERIOD", 0.5)
     monkeypatch.setattr("chasqui.cli.serve.liveness.MOST_UNANSWERED", 1)
     lines: list[str] = []
+    others = children()
     services = Supervisor(demonstration(), log=lambda *line: lines.append(" ".join(line)))
     try:
         address = await services.start()
         watching = asyncio.create_task(services.watch())
-        [model] = [each for each in children() if "model_service" in each.cmdline()]
+        started = [each for each in children() if each not in others]
+        [model] = [each for each in started if "model_service" in each.cmdline()]
         model.suspend()
         async with AsyncClient(address) as client:
             text = await client.complete("Llamas", max_gen_len=3)  # waits for the new one

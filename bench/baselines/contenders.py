@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bench.baselines.environments import UnavailableError
 from bench.host import Host
-from bench.peers.environments import UnavailableError
 
 REFERENCE = "chasqui-float32"
 
@@ -15,7 +15,7 @@ class Contender:
 
     name: str
     environment: str  # chasqui, or a key of environments.RECIPES
-    worker: str  # module under bench.peers.workers
+    worker: str  # module under bench.baselines.workers
     model: str  # meta, hf, or a GGUF type
     precision: str  # as the worker names it
     bits: int  # per weight: contenders with the same number are compared with each other

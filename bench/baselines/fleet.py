@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
-from bench.peers.environments import REPOSITORY, Environment
+from bench.baselines.environments import REPOSITORY, Environment
 
 CALL_TIMEOUT = 1800.0  # seconds; no measurement is near it
 QUIT_TIMEOUT = 30.0
@@ -33,7 +33,7 @@ class Post:
     name: str
     module: str
     environment: Environment
-    job: Mapping[str, Any]  # arguments of bench.peers.protocol.Job
+    job: Mapping[str, Any]  # arguments of bench.baselines.protocol.Job
     bytes: int
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
+from bench.engine.driver import Driver, Job, Passage, loaded
+from bench.engine.roofline import Card, Network
 from bench.engine.session import Setting
-from bench.gpu.bounds import Card, Network
 from bench.gpu.cases import batch, decode_rates, decode_values, first_token_seconds, one_stream
-from bench.gpu.driver import Driver, Job, Passage, loaded
 from bench.gpu.sizes import Sizes
 from bench.report import Row
 from bench.summary import ratio, summarize

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.gpu.trace import Span, Trace, record, short, trace_rows
+from bench.engine.trace import Span, Trace, record, short, trace_rows
 
 # Two steps of two kernels; the first copy runs beside a kernel.
 SPANS = [

@@ -7,7 +7,7 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 
-from bench.peers.protocol import Job, random_prompts, serve
+from bench.baselines.protocol import Job, random_prompts, serve
 
 
 class VllmWorker:

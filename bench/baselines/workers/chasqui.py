@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from bench.baselines.protocol import Job, random_prompts, serve
 from bench.engine.session import Session, Variant
 from bench.host import versions
-from bench.peers.protocol import Job, random_prompts, serve
 from model_service.loading.load_replica import load_replica
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # as its profiler does
 from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu.driver import Driver
+from bench.engine.driver import Driver
 from bench.gpu.sizes import Sizes
 from bench.report import Row, Value
 

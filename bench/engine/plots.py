@@ -39,7 +39,7 @@ def plot_engine(report: Report, folder: Path) -> list[Path]:
     return _draw(report, drawn, folder)
 
 
-def plot_peers(report: Report, folder: Path) -> list[Path]:
+def plot_baselines(report: Report, folder: Path) -> list[Path]:
     """A PNG of bars per case. Returns the files."""
     cases = dict.fromkeys(row.case for row in report.rows if "tokens_per_s" in row.values)
     return _draw(report, dict.fromkeys(cases, _contenders), folder)

@@ -5,7 +5,7 @@ import time
 import torch
 import transformers
 
-from bench.peers.protocol import Job, random_prompts, serve
+from bench.baselines.protocol import Job, random_prompts, serve
 
 
 class TransformersWorker:

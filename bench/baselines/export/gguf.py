@@ -1,8 +1,8 @@
 """A checkpoint in llama.cpp's format, quantized by the `gguf` package's own quantizers.
 
-`python -m bench.export.gguf CHECKPOINT FILE TYPE`; needs the extra `bench`. llama.cpp opens no file
-without a vocabulary, so the file names one made-up piece per id; nothing here ever turns text into
-ids.
+`python -m bench.baselines.export.gguf CHECKPOINT FILE TYPE`; needs the extra `bench`. llama.cpp
+opens no file without a vocabulary, so the file names one made-up piece per id; nothing here ever
+turns text into ids.
 """
 
 import sys
@@ -12,7 +12,7 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 
-from bench.export.layout import gguf_name
+from bench.baselines.export.layout import gguf_name
 from model_service.model.config import ROPE_THETA, ModelConfig
 from model_service.model.weights.checkpoint import Checkpoint, open_checkpoint
 

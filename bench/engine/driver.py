@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from bench.engine.roofline import Work
 from bench.engine.session import FIRST_ORDINARY_ID, GREEDY, Setting
-from bench.gpu.bounds import Work
 from bench.gpu.weights import RandomWeights
 from bench.shapes import Shape
 from model_service.engine.engine import Engine

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.peers.environments import REPOSITORY, UnavailableError
+from bench.baselines.environments import REPOSITORY, UnavailableError
 
 
 def ensure_model(kind: str, ckpt_dir: Path, work_dir: Path) -> Path:
@@ -29,9 +29,9 @@ def ensure_model(kind: str, ckpt_dir: Path, work_dir: Path) -> Path:
     target = exports / ("hf" if kind == "hf" else f"{kind}.gguf")
     if not target.exists():
         if kind == "hf":
-            _export("bench.export.hf", ckpt_dir, target)
+            _export("bench.baselines.export.hf", ckpt_dir, target)
         else:
-            _export("bench.export.gguf", ckpt_dir, target, kind)
+            _export("bench.baselines.export.gguf", ckpt_dir, target, kind)
     return target
 
 

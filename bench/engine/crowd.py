@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.gpu.bounds import Card, Network, Work
-from bench.gpu.driver import Driver, Step
+from bench.engine.driver import Driver, Step
+from bench.engine.roofline import Card, Network, Work
+from bench.engine.trace import record, trace_rows
 from bench.gpu.sizes import Sizes
-from bench.gpu.trace import record, trace_rows
 from bench.report import Row
 
 

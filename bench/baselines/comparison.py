@@ -5,21 +5,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bench.host import Host
-from bench.limits import Limits, measure_limits
-from bench.peers import same_function
-from bench.peers.contenders import CONTENDERS, REFERENCE, Contender
-from bench.peers.environments import (
+from bench.baselines import same_function
+from bench.baselines.contenders import CONTENDERS, REFERENCE, Contender
+from bench.baselines.environments import (
     Environment,
     UnavailableError,
     own_environment,
     prepare,
 )
-from bench.peers.fleet import Fleet, Post, WorkerError
-from bench.peers.models import ensure_model, model_bytes
-from bench.peers.protocol import random_prompts
-from bench.peers.rounds import Case, Turn, rows, schedule
-from bench.peers.same_function import Verdict
+from bench.baselines.fleet import Fleet, Post, WorkerError
+from bench.baselines.models import ensure_model, model_bytes
+from bench.baselines.protocol import random_prompts
+from bench.baselines.rounds import Case, Turn, rows, schedule
+from bench.baselines.same_function import Verdict
+from bench.host import Host
+from bench.limits import Limits, measure_limits
 from bench.report import Row, Value
 from bench.shapes import Shape
 from bench.summary import summarize
@@ -120,7 +120,7 @@ class Comparison:
         cache_gib = -(-2 * tokens * plan.shape.kv_elements_per_token * 4 // GIB)
         return Post(
             contender.name,
-            f"bench.peers.workers.{contender.worker}",
+            f"bench.baselines.workers.{contender.worker}",
             environment,
             {
                 "model": str(model),

@@ -1,16 +1,16 @@
-"""`python -m bench.peers`: compares engines in interleaved rounds, writes tables and plots."""
+"""`python -m bench.baselines`: compares engines in interleaved rounds, writes tables and plots."""
 
 import argparse
 from pathlib import Path
 
 import psutil
 
+from bench.baselines.comparison import Comparison, Plan
+from bench.baselines.contenders import CONTENDERS, default_names
+from bench.baselines.rounds import parse_case
 from bench.checkpoint import ensure_checkpoint
 from bench.host import Host, read_host
 from bench.paths import WORK_DIR
-from bench.peers.comparison import Comparison, Plan
-from bench.peers.contenders import CONTENDERS, default_names
-from bench.peers.rounds import parse_case
 from bench.report import RESULTS, Report, make_report, result_folder, write_report
 from bench.shapes import SHAPES
 
@@ -33,17 +33,17 @@ def main(arguments: list[str] | None = None) -> None:
         )
         comparison = Comparison(plan)
         comparison.run(args.contenders)
-        report = peers_report(comparison)
+        report = baselines_report(comparison)
         folder = result_folder(report, args.results) / name
         write_report(report, folder)
         if not args.no_plots:
-            from bench.plots import plot_peers  # noqa: PLC0415  # needs the extra `bench`
+            from bench.engine.plots import plot_baselines  # noqa: PLC0415  # needs the extra `bench`
 
-            plot_peers(report, folder)
+            plot_baselines(report, folder)
         print(folder / "result.md")
 
 
-def peers_report(comparison: Comparison) -> Report:
+def baselines_report(comparison: Comparison) -> Report:
     """The comparison as a result file."""
     plan = comparison.plan
     notes = [
@@ -62,11 +62,11 @@ def peers_report(comparison: Comparison) -> Report:
             for (case, contender), values in comparison.rates.items()
         ],
     }
-    return make_report("peers", comparison.rows(), notes, details)
+    return make_report("baselines", comparison.rows(), notes, details)
 
 
 def _parser(host: Host) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m bench.peers", description=__doc__)
+    parser = argparse.ArgumentParser("python -m bench.baselines", description=__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["110M"])
     add("--rounds", type=int, default=5)

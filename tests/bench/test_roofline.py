@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.gpu.bounds import Card, Network, Work
+from bench.engine.roofline import Card, Network, Work
 from bench.shapes import SHAPES
 
 LAYERS = 32 * (4 * 4096**2 + 3 * 4096 * 11008)

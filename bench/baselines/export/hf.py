@@ -1,6 +1,6 @@
 """A checkpoint in Hugging Face's format: config.json and model.safetensors, in bfloat16.
 
-`python -m bench.export.hf CHECKPOINT FOLDER`; needs the extra `bench`.
+`python -m bench.baselines.export.hf CHECKPOINT FOLDER`; needs the extra `bench`.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bench.export.layout import hf_name, hf_weight
+from bench.baselines.export.layout import hf_name, hf_weight
 from model_service.model.config import ROPE_THETA, ModelConfig
 from model_service.model.weights.checkpoint import open_checkpoint
 

@@ -11,7 +11,7 @@ from importlib import metadata
 import llama_cpp
 import numpy as np
 
-from bench.peers.protocol import Job, random_prompts, serve
+from bench.baselines.protocol import Job, random_prompts, serve
 
 UBATCH = 512
 
