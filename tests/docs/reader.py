@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from tests.docs.loaders import LOADERS
@@ -32,8 +32,11 @@ HAVE = set(os.environ.get("DOCS_HAVE", "").split(",")) | ({"jq"} if shutil.which
 
 MARKS = {
     "console": {"needs"},
+    # Lines to put in and to take out of a file.
+    "diff": {"file"},
     "js": {"needs"},
-    "python": {"needs"},
+    # A program, or with `file` the contents of a new file.
+    "python": {"file", "needs"},
     "sh": {"needs", "serves", "tls"},
     # What the block before has printed, in which `figures` may differ; what a test of its own
     # compares; a picture.
@@ -70,7 +73,9 @@ class Reader:
         self._ports = {port: there for port, there in ports.items() if port not in served}
         self._server: Server | None = None
         self._last: Result | None = None  # of the block before, if it could be run
-        lay_out(folder)
+        lay_out(
+            folder, {Path(block.marks["file"]).parts[0] for block in page if "file" in block.marks}
+        )
         activated = page[0].page != FIRST_PAGE
         self._terminal = Terminal(folder, self._environment(activated))
 
@@ -91,7 +96,9 @@ class Reader:
         if block.marks.get("needs", "") not in HAVE | {""}:
             self._last = None
             return
-        if block.language in LOADERS:
+        if "file" in block.marks:
+            self._edit(block)
+        elif block.language in LOADERS:
             [kind] = block.marks
             LOADERS[block.language][kind](block.text)
         elif block.language == "text":
@@ -102,6 +109,19 @@ class Reader:
             self._serve(block)
         else:
             self._run(block, self._command(block))
+
+    def _edit(self, block: Block) -> None:
+        """Writes a new file, or changes one, in the page's own copy of the sources."""
+        path = self._folder / block.marks["file"]
+        assert path.exists() == (block.language == "diff"), f"{block}: {path.name}"
+        text = block.text
+        if block.language == "diff":
+            source = path.read_text("utf-8")
+            before = "".join(line[1:] for line in text.splitlines(True) if line[0] in " -")
+            after = "".join(line[1:] for line in text.splitlines(True) if line[0] in " +")
+            assert source.count(before) == 1, f"{block}: not once in {path.name}:\n{before}"
+            text = source.replace(before, after)
+        path.write_text(text, "utf-8")
 
     def _serve(self, block: Block) -> None:
         """Starts servers in a further terminal, after Ctrl-C in the last such one."""
@@ -161,7 +181,7 @@ class Reader:
         return os.environ | {
             "PATH": ":".join([str(self._folder / ".venv" / "bin")] * activated + path),
             "HOME": str(self._folder / "home"),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(self._folder),
             "CHASQUI_PORT": str(self._port(50051)),
             "CHASQUI_TARGET": here,
             "CHASQUI_TOKENIZER_TARGET": f"127.0.0.1:{self._port(50052)}",
@@ -170,10 +190,15 @@ class Reader:
         }
 
 
-def lay_out(folder: Path) -> None:
-    """Makes the folder look like the repository in which `make env` has been run."""
+def lay_out(folder: Path, edited: Set[str] = frozenset()) -> None:
+    """Makes the folder look like the repository in which `make env` has been run.
+
+    The `edited` folders are copies, all others are links.
+    """
     for path in ROOT.iterdir():
-        if not path.name.startswith("."):
+        if path.name in edited:
+            shutil.copytree(path, folder / path.name)
+        elif not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
     (folder / "home").mkdir()
     environment = folder / ".venv"
