@@ -1,8 +1,8 @@
-"""A reader who does what a page says, block by block, in one terminal.
+"""Executes the blocks of a page, one after the other, in one terminal.
 
-The text is taken as it stands, but for `OTHERWISE` and for port numbers that begin with 50: each
-stands for a port that is free here, as tests run side by side. Programs that use a default port
-are told of it by the variables of `Reader.environment`.
+The text is executed as it is, except for `OTHERWISE` and for port numbers that begin with 50: each
+is replaced by a free port, because tests run side by side. Programs that use a default port get it
+from the variables of `Reader._environment`.
 """
 
 import os
@@ -17,8 +17,8 @@ from tests.docs.loaders import LOADERS
 from tests.docs.markdown import ROOT, Block
 from tests.docs.terminal import Result, Server, Terminal, is_serving, listens
 
-# What a block may need that is not here, as the mark `needs=…`. DOCS_HAVE=npm,docker in the
-# environment says what there is; then such blocks are run, too.
+# The things that a block may need and a test does not have, as the mark `needs=…`. With
+# DOCS_HAVE=npm,docker in the environment such blocks are run, too.
 NEEDS = {
     "cluster": "a Kubernetes cluster, or services on several machines",
     "docker": "Docker's daemon",
@@ -38,13 +38,13 @@ MARKS = {
     # A program, or with `file` the contents of a new file.
     "python": {"file", "needs"},
     "sh": {"needs", "serves", "tls"},
-    # What the block before has printed, in which `figures` may differ; what a test of its own
+    # The output of the block before, in which `figures` may differ; a text that a test of its own
     # compares; a picture.
     "text": {"checked-by", "figures", "needs", "output", "picture"},
     **{language: set(kinds) for language, kinds in LOADERS.items()},
 }
 
-# What a block says, and what is done instead.
+# Parts of blocks, and their replacements.
 OTHERWISE = {
     "0.0.0.0": "127.0.0.1",
     "chat.example.org": "localhost",
@@ -57,14 +57,14 @@ INTERPRETERS = {
     "python": ("python", "py"),
 }
 FIGURE = re.compile(r"\d+(?:[.,]\d+)*(?:e-\d+)?")
-# Weights of Meta's and its tokenizer, for which the demonstration checkpoint stands in.
+# Names of Meta's weights, for which the demonstration checkpoint stands in.
 STAND_INS = ("llama-2-7b-chat", "llama-2-13b-chat", "LlamaGuard-7b")
-# Readers of this page have not activated the environment yet: it says how.
+# On this page the environment is not activated yet: the page says how.
 FIRST_PAGE = "README.md"
 
 
 class Reader:
-    """Works in a folder with links to all that the repository has, and an environment made."""
+    """Works in a folder that looks like the repository after `make env`."""
 
     def __init__(self, page: list[Block], folder: Path, ports: Mapping[int, int]) -> None:
         self._page = page
@@ -80,12 +80,12 @@ class Reader:
         self._terminal = Terminal(folder, self._environment(activated))
 
     def read(self) -> None:
-        """Does what the blocks say; fails with what one printed when that is something else."""
+        """Executes the blocks; fails if one fails or prints something else than the page says."""
         for block in self._page:
             self._do(block)
 
     def close(self) -> None:
-        """Ends what still runs."""
+        """Ends the processes that still run."""
         try:
             if self._terminal.alive:
                 self._interrupt()
@@ -132,14 +132,14 @@ class Reader:
         self._server = self._terminal.serve(self._here(block.text), port, ready)
 
     def _interrupt(self) -> None:
-        """Ctrl-C, after which what serves has to end as it should."""
+        """Ctrl-C, after which the server must end with status 0."""
         if self._server is not None:
             server, self._server = self._server, None
             status = self._terminal.interrupt(server)
             assert status == 0, f"status {status}\n{server.log.read_text(errors='replace')}"
 
     def _command(self, block: Block) -> str:
-        """The shell's words for a program in another language."""
+        """The shell command that runs a block, also one in another language."""
         if block.language == "sh":
             return self._here(block.text)
         interpreter, suffix = INTERPRETERS[block.language]
