@@ -1,4 +1,4 @@
-"""SafetyService over gRPC, around whichever classifier judges. What is judged is never logged."""
+"""The servicer of SafetyService, around a classifier. The judged texts are never logged."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What was found; `categories` are the classifier's own words, none where nothing was found."""
+    """A classifier's result; `categories` are in its own words, and empty if the text is safe."""
 
     unsafe: bool
     categories: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ SAFE = Judgement(unsafe=False)
 
 
 class Classifier(Protocol):
-    """Judges the last of a dialog's messages, or a text as one message of a user."""
+    """Judges the last message of a dialog; a text is one message of a user."""
 
     async def judge(
         self, messages: Sequence[Message], time_remaining: TimeRemaining
@@ -53,7 +53,7 @@ class Classifier(Protocol):
 def safety_service(
     classifier: Classifier, run: Callable[[Health], Awaitable[None]] | None = None
 ) -> Service:
-    """The service as `serving` runs it; `run` keeps its health where that depends on another."""
+    """The service as `serving` runs it; `run` sets the health if it depends on a model."""
 
     def register(server: grpc.aio.Server) -> None:
         servicer = SafetyServicer(classifier)
@@ -80,7 +80,7 @@ class SafetyServicer(safety_pb2_grpc.SafetyServiceServicer):
 
 
 def _messages(request: safety_pb2.ClassifyRequest) -> list[Message]:
-    """What the request holds, or INVALID_ARGUMENT."""
+    """The request's messages; INVALID_ARGUMENT if it has none, or one with an unknown role."""
     if request.HasField("text"):
         return [Message(USER, request.text)]
     if not request.HasField("dialog"):

@@ -1,7 +1,8 @@
-"""What a server tells Prometheus: its calls, its health, its process, and what its service adds,
-over HTTP on a port of its own. Calls are named as go-grpc-prometheus names them, so that existing
-dashboards fit; what is our own begins with `chasqui_`. Scrapes run in threads of their own: what a
-collector reads there must be immutable, or a single value.
+"""The metrics of a server: its calls, its health, its process, and those of its service.
+
+Prometheus reads them over HTTP on a separate port. Calls have the metric names of
+go-grpc-prometheus, so that existing dashboards fit; our own names begin with `chasqui_`. Scrapes
+run in separate threads, so a collector must read only immutable objects or single values.
 """
 
 import contextlib
@@ -44,36 +45,36 @@ class CallMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._started = Counter(
-            "grpc_server_started_total", "Calls begun.", _METHOD, registry=registry
+            "grpc_server_started_total", "Calls started.", _METHOD, registry=registry
         )
         self._handled = Counter(
             "grpc_server_handled_total",
-            "Calls ended, by their status.",
+            "Calls ended, by status.",
             (*_METHOD, "grpc_code"),
             registry=registry,
         )
         self._seconds = Histogram(
             "grpc_server_handling_seconds",
-            "Time from a call's begin to its end.",
+            "Time from the start of a call to its end.",
             _METHOD,
             buckets=DURATIONS,
             registry=registry,
         )
         self._in_flight = Gauge(
-            "chasqui_calls_in_flight", "Calls that run now.", _METHOD, registry=registry
+            "chasqui_calls_in_flight", "Calls that are running.", _METHOD, registry=registry
         )
         self._refusals = Counter(
             "chasqui_refusals_total",
-            "Calls refused, by status and reason: the quota that ran out, else the status again.",
+            "Calls refused, by status and reason: the exhausted limit, or else the status again.",
             (*_METHOD, "grpc_code", "reason"),
             registry=registry,
         )
         self._methods: dict[str, MethodMetrics] = {}
 
     def method(self, path: str, kind: str) -> "MethodMetrics":
-        """Of the method at `path`, such as /llama.v1.ChatService/GetModel.
+        """The metrics of the method at `path`, for example /llama.v1.ChatService/GetModel.
 
-        `kind` is go-grpc-prometheus's grpc_type, such as server_stream.
+        `kind` is go-grpc-prometheus's grpc_type, for example server_stream.
         """
         known = self._methods.get(path)
         if known is None:
@@ -127,12 +128,12 @@ class MethodMetrics:
 
 
 def go_name(code: grpc.StatusCode) -> str:
-    """The status as Go, and so go-grpc-prometheus, writes it: OK, Canceled, InvalidArgument."""
+    """The status as go-grpc-prometheus writes it: OK, Canceled, InvalidArgument."""
     return _GO_NAMES[code]
 
 
 def registry_of(health: Health, collectors: Iterable[Collector]) -> CollectorRegistry:
-    """The registry of one server; not the process's, as tests run several servers in one."""
+    """The registry of one server; not the process's, because tests run several servers in one."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
@@ -162,7 +163,7 @@ def exposed(settings: ServerSettings, registry: CollectorRegistry) -> Iterator[N
     try:
         yield
     finally:
-        # Its loop looks up twice a second; nobody needs to wait for that.
+        # In a thread, because it takes up to half a second.
         threading.Thread(target=_close, args=(server,), daemon=True).start()
 
 
