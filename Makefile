@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PROTOS := $(wildcard protos/llama/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help env chat test lint format proto bench bench-peers up down
+.PHONY: help env chat test lint format proto bench bench-baselines up down
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -53,8 +53,8 @@ proto: env ## regenerate llama/v1 from protos
 bench: env ## measure the engine; ARGS="--shapes 1.1B" passes flags on
 	$(BIN)/python -m bench.engine $(ARGS)
 
-bench-peers: env ## compare with transformers, llama.cpp and vLLM on this machine
-	$(BIN)/python -m bench.peers $(ARGS)
+bench-baselines: env ## compare with transformers, llama.cpp and vLLM on this machine
+	$(BIN)/python -m bench.baselines $(ARGS)
 
 up: ## docker compose: build, start, wait until healthy
 	docker compose up --build --detach --wait

@@ -7,6 +7,7 @@ answer, but how many of them a quantized model still answers sensibly is the sec
 
 import argparse
 import math
+from typing import cast
 
 from demo.checkpoint import CHECKPOINT, TOKENIZER
 from demo.evaluate import Answer as DemoAnswer
@@ -15,7 +16,8 @@ from demo.text import read_corpus, read_questions
 from demo.tokenizer import Tokenizer
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
-from model_service.loading.load_replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import Dtype, Quantize, ReplicaOptions
 
 CONTEXT_LENGTH = 512
 ANSWER_LENGTH = 256
@@ -37,8 +39,8 @@ def main() -> None:
             CHECKPOINT,
             CONTEXT_LENGTH,
             max_batch_size=64,
-            dtype=dtype,
-            quantize=quantize,
+            dtype=cast("Dtype", dtype),
+            quantize=cast("Quantize", quantize),
             device="cpu",
         )
         engine = load_replica(options).engine()

@@ -32,7 +32,7 @@ class Row:
 class Report:
     """All that a run found out."""
 
-    kind: str  # engine or peers
+    kind: str  # engine or baselines
     rows: tuple[Row, ...]
     notes: tuple[str, ...]  # what could not be measured, and why
     details: Mapping[str, object]  # what only this kind has

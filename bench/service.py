@@ -203,8 +203,8 @@ async def _stream(
         logprobs=True,
     )
     arrivals: list[float] = []
-    async for event in stub.TextCompleteStream(request):
-        arrivals += [time.perf_counter()] * len(event.delta.tokens)
+    async for response in stub.TextCompleteStream(request):
+        arrivals += [time.perf_counter()] * len(response.event.delta.tokens)
     return arrivals
 
 

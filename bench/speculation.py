@@ -20,7 +20,8 @@ from demo.text import expand, read_corpus
 from demo.tokenizer import Tokenizer
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest, SamplingParams
-from model_service.loading.load_replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 
 CONTEXT_LENGTH = 512
 ANSWER_LENGTH = 64  # at most

@@ -61,7 +61,11 @@ def stale_files() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only report files that differ, and fail if there are any")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only report files that differ, and fail if there are any",
+    )
     if not parser.parse_args().check:
         generate(ROOT)
         return

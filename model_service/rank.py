@@ -12,8 +12,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from model_service.loading import distributed
-from model_service.loading.load_replica import Replica, ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import choose_device
+from model_service.loading.replica import Replica
 from model_service.server import model_service
 from model_service.settings import ModelSettings
 from serving.errors import StartError

@@ -1,7 +1,7 @@
 """The leader's servicer: the engine behind gRPC.
 
 The engine's thread makes outputs; here, on the event loop, they are sorted to the streams that
-asked, one message per stream and step. A request is known to the engine as (stream, request_id), so
+asked, one message per stream and step. The engine knows a request as (stream, sequence_id), so that
 streams need not know of each other.
 """
 
@@ -20,8 +20,8 @@ from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.engine.sequence import SequenceOutput
 from model_service.engine.thread import EngineThread
 from model_service.loading.distributed import Shards
-from model_service.loading.load_replica import Replica
 from model_service.loading.precision import Determinism
+from model_service.loading.replica import Replica
 from model_service.messages import generation_request, token_event
 from model_service.telemetry.metrics import EngineMetrics
 from model_service.telemetry.spans import SequenceSpans
@@ -108,8 +108,8 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         finally:
             reader.cancel()
             del self._streams[stream.number]
-            for request_id in stream.running:
-                self._engine.cancel((stream.number, request_id))
+            for sequence_id in stream.running:
+                self._engine.cancel((stream.number, sequence_id))
 
     async def GetModelInfo(
         self,
@@ -165,7 +165,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                     case "start":
                         self._start(stream, request.start)
                     case "cancel":
-                        self._engine.cancel((stream.number, request.cancel.request_id))
+                        self._engine.cancel((stream.number, request.cancel.sequence_id))
         except RequestError as error:
             stream.responses.put_nowait(error)
         stream.complete = True
@@ -175,17 +175,17 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         try:
             if self._draining:
                 raise unavailable("this replica is draining")
-            if start.request_id in stream.running:
+            if start.sequence_id in stream.running:
                 raise RequestError(
-                    grpc.StatusCode.ALREADY_EXISTS, f"request_id {start.request_id!r} is running"
+                    grpc.StatusCode.ALREADY_EXISTS, f"sequence_id {start.sequence_id!r} is running"
                 )
             request = generation_request(start, stream.number, self._engine.limits)
         except RequestError as error:
             failure = model_pb2.SequenceError(code=error.code.value[0], message=error.message)
-            event = model_pb2.TokenEvent(request_id=start.request_id, error=failure)
+            event = model_pb2.TokenEvent(sequence_id=start.sequence_id, error=failure)
             stream.responses.put_nowait(model_pb2.GenerateResponse(events=[event]))
             return
-        stream.running.add(start.request_id)
+        stream.running.add(start.sequence_id)
         self._idle.clear()
         self._spans.begin(request.request_id, start)
         self._engine.start(request)
@@ -198,13 +198,13 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         events = defaultdict(list)
         for output in outputs:
             self._spans.note(output)
-            number, request_id = cast(tuple[int, str], output.request_id)  # as `_start` made it
+            number, sequence_id = cast(tuple[int, str], output.request_id)  # as `_start` made it
             stream = self._streams.get(number)
             if stream is None:  # its caller has gone, and its sequences are cancelled
                 continue
-            events[stream].append(token_event(request_id, output))
+            events[stream].append(token_event(sequence_id, output))
             if output.finish_reason is not None:
-                stream.running.discard(request_id)
+                stream.running.discard(sequence_id)
         for stream, made in events.items():
             stream.responses.put_nowait(model_pb2.GenerateResponse(events=made))
             stream.end_when_idle()

@@ -1,9 +1,9 @@
-"""The servicer of TokenizerService: limits and field-level errors around a `Tokenizer`.
+"""TokenizerService over gRPC: limits and field-level errors around a `Tokenizer`.
 
-SentencePiece runs in worker threads (it releases the interpreter lock), because a request of the
-largest size takes most of a second and health checks must not wait for it. The bytes that are
-encoded or decoded at the same time are limited, because SentencePiece takes some 70 bytes of memory
-for each, and callers share that limit fairly.
+SentencePiece runs in worker threads (it releases the interpreter lock), because the largest request
+takes most of a second and health checks must not wait for it. The bytes that are encoded or decoded
+at once are bounded, because SentencePiece needs about 70 bytes of memory for each. Callers take
+turns.
 """
 
 import asyncio
@@ -29,18 +29,18 @@ from serving.server import Service
 from tokenizer_service.tokenizer import TokenIdError, Tokenizer
 
 MAX_SEGMENTS = 4096
-# The name of an API key.
+# The caller is the name of an API key.
 MAX_CALLER_CHARACTERS = 64
-# Encoded or decoded at the same time; a larger request runs alone.
+# Of all requests that run at once; a larger request runs alone.
 MAX_BYTES_AT_ONCE = 1024 * 1024
-# The cost of a call beyond its bytes, so that the number of small calls is limited, too.
+# Added to the bytes of each call, so that the number of tiny calls is bounded, too.
 CALL_BYTES = 1024
 ResponseT = TypeVar("ResponseT")
 SERVICE_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 
 
 def tokenizer_service(tokenizer: Tokenizer) -> Service:
-    """The service as `serving` runs it; healthy as soon as it listens."""
+    """The service as `serving` runs it: healthy as soon as it listens."""
     servicer = TokenizerServicer(tokenizer)
 
     def register(server: grpc.aio.Server) -> None:
@@ -60,7 +60,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             "chasqui_tokenizer_bytes_total", "Bytes of text encoded, in UTF-8.", registry=None
         )
         self._tokens = Counter(
-            "chasqui_tokenizer_tokens_total", "Tokens of the encoded text.", registry=None
+            "chasqui_tokenizer_tokens_total", "Tokens that they became.", registry=None
         )
         self.metrics = (self._segments, self._bytes, self._tokens)
         self._vocabulary = GetVocabularyResponse(
@@ -79,12 +79,12 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             rule = f"must have at most {MAX_CALLER_CHARACTERS} characters"
             raise invalid_argument([Violation("caller", f"{rule}, not {len(request.caller)}")])
         async with self._semaphore.acquire(request.caller, CALL_BYTES + request.ByteSize()):
-            return await _finish(asyncio.to_thread(self._encode, request))
+            return await _to_its_end(asyncio.to_thread(self._encode, request))
 
     async def Decode(self, request: DecodeRequest, _context: object) -> DecodeResponse:
         _check_count("sequences", len(request.sequences))
         async with self._semaphore.acquire("", CALL_BYTES + request.ByteSize()):
-            return await _finish(asyncio.to_thread(self._decode, request))
+            return await _to_its_end(asyncio.to_thread(self._decode, request))
 
     async def GetVocabulary(
         self, _request: GetVocabularyRequest, _context: object
@@ -112,9 +112,10 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return DecodeResponse(texts=texts)
 
 
-async def _finish(work: Coroutine[None, None, ResponseT]) -> ResponseT:
-    """The result of work in a thread, which cannot be interrupted: a cancelled call keeps its share
-    of the semaphore until the thread is done.
+async def _to_its_end(work: Coroutine[None, None, ResponseT]) -> ResponseT:
+    """The result of work in a thread.
+
+    A thread cannot be interrupted, so a cancelled call keeps its turn until the thread is done.
     """
     task = asyncio.create_task(work)
     try:

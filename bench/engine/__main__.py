@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = result_folder(report, args.results) / name
         write_report(report, folder)
         if not args.no_plots:
-            from bench.plots import plot_engine  # noqa: PLC0415  # needs the extra `bench`
+            from bench.engine.plots import plot_engine  # noqa: PLC0415  # needs the extra `bench`
 
             plot_engine(report, folder)
         print(folder / "result.md")

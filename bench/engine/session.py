@@ -17,7 +17,9 @@ from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest, SamplingParams, TokenLogprobs
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.runner import ModelRunner
-from model_service.loading.load_replica import Replica, ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import Dtype, Quantize, ReplicaOptions
+from model_service.loading.replica import Replica
 
 GREEDY = SamplingParams(temperature=0.0)
 FIRST_ORDINARY_ID = 259  # behind the control and byte pieces of a Llama 2 vocabulary
@@ -52,8 +54,8 @@ class Variant:
             max_batch_size=sequences,
             # A sequence's last block is rarely full.
             kv_cache_tokens=max((tokens or sequences * length) + 16 * sequences, length),
-            dtype=self.dtype,
-            quantize=self.quantize or "none",
+            dtype=cast("Dtype", self.dtype),
+            quantize=cast("Quantize", self.quantize or "none"),
             device="cpu",
             threads=self.threads,
             verify_checkpoint=False,

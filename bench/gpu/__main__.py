@@ -14,19 +14,19 @@ from pathlib import Path
 
 import torch
 
+from bench.engine.crowd import crowd
+from bench.engine.driver import Driver, Job, loaded
+from bench.engine.roofline import Card, Network
+from bench.engine.trace import profile_steps
+from bench.engine.variants import formats, larger
 from bench.gpu import cases
 from bench.gpu.blocks import block_sizes
-from bench.gpu.bounds import Card, Network
 from bench.gpu.card import describe, measure_card
-from bench.gpu.crowd import crowd
 from bench.gpu.day import day
-from bench.gpu.driver import Driver, Job, loaded
-from bench.gpu.formats import formats, larger
 from bench.gpu.huggingface import transformers_rows
 from bench.gpu.recorder import Recorder, SkippedError
 from bench.gpu.services import prepare, through_services
 from bench.gpu.sizes import FULL, SMALL, Sizes
-from bench.gpu.trace import profile_steps
 from bench.paths import WORK_DIR
 from bench.report import RESULTS, Row, table
 from bench.shapes import SHAPES
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     if recorder.attempt("card", lambda: _card(job, cards)):
         measure(bench, cards[0])
     if not args.no_plots:
-        from bench.plots import plot_gpu  # noqa: PLC0415  # needs the extra `bench`
+        from bench.engine.plots import plot_gpu  # noqa: PLC0415  # needs the extra `bench`
 
         plot_gpu(recorder.report(), recorder.folder)
     if targets := recorder.targets():

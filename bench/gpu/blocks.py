@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
+from bench.engine.driver import Job, Passage, loaded
 from bench.gpu.cases import decode_rates
-from bench.gpu.driver import Job, Passage, loaded
 from bench.gpu.sizes import Sizes
 from bench.report import Row
 from bench.summary import ratio, summarize

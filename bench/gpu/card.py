@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu.bounds import Card
+from bench.engine.roofline import Card
 
 FP8 = torch.float8_e4m3fn
 FP8_SINCE = (8, 9)  # compute capability of the first cards that multiply it

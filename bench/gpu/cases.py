@@ -6,8 +6,8 @@ pass of each is not counted: it pays for what later ones find ready.
 
 from collections.abc import Iterator
 
-from bench.gpu.bounds import Card, Network, Work
-from bench.gpu.driver import Driver, Passage
+from bench.engine.driver import Driver, Passage
+from bench.engine.roofline import Card, Network, Work
 from bench.gpu.sizes import Sizes
 from bench.report import Row, Value
 from bench.summary import summarize

@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from bench.baselines.export.hf import hf_config
+from bench.baselines.export.layout import hf_name, hf_weight
+from bench.engine.driver import Job, free_memory, loaded
 from bench.engine.session import FIRST_ORDINARY_ID
-from bench.export.hf import hf_config
-from bench.export.layout import hf_name, hf_weight
 from bench.gpu.cases import decode_rates
-from bench.gpu.driver import Job, free_memory, loaded
 from bench.gpu.recorder import SkippedError
 from bench.gpu.sizes import Sizes
 from bench.gpu.weights import RandomWeights

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench.gpu.driver import free_memory
+from bench.engine.driver import free_memory
 from bench.gpu.targets import TARGET_SHAPE, against_targets
 from bench.report import Report, Row, line, make_report, write_report
 from serving.errors import StartError

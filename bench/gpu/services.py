@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from bench.checkpoint import ensure_checkpoint
+from bench.engine.driver import Driver, Job, free_memory
 from bench.engine.memory import read_seconds
 from bench.engine.session import FIRST_ORDINARY_ID
-from bench.gpu.driver import Driver, Job, free_memory
 from bench.gpu.sizes import Sizes
 from bench.report import Row
 from bench.service import KNOWN_PIECES, Rates, made_up_tokenizer
@@ -166,7 +166,7 @@ def token_times(record: Record) -> Sequence[float]:
     if not isinstance(record.outcome, Success):
         raise RuntimeError(f"{record.outcome.status}: {record.outcome.message}")
     usage = record.outcome.usage
-    waited = (usage.queued + usage.prefill).total_seconds()
+    waited = (usage.queue_time + usage.prefill_time).total_seconds()
     first = record.arrivals[0] if record.arrivals else record.sent + waited
     gap = (record.ended - first) / max(1, usage.completion_tokens - 1)
     return [first + number * gap for number in range(usage.completion_tokens)]

@@ -33,9 +33,9 @@ class SequenceSpans:
             NAME,
             start.traceparent,
             {
-                "chasqui.sequence": start.request_id,
-                "gen_ai.usage.input_tokens": prompt - start.offset,
-                "chasqui.offset": start.offset,
+                "chasqui.sequence": start.sequence_id,
+                "gen_ai.usage.input_tokens": prompt - start.generated_tokens,
+                "chasqui.offset": start.generated_tokens,
             },
         )
         if span.is_recording():

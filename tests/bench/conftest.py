@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from bench.baselines.comparison import Plan
+from bench.baselines.environments import own_environment
+from bench.baselines.fleet import Post
+from bench.baselines.rounds import parse_case
 from bench.checkpoint import ensure_checkpoint
 from bench.engine.session import Variant
 from bench.host import read_host
-from bench.peers.comparison import Plan
-from bench.peers.environments import own_environment
-from bench.peers.fleet import Post
-from bench.peers.rounds import parse_case
 from bench.shapes import SHAPES
 
 MakePost = Callable[..., Post]

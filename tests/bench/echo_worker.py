@@ -2,7 +2,7 @@
 
 import os
 
-from bench.peers.protocol import Job, serve
+from bench.baselines.protocol import Job, serve
 
 
 class EchoWorker:

@@ -2,11 +2,11 @@ import dataclasses
 
 import pytest
 
-from bench.peers.__main__ import peers_report
-from bench.peers.comparison import Comparison, Plan
-from bench.peers.contenders import CONTENDERS, REFERENCE, default_names
-from bench.peers.environments import UnavailableError
-from bench.peers.same_function import ANSWER_TOKENS, judge
+from bench.baselines.__main__ import baselines_report
+from bench.baselines.comparison import Comparison, Plan
+from bench.baselines.contenders import CONTENDERS, REFERENCE, default_names
+from bench.baselines.environments import UnavailableError
+from bench.baselines.same_function import ANSWER_TOKENS, judge
 
 
 def test_comparison_measures_who_can_run_and_names_who_cannot(plan: Plan) -> None:
@@ -20,7 +20,7 @@ def test_comparison_measures_who_can_run_and_names_who_cannot(plan: Plan) -> Non
         ("decode-2", REFERENCE): 2,
     }
     assert [verdict.same for verdict in comparison.verdicts] == [True]
-    cases = [row.case for row in peers_report(comparison).rows]
+    cases = [row.case for row in baselines_report(comparison).rows]
     assert cases[:4] == ["prefill-32", "decode-2", "same function", "not measured"]
 
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.peers.contenders import CONTENDERS
-from bench.peers.environments import RECIPES, REQUIREMENTS, UnavailableError, prepare
+from bench.baselines.contenders import CONTENDERS
+from bench.baselines.environments import RECIPES, REQUIREMENTS, UnavailableError, prepare
 
 
 def test_peer_that_cannot_be_built_says_what_is_missing(

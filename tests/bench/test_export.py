@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.baselines.environments import UnavailableError
+from bench.baselines.models import ensure_model, model_bytes
 from bench.engine.session import Variant, session
-from bench.peers.environments import UnavailableError
-from bench.peers.models import ensure_model, model_bytes
 from bench.shapes import SHAPES
 from model_service.model.weights.checkpoint import open_checkpoint
 
@@ -26,7 +26,7 @@ def weights(tiny: Path) -> dict[str, torch.Tensor]:
 def hf_folder(tiny: Path, work_dir: Path) -> Path:
     """The checkpoint as Hugging Face has it."""
     pytest.importorskip("safetensors")
-    from bench.export.hf import export_hf  # noqa: PLC0415  # needs safetensors
+    from bench.baselines.export.hf import export_hf  # noqa: PLC0415  # needs safetensors
 
     folder = work_dir / "exports" / tiny.name / "hf"
     folder.mkdir(parents=True)
@@ -39,7 +39,7 @@ def test_gguf_holds_the_checkpoints_numbers(
     tiny: Path, tmp_path: Path, weights: dict[str, torch.Tensor], kind: str, tolerance: float
 ) -> None:
     gguf = pytest.importorskip("gguf")
-    from bench.export.gguf import export_gguf  # noqa: PLC0415  # needs gguf
+    from bench.baselines.export.gguf import export_gguf  # noqa: PLC0415  # needs gguf
 
     export_gguf(tiny, tmp_path / "model.gguf", kind)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
@@ -73,6 +73,6 @@ def test_transformers_continues_as_the_engine(hf_folder: Path, variant: Variant)
 
 
 def test_failed_export_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match=r"bench\.export\.gguf failed"):
+    with pytest.raises(UnavailableError, match=r"bench\.baselines\.export\.gguf failed"):
         ensure_model("F32", tmp_path / "no-checkpoint", tmp_path)
     assert not list((tmp_path / "exports" / "no-checkpoint").iterdir())

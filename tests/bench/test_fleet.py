@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.peers.fleet import Fleet, WorkerError
+from bench.baselines.fleet import Fleet, WorkerError
 from tests.bench.conftest import MakePost
 
 

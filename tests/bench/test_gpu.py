@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.engine.driver import Driver, Job, Passage, Step, loaded
 from bench.gpu.__main__ import main
-from bench.gpu.driver import Driver, Job, Passage, Step, loaded
 from bench.gpu.recorder import Recorder, SkippedError
 from bench.gpu.sizes import SMALL
 from bench.gpu.targets import against_targets

@@ -4,7 +4,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.export.layout import gguf_name, halves_from_pairs, hf_name, hf_weight, pairs_from_halves
+from bench.baselines.export.layout import (
+    gguf_name,
+    halves_from_pairs,
+    hf_name,
+    hf_weight,
+    pairs_from_halves,
+)
 from bench.shapes import SHAPES
 from model_service.model.operations import apply_rotary, rotary_frequencies
 

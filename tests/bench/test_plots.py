@@ -6,7 +6,7 @@ from bench.report import Report, Row, make_report
 
 pytest.importorskip("matplotlib")
 
-from bench.plots import plot_engine, plot_peers  # needs matplotlib
+from bench.engine.plots import plot_baselines, plot_engine  # needs matplotlib
 
 PNG = b"\x89PNG"
 
@@ -40,7 +40,7 @@ def test_contenders_get_a_plot_per_case_and_other_tables_none(tmp_path: Path) ->
         for name, rate in (("chasqui-int8", 9.0), ("llama.cpp-q8_0", 8.0))
     ]
     other = Row("not measured", {"contender": "vllm"}, {"reason": "died"})
-    assert plot_peers(report(*rows, other), tmp_path) == [tmp_path / "decode-8.png"]
+    assert plot_baselines(report(*rows, other), tmp_path) == [tmp_path / "decode-8.png"]
 
 
 def _rate(median: float) -> dict[str, float]:

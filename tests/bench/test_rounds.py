@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.peers.rounds import Case, parse_case, rows, schedule
+from bench.baselines.rounds import Case, parse_case, rows, schedule
 
 NAMES = st.lists(st.text("abc", min_size=1), min_size=1, max_size=6, unique=True)
 CASES = st.lists(

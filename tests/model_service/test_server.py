@@ -41,7 +41,7 @@ class Model:
         events: dict[str, list[Any]] = {}
         async for response in call:
             for event in response.events:
-                events.setdefault(event.request_id, []).append(event)
+                events.setdefault(event.sequence_id, []).append(event)
         return events
 
     async def until_idle(self) -> model_pb2.GetLoadResponse:
@@ -53,20 +53,20 @@ class Model:
                     return load
 
 
-def start(case: Case, request_id: str = "a", **changes: Any) -> model_pb2.GenerateRequest:
+def start(case: Case, sequence_id: str = "a", **changes: Any) -> model_pb2.GenerateRequest:
     fields = {
         "prompt_ids": case["prompt_ids"],
         "sampling": sampling_pb2.SamplingParams(temperature=0, max_gen_len=32),
-        "stop_ids": [2],
+        "eos_ids": [2],
         "logprobs": True,
     }
-    sequence = model_pb2.StartSequence(request_id=request_id, **(fields | changes))
+    sequence = model_pb2.StartSequence(sequence_id=sequence_id, **(fields | changes))
     return model_pb2.GenerateRequest(start=sequence)
 
 
-def endless(case: Case, request_id: str) -> model_pb2.GenerateRequest:
+def endless(case: Case, sequence_id: str) -> model_pb2.GenerateRequest:
     sampling = sampling_pb2.SamplingParams(temperature=0, ignore_eos=True)
-    return start(case, request_id, sampling=sampling)
+    return start(case, sequence_id, sampling=sampling)
 
 
 def ids(events: list[Any]) -> list[int]:
@@ -94,7 +94,7 @@ async def test_requests_share_a_stream(model: Model, cases: Callable[[str], list
         assert events[case["id"]][-1].timings.compute.ToNanoseconds() > 0
 
 
-async def test_equal_request_ids_on_two_streams_do_not_meet(
+async def test_equal_sequence_ids_on_two_streams_do_not_meet(
     model: Model, cases: Callable[[str], list[Case]]
 ) -> None:
     first, second = cases("gqa")[:2]
@@ -107,7 +107,7 @@ async def test_a_cancelled_sequence_frees_its_blocks(
 ) -> None:
     call = await model.open(endless(cases("gqa")[0], "a"))
     await call.read()
-    cancel = model_pb2.CancelSequence(request_id="a")
+    cancel = model_pb2.CancelSequence(sequence_id="a")
     await call.write(model_pb2.GenerateRequest(cancel=cancel))
     reason = 0
     while not reason:
@@ -144,7 +144,7 @@ async def test_a_named_stop_token_ends_the_answer_before_itself(
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"request_id": ""}, "start.request_id"),
+        ({"sequence_id": ""}, "start.sequence_id"),
         ({"prompt_ids": []}, "prompt_ids: must not be empty"),
         (
             {"prompt_ids": [560]},
@@ -170,7 +170,7 @@ async def test_a_bad_start_fails_alone(
     field: str,
 ) -> None:
     good, other = cases("gqa")[:2]
-    bad = start(other, **({"request_id": "bad"} | changes))
+    bad = start(other, **({"sequence_id": "bad"} | changes))
     events = await model.finish(start(good, "good"), bad)
     assert ids(events.pop("good")) == good["ids"]
     ((event,),) = events.values()
@@ -178,7 +178,7 @@ async def test_a_bad_start_fails_alone(
     assert field in event.error.message
 
 
-async def test_a_request_id_that_runs_is_refused_and_runs_on(
+async def test_a_sequence_id_that_runs_is_refused_and_runs_on(
     model: Model, cases: Callable[[str], list[Case]]
 ) -> None:
     case = cases("gqa")[0]
@@ -199,8 +199,8 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes(
     while (response := await call.read()) is not grpc.aio.EOF:
         events += response.events
     await drained
-    assert ids([e for e in events if e.request_id == "running"]) == cases("gqa")[0]["ids"]
-    late = [e for e in events if e.request_id == "late"]
+    assert ids([e for e in events if e.sequence_id == "running"]) == cases("gqa")[0]["ids"]
+    late = [e for e in events if e.sequence_id == "late"]
     assert all(event.error.code == UNAVAILABLE for event in late)
 
 

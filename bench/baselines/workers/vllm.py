@@ -1,0 +1,88 @@
+"""vLLM on the CPU, its engine in this process, without tokenizer and prefix cache."""
+
+import os
+import time
+
+import torch
+import vllm
+from vllm import LLM, SamplingParams
+
+from bench.baselines.protocol import Job, random_prompts, serve
+
+
+class VllmWorker:
+    """`LLMEngine.step`, as `LLM.generate` drives it."""
+
+    def load(self, job: Job) -> dict[str, str]:
+        eager = bool(job.options["eager"])
+        # vLLM takes whole GiB, and only from here.
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(job.options["cache_gib"])
+        self._llm = LLM(
+            job.model,
+            skip_tokenizer_init=True,
+            dtype=job.precision,
+            enforce_eager=eager,
+            max_model_len=job.length,
+            max_num_seqs=job.sequences,
+            max_num_batched_tokens=max(2048, job.length),
+            enable_prefix_caching=False,
+            seed=0,
+        )
+        self._engine = self._llm.llm_engine
+        self._vocab_size = self._llm.model_config.get_vocab_size()
+        self._next_id = 0
+        return {
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "mode": "eager" if eager else "compiled",
+            "threads": str(torch.get_num_threads()),
+        }
+
+    def prefill(self, tokens: int, seed: int) -> list[float]:
+        (prompt,) = random_prompts(1, tokens, self._vocab_size, seed)
+        started = time.perf_counter()
+        self._add(prompt, 1)
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return [time.perf_counter() - started]
+
+    def decode(self, batch: int, context: int, steps: int, seed: int) -> list[float]:
+        prompts = random_prompts(batch, context, self._vocab_size, seed)
+        # Prompts that end in different steps make some sequences longer than others.
+        waiting = {self._add(prompt, steps + batch + 2) for prompt in prompts}
+        running = tuple(waiting)
+        while waiting:
+            waiting -= {output.request_id for output in self._engine.step()}
+        self._engine.step()
+        seconds = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            outputs = self._engine.step()
+            seconds.append(time.perf_counter() - started)
+            if len(outputs) != batch:
+                raise RuntimeError(f"a step advanced {len(outputs)} of {batch} sequences")
+        self._engine.abort_request(list(running))
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return seconds
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        self._add(prompt, count)
+        ids: list[int] = []
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                ids = list(output.outputs[0].token_ids)
+        return ids
+
+    def _add(self, prompt: list[int], answer: int) -> str:
+        request_id = str(self._next_id)
+        self._next_id += 1
+        params = SamplingParams(
+            temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False
+        )
+        self._engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+        return request_id
+
+
+if __name__ == "__main__":
+    serve(VllmWorker())

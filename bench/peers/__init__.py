@@ -1,1 +1,0 @@
-"""Chasqui beside its peers on the same machine and weights: `python -m bench.peers`."""

@@ -1,1 +1,0 @@
-"""One module per engine, each run in its own environment; see `bench.peers.protocol`."""
