@@ -7,8 +7,7 @@ run in separate threads, so a collector must read only immutable objects or sing
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator
 
 import grpc
 import structlog
@@ -21,13 +20,11 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from serving.errors import RequestError, StartError
 from serving.settings import ServerSettings
 from serving.standard_services.health import Health
-from serving.telemetry.histogram import Snapshot
 from serving.telemetry.metrics_port import MetricsServer, serve_metrics
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -170,15 +167,3 @@ def exposed(settings: ServerSettings, registry: CollectorRegistry) -> Iterator[N
 def _close(server: MetricsServer) -> None:
     server.shutdown()
     server.server_close()
-
-
-def histogram_family(
-    name: str, documentation: str, snapshots: Iterable[tuple[Sequence[str], Snapshot]], *labels: str
-) -> HistogramMetricFamily:
-    """For Prometheus; each snapshot comes with the values of `labels`."""
-    family = HistogramMetricFamily(name, documentation, labels=labels)
-    for values, snapshot in snapshots:
-        bounds = [*map(str, snapshot.bounds), "+Inf"]
-        buckets = [*zip(bounds, accumulate(snapshot.counts), strict=True)]
-        family.add_metric(values, buckets, snapshot.sum)
-    return family
