@@ -1,4 +1,4 @@
-"""docker-compose.yml against what the services are; `docker compose` itself is not in CI."""
+"""docker-compose.yml fits the services; `docker compose` itself is not in CI."""
 
 import re
 from pathlib import Path
