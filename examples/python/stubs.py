@@ -21,7 +21,7 @@ def main(question: str = "What do llamas eat?", target: str = "127.0.0.1:50051")
     # Without this option gRPC would use an http_proxy of the environment even for this machine.
     with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
         for response in chat_pb2_grpc.ChatServiceStub(channel).ChatCompleteStream(request):
-            print(response.delta.text, end="", flush=True)
+            print(response.event.delta.text, end="", flush=True)
     print()
 
 
