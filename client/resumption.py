@@ -32,8 +32,6 @@ from llama.v1 import chat_pb2
 RESUME_SECONDS = 30.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 1.0
-# What a Cancel may take, which nobody wants to wait for.
-CANCEL_SECONDS = 2.0
 
 StreamRequest = chat_pb2.ChatCompleteStreamRequest | chat_pb2.TextCompleteStreamRequest
 NextRequest = StreamRequest | chat_pb2.ResumeStreamRequest
@@ -107,8 +105,8 @@ class ResumableStream:
         """Seconds that the next call may take."""
         return None if self._deadline is None else max(0.0, self._deadline - self._clock())
 
-    def take(self, response: StreamResponse) -> Event | None:
-        """The event in what arrived, as far as it is new to the reader."""
+    def on_response(self, response: StreamResponse) -> Event | None:
+        """The event in a response, as far as it is new to the reader."""
         if isinstance(response, chat_pb2.ResumeStreamResponse):
             response = response.chat if response.HasField("chat") else response.text
         if response.sequence != self._last + 1:
@@ -121,7 +119,7 @@ class ResumableStream:
         else:
             event = results.text_event(response)
         try:
-            return self._answers.take(event)
+            return self._answers.new_part(event)
         except _DifferentAnswerError as difference:
             raise self._lost(str(difference)) from None
 
@@ -225,8 +223,8 @@ class _Answers:
         self.delivered_events = 0
         self._answers: dict[tuple[int, int], _Answer] = {}
 
-    def take(self, event: Event) -> Event | None:
-        """What is new in an event; raises where the rest differs from what was delivered."""
+    def new_part(self, event: Event) -> Event | None:
+        """The part that is new; raises if the rest differs from what was delivered."""
         answer = self._answers.get((event.index, event.choice_index))
         new: Event | None
         match event:
