@@ -30,7 +30,7 @@ test: env ## run all tests
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/pytest -m alone
 
-lint: env ## formatting, types, import rules, proto style, stale generated code
+lint: env ## formatting, types, import rules, protos, and the house's rooms and words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -38,6 +38,9 @@ lint: env ## formatting, types, import rules, proto style, stale generated code
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/python deploy/generate_protos.py --check
+	-$(BIN)/python .ci/check_rooms.py
+	-$(BIN)/python .ci/check_reading_list.py
+	-$(BIN)/python .ci/check_language.py
 
 format: env ## rewrite the sources in house format
 	$(BIN)/ruff check --fix .

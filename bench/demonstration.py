@@ -34,7 +34,8 @@ from model_service.engine.sequence import (
     SamplingParams,
     SequenceOutput,
 )
-from model_service.loading.replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 
 CONTEXT_LENGTH = 512
 REPEATED_LENGTH = 64  # tokens of an answer at most, in the case speculation

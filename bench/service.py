@@ -30,10 +30,10 @@ from bench.checkpoint import ensure_checkpoint
 from bench.engine.driver import QUANTIZED, Job, in_own_process, loaded
 from bench.report import RESULTS, WORK_DIR, Recorder, Row, Value, spread
 from bench.shapes import FIRST_ORDINARY_ID, SHAPES, Shape
+from chasqui import AsyncClient, Delta, Finished
 from chasqui.cli.main import main as chasqui
 from chasqui.cli.serve.deployment import Deployment
 from chasqui.cli.serve.supervisor import in_background
-from client import AsyncClient, Delta, Finished
 from demo.checkpoint import CHECKPOINT, TOKENIZER
 from model_service.loading.precision import DTYPES
 

@@ -17,7 +17,7 @@ from client.connection.channel import DEFAULT_TARGET, Tls, open_aio_channel, wit
 from client.connection.diagnosis import explained
 from client.errors import ChasquiError, UnreachableError, from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
-from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
+from client.results import Event, Model, Prediction, RenderedPrompt
 from client.resumption import (
     CANCEL_SECONDS,
     RESUME_SECONDS,
@@ -78,24 +78,24 @@ class AsyncClient:
         await self._cancel([*self._streams])
         await self._channel.close()
 
-    async def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> ChatPrediction:
+    async def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> Prediction:
         """Answers one dialog."""
         return (await self.chat_choices(dialog, 1, **options))[0]
 
     async def chat_choices(
         self, dialog: Dialog, n: int, **options: Unpack[ChatOptions]
-    ) -> list[ChatPrediction]:
+    ) -> list[Prediction]:
         """`n` answers to one dialog, in the order of `choice_index`."""
         return await self.chat_many([dialog], n=n, **options)
 
     async def chat_many(
         self, dialogs: Sequence[Dialog], *, n: int | None = None, **options: Unpack[ChatOptions]
-    ) -> list[ChatPrediction]:
+    ) -> list[Prediction]:
         """Answers several dialogs in one call, in their order; `n` answers in a row to each."""
         request = requests.chat(chat_pb2.ChatCompleteRequest, dialogs, options, n)
         async with self._readable_errors():
             response = await self._stub.ChatComplete(request, timeout=requests.deadline(options))
-        return [results.chat_prediction(each) for each in response.predictions]
+        return [results.prediction(each) for each in response.predictions]
 
     def chat_stream(
         self, dialog: Dialog, *, n: int | None = None, **options: Unpack[ChatOptions]
@@ -113,24 +113,24 @@ class AsyncClient:
         request = requests.chat(chat_pb2.ChatCompleteStreamRequest, dialogs, options, n)
         return self._stream(self._resumable(request, options))
 
-    async def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextPrediction:
+    async def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Prediction:
         """Continues one text, or one sequence of token ids."""
         return (await self.complete_choices(prompt, 1, **options))[0]
 
     async def complete_choices(
         self, prompt: Prompt, n: int, **options: Unpack[TextOptions]
-    ) -> list[TextPrediction]:
+    ) -> list[Prediction]:
         """`n` continuations of one prompt, in the order of `choice_index`."""
         return await self.complete_many([prompt], n=n, **options)
 
     async def complete_many(
         self, prompts: Sequence[Prompt], *, n: int | None = None, **options: Unpack[TextOptions]
-    ) -> list[TextPrediction]:
+    ) -> list[Prediction]:
         """Continues several prompts, all texts or all token ids, like `chat_many`."""
         request = requests.text(chat_pb2.TextCompleteRequest, prompts, options, n)
         async with self._readable_errors():
             response = await self._stub.TextComplete(request, timeout=requests.deadline(options))
-        return [results.text_prediction(each) for each in response.predictions]
+        return [results.prediction(each) for each in response.predictions]
 
     def complete_stream(
         self, prompt: Prompt, *, n: int | None = None, **options: Unpack[TextOptions]
@@ -209,10 +209,12 @@ class AsyncClient:
 
     async def _cancel(self, streams: Iterable[ResumableStream]) -> None:
         """Ends streams at the gateway, which would else wait for their reader for a while."""
-        names = [stream.request_id for stream in streams if stream.wants_cancel]
+        names = [stream.name for stream in streams if stream.wants_cancel]
         with suppress(grpc.aio.UsageError):  # the channel is closed
-            requests = [chat_pb2.CancelRequest(request_id=name) for name in names]
-            calls = [self._stub.Cancel(request, timeout=CANCEL_SECONDS) for request in requests]
+            requests = [chat_pb2.CancelStreamRequest(stream_name=name) for name in names]
+            calls = [
+                self._stub.CancelStream(request, timeout=CANCEL_SECONDS) for request in requests
+            ]
             await asyncio.gather(*calls, return_exceptions=True)
 
     @asynccontextmanager

@@ -17,7 +17,7 @@ from client.connection.channel import DEFAULT_TARGET, Tls, open_channel, with_ke
 from client.connection.diagnosis import explained
 from client.errors import ChasquiError, UnreachableError, from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
-from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
+from client.results import Event, Model, Prediction, RenderedPrompt
 from client.resumption import (
     CANCEL_SECONDS,
     RESUME_SECONDS,
@@ -78,24 +78,24 @@ class Client:
         self._cancel([*self._streams])
         self._channel.close()
 
-    def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> ChatPrediction:
+    def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> Prediction:
         """Answers one dialog."""
         return self.chat_choices(dialog, 1, **options)[0]
 
     def chat_choices(
         self, dialog: Dialog, n: int, **options: Unpack[ChatOptions]
-    ) -> list[ChatPrediction]:
+    ) -> list[Prediction]:
         """`n` answers to one dialog, in the order of `choice_index`."""
         return self.chat_many([dialog], n=n, **options)
 
     def chat_many(
         self, dialogs: Sequence[Dialog], *, n: int | None = None, **options: Unpack[ChatOptions]
-    ) -> list[ChatPrediction]:
+    ) -> list[Prediction]:
         """Answers several dialogs in one call, in their order; `n` answers in a row to each."""
         request = requests.chat(chat_pb2.ChatCompleteRequest, dialogs, options, n)
         with self._readable_errors():
             response = self._stub.ChatComplete(request, timeout=requests.deadline(options))
-        return [results.chat_prediction(each) for each in response.predictions]
+        return [results.prediction(each) for each in response.predictions]
 
     def chat_stream(
         self, dialog: Dialog, *, n: int | None = None, **options: Unpack[ChatOptions]
@@ -113,24 +113,24 @@ class Client:
         request = requests.chat(chat_pb2.ChatCompleteStreamRequest, dialogs, options, n)
         return self._stream(self._resumable(request, options))
 
-    def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextPrediction:
+    def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Prediction:
         """Continues one text, or one sequence of token ids."""
         return self.complete_choices(prompt, 1, **options)[0]
 
     def complete_choices(
         self, prompt: Prompt, n: int, **options: Unpack[TextOptions]
-    ) -> list[TextPrediction]:
+    ) -> list[Prediction]:
         """`n` continuations of one prompt, in the order of `choice_index`."""
         return self.complete_many([prompt], n=n, **options)
 
     def complete_many(
         self, prompts: Sequence[Prompt], *, n: int | None = None, **options: Unpack[TextOptions]
-    ) -> list[TextPrediction]:
+    ) -> list[Prediction]:
         """Continues several prompts, all texts or all token ids, like `chat_many`."""
         request = requests.text(chat_pb2.TextCompleteRequest, prompts, options, n)
         with self._readable_errors():
             response = self._stub.TextComplete(request, timeout=requests.deadline(options))
-        return [results.text_prediction(each) for each in response.predictions]
+        return [results.prediction(each) for each in response.predictions]
 
     def complete_stream(
         self, prompt: Prompt, *, n: int | None = None, **options: Unpack[TextOptions]
@@ -206,11 +206,12 @@ class Client:
 
     def _cancel(self, streams: Iterable[ResumableStream]) -> None:
         """Ends streams at the gateway, which would else wait for their reader for a while."""
-        names = [stream.request_id for stream in streams if stream.wants_cancel]
+        names = [stream.name for stream in streams if stream.wants_cancel]
         with suppress(ValueError):  # the channel is closed
-            requests = [chat_pb2.CancelRequest(request_id=name) for name in names]
+            requests = [chat_pb2.CancelStreamRequest(stream_name=name) for name in names]
             calls = [
-                self._stub.Cancel.future(request, timeout=CANCEL_SECONDS) for request in requests
+                self._stub.CancelStream.future(request, timeout=CANCEL_SECONDS)
+                for request in requests
             ]
             for call in calls:
                 call.exception()  # waits

@@ -1,20 +1,17 @@
 """`python -m gateway`: the public server, in front of a tokenizer service and model replicas."""
 
-import asyncio
+import serving
 
-import serving  # noqa: F401  # before grpc
-from gateway.rpc.upstreams import Backend
-from gateway.server import gateway_service
-from gateway.settings import GatewaySettings
-from gateway.upstream.connect import connector
-from serving.allocator import return_large_blocks
-from serving.errors import StartError
-from serving.server import serve
-from serving.settings import parse
-from serving.telemetry import logs
+with serving.needs_extra("gateway"):
+    from gateway.rpc.upstreams import Backend
+    from gateway.server import gateway_service
+    from gateway.settings import GatewaySettings
+    from gateway.upstream.connect import connector
+    from serving.process import configure, run
+    from serving.server import serve
 
 
-async def run(settings: GatewaySettings) -> None:
+async def start(settings: GatewaySettings) -> None:
     backend = Backend(
         settings.tokenizer_target,
         settings.model_target_list,
@@ -26,13 +23,7 @@ async def run(settings: GatewaySettings) -> None:
 
 
 def main() -> None:
-    settings = parse(GatewaySettings, prog="python -m gateway")
-    logs.configure(settings)
-    return_large_blocks()
-    try:
-        asyncio.run(run(settings))
-    except StartError as error:
-        logs.exit_with_error(str(error))
+    run(start(configure(GatewaySettings, prog="python -m gateway")))
 
 
 if __name__ == "__main__":

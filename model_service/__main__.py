@@ -2,21 +2,22 @@
 
 import sys
 
-import serving  # noqa: F401  # before grpc
-from model_service.launcher import is_rank, launch
-from model_service.settings import ModelSettings
-from serving.errors import StartError
-from serving.settings import parse
-from serving.telemetry.logs import configure, exit_with_error
+import serving
+
+with serving.needs_extra("model"):
+    from model_service.launcher import is_rank, launch
+    from model_service.settings import ModelSettings
+    from serving.errors import StartError
+    from serving.process import configure
+    from serving.telemetry.logs import exit_with_error
 
 
 def main() -> None:
-    settings = parse(ModelSettings, "python -m model_service")
-    configure(settings)
+    settings = configure(ModelSettings, prog="python -m model_service")
     if is_rank() or settings.shards in (None, 1):
-        # Only here, as a launcher and --help need no PyTorch, which takes a second to import.
-        from model_service.rank import run  # noqa: PLC0415
-
+        # Only here, because a launcher and --help need no PyTorch, which takes a second to import.
+        with serving.needs_extra("model"):
+            from model_service.rank import run  # noqa: PLC0415
         run(settings)
         return
     try:

@@ -143,8 +143,11 @@ class _Launch:
         if self._stopped_by is not None:
             self._kill()
         self._stopped_by = signum
-        with contextlib.suppress(ProcessLookupError):
-            self._processes[0].send_signal(signum)
+        leader = self._processes[0]
+        # asyncio's send_signal would wait for a process that has just ended, and lose its status.
+        if leader.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(leader.pid, signum)
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -1,7 +1,7 @@
 """The leader's servicer: the engine behind gRPC.
 
 The engine's thread makes outputs; here, on the event loop, they are sorted to the streams that
-asked, one message per stream and step. A request is known to the engine as (stream, request_id), so
+asked, one message per stream and step. The engine knows a request as (stream, sequence_id), so that
 streams need not know of each other.
 """
 
@@ -59,8 +59,24 @@ class _Stream:
             self.responses.put_nowait(None)
 
 
-class ModelServer(model_pb2_grpc.ModelServiceServicer):
-    """Serves one replica; `service` plugs it into a gRPC server."""
+def model_service(replica: Replica, tokenizer_fingerprint: str, shards: Shards) -> Service:
+    """The service as `serving` runs it, on the current event loop."""
+    servicer = ModelServicer(replica, tokenizer_fingerprint, shards)
+
+    def register(server: grpc.aio.Server) -> None:
+        model_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server)
+
+    return Service(
+        names=[SERVICE_NAME],
+        register=register,
+        run=servicer.run,
+        drain=servicer.drain,
+        collectors=[servicer.metrics],
+    )
+
+
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
+    """Serves one replica."""
 
     def __init__(self, replica: Replica, tokenizer_fingerprint: str, shards: Shards) -> None:
         self._replica = replica
@@ -74,19 +90,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
         self._failure: asyncio.Future[Exception] = self._loop.create_future()
         self._engine = EngineThread(replica.engine(), self._deliver, self._fail)
         self._spans = SequenceSpans()
-
-    def stop(self) -> None:
-        """Ends the engine's thread; call when no RPC is left."""
-        self._engine.stop()
-
-    def service(self) -> Service:
-        return Service(
-            names=[SERVICE_NAME],
-            register=lambda server: model_pb2_grpc.add_ModelServiceServicer_to_server(self, server),
-            run=self._run,
-            drain=self._drain,
-            collectors=[EngineMetrics(self._engine, self._replica.info)],
-        )
+        self.metrics = EngineMetrics(self._engine, replica.info)
 
     async def Generate(
         self,
@@ -104,8 +108,8 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
         finally:
             reader.cancel()
             del self._streams[stream.number]
-            for request_id in stream.running:
-                self._engine.cancel((stream.number, request_id))
+            for sequence_id in stream.running:
+                self._engine.cancel((stream.number, sequence_id))
 
     async def GetModelInfo(
         self,
@@ -135,8 +139,8 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetLoadResponse:
         load = self._engine.load
         return model_pb2.GetLoadResponse(
-            running_sequences=load.running,
-            waiting_sequences=load.waiting,
+            running_sequences=load.running_sequences,
+            waiting_sequences=load.waiting_sequences,
             total_blocks=load.total_blocks,
             free_blocks=load.free_blocks,
             block_size=self._replica.limits.block_size,
@@ -161,7 +165,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
                     case "start":
                         self._start(stream, request.start)
                     case "cancel":
-                        self._engine.cancel((stream.number, request.cancel.request_id))
+                        self._engine.cancel((stream.number, request.cancel.sequence_id))
         except RequestError as error:
             stream.responses.put_nowait(error)
         stream.complete = True
@@ -171,17 +175,17 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
         try:
             if self._draining:
                 raise unavailable("this replica is draining")
-            if start.request_id in stream.running:
+            if start.sequence_id in stream.running:
                 raise RequestError(
-                    grpc.StatusCode.ALREADY_EXISTS, f"request_id {start.request_id!r} is running"
+                    grpc.StatusCode.ALREADY_EXISTS, f"sequence_id {start.sequence_id!r} is running"
                 )
             request = generation_request(start, stream.number, self._engine.limits)
         except RequestError as error:
             failure = model_pb2.SequenceError(code=error.code.value[0], message=error.message)
-            event = model_pb2.TokenEvent(request_id=start.request_id, error=failure)
+            event = model_pb2.TokenEvent(sequence_id=start.sequence_id, error=failure)
             stream.responses.put_nowait(model_pb2.GenerateResponse(events=[event]))
             return
-        stream.running.add(start.request_id)
+        stream.running.add(start.sequence_id)
         self._idle.clear()
         self._spans.begin(request.request_id, start)
         self._engine.start(request)
@@ -194,13 +198,13 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
         events = defaultdict(list)
         for output in outputs:
             self._spans.note(output)
-            number, request_id = cast(tuple[int, str], output.request_id)  # as `_start` made it
+            number, sequence_id = cast(tuple[int, str], output.request_id)  # as `_start` made it
             stream = self._streams.get(number)
             if stream is None:  # its caller has gone, and its sequences are cancelled
                 continue
-            events[stream].append(token_event(request_id, output))
+            events[stream].append(token_event(sequence_id, output))
             if output.finish_reason is not None:
-                stream.running.discard(request_id)
+                stream.running.discard(sequence_id)
         for stream, made in events.items():
             stream.responses.put_nowait(model_pb2.GenerateResponse(events=made))
             stream.end_when_idle()
@@ -211,12 +215,18 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
         """Called in the engine's thread, as its last act."""
         self._loop.call_soon_threadsafe(self._failure.set_result, error)
 
-    async def _run(self, health: Health) -> None:
-        """Runs the engine and keeps the health true; raises when the engine has failed."""
+    async def run(self, health: Health) -> None:
+        """Runs the engine and updates the health until it is cancelled, when no RPC is left.
+
+        Raises if the engine has failed.
+        """
         self._engine.run()
-        while not self._failure.done():
-            await health.set_serving(self._engine.answered and not self._stalled())
-            await asyncio.wait({self._failure}, timeout=HEALTH_INTERVAL)
+        try:
+            while not self._failure.done():
+                await health.set_serving(self._engine.answered and not self._stalled())
+                await asyncio.wait({self._failure}, timeout=HEALTH_INTERVAL)
+        finally:
+            self._engine.stop()
         await health.set_serving(False)
         for stream in self._streams.values():
             stream.responses.put_nowait(unavailable("the replica has failed"))
@@ -225,7 +235,7 @@ class ModelServer(model_pb2_grpc.ModelServiceServicer):
     def _stalled(self) -> bool:
         return time.monotonic() - self._engine.last_step_at > STALL_LIMIT
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
         """Lets running sequences finish, then ends the streams."""
         self._draining = True
         if any(stream.running for stream in self._streams.values()):

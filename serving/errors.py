@@ -80,7 +80,7 @@ def resource_exhausted(
     )
 
 
-def let_go(error: BaseException | None) -> None:
+def clear_frames(error: BaseException | None) -> None:
     """Clears the frames that an error and what led to it came through.
 
     A traceback refers to its frames and they often to their error: what they hold, such as the

@@ -20,15 +20,15 @@ from grpc_health.v1 import health, health_pb2_grpc
 from prometheus_client.registry import Collector
 
 from serving.errors import StartError
-from serving.freeze_gc import keep_what_is_loaded
 from serving.intake.grpc_options import Option, server_options
 from serving.intake.interceptor import Authorize, CallInterceptor
-from serving.intake.receive import Receiver
+from serving.intake.receiver import Receiver
+from serving.process import freeze_gc
 from serving.security.tls import ServerCertificates, TlsFiles, UpstreamCertificates
 from serving.settings import ServerSettings
 from serving.standard_services import reflection
 from serving.standard_services.health import Health
-from serving.standard_services.held_streams import HeldStreams
+from serving.standard_services.stream_limiter import StreamLimiter
 from serving.telemetry import tracing
 from serving.telemetry.logs import exit_with_error
 from serving.telemetry.metrics import CallMetrics, exposed, registry_of
@@ -37,7 +37,7 @@ __all__ = ["Health", "Running", "Service", "channel", "running", "serve"]
 
 # Seconds from NOT_SERVING to the end of the listener: gRPC's core cancels a call that arrives while
 # it shuts down before any handler sees it, so whoever follows health gets the time to leave.
-FAREWELL = 0.5
+DRAIN_DELAY = 0.5
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -85,7 +85,7 @@ async def serve(settings: ServerSettings, service: Service) -> None:
     spans = tracing.exporting(settings, service.names[0], trusts_callers=service.trusts_traceparent)
     try:
         async with spans, running(settings, service) as on:
-            keep_what_is_loaded()
+            freeze_gc()
             await asyncio.wait({signalled, on.background}, return_when=asyncio.FIRST_COMPLETED)
             if on.background.done():
                 on.background.result()
@@ -100,7 +100,7 @@ async def serve(settings: ServerSettings, service: Service) -> None:
 @contextlib.asynccontextmanager
 async def running(settings: ServerSettings, service: Service) -> AsyncIterator[Running]:
     """The server, listening; drained at the end of the block. Leaves signals alone."""
-    held = HeldStreams()
+    held = StreamLimiter()
     state = Health(service.names, serving=service.run is None, held=held)
     registry = registry_of(state, service.collectors)
     calls = CallMetrics(registry)
@@ -237,7 +237,7 @@ async def _stop(server: grpc.aio.Server, service: Service, state: Health, grace:
     await state.drain()
     if service.begin_drain is not None:
         service.begin_drain()
-    await asyncio.sleep(min(FAREWELL, grace))
+    await asyncio.sleep(min(DRAIN_DELAY, grace))
     try:
         if service.drain is not None:
             async with asyncio.timeout_at(deadline):

@@ -1,11 +1,12 @@
-"""Settings that every server has, and how they are read: flags over environment over defaults.
+"""The settings that every server has, read from flags, then the environment, then defaults.
 
 A service subclasses `ServerSettings` and adds annotated fields; each becomes a flag of the same
 name and a `CHASQUI_*` variable, and `--help` lists both. Nothing else reads the environment.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -20,6 +21,11 @@ from pydantic_settings import (
 )
 
 ENV_PREFIX = "CHASQUI_"
+# The client's variable, which differs from the gateway's CHASQUI_API_KEYS by one letter.
+CLIENT_KEY = "CHASQUI_API_KEY"
+# Finds 97 of 100 one-letter mistakes, and takes no service's variable for a misspelt one of
+# another's: the closest are max_connection_age and max_connection_idle, 0.865.
+_SIMILARITY = 0.87
 
 Port = Annotated[
     int, Field(ge=0, le=65535, description="TCP port to listen on; 0 lets the system choose")
@@ -157,6 +163,24 @@ def parse(settings_class: type[S], prog: str, argv: Sequence[str] | None = None)
     for problem in problems:
         print(f"{prog}: error: {problem}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def misspelt_variables(
+    settings_class: type[ServerSettings], environment: Iterable[str]
+) -> dict[str, str]:
+    """The CHASQUI_* variables that are almost one of a setting, each with the right one.
+
+    Variables that resemble no setting are left out, because they may be another service's.
+    """
+    known = [ENV_PREFIX + name.upper() for name in settings_class.model_fields]
+    misspelt: dict[str, str] = {}
+    for variable in environment:
+        name = variable.upper()
+        if name.startswith(ENV_PREFIX) and name not in {*known, CLIENT_KEY}:
+            setting = name.removeprefix(ENV_PREFIX).lower()
+            for nearest in get_close_matches(setting, settings_class.model_fields, 1, _SIMILARITY):
+                misspelt[variable] = ENV_PREFIX + nearest.upper()
+    return misspelt
 
 
 def check_value(settings_class: type[ServerSettings], name: str, value: object) -> None:

@@ -1,39 +1,30 @@
-"""`python -m tokenizer_service --tokenizer_path FILE`."""
+"""`python -m tokenizer_service --tokenizer_path FILE`: text to token ids and back."""
 
-import asyncio
-from pathlib import Path
-from typing import Annotated
+import serving
 
-import structlog
-from pydantic import Field
+with serving.needs_extra("tokenizer"):
+    import structlog
 
-import serving  # noqa: F401  # before grpc
-from serving.allocator import return_large_blocks
-from serving.server import serve
-from serving.settings import Port, ServerSettings, parse
-from serving.telemetry import logs
-from tokenizer_service.server import tokenizer_service
-from tokenizer_service.tokenizer import Tokenizer, TokenizerFileError
+    from serving.errors import StartError
+    from serving.process import configure, run
+    from serving.server import serve
+    from tokenizer_service.server import tokenizer_service
+    from tokenizer_service.settings import TokenizerSettings
+    from tokenizer_service.tokenizer import Tokenizer, TokenizerFileError
 
 
-class TokenizerSettings(ServerSettings):
-    """Serves llama.v1.TokenizerService: text to token ids and back, by SentencePiece."""
-
-    port: Port = 50052
-    tokenizer_path: Annotated[Path, Field(description="SentencePiece model file, tokenizer.model")]
-
-
-def main() -> None:
-    settings = parse(TokenizerSettings, prog="python -m tokenizer_service")
-    logs.configure(settings)
-    return_large_blocks()
+async def start(settings: TokenizerSettings) -> None:
     try:
         tokenizer = Tokenizer(settings.tokenizer_path)
     except TokenizerFileError as error:
-        logs.exit_with_error(str(error))
+        raise StartError(str(error)) from error
     log = structlog.stdlib.get_logger("tokenizer_service")
     log.info("tokenizer loaded", pieces=tokenizer.n_words, fingerprint=tokenizer.fingerprint)
-    asyncio.run(serve(settings, tokenizer_service(tokenizer)))
+    await serve(settings, tokenizer_service(tokenizer))
+
+
+def main() -> None:
+    run(start(configure(TokenizerSettings, prog="python -m tokenizer_service")))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest, SamplingParams, TokenLogprobs
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.runner import ModelRunner
-from model_service.loading.replica import Replica, ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
+from model_service.loading.replica import Replica
 
 QUANTIZED = ("int8", "int4", "fp8")
 GREEDY = SamplingParams(temperature=0.0)

@@ -20,7 +20,7 @@ from client.errors import ChasquiError
 from client.requests import ChatOptions, Message
 from client.results import Delta, Event, Finished, FinishReason, Started, Token
 from client.sync import Client
-from client.tags import special_tags, without_special_tags
+from llama.prompt_format.tags import special_tags, without_special_tags
 
 HELP = """\
 /system TEXT  give the model instructions; without TEXT, take them back
@@ -94,7 +94,7 @@ class Conversation:
         if not answer and finish_reason is FinishReason.STOP:
             _note("(the answer is empty)")
         # A refused question would have every later one refused, too, and a turn needs an answer.
-        if finish_reason is FinishReason.UNSAFE:
+        if finish_reason is FinishReason.SPECIAL_TAGS:
             _note_refusal(question)
         elif answer and finish_reason is not FinishReason.SAFETY:
             self._keep(user, answer)

@@ -33,7 +33,7 @@ from client.connection.channel import Access
 from client.errors import ConnectionSettingsError, UnreachableError
 from client.requests import ChatOptions, TextOptions
 from client.sync import Client
-from client.tags import special_tags
+from llama.prompt_format.tags import special_tags
 
 F = TypeVar("F", bound=Callable[..., object])
 

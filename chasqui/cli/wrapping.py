@@ -24,7 +24,7 @@ class WordWrap:
         self._columns = 0
         self._column = 0  # cells in use; as many as there are columns: the next one breaks the line
         # The unfinished word, of characters that are one cell wide (how wide others are, only the
-        # terminal knows), or None if its beginning is on another line.
+        # terminal knows), or None if it cannot be taken back.
         self._word: str | None = ""
 
     def __call__(self, text: str) -> str:
@@ -47,10 +47,10 @@ class WordWrap:
         if cells == 1 and self._column >= self._columns - 1:
             return self._on_the_next_line(character)
         self._advance(cells)
-        if cells == 1 or unicodedata.combining(character):
-            self._word = None if self._word is None else self._word + character
-        else:
-            self._word = ""
+        # Letters behind a wide character cannot be taken back: the rest of the line would be filled
+        # with a space that the model did not write.
+        narrow = cells == 1 or unicodedata.combining(character)
+        self._word = self._word + character if narrow and self._word is not None else None
         return character
 
     def _on_the_next_line(self, character: str) -> str:

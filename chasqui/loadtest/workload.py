@@ -16,7 +16,7 @@ from client import requests
 from client.errors import InvalidRequestError
 from client.requests import ChatOptions, Dialog, Sampling, TextOptions
 from client.results import Model
-from client.tags import special_tags
+from llama.prompt_format.tags import special_tags
 from llama.v1 import chat_pb2
 
 # Unknown, beginning and end of sequence in Llama's vocabulary: no ordinary text has them.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from llama.prompt_format.dialog import Message, Segment, drop_oldest_turns, render, system_bytes
 from serving import request_rules
 from serving.errors import Violation, invalid_argument
-from serving.intake.breather import Breather
+from serving.intake.time_slice import TimeSlice
 
 Encode = Callable[[Sequence[Segment]], Awaitable[Sequence[Sequence[int]]]]
 
@@ -62,10 +62,10 @@ async def encode_dialogs(
     With `answer_room`, each dialog loses as few of its oldest turns as leave so many tokens free;
     its last turn stays. INVALID_ARGUMENT names each dialog that does not fit the context length.
     """
-    drafts, breather = [], Breather()
+    drafts, time_slice = [], TimeSlice()
     for messages in dialogs.values():
         drafts.append(_Draft.of_dialog(messages, window, answer_room))
-        await breather.breathe()
+        await time_slice.yield_if_over()
     _require_room(dialogs, drafts, window)
     await _encode_all(drafts, encode)
     for draft, messages in zip(drafts, dialogs.values(), strict=True):

@@ -9,7 +9,7 @@ from gateway.request.validation import RequestLimits, parse_dialog
 from llama.prompt_format import dialog
 from llama.v1 import chat_pb2
 from serving.errors import MAX_VIOLATIONS, Violation
-from serving.intake.breather import Breather
+from serving.intake.time_slice import TimeSlice
 from serving.request_rules import count_violations
 
 
@@ -31,12 +31,12 @@ async def read_dialogs(dialogs: Sequence[chat_pb2.Dialog], limits: RequestLimits
     read = Dialogs(violations=count_violations("dialogs", len(dialogs), limits.max_dialogs))
     if read.violations:
         return read
-    breather = Breather()
+    time_slice = TimeSlice()
     for index, each in enumerate(dialogs):
         read_dialog(f"dialogs[{index}]", each, limits, read)
         if len(read.violations) > MAX_VIOLATIONS:
             break
-        await breather.breathe()
+        await time_slice.yield_if_over()
     return read
 
 

@@ -1,6 +1,4 @@
-"""What the gateway tells Prometheus beyond its calls. Observed once per request, except the time
-between tokens, which is observed with every token and therefore kept in the cheaper histogram.
-"""
+"""The gateway's metrics beyond those of its calls: requests, queues, upstreams and replicas."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,8 +10,6 @@ from gateway.admission.admission import Admission
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.upstreams import Backend
 from llama.v1.operator_pb2 import UPSTREAM_STATE_UNSPECIFIED, UpstreamState
-from serving.telemetry import histogram
-from serving.telemetry.metrics import histogram_family
 
 FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 INTER_TOKEN_SECONDS = (
@@ -34,7 +30,12 @@ class RequestMetrics:
     """What requests took and made. Keys are told by their configured names, so there are few."""
 
     def __init__(self) -> None:
-        self.inter_token = histogram.Histogram(INTER_TOKEN_SECONDS)
+        self.inter_token = Histogram(  # the only one observed with every token: 1 µs
+            "chasqui_gateway_inter_token_seconds",
+            "Between an answer's consecutive tokens; those that come in one step count as one.",
+            buckets=INTER_TOKEN_SECONDS,
+            registry=None,
+        )
         self.first_token = Histogram(
             "chasqui_gateway_time_to_first_token_seconds",
             "From a request's arrival to the first token of each of its answers.",
@@ -81,6 +82,7 @@ class RequestMetrics:
 
     def collect(self) -> Iterator[Metric]:
         for metric in (
+            self.inter_token,
             self.first_token,
             self.seconds,
             self.prompt_tokens,
@@ -90,11 +92,6 @@ class RequestMetrics:
             self.cancelled_tokens,
         ):
             yield from metric.collect()
-        yield histogram_family(
-            "chasqui_gateway_inter_token_seconds",
-            "Between an answer's consecutive tokens; those that come in one step count as one.",
-            [((), self.inter_token.snapshot())],
-        )
 
 
 class StateMetrics:

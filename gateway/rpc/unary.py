@@ -17,7 +17,7 @@ from gateway.request.validation import Options
 from gateway.text.detokenizer import Vocabulary
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, resource_exhausted
-from serving.intake.breather import Breather
+from serving.intake.time_slice import TimeSlice
 
 # What a prediction has beside its text and its tokens: usage, seed, fingerprint.
 PREDICTION_BYTES = 512
@@ -80,8 +80,7 @@ async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
             case Delta():
                 texts[place].append(event.text)
                 if event.tokens:
-                    # The field has the same number in both kinds of prediction.
-                    part = chat_pb2.ChatPrediction(tokens=event.tokens)
+                    part = chat_pb2.Prediction(tokens=event.tokens)
                     tokens[place].append(part.SerializeToString())
             case Finished():
                 finished[place] = event
@@ -91,14 +90,12 @@ async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
     ]
 
 
-async def add_tokens(
-    message: chat_pb2.ChatPrediction | chat_pb2.TextPrediction, prediction: Prediction
-) -> None:
+async def add_tokens(message: chat_pb2.Prediction, prediction: Prediction) -> None:
     """Puts a prediction's tokens into its message, in steps between which others run."""
-    breather = Breather()
+    time_slice = TimeSlice()
     for part in prediction.tokens:
         message.MergeFromString(part)
-        await breather.breathe()
+        await time_slice.yield_if_over()
 
 
 def _too_large(max_bytes: int) -> RequestError:

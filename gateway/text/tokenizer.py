@@ -27,7 +27,7 @@ from llama.prompt_format.dialog import Segment
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from llama.v1.operator_pb2 import UPSTREAM_STATE_CONNECTING
 from serving.errors import RequestError, resource_exhausted, unavailable
-from serving.intake.fair_turns import FairTurns
+from serving.intake.fair_semaphore import FairSemaphore
 from serving.security import caller
 
 SERVICE = "llama.v1.TokenizerService"
@@ -54,7 +54,7 @@ class Tokenizer:
         self.upstream = Upstream(target, changed)
         self._patience = patience
         self._connect = connect
-        self._turns = FairTurns(MAX_BYTES_AT_ONCE)
+        self._semaphore = FairSemaphore(MAX_BYTES_AT_ONCE)
         self._stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub | None = None  # while connected
         self._vocabulary: Vocabulary | None = None
         self._loaded = asyncio.Event()
@@ -93,7 +93,7 @@ class Tokenizer:
         encoded: list[Sequence[int]] = []
         for request, cost in _calls(segments, key.name):
             await self._until_serving()
-            async with self._turns.turn(key.name, cost, key.limits.weight):
+            async with self._semaphore.acquire(key.name, cost, key.limits.weight):
                 response = await self._encode(request, time_remaining)
             encoded += [each.ids for each in response.segments]
         return encoded

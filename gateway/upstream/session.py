@@ -1,5 +1,7 @@
-"""The session with one upstream, a service that the gateway calls. It is kept as long as it lasts and
-begun anew when it breaks, for ever. Only cancelling, or a bug, ends that.
+"""The session with one upstream, a service that the gateway calls.
+
+It is kept as long as it lasts and begun anew when it breaks, for ever. Only cancelling, or a bug,
+ends that.
 """
 
 import asyncio

@@ -170,7 +170,7 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def least(value: int) -> int:
+def min_over_ranks(value: int) -> int:
     """The lowest of all ranks' values; every rank must ask."""
     lowest = torch.tensor(value, dtype=torch.int64)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)

@@ -56,7 +56,7 @@ class MemoryPlan:
                 f"{readable_size(self.working)}), but {there} {unit} are free. "
                 "To fix: lower --kv_cache_tokens, --max_batch_size, --max_step_tokens or "
                 "--max_seq_len, choose a smaller --dtype, or spread the model over more GPUs "
-                "(--shards) or machines (docs/operations.md)"
+                "(--shards) or machines (docs/operations/memory.md)"
             )
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from model_service.model.config import ModelConfig
+from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu import computes_in_bfloat16
 from model_service.model.weights.packing import weight_bytes
-from model_service.model.weights.quantization import FP8, GROUP_SIZE, Quantization
+from model_service.model.weights.quantization import FP8, GROUP_SIZE
 from model_service.model.weights.source import WeightSource
 from serving.errors import StartError
 
@@ -46,7 +46,7 @@ class Determinism(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Arithmetic:
+class Precision:
     """The dtype of activations, how the linear layers hold their weights, and how the cache its
     keys and values.
     """
@@ -129,9 +129,9 @@ def choose_device(device: str) -> str:
     return ("cuda" if available else "cpu") if device == "auto" else device
 
 
-def choose_arithmetic(
+def choose_precision(
     device: torch.device, dtype: str, quantization: str, kv_cache_dtype: str, *, small: bool
-) -> Arithmetic:
+) -> Precision:
     """`auto` resolved for `device`; a `small` model gains nothing by bfloat16 on the CPU.
 
     Raises:
@@ -144,7 +144,7 @@ def choose_arithmetic(
     else:
         name = _cpu_dtype(dtype, chosen, small=small)
     own = DTYPES[name]
-    return Arithmetic(device.type, own, chosen, FP8 if kv_cache_dtype == "fp8" else own)
+    return Precision(device.type, own, chosen, FP8 if kv_cache_dtype == "fp8" else own)
 
 
 def cuda_dtype(dtype: str, quantization: Quantization, capability: tuple[int, int]) -> str:

@@ -10,10 +10,10 @@ import time
 import numpy as np
 import torch
 
-from model_service.engine.engine import EngineLimits
+from model_service.engine.limits import EngineLimits
 from model_service.engine.sampling.device_sampler import DeviceSampler
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
-from model_service.engine.step.batch import Row
+from model_service.engine.step.batch import LogitRow
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.runner import ModelRunner
 from model_service.model.attention.backend import PROBE_BLOCK, SequenceSpan
@@ -39,7 +39,7 @@ def warm_up_sampling(limits: EngineLimits, device: torch.device) -> None:
     sampling = SamplingParams(1.0, top_p=0.9, presence_penalty=1.0, logit_bias={0: 1.0})
     asked = GenerationRequest(None, (0,), 1, sampling, logprobs=True, top_logprobs=1)
     draws = [
-        Row(Sequence.from_request(asked, limits.context_length, 0), 1, [])
+        LogitRow(Sequence.from_request(asked, limits.context_length, 0), 1, [])
         for _ in range(limits.max_batch_size)
     ]
     text = GenerationRequest(None, (0,) * limits.max_step_tokens, 0, prompt_logprobs=True)
@@ -47,8 +47,8 @@ def warm_up_sampling(limits: EngineLimits, device: torch.device) -> None:
         Sequence.from_request(request, limits.context_length, 0)
         for request in (text, GenerationRequest(None, (0,), 1))
     )
-    scores = [Row(prompt, position, []) for position in range(1, limits.max_step_tokens)]
-    for rows in (draws, [*scores, Row(plain, 1, [])]):
+    scores = [LogitRow(prompt, position, []) for position in range(1, limits.max_step_tokens)]
+    for rows in (draws, [*scores, LogitRow(plain, 1, [])]):
         sampler.launch(rows, torch.zeros(len(rows), limits.vocab_size, device=device))
 
 

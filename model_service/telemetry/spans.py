@@ -4,21 +4,19 @@ call's own span would tell nothing.
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from opentelemetry.trace import Span
 
 from llama.v1 import model_pb2
 from model_service.engine.sequence import SequenceOutput
 from serving.telemetry import tracing
-
-if TYPE_CHECKING:
-    from serving.telemetry.otlp import Span
 
 NAME = "llama.v1.ModelService/Generate"
 
 
 @dataclass(slots=True)
 class _Traced:
-    span: "Span"
+    span: Span
     prompt_ids_to_come: int  # reported in front of the answer's
     completion_tokens: int = 0
 
@@ -35,12 +33,12 @@ class SequenceSpans:
             NAME,
             start.traceparent,
             {
-                "chasqui.sequence": start.request_id,
-                "gen_ai.usage.input_tokens": prompt - start.offset,
-                "chasqui.offset": start.offset,
+                "chasqui.sequence": start.sequence_id,
+                "gen_ai.usage.input_tokens": prompt - start.generated_tokens,
+                "chasqui.offset": start.generated_tokens,
             },
         )
-        if span is not None:
+        if span.is_recording():
             self._running[key] = _Traced(span, prompt if start.prompt_logprobs else 0)
 
     def note(self, output: SequenceOutput) -> None:

@@ -20,13 +20,13 @@ from typing import Any, TypeAlias, cast
 import grpc
 import structlog
 
-from serving.errors import RequestError, let_go, to_status
-from serving.intake.held_bytes import Take
-from serving.intake.receive import Parse, Receiver, checked
+from serving.errors import RequestError, clear_frames, to_status
+from serving.intake.receive_budget import Take
+from serving.intake.receiver import Parse, Receiver, checked
 from serving.security import caller
 from serving.telemetry import request_id, tracing
 from serving.telemetry.metrics import CallMetrics, MethodMetrics
-from serving.telemetry.rate_limited_log import Seldom
+from serving.telemetry.rate_limited_log import RateLimitedLog
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -66,7 +66,7 @@ class _Call:
     method: str
     id: str
     metrics: MethodMetrics
-    early_ends: Seldom | None  # None where an early end is normal
+    early_ends: RateLimitedLog | None  # None where an early end is normal
     # Whether its caller may make it and its first request is here. Only such a call has a log line
     # of its own: to begin calls and to reset them costs a client next to nothing, and needs no key.
     accepted: bool = field(default=False, init=False)
@@ -95,7 +95,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._receiver = receiver
         self._authorize = authorize
-        self._early_ends = Seldom(_EARLY_END_LOG_SECONDS)
+        self._early_ends = RateLimitedLog(_EARLY_END_LOG_SECONDS)
 
     async def intercept_service(
         self,
@@ -182,12 +182,12 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         yield
         code = _code_set_on(context) or code
     except asyncio.CancelledError as error:
-        let_go(error)
+        clear_frames(error)
         expired = context.time_remaining() == 0
         code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
         raise
     except grpc.aio.BaseError as error:  # gRPC's own: the service called abort, the client is gone
-        let_go(error)
+        clear_frames(error)
         code = _code_set_on(context) or grpc.StatusCode.CANCELLED
         raise
     except RequestError as error:
@@ -195,12 +195,12 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         call.metrics.refuse(error)
         status = to_status(error)
         details = (STATUS_DETAILS_KEY, status.SerializeToString())
-        let_go(error)
+        clear_frames(error)
         await _abort(context, code, status.message, (*identity, details, *_pushback(error)))
     except Exception as error:
         code = grpc.StatusCode.INTERNAL
         _log.exception("call failed", method=call.method)
-        let_go(error)
+        clear_frames(error)
         await _abort(context, code, f"internal error, request id {call.id}", identity)
     finally:
         seconds = time.monotonic() - started

@@ -32,9 +32,9 @@ class Caller:
 
 
 # Where no keys are configured, everybody is this one caller, and may do everything.
-ANYBODY = Caller("", frozenset({"generate", "operate"}), CallerLimits(max_priority=100))
+ANONYMOUS = Caller("", frozenset({"generate", "operate"}), CallerLimits(max_priority=100))
 
-_current: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
+_current: ContextVar[Caller] = ContextVar("caller", default=ANONYMOUS)
 
 
 def current() -> Caller:

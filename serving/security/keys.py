@@ -17,9 +17,9 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serving.errors import RequestError, StartError
-from serving.security.caller import ANYBODY, Caller, CallerLimits, Permission
+from serving.security.caller import ANONYMOUS, Caller, CallerLimits, Permission
 from serving.security.watched_files import WatchedFiles
-from serving.telemetry.rate_limited_log import Seldom
+from serving.telemetry.rate_limited_log import RateLimitedLog
 
 METADATA_KEY = "authorization"
 SCHEME = "Bearer "
@@ -82,7 +82,7 @@ class KeyRing:
     def __init__(self, path: Path, needs: Mapping[str, Permission]) -> None:
         self._path = path
         self._needs = {f"/{service}/": permission for service, permission in needs.items()}
-        self._refusals = Seldom(LOG_SECONDS)
+        self._refusals = RateLimitedLog(LOG_SECONDS)
         self._checked = time.monotonic()
         self._file = WatchedFiles([path])
         try:
@@ -98,7 +98,7 @@ class KeyRing:
                 lacks the permission.
         """
         if method.startswith(_PUBLIC):
-            return ANYBODY
+            return ANONYMOUS
         self._reload()
         try:
             caller = self._caller(metadata)

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from serving.errors import RequestError, unavailable
-from serving.standard_services.held_streams import HeldStreams
+from serving.standard_services.stream_limiter import StreamLimiter
 
 # For whoever restarts what hangs: a gateway without a model is NOT_SERVING, and a restart would not
 # bring it one.
@@ -28,7 +28,7 @@ _log = structlog.stdlib.get_logger(__name__)
 class Health(health_pb2_grpc.HealthServicer):
     """`held` bounds the Watch streams."""
 
-    def __init__(self, names: Iterable[str], serving: bool, held: HeldStreams) -> None:
+    def __init__(self, names: Iterable[str], serving: bool, held: StreamLimiter) -> None:
         self._names = {"", LIVENESS, *names}
         self._held = held
         self._serving = serving

@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from serving.errors import RequestError
-from serving.standard_services.held_streams import HeldStreams
+from serving.standard_services.stream_limiter import StreamLimiter
 
 V1, V1ALPHA = "grpc.reflection.v1", "grpc.reflection.v1alpha"
 SERVICE_NAMES = tuple(f"{package}.ServerReflection" for package in (V1, V1ALPHA))
@@ -25,7 +25,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def enable(
-    server: grpc.aio.Server, names: Iterable[str], held: HeldStreams, receive_timeout: float
+    server: grpc.aio.Server, names: Iterable[str], held: StreamLimiter, receive_timeout: float
 ) -> None:
     """Lets callers look up the services of these full names, and reflection itself.
 
@@ -42,7 +42,7 @@ def enable(
 
 
 class _Servicer(reflection.aio.ReflectionServicer):
-    def __init__(self, names: Iterable[str], held: HeldStreams, receive_timeout: float) -> None:
+    def __init__(self, names: Iterable[str], held: StreamLimiter, receive_timeout: float) -> None:
         super().__init__(names)
         self._held = held
         self._receive_timeout = receive_timeout

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import structlog
 
 
-class Seldom:
+class RateLimitedLog:
     """Tells the first of its kind, and after each pause how many more there were; thread-safe."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -22,6 +22,6 @@ class Seldom:
             if self._clock() < self._next:
                 self._untold += 1
                 return
-            untold, self._untold = self._untold, 0
+            suppressed, self._untold = self._untold, 0
             self._next = self._clock() + self._seconds
-        log.warning(event, **values, untold=untold)
+        log.warning(event, **values, suppressed=suppressed)

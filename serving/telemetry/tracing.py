@@ -1,32 +1,36 @@
-"""Traces of requests over all services, for an OTLP collector; off unless the settings name one.
-OpenTelemetry is imported only then. Spans hold ids, sizes and times, never what users wrote.
+"""Traces of requests over all services, by OpenTelemetry's API; off unless the settings name an
+OTLP collector. Its SDK, which makes and exports spans, is imported only then: without it the API
+does nothing. Spans hold ids, sizes and times, never what users wrote.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import grpc
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from serving.settings import ServerSettings
-
-if TYPE_CHECKING:
-    from serving.telemetry.otlp import Span, Tracer
+from serving.telemetry import request_id
 
 TRACEPARENT = "traceparent"  # the W3C's name for the trace and span that a call belongs to
 
-Attributes = Mapping[str, str | int | float | list[str]]
+# The statuses that OpenTelemetry's conventions call a server's error; others are the client's.
+_SERVER_ERRORS = {
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DATA_LOSS,
+}
 
-
-@dataclass(slots=True)
-class _Process:
-    tracer: "Tracer | None" = None
-
-
-_process = _Process()
+_tracer = trace.get_tracer("chasqui")
+_propagator = TraceContextTextMapPropagator()
 
 
 @contextlib.asynccontextmanager
@@ -40,44 +44,61 @@ async def exporting(
     if settings.otlp_endpoint is None:
         yield
         return
-    from serving.telemetry.otlp import Tracer  # noqa: PLC0415  # costs nothing where it is off
+    from serving.telemetry.otlp import tracer_provider  # noqa: PLC0415  # imports the SDK
 
-    tracer = Tracer(
+    provider = tracer_provider(
         settings.otlp_endpoint, settings.trace_ratio, service, trusts_callers=trusts_callers
     )
-    _process.tracer = tracer
+    trace.set_tracer_provider(provider)
     try:
         yield
     finally:
-        _process.tracer = None
-        await asyncio.to_thread(tracer.close)
+        await asyncio.to_thread(provider.shutdown)  # sends the remaining spans
 
 
 def call(
     method: str, metadata: Iterable[tuple[str, str | bytes]]
 ) -> AbstractContextManager[object]:
-    """The span of a call that this server answers; within it, what else is traced belongs to it."""
-    if _process.tracer is None:
+    """The span of a call that this server answers; spans started within it are its children."""
+    # The API alone would hand the caller's context on to the services behind this one.
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return contextlib.nullcontext()
     parent = (value for key, value in metadata if key == TRACEPARENT and isinstance(value, str))
-    return _process.tracer.call(method, next(parent, ""))
+    service, _, name = method.removeprefix("/").rpartition("/")
+    attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+    if call_id := request_id.current():
+        attributes["chasqui.request_id"] = call_id
+    # An exception's text may hold what a user wrote; the status says enough.
+    return _tracer.start_as_current_span(
+        f"{service}/{name}",
+        context=_context(next(parent, "")),
+        kind=SpanKind.SERVER,
+        attributes=attributes,
+        record_exception=False,
+        set_status_on_exception=False,
+    )
 
 
 def end_call(code: grpc.StatusCode) -> None:
-    """Notes in the current call's span how it ended."""
-    if _process.tracer is not None:
-        _process.tracer.end_call(code)
+    """Adds the status that the call ended with to its span."""
+    span = trace.get_current_span()
+    span.set_attribute("rpc.grpc.status_code", code.value[0])
+    if code in _SERVER_ERRORS:
+        span.set_status(Status(StatusCode.ERROR, code.name))
 
 
-def annotate(attributes: Attributes) -> None:
-    """Adds to the current call's span, if it still runs."""
-    if _process.tracer is not None:
-        _process.tracer.annotate(attributes)
+def annotate(attributes: Mapping[str, str | int | list[str]]) -> None:
+    """Adds attributes to the current call's span, unless it has ended."""
+    span = trace.get_current_span()
+    if span.is_recording():
+        span.set_attributes(attributes)
 
 
 def traceparent() -> str:
-    """What names the current call's span to another service; empty where nothing is traced."""
-    return "" if _process.tracer is None else _process.tracer.traceparent()
+    """The current span's name for another service; empty if nothing is traced."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return carrier.get(TRACEPARENT, "")
 
 
 def metadata() -> tuple[tuple[str, str], ...]:
@@ -86,8 +107,14 @@ def metadata() -> tuple[tuple[str, str], ...]:
     return ((TRACEPARENT, parent),) if parent else ()
 
 
-def start(name: str, parent: str, attributes: Attributes) -> "Span | None":
-    """A span of its own below `parent`, a traceparent; None where nothing is traced."""
-    if _process.tracer is None or not parent:
-        return None
-    return _process.tracer.start(name, parent, attributes)
+def start(name: str, parent: str, attributes: Mapping[str, str | int]) -> Span:
+    """A child of `parent`, a traceparent; records nothing without one, or if tracing is off."""
+    if not parent:
+        return trace.INVALID_SPAN
+    context = _context(parent)
+    return _tracer.start_span(name, context=context, kind=SpanKind.SERVER, attributes=attributes)
+
+
+def _context(parent: str) -> Context:
+    """The context of a traceparent; that of a new trace if it is empty or malformed."""
+    return _propagator.extract({TRACEPARENT: parent}, Context())

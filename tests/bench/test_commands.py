@@ -20,7 +20,7 @@ def result(folder: Path) -> dict[str, Any]:
 def test_services_are_compared_with_the_engine_and_put_under_load(
     tmp_path: Path, work_dir: Path
 ) -> None:
-    sizes = ["--streams", "1", "3", "--prompt", "16", "--answer", "8", "--rounds", "1"]
+    sizes = ["--streams", "1", "3", "--prompt", "16", "--answer", "400", "--rounds", "1"]
     load = ["--shares", "0.5", "--load_seconds", "0.5", "--load_prompts=8", "--load_answers=8"]
     folders = ["--work_dir", str(work_dir), "--results", str(tmp_path)]
     small = ["--shape", "tiny", "--quantize", "none", "--calls", "text", "chat"]

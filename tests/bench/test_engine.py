@@ -54,7 +54,7 @@ def test_streams_of_a_decode_step_all_advance(job: Job) -> None:
         driver.cancel(next(iter(contexts)))
         driver.clear()
         load = driver.engine.load()
-        assert (load.running, load.free_blocks) == (0, load.total_blocks)
+        assert (load.running_sequences, load.free_blocks) == (0, load.total_blocks)
 
 
 def test_answers_too_short_for_all_to_run_at_once_are_told(job: Job) -> None:

@@ -28,8 +28,8 @@ from client import (
 from llama import Llama
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP
-from tests.client.conftest import Run
-from tests.client.conftest import _handler as handler
+from tests.command import Run
+from tests.scripted_gateway import handler
 
 GetModel = Callable[[str, Tls | None], str]
 HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
@@ -84,12 +84,13 @@ def gateways(files: Files) -> Iterator[dict[str, str]]:
         if ("authorization", "Bearer secret") not in context.invocation_metadata():
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no key that is known")
         events: list[dict[str, Any]] = [
-            {"started": chat_pb2.TextStarted()},
-            {"delta": chat_pb2.TextDelta(text=f"{request.prompts[0]}!")},
-            {"finished": chat_pb2.TextFinished(finish_reason=FINISH_REASON_STOP)},
+            {"started": chat_pb2.Started()},
+            {"delta": chat_pb2.Delta(text=f"{request.prompts[0]}!")},
+            {"finished": chat_pb2.Finished(finish_reason=FINISH_REASON_STOP)},
         ]
         for number, event in enumerate(events, start=1):
-            yield chat_pb2.TextCompleteStreamResponse(sequence=number, **event)
+            numbered = chat_pb2.StreamEvent(event_number=number, **event)
+            yield chat_pb2.TextCompleteStreamResponse(event=numbered)
 
     methods = {"GetModel": get_model, "TextCompleteStream": complete}
     handlers = {name: handler(name, behaviour) for name, behaviour in methods.items()}

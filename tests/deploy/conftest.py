@@ -11,10 +11,10 @@ import yaml
 
 from gateway.settings import GatewaySettings
 from model_service.settings import ModelSettings
-from safety_service.__main__ import SafetySettings
+from safety_service.settings import SafetySettings
 from serving.settings import ENV_PREFIX, ServerSettings, parse
 from tests.deploy.kustomize import Manifest, build, pod_templates
-from tokenizer_service.__main__ import TokenizerSettings
+from tokenizer_service.settings import TokenizerSettings
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"

@@ -1,4 +1,4 @@
-"""The certificates that docs/kubernetes.md has made, between real servers and callers."""
+"""The certificates that docs/operations/kubernetes.md makes, between real servers and callers."""
 
 import re
 import shutil
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs t
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the commands of the page leave."""
     made = tmp_path_factory.mktemp("certificates")
-    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    page = (ROOT / "docs" / "operations" / "kubernetes.md").read_text()
     [commands] = [
         each for each in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "openssl" in each
     ]

@@ -71,8 +71,8 @@ class Caller:
 async def read(call: Any, most: int = 1_000_000) -> list[Any]:
     """So many events of a stream, or all that there are."""
     events: list[Any] = []
-    while len(events) < most and (event := await call.read()) is not EOF:
-        events.append(event)
+    while len(events) < most and (response := await call.read()) is not EOF:
+        events.append(response.event)
     return events
 
 
@@ -94,7 +94,7 @@ async def continues_texts(caller: Caller) -> None:
 async def streams(caller: Caller) -> None:
     request = caller.chat_request(chat_pb2.ChatCompleteStreamRequest)
     events = await read(caller.chat.ChatCompleteStream(request))
-    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert [event.event_number for event in events] == list(range(1, len(events) + 1))
     finished = sum(event.HasField("finished") for event in events)
     assert finished == len(request.dialogs) * request.n
 
@@ -156,9 +156,9 @@ async def asks_more_than_the_context(caller: Caller) -> None:
 async def asks_for_what_is_not_there(caller: Caller) -> None:
     name = str(caller.dice.random())
     if caller.dice.random() < 0.5:
-        await read(caller.chat.ResumeStream(chat_pb2.ResumeStreamRequest(request_id=name)))
+        await read(caller.chat.ResumeStream(chat_pb2.ResumeStreamRequest(stream_name=name)))
     else:
-        await caller.chat.Cancel(chat_pb2.CancelRequest(request_id=name))
+        await caller.chat.CancelStream(chat_pb2.CancelStreamRequest(stream_name=name))
 
 
 async def sends_too_much(caller: Caller) -> None:
@@ -195,11 +195,11 @@ async def resumes(caller: Caller) -> None:
     """Leaves a named stream, comes back for the rest, and misses nothing."""
     name = str(uuid.UUID(int=caller.dice.getrandbits(128)))
     async with grpc.aio.insecure_channel(caller.address, ALONE) as channel:
-        call = ChatServiceStub(channel).TextCompleteStream(caller.stream_request(request_id=name))
+        call = ChatServiceStub(channel).TextCompleteStream(caller.stream_request(stream_name=name))
         seen = len(await read(call, caller.dice.randint(1, 60)))
-    request = chat_pb2.ResumeStreamRequest(request_id=name, after_sequence=seen)
-    rest = [event.text for event in await read(caller.chat.ResumeStream(request))]
-    assert [event.sequence for event in rest] == list(range(seen + 1, seen + len(rest) + 1))
+    request = chat_pb2.ResumeStreamRequest(stream_name=name, after_event_number=seen)
+    rest = await read(caller.chat.ResumeStream(request))
+    assert [event.event_number for event in rest] == list(range(seen + 1, seen + len(rest) + 1))
     assert not rest or rest[-1].HasField("finished")
 
 
@@ -219,16 +219,16 @@ async def resumes_by_itself(caller: Caller) -> None:
 
 async def cancels_by_name(caller: Caller) -> None:
     name = str(uuid.UUID(int=caller.dice.getrandbits(128)))
-    call = caller.chat.TextCompleteStream(caller.stream_request(request_id=name))
+    call = caller.chat.TextCompleteStream(caller.stream_request(stream_name=name))
     await read(call, caller.dice.randint(1, 60))
-    await caller.chat.Cancel(chat_pb2.CancelRequest(request_id=name))
+    await caller.chat.CancelStream(chat_pb2.CancelStreamRequest(stream_name=name))
     await read(call)
 
 
 async def abandons(caller: Caller) -> Codes:
     """Never comes back for a named stream."""
     name = str(uuid.UUID(int=caller.dice.getrandbits(128)))
-    call = caller.chat.TextCompleteStream(caller.stream_request(request_id=name))
+    call = caller.chat.TextCompleteStream(caller.stream_request(stream_name=name))
     await read(call, caller.dice.randint(0, 60))
     call.cancel()
     return Codes(await call.code())

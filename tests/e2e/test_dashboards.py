@@ -85,9 +85,9 @@ async def test_every_query_uses_labels_that_its_metrics_have(
 
 @pytest.mark.parametrize("rule", alert_rules(), ids=lambda rule: rule["alert"])
 def test_alert_has_its_section_in_the_runbook(rule: dict[str, Any]) -> None:
-    runbook = (ROOT / "docs/operations.md").read_text()
+    runbook = (ROOT / "docs/operations/alerts.md").read_text()
     assert f"\n### {rule['alert']}\n" in runbook
-    assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+    assert rule["annotations"]["runbook"] == f"docs/operations/alerts.md#{rule['alert'].lower()}"
     assert rule["labels"]["severity"] in ("critical", "warning")
 
 

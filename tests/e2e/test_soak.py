@@ -79,7 +79,7 @@ def leftovers(status: GetStatusResponse) -> dict[str, int]:
         "running at the gateway": status.running_sequences,
         "queued at the gateway": status.queued_sequences,
         "detached streams": status.detached_streams,
-        "sequences of the gateway at the replica": replica.sequences,
+        "sequences of the gateway at the replica": replica.running_sequences,
         "outstanding tokens by the gateway's count": replica.outstanding_tokens,
         "running": replica.load.running_sequences,
         "waiting": replica.load.waiting_sequences,

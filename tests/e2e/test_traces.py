@@ -152,7 +152,7 @@ def test_callers_decision_to_sample_does_not_go_beyond_the_ratio(collector: Coll
     assert not collector.trace(FORCED)
 
 
-def test_strangers_call_joins_no_trace(collector: Collector) -> None:
+def test_untrusted_clients_call_joins_no_trace(collector: Collector) -> None:
     assert set(collector.trace(FRIENDS)) == {GATEWAY, TOKENIZER, MODEL}
     assert not collector.trace(STRANGERS)
 

@@ -16,7 +16,7 @@ from llama.v1.operator_pb2 import (
 )
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 
-NOBODY = "127.0.0.1:1"
+UNREACHABLE = "127.0.0.1:1"
 
 
 async def status_when(
@@ -37,11 +37,11 @@ async def test_status_tells_services_load_and_what_runs(gateway: Any, model: Any
     [replica] = found.replicas
     assert found.tokenizer.state == replica.upstream.state == UPSTREAM_STATE_SERVING
     assert (replica.info.name, replica.upstream.reason) == ("scripted", "")
-    assert (replica.sequences, found.running_sequences, found.queued_sequences) == (2, 2, 0)
+    assert (replica.running_sequences, found.running_sequences, found.queued_sequences) == (2, 2, 0)
     assert replica.outstanding_tokens > sum(len(start.prompt_ids) for start in starts)
     assert found.uptime.ToTimedelta() > replica.load_age.ToTimedelta()
     for start in starts:
-        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+        model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
     await call
     assert (await status_when(gateway, lambda _: True)).running_sequences == 0
 
@@ -70,21 +70,21 @@ async def test_status_tells_why_a_replica_takes_no_work(
     other = copy.deepcopy(model.info)
     other.vocab_size += 1
     unfit, _ = await start_server(type(model)(other).service())
-    gateway = await start_gateway(tokenizer_target, unfit, NOBODY)
+    gateway = await start_gateway(tokenizer_target, unfit, UNREACHABLE)
     found = await status_when(
         gateway,
         lambda each: UPSTREAM_STATE_REFUSED in {one.upstream.state for one in each.replicas},
     )
     upstreams = {replica.upstream.target: replica.upstream for replica in found.replicas}
-    assert list(upstreams) == sorted([unfit, NOBODY])
+    assert list(upstreams) == sorted([unfit, UNREACHABLE])
     assert "its embedding has" in upstreams[unfit].reason
-    assert upstreams[NOBODY].state == UPSTREAM_STATE_CONNECTING
-    assert upstreams[NOBODY].reason
+    assert upstreams[UNREACHABLE].state == UPSTREAM_STATE_CONNECTING
+    assert upstreams[UNREACHABLE].reason
     assert not found.replicas[0].HasField("load")
 
 
 async def test_status_counts_streams_whose_client_is_away(gateway: Any, model: Any) -> None:
-    request = TextCompleteStreamRequest(prompts=["Once"], request_id="kept")
+    request = TextCompleteStreamRequest(prompts=["Once"], stream_name="kept")
     call = gateway.stub.TextCompleteStream(request)
     await model.starts.get()
     assert (await status_when(gateway, lambda _: True)).detached_streams == 0

@@ -193,7 +193,8 @@ for number, how in enumerate(interrupts):
     outcomes.append([outcome, llama.generate([[1, 100, 101]], 8, 0.0)[0]])
     if engine:
         load = engine.load()
-        assert (load.running, load.waiting, load.free_blocks) == (0, 0, load.total_blocks)
+        assert load.running_sequences == load.waiting_sequences == 0
+        assert load.free_blocks == load.total_blocks
 Path(folder, f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
 """
 

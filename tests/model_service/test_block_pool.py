@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from model_service.engine.kv_cache.block_content import BlockContent, extend_contents
+from model_service.engine.block_content import BlockContent, extend_contents
 from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.model.attention.backend import PROBE_BLOCK
 
@@ -53,11 +53,11 @@ class PoolUse(RuleBasedStateMachine):
             assert self.content[known] == content
 
     @rule(data=st.data())
-    def retract(self, data: st.DataObject) -> None:
+    def invalidate(self, data: st.DataObject) -> None:
         if self.held:
             blocks = data.draw(st.sampled_from(self.held))
             digests = [self.content[block].digest for block in blocks if block in self.content]
-            self.pool.retract(blocks)
+            self.pool.invalidate(blocks)
             assert not set(self.pool.match(digests)) & set(blocks)
 
     @rule(wanted=st.lists(contents, max_size=3, unique=True))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model_service.loading.replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.model.weights import cuda as weights_cuda
 from model_service.model.weights.checkpoint import open_checkpoint
 from model_service.model.weights.packing import packing
@@ -125,7 +126,7 @@ def test_pieces_are_not_overwritten_before_they_are_fetched() -> None:
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_the_cache_gets_what_a_measured_step_leaves(golden: Path, quantize: str) -> None:
+def test_the_cache_gets_what_a_measured_step_leaves(golden: Path, quantize: Any) -> None:
     folder = golden / "checkpoints" / "gqa-mp1"
     options = ReplicaOptions(folder, max_seq_len=64, max_batch_size=2, device="cuda")
     options = dataclasses.replace(options, quantize=quantize)

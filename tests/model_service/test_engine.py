@@ -90,7 +90,8 @@ def test_no_engine_setting_changes_an_answer(
     for _ in range(1 + warm):
         assert differences(run(engine, [request_for(case) for case in chosen]), chosen) == []
     load = engine.load()
-    assert (load.running, load.waiting, load.free_blocks) == (0, 0, load.total_blocks)
+    assert load.running_sequences == load.waiting_sequences == 0
+    assert load.free_blocks == load.total_blocks
     assert load.outstanding_tokens == 0
     assert prefix_cache or not load.cached_blocks
 

@@ -7,8 +7,10 @@ import torch
 
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.engine.step.runner import ModelRunner
+from model_service.loading.layout import MAX_CACHE
+from model_service.loading.load_replica import load_replica
 from model_service.loading.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, free_memory
-from model_service.loading.replica import MOST_CACHE, ReplicaOptions, load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.loading.step_memory import memory_for_steps
 from model_service.loading.warm_up import warm_up_plans
 from model_service.model.attention.backend import CacheShape
@@ -46,7 +48,7 @@ def test_a_cache_of_no_given_size_holds_the_running_sequences_many_times(
     options: ReplicaOptions,
 ) -> None:
     limits = load_replica(options).limits
-    assert limits.blocks * limits.block_size == MOST_CACHE * 2 * 64
+    assert limits.blocks * limits.block_size == MAX_CACHE * 2 * 64
 
 
 @pytest.mark.parametrize(("free_tokens", "tokens"), [(1000, 500), (100, 64)])

@@ -13,7 +13,7 @@ def values(plan: StepPlan) -> tuple[object, ...]:
     spans = [
         (span.query_length, span.context_length, tuple(span.block_table)) for span in plan.spans
     ]
-    return spans, plan.tokens.tolist(), plan.logit_rows.tolist(), plan.draws, plan.copies
+    return spans, plan.tokens.tolist(), plan.logit_rows.tolist(), plan.num_sampled, plan.copies
 
 
 @st.composite
@@ -29,7 +29,9 @@ def plans(choose: st.DrawFn, tables: list[list[int]]) -> StepPlan:
     rows = choose(st.lists(st.integers(0, max(0, count - 1)), max_size=count))
     vectors = np.array(tokens, np.int32), np.array(rows, np.int32)
     copies = choose(st.lists(st.builds(BlockCopy, blocks, blocks), max_size=3))
-    return StepPlan(tuple(spans), *vectors, draws=choose(st.integers(0, 300)), copies=tuple(copies))
+    return StepPlan(
+        tuple(spans), *vectors, num_sampled=choose(st.integers(0, 300)), copies=tuple(copies)
+    )
 
 
 @settings(max_examples=30)

@@ -96,7 +96,7 @@ def test_the_first_block_is_shared_whole_or_not_at_all(make_engine: Any) -> None
     dialogs = [(*text(BLOCK - 1, 0), 3 + i, *text(30, i)) for i in range(2)]
     start_together(engine, *(ask(i, dialog) for i, dialog in enumerate(dialogs)))
     engine.step()
-    assert engine.load().running == 2  # neither waits for the other
+    assert engine.load().running_sequences == 2  # neither waits for the other
     while engine.has_work:
         engine.step()
     assert engine.load().cached_prompt_tokens == 0
@@ -108,7 +108,7 @@ def test_scopes_share_nothing(engine: Engine, run: Any) -> None:
     together = [ask(scope, prompt, cache_scope=scope) for scope in ("", "ben")]
     start_together(engine, *together, ask("same", prompt, cache_scope="ada"))
     engine.step()
-    assert engine.load().running == 3  # none waits for another
+    assert engine.load().running_sequences == 3  # none waits for another
     while engine.has_work:
         engine.step()
     assert engine.load().cached_prompt_tokens == 59
@@ -121,7 +121,7 @@ def test_a_sequence_that_waits_for_blocks_lets_others_pass(make_engine: Any) -> 
     counts: list[tuple[int, int]] = []
     while not counts or counts[-1] != (3, 0):
         engine.step()
-        counts.append((engine.load().running, engine.load().waiting))
+        counts.append((engine.load().running_sequences, engine.load().waiting_sequences))
     assert [*dict.fromkeys(counts)] == [(1, 2), (2, 1), (3, 0)]
     assert engine.load().prompt_tokens == 90 + 8 + 1
 
@@ -133,7 +133,7 @@ def test_who_waits_for_a_sequence_goes_on_when_it_is_cancelled(
     engine = make_engine(block_size=BLOCK, max_step_tokens=32)
     start_together(engine, *(ask(name, text(90, 0)) for name in ("first", "second", "third")))
     engine.step()
-    assert (engine.load().running, engine.load().waiting) == (1, 2)
+    assert (engine.load().running_sequences, engine.load().waiting_sequences) == (1, 2)
     engine.cancel(cancelled)
     ended = {output.request_id: output for _ in range(20) for output in engine.step()}
     assert ended[cancelled].finish_reason is FinishReason.CANCELLED
@@ -217,6 +217,6 @@ def test_cancelling_in_the_middle_frees_and_forgets_nobody(engine: Engine) -> No
     for i in range(9):
         engine.cancel(i)
     load = engine.load()
-    assert (load.running, load.waiting, load.outstanding_tokens) == (0, 0, 0)
+    assert (load.running_sequences, load.waiting_sequences, load.outstanding_tokens) == (0, 0, 0)
     assert load.free_blocks == load.total_blocks
     assert load.cached_blocks > 0

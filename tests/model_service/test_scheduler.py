@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from model_service.engine.kv_cache.block_pool import BlockPool
-from model_service.engine.scheduling.prefill_budget import Pace
-from model_service.engine.scheduling.scheduler import MOST_PARKED, Schedule, Scheduler
+from model_service.engine.scheduling.prefill_budget import PrefillBudget
+from model_service.engine.scheduling.scheduler import MAX_PARKED, Schedule, Scheduler
 from model_service.engine.scheduling.speculation import NgramDrafter, Speculation
 from model_service.engine.sequence import GenerationRequest, Sequence
 
@@ -14,11 +14,11 @@ CONTEXT, BLOCK = 24, 4
 
 
 def make_scheduler(blocks: int, max_batch_size: int = 4, max_step_tokens: int = 8) -> Scheduler:
-    pace = Pace(2.0, BLOCK, max_step_tokens)
+    prefill_budget = PrefillBudget(2.0, BLOCK, max_step_tokens)
     return Scheduler(
         BlockPool(blocks, BLOCK),
-        pace,
-        Speculation(NgramDrafter(), pace, most=3),
+        prefill_budget,
+        Speculation(NgramDrafter(), prefill_budget, most=3),
         max_batch_size=max_batch_size,
         max_step_tokens=max_step_tokens,
         prefix_cache=True,
@@ -131,7 +131,7 @@ class Load(RuleBasedStateMachine):
     @invariant()
     def whoever_waits_for_a_block_waits_for_a_running_sequence(self) -> None:
         for digest in self.scheduler._waiting._parked_at.values():
-            assert self.scheduler._prefixes.coming[digest] in self.scheduler._running
+            assert self.scheduler._prefixes.in_progress[digest] in self.scheduler._running
 
     def teardown(self) -> None:
         for _ in range(40 * len(self.alive)):
@@ -139,9 +139,9 @@ class Load(RuleBasedStateMachine):
                 self.step(cancelled=20)
         assert not self.alive
         assert self.pool.free_count == self.pool.total
-        assert not self.scheduler._prefixes.coming
+        assert not self.scheduler._prefixes.in_progress
         assert not self.scheduler._prefixes._tails
-        assert not self.scheduler._prefixes._coming_beginnings._behind
+        assert not self.scheduler._prefixes._in_progress_index._behind
 
 
 TestLoad = Load.TestCase
@@ -150,11 +150,11 @@ TestLoad.settings = settings(max_examples=60, stateful_step_count=40)
 
 def test_a_burst_with_one_beginning_is_looked_at_over_several_steps() -> None:
     scheduler = make_scheduler(blocks=100, max_batch_size=400, max_step_tokens=64)
-    for arrival in range(3 * MOST_PARKED):
+    for arrival in range(3 * MAX_PARKED):
         scheduler.add(make_sequence([7] * 20, 2, arrival))
     scheduler.schedule()
-    assert len(scheduler._waiting._parked_at) == MOST_PARKED
-    left = 3 * MOST_PARKED
+    assert len(scheduler._waiting._parked_at) == MAX_PARKED
+    left = 3 * MAX_PARKED
     while left:
         left -= len(compute(scheduler, scheduler.schedule()))
-    assert scheduler.cached_prompt_tokens >= (3 * MOST_PARKED - 1) * 16
+    assert scheduler.cached_prompt_tokens >= (3 * MAX_PARKED - 1) * 16

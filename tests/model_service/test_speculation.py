@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.engine.scheduling.prefill_budget import Pace
+from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.speculation import NGRAM, NgramDrafter, Speculation
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
 
@@ -40,10 +40,10 @@ def test_draft_is_what_last_followed_the_last_tokens(
 
 def speculation_at(cost: float) -> Speculation:
     """One whose pace has seen that a further token costs `cost` steps."""
-    pace = Pace(2.0, 1, 1000)
+    prefill_budget = PrefillBudget(2.0, 1, 1000)
     for tokens in range(20):
-        pace.record(1, tokens, 1 + cost * tokens)
-    return Speculation(NgramDrafter(), pace, most=8)
+        prefill_budget.record(1, tokens, 1 + cost * tokens)
+    return Speculation(NgramDrafter(), prefill_budget, most=8)
 
 
 def test_a_sequence_that_repeats_is_trusted_more_and_more() -> None:

@@ -1,4 +1,4 @@
-"""The CUDA formats where no CUDA is: layouts, arithmetic, and what PyTorch's fake tensors check.
+"""The CUDA formats where no CUDA is: layouts, precision, and what PyTorch's fake tensors check.
 
 What their kernels compute on a GPU is not tested here.
 """
@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from model_service.model.config import Quantization
 from model_service.model.weights import cuda as weights_cuda
 from model_service.model.weights import matrices as weights
-from model_service.model.weights.quantization import GROUP_SIZE, Int4Weight, Quantization
+from model_service.model.weights.quantization import GROUP_SIZE, Int4Weight
 
 
 def random_weight(outputs: int, inputs: int, seed: int = 1) -> torch.Tensor:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama.prompt_format.dialog import ASSISTANT, SYSTEM, USER, Message
 from safety_service.normalization import normalized
 from safety_service.rules import Rules
-from safety_service.server import ASSISTANT, SAFE, SYSTEM, USER, Judgement, Message
+from safety_service.server import SAFE, Judgement
 from serving.errors import StartError
 
 SHIPPED = Rules.read()

@@ -5,7 +5,7 @@ from typing import Annotated
 import pytest
 from pydantic import Field
 
-from serving.settings import Port, ServerSettings, parse
+from serving.settings import Port, ServerSettings, misspelt_variables, parse
 
 
 class DemoSettings(ServerSettings):
@@ -79,3 +79,16 @@ def test_each_wrong_value_gets_a_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("demo: error: --") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("CHASQUI_MAX_REQUEST_BYTE", "CHASQUI_MAX_REQUEST_BYTES"),
+        ("CHASQUI_TLS_CRET", "CHASQUI_TLS_CERT"),
+        ("chasqui_gracePeriod", "CHASQUI_GRACE_PERIOD"),
+    ],
+)
+def test_misspelt_variable_is_found_with_the_nearest(variable: str, nearest: str) -> None:
+    environment = ["PATH", "CHASQUI_PORT", "chasqui_host", "CHASQUI_OF_ANOTHER_SERVICE", variable]
+    assert misspelt_variables(DemoSettings, environment) == {variable: nearest}

@@ -15,19 +15,21 @@ from serving.telemetry.otlp import sampler
 # An id that TraceIdRatioBased samples at any ratio, and one that it samples at none below 1.
 LOW, HIGH = "0" * 31 + "1", "f" * 32
 CALLS = 2000
+PARENT = f"00-{'1' * 32}-{'1' * 16}-01"
 
 
-def test_opentelemetry_is_not_imported_unless_it_is_on() -> None:
-    program = "import sys, gateway.server; sys.exit('opentelemetry' in sys.modules)"
+@pytest.mark.parametrize("package", ["opentelemetry.sdk", "opentelemetry.exporter"])
+def test_sdk_and_exporter_are_not_imported_unless_tracing_is_on(package: str) -> None:
+    program = f"import sys, gateway.server; sys.exit('{package}' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 async def test_nothing_is_traced_unless_it_is_on() -> None:
     async with tracing.exporting(ServerSettings(), "service"):
-        with tracing.call("/service/Method", [("traceparent", "00-" + "1" * 32)]):
+        with tracing.call("/service/Method", [("traceparent", PARENT)]):
             assert tracing.traceparent() == ""
             assert tracing.metadata() == ()
-            assert tracing.start("sequence", "00-" + "1" * 32, {}) is None
+            assert not tracing.start("sequence", PARENT, {}).is_recording()
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:4317", "http://", "http://host:4317/v1/traces"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from asyncio import Future
@@ -73,18 +74,22 @@ class ServiceProcess:
 
     def kill(self, reason: str) -> None:
         self._killed_because = reason
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._signal(signal.SIGKILL)
 
     async def stop(self, seconds: float) -> None:
         """Asks it to end; kills it when it has not ended after `seconds`."""
         self._asked_to_end = True
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        self._signal(signal.SIGTERM)
         done, _ = await asyncio.wait({self.ended}, timeout=seconds)
         if not done:
             self.kill_at_end(f"it did not end within {seconds:g} seconds")
             await asyncio.wait({self.ended}, timeout=KILLED_SECONDS)
+
+    def _signal(self, signum: signal.Signals) -> None:
+        # asyncio's send_signal would wait for a process that has just ended, and lose its status.
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signum)
 
     async def _follow(self, log: Log, on_end: Callable[["ServiceProcess"], None]) -> None:
         async for line in cast("asyncio.StreamReader", self._process.stdout):

@@ -8,7 +8,7 @@ handed out: the probe step writes there. When no sequence runs, all others are f
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from model_service.engine.kv_cache.block_content import Beginnings, BlockContent
+from model_service.engine.block_content import BlockContent, ContentIndex
 from model_service.model.attention.backend import PROBE_BLOCK
 
 
@@ -24,7 +24,7 @@ class BlockPool:
         self._holders = [0] * (total + 1)
         self._by_digest: dict[bytes, int] = {}
         self._contents: dict[int, BlockContent] = {}  # the reverse
-        self._beginnings = Beginnings()
+        self._index = ContentIndex()
 
     @property
     def free_count(self) -> int:
@@ -68,7 +68,7 @@ class BlockPool:
 
         Nobody holds it for whoever asks: the next step has to copy it, before it writes anything.
         """
-        digest, common = self._beginnings.closest(parent, tokens)
+        digest, common = self._index.closest(parent, tokens)
         return (self._by_digest[digest], common) if common else (None, 0)
 
     def free_besides(self, blocks: Iterable[int]) -> int:
@@ -92,9 +92,9 @@ class BlockPool:
         if content.digest not in self._by_digest:
             self._by_digest[content.digest] = block
             self._contents[block] = content
-            self._beginnings.add(content)
+            self._index.add(content)
 
-    def retract(self, blocks: Iterable[int]) -> None:
+    def invalidate(self, blocks: Iterable[int]) -> None:
         """Makes held blocks unknown: their content is not to be trusted."""
         for block in blocks:
             self._forget(block)
@@ -126,4 +126,4 @@ class BlockPool:
     def _forget(self, block: int) -> None:
         if (content := self._contents.pop(block, None)) is not None:
             del self._by_digest[content.digest]
-            self._beginnings.remove(content)
+            self._index.remove(content)

@@ -10,9 +10,9 @@ from another, or wait for it.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from model_service.engine.kv_cache.block_content import (
-    Beginnings,
+from model_service.engine.block_content import (
     BlockContent,
+    ContentIndex,
     extend_contents,
     pack,
 )
@@ -20,39 +20,39 @@ from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.engine.sequence import Sequence
 
 
-class KnownBeginning(NamedTuple):
+class CachedPrefix(NamedTuple):
     """What a waiting sequence may take over."""
 
     blocks: list[int]  # full ones
     copied: int | None  # a block whose first tokens stand behind those
     tokens: int  # in all of these
-    awaited: bytes | None  # digest of more that a running sequence is computing right behind them
+    waits_for: bytes | None  # digest of more that a running sequence is computing right behind them
 
 
-_UNKNOWN = KnownBeginning([], None, 0, None)
+_UNKNOWN = CachedPrefix([], None, 0, None)
 
 
 class PrefixCache:
     """What the pool's blocks hold, and what running sequences are going to write into theirs."""
 
     def __init__(self, pool: BlockPool, wake: Callable[[bytes], None], *, enabled: bool) -> None:
-        """`wake` is told of each digest that was awaited, when it is computed or never will be."""
+        """`wake` is told of each awaited digest, when it is computed or never will be."""
         self._pool = pool
         self._wake = wake
         self._enabled = enabled
         # Blocks of prompts that running sequences are going to compute, by digest; a prompt's last
         # one may not be full.
-        self._coming: dict[bytes, Sequence] = {}
-        self._coming_beginnings = Beginnings()
+        self._in_progress: dict[bytes, Sequence] = {}
+        self._in_progress_index = ContentIndex()
         # The ends of those prompts, and the blocks in which they end, unless these are full.
         self._tails: dict[Sequence, tuple[int, BlockContent]] = {}
 
     @property
-    def coming(self) -> Mapping[bytes, Sequence]:
+    def in_progress(self) -> Mapping[bytes, Sequence]:
         """Who computes what may be waited for."""
-        return self._coming
+        return self._in_progress
 
-    def find(self, sequence: Sequence) -> KnownBeginning:
+    def find(self, sequence: Sequence) -> CachedPrefix:
         """What a waiting sequence can take over, now or soon."""
         if not self._enabled:
             return _UNKNOWN
@@ -61,18 +61,18 @@ class PrefixCache:
         full = sequence.contents[: usable // size]
         blocks = self._pool.match(content.digest for content in full)
         reach = len(blocks)
-        while reach < len(full) and full[reach].digest in self._coming:
+        while reach < len(full) and full[reach].digest in self._in_progress:
             reach += 1
         if not reach:
             return _UNKNOWN
         parent = full[reach - 1].digest
         rest = pack(tokens[reach * size : min(usable, (reach + 1) * size)])
         copied, common = self._pool.closest(parent, rest)
-        coming, ahead = self._coming_beginnings.closest(parent, rest)
-        awaited = coming if ahead > common else parent if reach > len(blocks) else None
-        return KnownBeginning(blocks, copied, len(blocks) * size + common, awaited)
+        running, ahead = self._in_progress_index.closest(parent, rest)
+        waits_for = running if ahead > common else parent if reach > len(blocks) else None
+        return CachedPrefix(blocks, copied, len(blocks) * size + common, waits_for)
 
-    def start(self, sequence: Sequence, known: KnownBeginning) -> None:
+    def start(self, sequence: Sequence, known: CachedPrefix) -> None:
         """Notes what a sequence that now runs is going to compute: all that is not `known`."""
         sequence.num_published = len(known.blocks)
         contents = sequence.contents[sequence.num_published :]
@@ -81,9 +81,9 @@ class PrefixCache:
             self._tails[sequence] = end, tail
             contents.append(tail)
         for content in contents:
-            if content.digest not in self._coming:
-                self._coming[content.digest] = sequence
-                self._coming_beginnings.add(content)
+            if content.digest not in self._in_progress:
+                self._in_progress[content.digest] = sequence
+                self._in_progress_index.add(content)
 
     def computed(self, sequence: Sequence, end: int) -> None:
         """Lets others find the first `end` tokens of a running sequence, which are computed."""
@@ -129,9 +129,9 @@ class PrefixCache:
         return BlockContent.of(sequence.contents[full - 1].digest, tokens)
 
     def _arrived(self, sequence: Sequence, content: BlockContent) -> None:
-        if self._coming.get(content.digest) is sequence:
-            del self._coming[content.digest]
-            self._coming_beginnings.remove(content)
+        if self._in_progress.get(content.digest) is sequence:
+            del self._in_progress[content.digest]
+            self._in_progress_index.remove(content)
             self._wake(content.digest)
 
 

@@ -13,14 +13,14 @@ from statistics import median
 
 # Steps that a fit looks at: those with prompt tokens, and of those without so many that two strange
 # ones among them do no harm.
-WINDOW, BARE_WINDOW = 16, 5
+WINDOW, DECODE_ONLY_WINDOW = 16, 5
 FITS = 5  # whose median decides: one strange step among plain ones makes one strange fit
 # A line needs two abscissae, and what a step takes without prompts changes with the machine: while
 # prompts are computed, every so many steps take none of their tokens.
 CONTRAST_EVERY = 8
 # Prompt tokens that the other steps take however much they cost, so that prompts get on.
 FLOOR = 4
-LEAST_COST = 1e-6  # decode-only steps per prompt token: where noise hides the cost
+MIN_COST = 1e-6  # decode-only steps per prompt token: where noise hides the cost
 
 
 @dataclass(slots=True)
@@ -28,14 +28,16 @@ class _Regime:
     """What is known of steps with about the same number of decoding rows."""
 
     # Prompt tokens and seconds of steps; bare ones have none.
-    laden: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    bare: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=BARE_WINDOW))
+    with_prefill: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    decode_only: deque[tuple[int, float]] = field(
+        default_factory=lambda: deque(maxlen=DECODE_ONLY_WINDOW)
+    )
     costs: deque[float] = field(default_factory=lambda: deque(maxlen=FITS))
     tried: deque[int] = field(default_factory=lambda: deque(maxlen=FITS))  # prompt tokens
     since_contrast: int = CONTRAST_EVERY
 
 
-class Pace:
+class PrefillBudget:
     """Keeps steps below `max_stall` times a step without prompts."""
 
     def __init__(self, max_stall: float, first: int, ceiling: int) -> None:
@@ -60,17 +62,17 @@ class Pace:
         usual = self._usual(regime)
         contrasts = 3 * abs(prompt_tokens - usual) >= usual
         regime.since_contrast = 0 if contrasts else regime.since_contrast + 1
-        steps = regime.laden if prompt_tokens else regime.bare
+        steps = regime.with_prefill if prompt_tokens else regime.decode_only
         steps.append((prompt_tokens, seconds))
         if prompt_tokens:
             regime.tried.append(prompt_tokens)
-            if (cost := _relative_cost([*regime.bare, *regime.laden])) is not None:
+            if (cost := _relative_cost([*regime.decode_only, *regime.with_prefill])) is not None:
                 regime.costs.append(cost)
 
     def cost(self, decode_rows: int) -> float | None:
         """What a further token adds to a step, in steps in which `decode_rows` sequences decode."""
         costs = self._regime(decode_rows).costs
-        return max(median(costs), LEAST_COST) if costs else None
+        return max(median(costs), MIN_COST) if costs else None
 
     def prompt_budget(self, decode_rows: int) -> int:
         """The most prompt tokens for a step in which `decode_rows` sequences decode.
@@ -89,7 +91,7 @@ class Pace:
         """What the stall allows, but never more than twice what was lately tried."""
         known = 2 * max(regime.tried) if regime.tried else self._first
         if regime.costs:
-            cost = max(median(regime.costs), LEAST_COST)
+            cost = max(median(regime.costs), MIN_COST)
             known = min(known, int((self._max_stall - 1) / cost))
         return max(self._floor, min(known, self._ceiling))
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from model_service.engine.scheduling.prefill_budget import Pace
+from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.sequence import Sequence
 
 NGRAM = 3  # tokens that must have stood together before
@@ -91,10 +91,10 @@ class _Trust:
 class Speculation:
     """Proposes drafts, and learns for which sequences they are worth their cost."""
 
-    def __init__(self, drafter: Drafter, pace: Pace, most: int) -> None:
+    def __init__(self, drafter: Drafter, prefill_budget: PrefillBudget, most: int) -> None:
         """Proposes up to `most` tokens for a sequence in a step; 0: never any."""
         self._drafter = drafter
-        self._pace = pace
+        self._prefill_budget = prefill_budget
         self._most = most
         self._trust: dict[Sequence, _Trust] = {}
         self.drafted = 0  # tokens, since the start
@@ -135,5 +135,5 @@ class Speculation:
 
     def _cost(self, decode_rows: int) -> float:
         """Of a guess, in tokens that the step would make in the time it takes."""
-        cost = self._pace.cost(decode_rows)
+        cost = self._prefill_budget.cost(decode_rows)
         return UNKNOWN_COST if cost is None else cost * decode_rows

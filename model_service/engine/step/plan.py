@@ -29,7 +29,7 @@ class StepPlan:
     # yet: the complement of its index among the tokens that were drawn in the last step.
     tokens: Vector
     logit_rows: Vector  # [num_logits], indices into tokens
-    draws: int = 0  # tokens that the leader draws from the logits and gives to all ranks' devices
+    num_sampled: int = 0  # that the leader samples and gives to all ranks
     copies: tuple[BlockCopy, ...] = ()  # to be made before anything is written
 
     @property
@@ -51,7 +51,7 @@ class PlanEncoder:
     def encode(self, plan: StepPlan) -> Vector:
         """Five counts, four numbers per span, two per copy; tokens, logit rows and new blocks."""
         spans, copies = plan.spans, plan.copies
-        header = [len(spans), len(copies), len(plan.tokens), len(plan.logit_rows), plan.draws]
+        header = [len(spans), len(copies), len(plan.tokens), len(plan.logit_rows), plan.num_sampled]
         blocks: list[int] = []
         known: dict[int, tuple[int, int]] = {}
         held = [span.block_table for span in spans]
@@ -79,7 +79,7 @@ class PlanDecoder:
 
     def decode(self, vector: Vector) -> StepPlan:
         """The plan that was encoded as `vector`; every plan must come by here, in order."""
-        num_spans, num_copies, num_tokens, num_logits, draws = vector[:_COUNTS].tolist()
+        num_spans, num_copies, num_tokens, num_logits, num_sampled = vector[:_COUNTS].tolist()
         sizes = [_PER_SPAN * num_spans, 2 * num_copies, num_tokens, num_logits]
         parts = np.split(vector[_COUNTS:], np.cumsum(sizes))
         header = parts[0].reshape(-1, _PER_SPAN).tolist()
@@ -94,4 +94,4 @@ class PlanDecoder:
             tables.append(table)
             spans.append(SequenceSpan(query_length, context_length, table))
         self._tables = tables
-        return StepPlan(tuple(spans), tokens, logit_rows, draws, copies)
+        return StepPlan(tuple(spans), tokens, logit_rows, num_sampled, copies)

@@ -51,11 +51,11 @@ class PlanChannel:
             vector = np.concatenate([vector, rest.numpy()])
         return self._decoder.decode(vector) if length else None
 
-    def share(self, drawn: torch.Tensor) -> None:
-        """All ranks: makes `drawn` what the leader's is, in place, on the ranks' devices."""
+    def share(self, sampled: torch.Tensor) -> None:
+        """All ranks: makes `sampled` what the leader's is, in place, on the ranks' devices."""
         if not self.alone:
             # The group of the all-reduces: another one would be another communicator of NCCL's.
-            dist.broadcast(drawn, src=LEADER, group=get_model_parallel_group())
+            dist.broadcast(sampled, src=LEADER, group=get_model_parallel_group())
 
     def _send(self, vector: Vector) -> None:
         self._finish_sending()

@@ -8,28 +8,19 @@ step is only launched here: what it computes is there when somebody reads it.
 import numpy as np
 import torch
 
-from model_service.engine.step.pinned_transfer import upload
+from model_service.engine.pending_token import resolve_pending
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.model.attention.backend import PROBE_BLOCK, CachedAttention, SequenceSpan
 from model_service.model.cuda_graphs import DecodeGraphs
 from model_service.model.network import Transformer
+from model_service.model.pinned_transfer import upload
 
 PROBE = StepPlan(
     spans=(SequenceSpan(1, 1, (PROBE_BLOCK,)),),
     tokens=np.zeros(1, dtype=np.int32),
     logit_rows=np.zeros(1, dtype=np.int32),
 )
-
-
-def resolve(tokens: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """`tokens` with every negative one, ~index, replaced by that entry of `drawn`.
-
-    Args:
-        tokens: [n].
-        drawn: [draws], not empty.
-    """
-    return torch.where(tokens < 0, drawn[(~tokens).clamp_(min=0)], tokens)
 
 
 class ModelRunner:
@@ -49,17 +40,17 @@ class ModelRunner:
         self._attention = attention
         self._channel = channel
         self._graphs = graphs
-        self._drawn = torch.empty(0, dtype=torch.long, device=device)  # in the last step
+        self._sampled = torch.empty(0, dtype=torch.long, device=device)  # in the last step
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
         self._channel.send(plan)
         return self._forward(plan)
 
-    def feed(self, drawn: torch.Tensor) -> None:
-        """Leader: gives all ranks the tokens [draws] that the executed plan announced."""
-        self._drawn = drawn
-        self._channel.share(drawn)
+    def feed(self, sampled: torch.Tensor) -> None:
+        """Leader: gives all ranks the tokens [num_sampled] that the executed plan announced."""
+        self._sampled = sampled
+        self._channel.share(sampled)
 
     def probe(self) -> None:
         """Leader: one token through all shards, to see that they answer; touches no sequence."""
@@ -77,9 +68,9 @@ class ModelRunner:
         """Follower: runs the leader's steps until it releases this rank."""
         while (plan := self._channel.receive()) is not None:
             self._forward(plan)
-            if plan.draws:
-                self._drawn = torch.empty(plan.draws, dtype=torch.long, device=self.device)
-                self._channel.share(self._drawn)
+            if plan.num_sampled:
+                self._sampled = torch.empty(plan.num_sampled, dtype=torch.long, device=self.device)
+                self._channel.share(self._sampled)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
         tokens, positions, logit_rows = upload(
@@ -89,7 +80,7 @@ class ModelRunner:
             plan.logit_rows.astype(np.int64),
         )
         if plan.tokens.min() < 0:
-            tokens = resolve(tokens, self._drawn)
+            tokens = resolve_pending(tokens, self._sampled)
         if plan.copies:
             self._attention.copy(plan.copies)
         if self._graphs is not None:

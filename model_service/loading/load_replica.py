@@ -1,0 +1,134 @@
+"""Loads one rank of a replica: checkpoint, process group, precision, memory, network, cache.
+
+The service and `llama.Llama.build` both start here; each uses the replica in its own way.
+"""
+
+import logging
+
+import torch.distributed as dist
+
+from model_service.engine.step.plan_channel import LEADER, PlanChannel
+from model_service.engine.step.runner import ModelRunner
+from model_service.loading import distributed
+from model_service.loading.layout import Layout
+from model_service.loading.memory import MemoryPlan, readable_size
+from model_service.loading.options import ReplicaOptions
+from model_service.loading.precision import Precision, choose_device, choose_precision
+from model_service.loading.replica import ModelInfo, Replica
+from model_service.loading.step_memory import memory_for_steps, step_memory
+from model_service.loading.warm_up import warm_up
+from model_service.model.config import ModelConfig
+from model_service.model.cuda_graphs import record_decode
+from model_service.model.network import Transformer, load_network
+from model_service.model.weights.checkpoint import Checkpoint, open_checkpoint
+from model_service.model.weights.packing import packing
+from model_service.model.weights.source import WeightSource
+from serving.errors import StartError
+
+_log = logging.getLogger(__name__)
+
+# Below this many weights a shard's step is over sooner than a second thread wakes up, and on a busy
+# machine threads wait for each other at every layer.
+SMALL_MODEL = 20_000_000
+
+
+def load_replica(options: ReplicaOptions, source: WeightSource | None = None) -> Replica:
+    """Loads this rank's shard of the checkpoint.
+
+    Args:
+        options: how to load it.
+        source: weights to take instead of the checkpoint in `options.ckpt_dir`.
+
+    Raises:
+        StartError: the checkpoint, the machine or the options do not allow it; the message says
+            what to change. Raised on every rank, before anything large is allocated; only on CUDA,
+            where a step's memory is measured with the weights in place, it may come after them.
+    """
+    device_type = choose_device(options.device)
+    if source is None:
+        source = open_checkpoint(options.ckpt_dir, verify=options.verify_checkpoint)
+    device = distributed.initialize(device_type)
+    shards, rank = dist.get_world_size(), dist.get_rank()
+    config = source.config
+    _check_shards(config, shards)
+    small = source.shard_parameters(shards) < SMALL_MODEL
+    quantize = config.quantization if options.quantize == "auto" else options.quantize
+    precision = choose_precision(
+        device, options.dtype, quantize, options.kv_cache_dtype, small=small
+    )
+    precision.check(config, shards)
+    distributed.use_threads(options.threads or (1 if small else None))
+
+    layout = Layout(options, config, shards, precision, device)
+    weights = precision.shard_bytes(source, shards)
+    limits = layout.limits(weights=weights)
+    memory = layout.memory(limits, weights)
+    if rank == LEADER:
+        _log.info("%s: %s", options.ckpt_dir, _summary(source, shards, precision, memory))
+    memory.check(device, layout.shards_on_device)
+    # No rank allocates before every rank has measured what is free.
+    dist.barrier()
+
+    network = load_network(
+        config,
+        limits.context_length,
+        source.read_shard(rank, shards, precision.read_dtype, device),
+        pack=packing(precision.quantization, precision.dtype, device),
+        dtype=precision.dtype,
+        device=device,
+    )
+
+    if device.type == "cuda":
+        working = step_memory(lambda: _make_runner(layout, network, 0), limits, device)
+        limits = layout.limits(weights=0, working=working)
+        memory = layout.memory(limits, weights, working)
+        if rank == LEADER:
+            step = readable_size(working)
+            _log.info("%s: a step takes up to %s; %s", options.ckpt_dir, step, memory)
+        memory.check(device, layout.shards_on_device, weights_are_there=True)
+    with memory_for_steps(limits, device):
+        runner = _make_runner(layout, network, limits.blocks)
+        if device.type == "cuda":
+            warm_up(runner, limits)
+    info = ModelInfo.of(options, source, shards, precision, device)
+    return Replica(info, limits, runner, is_leader=rank == LEADER)
+
+
+def _make_runner(layout: Layout, network: Transformer, blocks: int) -> ModelRunner:
+    """A runner with a new cache of `blocks` blocks."""
+    attention = layout.attention(blocks)
+    graphs = record_decode(
+        network,
+        attention,
+        max_batch_size=layout.options.max_batch_size,
+        context_length=layout.options.max_seq_len,
+        device=layout.device,
+    )
+    return ModelRunner(network, attention, PlanChannel(), layout.device, graphs)
+
+
+def _check_shards(config: ModelConfig, shards: int) -> None:
+    indivisible = config.indivisible_by(shards)
+    if indivisible:
+        raise StartError(
+            f"{shards} shards do not divide {', '.join(indivisible)} of this checkpoint: each "
+            f"shard holds an equal part of {', '.join(config.divided_sizes)}. To fix: start one "
+            f"of these numbers of shards: {', '.join(map(str, config.shard_counts()))}"
+        )
+
+
+def _summary(source: WeightSource, shards: int, precision: Precision, memory: MemoryPlan) -> str:
+    files = len(source.files) if isinstance(source, Checkpoint) else 0
+    stored = f"{files} file{'s' * (files > 1)}, " if files else ""
+    return (
+        f"{_readable_count(source.parameters)}, {stored}{precision}, "
+        f"{shards} shard{'s, each' if shards > 1 else ','} {memory}"
+    )
+
+
+def _readable_count(parameters: int) -> str:
+    """A number of parameters as in the names of models: 13B, 3.9M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= size:
+            return f"{parameters / size:.{0 if parameters >= 10 * size else 1}f}{letter}"
+    return str(parameters)
