@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from bench.engine.session import FIRST_ORDINARY_ID
 from bench.report import RESULTS, Row, make_report, result_folder, write_report
+from bench.shapes import FIRST_ORDINARY_ID
 from chasqui.cli.serve.deployment import demonstration
 from chasqui.cli.serve.supervisor import in_background
 from chasqui.loadtest.summary import distribution
@@ -145,7 +145,7 @@ async def _through_model(
         for number, prompt in enumerate(prompts):
             yield model_pb2.GenerateRequest(
                 start=model_pb2.StartSequence(
-                    request_id=str(number), prompt_ids=prompt, sampling=_sampling(answer)
+                    sequence_id=str(number), prompt_ids=prompt, sampling=_sampling(answer)
                 )
             )
 
@@ -154,7 +154,7 @@ async def _through_model(
     async for response in stub.Generate(starts()):
         now = time.perf_counter()
         for event in response.events:
-            arrivals.setdefault(event.request_id, []).extend([now] * len(event.ids))
+            arrivals.setdefault(event.sequence_id, []).extend([now] * len(event.ids))
     for times in arrivals.values():
         latencies.take(sent, times)
 
@@ -172,8 +172,8 @@ async def _stream(
     sent = time.perf_counter()
     arrivals = [
         time.perf_counter()
-        async for event in stub.TextCompleteStream(request)
-        if event.HasField("delta")
+        async for response in stub.TextCompleteStream(request)
+        if response.event.HasField("delta")
     ]
     latencies.take(sent, arrivals)
 

@@ -1,6 +1,6 @@
 """Clients of Chasqui's gateway: `Client`, `AsyncClient`, and the types they take and return."""
 
-from client import _grpc  # noqa: F401  # before anything else imports gRPC
+from client.connection import quiet_grpc  # noqa: F401, I001  # before any other import of gRPC
 from client.aio import AsyncClient
 from client.connection.channel import DEFAULT_TARGET, Tls
 from client.errors import (
@@ -16,7 +16,6 @@ from client.errors import (
 )
 from client.requests import ChatOptions, Dialog, Message, Prompt, Sampling, TextOptions
 from client.results import (
-    ChatPrediction,
     Delta,
     Determinism,
     Event,
@@ -24,11 +23,11 @@ from client.results import (
     FinishReason,
     Limits,
     Model,
+    Prediction,
     RenderedPrompt,
     Started,
-    TextPrediction,
     Token,
-    TopLogprob,
+    TokenLogprob,
     Usage,
 )
 from client.status import GatewayStatus, Load, ReplicaInfo, ReplicaStatus, Upstream, UpstreamState
@@ -40,7 +39,6 @@ __all__ = [
     "AsyncClient",
     "ChasquiError",
     "ChatOptions",
-    "ChatPrediction",
     "Client",
     "ConnectionSettingsError",
     "DeadlineExceededError",
@@ -56,6 +54,7 @@ __all__ = [
     "Load",
     "Message",
     "Model",
+    "Prediction",
     "Prompt",
     "RenderedPrompt",
     "ReplicaInfo",
@@ -65,10 +64,9 @@ __all__ = [
     "Started",
     "StreamLostError",
     "TextOptions",
-    "TextPrediction",
     "Tls",
     "Token",
-    "TopLogprob",
+    "TokenLogprob",
     "UnavailableError",
     "UnreachableError",
     "Upstream",

@@ -20,11 +20,11 @@ class FinishReason(Enum):
 
     UNSPECIFIED = sampling_pb2.FINISH_REASON_UNSPECIFIED
     STOP = sampling_pb2.FINISH_REASON_STOP
-    LENGTH = sampling_pb2.FINISH_REASON_LENGTH
     STOP_STRING = sampling_pb2.FINISH_REASON_STOP_STRING
-    UNSAFE = sampling_pb2.FINISH_REASON_UNSAFE
-    CANCELLED = sampling_pb2.FINISH_REASON_CANCELLED
+    LENGTH = sampling_pb2.FINISH_REASON_LENGTH
+    SPECIAL_TAGS = sampling_pb2.FINISH_REASON_SPECIAL_TAGS
     SAFETY = sampling_pb2.FINISH_REASON_SAFETY
+    CANCELLED = sampling_pb2.FINISH_REASON_CANCELLED
 
 
 _FINISH_REASONS: Mapping[int, FinishReason] = {reason.value: reason for reason in FinishReason}
@@ -42,8 +42,8 @@ _DETERMINISMS: Mapping[int, Determinism] = {each.value: each for each in Determi
 
 
 @dataclass(frozen=True, slots=True)
-class TopLogprob:
-    """One of the most probable tokens at a position."""
+class TokenLogprob:
+    """The logprob of a token that could have stood at a position."""
 
     id: int
     text: str
@@ -59,7 +59,7 @@ class Token:
     text: str
     bytes: bytes
     logprob: float
-    top_logprobs: tuple[TopLogprob, ...]
+    top_logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,52 +69,37 @@ class Usage:
     prompt_tokens: int
     cached_prompt_tokens: int
     completion_tokens: int
-    queued: timedelta
-    prefill: timedelta
-    decode: timedelta
-    total: timedelta
-    compute: timedelta
+    queue_time: timedelta
+    prefill_time: timedelta
+    decode_time: timedelta
+    total_time: timedelta
+    compute_time: timedelta
 
 
 @dataclass(frozen=True, slots=True)
-class ChatPrediction:
-    """One answer to one dialog."""
+class Prediction:
+    """One answer to a dialog, or one continuation of a prompt; with `echo`, the prompt included."""
 
-    content: str
+    index: int
+    choice_index: int
+    text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason
+    safety_categories: tuple[str, ...]
     usage: Usage
     seed: int
-    fingerprint: str
     dropped_turns: int
-    choice_index: int
-    resumed: int = 0
-    safety_categories: tuple[str, ...] = ()
-    determinism: Determinism = Determinism.UNSPECIFIED
+    fingerprint: str
+    determinism: Determinism
+    failovers: int
 
     @property
     def message(self) -> Message:
         """The answer as a message, to append to the dialog.
 
-        Without the special tags that `content` may hold: a dialog with one is refused.
+        Without the special tags that `text` may hold: a dialog with one is refused.
         """
-        return {"role": "assistant", "content": without_special_tags(self.content)}
-
-
-@dataclass(frozen=True, slots=True)
-class TextPrediction:
-    """One continuation of one text; with `echo`, prompt included."""
-
-    text: str
-    tokens: tuple[Token, ...]
-    finish_reason: FinishReason
-    usage: Usage
-    seed: int
-    fingerprint: str
-    choice_index: int
-    resumed: int = 0
-    safety_categories: tuple[str, ...] = ()
-    determinism: Determinism = Determinism.UNSPECIFIED
+        return {"role": "assistant", "content": without_special_tags(self.text)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +110,9 @@ class Started:
     choice_index: int
     prompt_tokens: int
     seed: int
+    dropped_turns: int
     fingerprint: str
-    dropped_turns: int = 0
-    determinism: Determinism = Determinism.UNSPECIFIED
+    determinism: Determinism
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +132,9 @@ class Finished:
     index: int
     choice_index: int
     finish_reason: FinishReason
+    safety_categories: tuple[str, ...]
     usage: Usage
-    resumed: int = 0
-    safety_categories: tuple[str, ...] = ()
+    failovers: int
 
 
 Event = Started | Delta | Finished
@@ -164,7 +149,7 @@ class RenderedPrompt:
     prompt_tokens: int
     remaining_tokens: int
     dropped_turns: int
-    unsafe: bool
+    has_special_tags: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +158,10 @@ class Limits:
 
     max_dialogs: int
     max_messages: int
-    max_request_bytes: int
-    max_queued_sequences: int
-    max_top_logprobs: int
     max_choices: int
+    max_top_logprobs: int
+    max_sequences: int
+    max_request_bytes: int
     max_response_bytes: int
 
 
@@ -193,9 +178,9 @@ class Model:
     dtype: str
     quantization: str
     fingerprint: str
+    determinism: Determinism
     limits: Limits
     sampling_defaults: Sampling
-    determinism: Determinism = Determinism.UNSPECIFIED
 
 
 def determinism(value: int) -> Determinism:
@@ -203,72 +188,47 @@ def determinism(value: int) -> Determinism:
     return _DETERMINISMS.get(value, Determinism.UNSPECIFIED)
 
 
-def chat_prediction(prediction: chat_pb2.ChatPrediction) -> ChatPrediction:
-    return ChatPrediction(
-        content=prediction.generation.content,
-        tokens=_tokens(prediction.tokens),
-        finish_reason=_finish_reason(prediction.finish_reason),
-        usage=_usage(prediction.usage),
-        seed=prediction.seed,
-        fingerprint=prediction.fingerprint,
-        determinism=determinism(prediction.determinism),
-        dropped_turns=prediction.dropped_turns,
-        choice_index=prediction.choice_index,
-        resumed=prediction.resumed,
-        safety_categories=tuple(prediction.safety_categories),
+def prediction(message: chat_pb2.Prediction) -> Prediction:
+    return Prediction(
+        index=message.index,
+        choice_index=message.choice_index,
+        text=message.text,
+        tokens=_tokens(message.tokens),
+        finish_reason=_finish_reason(message.finish_reason),
+        safety_categories=tuple(message.safety_categories),
+        usage=_usage(message.usage),
+        seed=message.seed,
+        dropped_turns=message.dropped_turns,
+        fingerprint=message.fingerprint,
+        determinism=determinism(message.determinism),
+        failovers=message.failovers,
     )
 
 
-def text_prediction(prediction: chat_pb2.TextPrediction) -> TextPrediction:
-    return TextPrediction(
-        text=prediction.generation,
-        tokens=_tokens(prediction.tokens),
-        finish_reason=_finish_reason(prediction.finish_reason),
-        usage=_usage(prediction.usage),
-        seed=prediction.seed,
-        fingerprint=prediction.fingerprint,
-        determinism=determinism(prediction.determinism),
-        choice_index=prediction.choice_index,
-        resumed=prediction.resumed,
-        safety_categories=tuple(prediction.safety_categories),
-    )
-
-
-def chat_event(response: chat_pb2.ChatCompleteStreamResponse) -> Event:
-    if response.HasField("started"):
-        started = response.started
+def event(message: chat_pb2.StreamEvent) -> Event:
+    if message.HasField("started"):
+        started = message.started
         return Started(
-            index=started.dialog_index,
+            index=started.index,
             choice_index=started.choice_index,
-            prompt_tokens=started.usage.prompt_tokens,
+            prompt_tokens=started.prompt_tokens,
             seed=started.seed,
-            fingerprint=started.fingerprint,
-            determinism=determinism(started.determinism),
             dropped_turns=started.dropped_turns,
-        )
-    if response.HasField("delta"):
-        delta = response.delta
-        tokens = _tokens(delta.tokens)
-        return Delta(delta.dialog_index, delta.choice_index, delta.text, tokens)
-    return _finished(response.finished, response.finished.dialog_index)
-
-
-def text_event(response: chat_pb2.TextCompleteStreamResponse) -> Event:
-    if response.HasField("started"):
-        started = response.started
-        return Started(
-            index=started.prompt_index,
-            choice_index=started.choice_index,
-            prompt_tokens=started.usage.prompt_tokens,
-            seed=started.seed,
             fingerprint=started.fingerprint,
             determinism=determinism(started.determinism),
         )
-    if response.HasField("delta"):
-        delta = response.delta
-        tokens = _tokens(delta.tokens)
-        return Delta(delta.prompt_index, delta.choice_index, delta.text, tokens)
-    return _finished(response.finished, response.finished.prompt_index)
+    if message.HasField("delta"):
+        delta = message.delta
+        return Delta(delta.index, delta.choice_index, delta.text, _tokens(delta.tokens))
+    finished = message.finished
+    return Finished(
+        index=finished.index,
+        choice_index=finished.choice_index,
+        finish_reason=_finish_reason(finished.finish_reason),
+        safety_categories=tuple(finished.safety_categories),
+        usage=_usage(finished.usage),
+        failovers=finished.failovers,
+    )
 
 
 def rendered_prompt(response: chat_pb2.RenderPromptResponse) -> RenderedPrompt:
@@ -278,7 +238,7 @@ def rendered_prompt(response: chat_pb2.RenderPromptResponse) -> RenderedPrompt:
         prompt_tokens=response.prompt_tokens,
         remaining_tokens=response.remaining_tokens,
         dropped_turns=response.dropped_turns,
-        unsafe=response.unsafe,
+        has_special_tags=response.has_special_tags,
     )
 
 
@@ -298,24 +258,13 @@ def model(response: chat_pb2.GetModelResponse) -> Model:
         limits=Limits(
             max_dialogs=limits.max_dialogs,
             max_messages=limits.max_messages,
-            max_request_bytes=limits.max_request_bytes,
-            max_queued_sequences=limits.max_queued_sequences,
-            max_top_logprobs=limits.max_top_logprobs,
             max_choices=limits.max_choices,
+            max_top_logprobs=limits.max_top_logprobs,
+            max_sequences=limits.max_sequences,
+            max_request_bytes=limits.max_request_bytes,
             max_response_bytes=limits.max_response_bytes,
         ),
         sampling_defaults=_sampling(response.sampling_defaults),
-    )
-
-
-def _finished(finished: chat_pb2.ChatFinished | chat_pb2.TextFinished, index: int) -> Finished:
-    return Finished(
-        index=index,
-        choice_index=finished.choice_index,
-        finish_reason=_finish_reason(finished.finish_reason),
-        usage=_usage(finished.usage),
-        resumed=finished.resumed,
-        safety_categories=tuple(finished.safety_categories),
     )
 
 
@@ -331,7 +280,7 @@ def _tokens(tokens: Sequence[chat_pb2.Token]) -> tuple[Token, ...]:
             bytes=token.bytes,
             logprob=token.logprob,
             top_logprobs=tuple(
-                TopLogprob(top.id, top.text, top.bytes, top.logprob) for top in token.top_logprobs
+                TokenLogprob(top.id, top.text, top.bytes, top.logprob) for top in token.top_logprobs
             ),
         )
         for token in tokens
@@ -343,11 +292,11 @@ def _usage(usage: chat_pb2.Usage) -> Usage:
         prompt_tokens=usage.prompt_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,
         completion_tokens=usage.completion_tokens,
-        queued=usage.queued.ToTimedelta(),
-        prefill=usage.prefill.ToTimedelta(),
-        decode=usage.decode.ToTimedelta(),
-        total=usage.total.ToTimedelta(),
-        compute=usage.compute.ToTimedelta(),
+        queue_time=usage.queue_time.ToTimedelta(),
+        prefill_time=usage.prefill_time.ToTimedelta(),
+        decode_time=usage.decode_time.ToTimedelta(),
+        total_time=usage.total_time.ToTimedelta(),
+        compute_time=usage.compute_time.ToTimedelta(),
     )
 
 

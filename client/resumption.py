@@ -32,8 +32,6 @@ from llama.v1 import chat_pb2
 RESUME_SECONDS = 30.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 1.0
-# What a Cancel may take, which nobody wants to wait for.
-CANCEL_SECONDS = 2.0
 
 StreamRequest = chat_pb2.ChatCompleteStreamRequest | chat_pb2.TextCompleteStreamRequest
 NextRequest = StreamRequest | chat_pb2.ResumeStreamRequest
@@ -82,17 +80,17 @@ class ResumableStream:
         self._lost_at: float | None = None
         self._pause = FIRST_PAUSE
         if resume_seconds:
-            self._name()
+            self._rename()
 
     @property
-    def request_id(self) -> str:
+    def name(self) -> str:
         """Its name at the gateway, which changes when it is begun anew; empty: it has none."""
-        return self._request.request_id
+        return self._request.stream_name
 
     @property
     def wants_cancel(self) -> bool:
         """Whether the gateway may still work on it, though nobody reads it any more."""
-        return bool(self.request_id) and self._called and not self.ended
+        return bool(self.name) and self._called and not self.ended
 
     def next_request(self) -> NextRequest:
         """What to send now; the first call begins the time that the stream may take."""
@@ -101,27 +99,22 @@ class ResumableStream:
         self._called = True
         if not self._known:
             return self._request
-        return chat_pb2.ResumeStreamRequest(request_id=self.request_id, after_sequence=self._last)
+        return chat_pb2.ResumeStreamRequest(stream_name=self.name, after_event_number=self._last)
 
     def time_left(self) -> float | None:
         """Seconds that the next call may take."""
         return None if self._deadline is None else max(0.0, self._deadline - self._clock())
 
-    def take(self, response: StreamResponse) -> Event | None:
+    def on_response(self, response: StreamResponse) -> Event | None:
         """The event in what arrived, as far as it is new to the reader."""
-        if isinstance(response, chat_pb2.ResumeStreamResponse):
-            response = response.chat if response.HasField("chat") else response.text
-        if response.sequence != self._last + 1:
-            raise self._lost(f"event {response.sequence} came after event {self._last}")
-        self._last = response.sequence
+        number = response.event.event_number
+        if number != self._last + 1:
+            raise self._lost(f"event {number} came after event {self._last}")
+        self._last = number
         self._known = True
         self._lost_at, self._pause = None, FIRST_PAUSE
-        if isinstance(response, chat_pb2.ChatCompleteStreamResponse):
-            event = results.chat_event(response)
-        else:
-            event = results.text_event(response)
         try:
-            return self._answers.take(event)
+            return self._answers.new_part(results.event(response.event))
         except _DifferentAnswerError as difference:
             raise self._lost(str(difference)) from None
 
@@ -131,7 +124,7 @@ class ResumableStream:
 
     def pause_after(self, error: ChasquiError) -> float:
         """Seconds to wait until the next call; raises where there is to be none."""
-        if not self.request_id:
+        if not self.name:
             self.ended = True
         if self.ended or isinstance(error, DeadlineExceededError):
             raise error
@@ -183,7 +176,7 @@ class ResumableStream:
                     "prompts can only be repeated with a seed"
                 )
             sampling.seed = seed
-        self._name()
+        self._rename()
         self._answers.rewind()
         self._known, self._repeating, self._last = False, True, 0
 
@@ -193,8 +186,8 @@ class ResumableStream:
             return len(self._request.dialogs)
         return len(self._request.prompts) + len(self._request.prompt_ids)
 
-    def _name(self) -> None:
-        self._request.request_id = str(uuid.uuid4())
+    def _rename(self) -> None:
+        self._request.stream_name = str(uuid.uuid4())
 
     def _lost(self, reason: str) -> StreamLostError:
         return StreamLostError(reason, self._answers.delivered_events)
@@ -225,8 +218,8 @@ class _Answers:
         self.delivered_events = 0
         self._answers: dict[tuple[int, int], _Answer] = {}
 
-    def take(self, event: Event) -> Event | None:
-        """What is new in an event; raises where the rest differs from what was delivered."""
+    def new_part(self, event: Event) -> Event | None:
+        """The part that is new; raises if the rest differs from what was delivered."""
         answer = self._answers.get((event.index, event.choice_index))
         new: Event | None
         match event:

@@ -77,7 +77,7 @@ class ReplicaStatus:
     info: ReplicaInfo | None
     load: Load | None
     load_age: timedelta | None
-    sequences: int
+    running_sequences: int
     outstanding_tokens: int
 
 
@@ -122,7 +122,7 @@ def _replica(status: operator_pb2.ReplicaStatus) -> ReplicaStatus:
         info=_info(status.info) if status.HasField("info") else None,
         load=_load(status.load) if status.HasField("load") else None,
         load_age=status.load_age.ToTimedelta() if status.HasField("load_age") else None,
-        sequences=status.sequences,
+        running_sequences=status.running_sequences,
         outstanding_tokens=status.outstanding_tokens,
     )
 

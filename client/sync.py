@@ -1,25 +1,26 @@
-"""The synchronous client. `client/aio.py` is the same for asyncio: change both together.
+# Generated from client/aio.py by `make sync-client`. Do not edit.
+"""The synchronous client.
 
-A stream is a generator that owns its call, or its calls where connections break: leaving the loop
-closes the generator, which cancels the stream, and the servers free what it held within one step of
-the engine.
+A stream is a generator that owns its call, and further calls after the connection was lost. Leaving
+its loop closes the generator, which cancels the stream, and the servers free what it held within
+one step of the engine.
 """
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Protocol, Self, Unpack
 
 import grpc
 
 from client import requests, results, status
+from client.connection.cancel import cancel_streams
 from client.connection.channel import DEFAULT_TARGET, Tls, open_channel, with_key
 from client.connection.diagnosis import explained
 from client.errors import ChasquiError, UnreachableError, from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
-from client.results import ChatPrediction, Event, Model, RenderedPrompt, TextPrediction
+from client.results import Event, Model, Prediction, RenderedPrompt
 from client.resumption import (
-    CANCEL_SECONDS,
     RESUME_SECONDS,
     ResumableStream,
     StreamRequest,
@@ -30,24 +31,31 @@ from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.operator_pb2_grpc import OperatorServiceStub
 
-Stream = Generator[Event, None, None]
+Stream = Generator[Event, None]
 
 
 class Call(Protocol):
-    """A running call that streams its responses; gRPC's own type for it is private."""
+    """A running call that streams its responses."""
 
     def __iter__(self) -> Iterator[StreamResponse]: ...
     def cancel(self) -> object: ...
 
 
 class Client:
-    """Talks to a gateway; threads may share one. Use it in a `with` statement, or close it.
+    """A client of a gateway, which threads may share. Use it in `with`.
 
-    A method whose call fails raises a ChasquiError. Options are keyword arguments, spelled out in
-    `client.requests`. Without `tls` it talks plaintext; the key then, too, is for all to read. A
-    stream whose connection breaks is tried to go on with for `resume_seconds`; 0 lets it fail.
+    Options of the methods are keyword arguments: the TypedDicts of `client.requests` list them. A
+    method whose call fails raises a ChasquiError.
 
-    ValueError: `target` is neither host:port nor another of gRPC's forms.
+    Args:
+        target: the gateway's address, host:port or one of gRPC's own forms.
+        tls: without it the connection is plaintext, and the API key can be read on the way.
+        api_key: a key for gateways that ask for one.
+        resume_seconds: how long a stream tries to go on after its connection broke, which the
+            logger "chasqui" reports as a warning. 0: the stream fails at once.
+
+    Raises:
+        ValueError: an argument cannot be used. OSError: a file of `tls` cannot be read.
     """
 
     def __init__(
@@ -61,7 +69,7 @@ class Client:
         self.target = target
         self._tls = tls
         self._resume_seconds = resume_limit(resume_seconds)
-        self._streams: set[ResumableStream] = set()  # that are being read
+        self._streams: set[ResumableStream] = set()  # being read
         self._channel = open_channel(target, tls)
         channel = with_key(self._channel, api_key)
         self._stub = ChatServiceStub(channel)
@@ -78,24 +86,25 @@ class Client:
         self._cancel([*self._streams])
         self._channel.close()
 
-    def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> ChatPrediction:
+    def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> Prediction:
         """Answers one dialog."""
-        return self.chat_choices(dialog, 1, **options)[0]
+        [prediction] = self.chat_choices(dialog, 1, **options)
+        return prediction
 
     def chat_choices(
         self, dialog: Dialog, n: int, **options: Unpack[ChatOptions]
-    ) -> list[ChatPrediction]:
+    ) -> list[Prediction]:
         """`n` answers to one dialog, in the order of `choice_index`."""
         return self.chat_many([dialog], n=n, **options)
 
     def chat_many(
         self, dialogs: Sequence[Dialog], *, n: int | None = None, **options: Unpack[ChatOptions]
-    ) -> list[ChatPrediction]:
+    ) -> list[Prediction]:
         """Answers several dialogs in one call, in their order; `n` answers in a row to each."""
         request = requests.chat(chat_pb2.ChatCompleteRequest, dialogs, options, n)
         with self._readable_errors():
             response = self._stub.ChatComplete(request, timeout=requests.deadline(options))
-        return [results.chat_prediction(each) for each in response.predictions]
+        return [results.prediction(each) for each in response.predictions]
 
     def chat_stream(
         self, dialog: Dialog, *, n: int | None = None, **options: Unpack[ChatOptions]
@@ -113,24 +122,25 @@ class Client:
         request = requests.chat(chat_pb2.ChatCompleteStreamRequest, dialogs, options, n)
         return self._stream(self._resumable(request, options))
 
-    def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextPrediction:
+    def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Prediction:
         """Continues one text, or one sequence of token ids."""
-        return self.complete_choices(prompt, 1, **options)[0]
+        [prediction] = self.complete_choices(prompt, 1, **options)
+        return prediction
 
     def complete_choices(
         self, prompt: Prompt, n: int, **options: Unpack[TextOptions]
-    ) -> list[TextPrediction]:
+    ) -> list[Prediction]:
         """`n` continuations of one prompt, in the order of `choice_index`."""
         return self.complete_many([prompt], n=n, **options)
 
     def complete_many(
         self, prompts: Sequence[Prompt], *, n: int | None = None, **options: Unpack[TextOptions]
-    ) -> list[TextPrediction]:
+    ) -> list[Prediction]:
         """Continues several prompts, all texts or all token ids, like `chat_many`."""
         request = requests.text(chat_pb2.TextCompleteRequest, prompts, options, n)
         with self._readable_errors():
             response = self._stub.TextComplete(request, timeout=requests.deadline(options))
-        return [results.text_prediction(each) for each in response.predictions]
+        return [results.prediction(each) for each in response.predictions]
 
     def complete_stream(
         self, prompt: Prompt, *, n: int | None = None, **options: Unpack[TextOptions]
@@ -177,11 +187,12 @@ class Client:
                 call = self._call(stream)
                 try:
                     for response in call:
-                        if (event := stream.take(response)) is not None:
+                        if (event := stream.on_response(response)) is not None:
                             yield event
                     stream.end()
                 except grpc.RpcError as error:
-                    time.sleep(self._pause_after(stream, from_rpc_error(error, self.target)))
+                    failure = from_rpc_error(error, self.target)
+                    time.sleep(self._pause_after(stream, failure))
                 finally:
                     call.cancel()
         finally:
@@ -205,19 +216,14 @@ class Client:
                 return self._stub.ResumeStream(request, timeout=timeout)
 
     def _cancel(self, streams: Iterable[ResumableStream]) -> None:
-        """Ends streams at the gateway, which would else wait for their reader for a while."""
-        names = [stream.request_id for stream in streams if stream.wants_cancel]
-        with suppress(ValueError):  # the channel is closed
-            requests = [chat_pb2.CancelRequest(request_id=name) for name in names]
-            calls = [
-                self._stub.Cancel.future(request, timeout=CANCEL_SECONDS) for request in requests
-            ]
-            for call in calls:
-                call.exception()  # waits
+        """Cancels streams at the gateway, which would otherwise wait for their reader to return."""
+        names = [stream.name for stream in streams if stream.wants_cancel]
+        cancel_streams(self._stub, names)
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
         try:
             yield
         except grpc.RpcError as error:
-            raise explained(from_rpc_error(error, self.target), self.target, self._tls) from error
+            failure = from_rpc_error(error, self.target)
+            raise explained(failure, self.target, self._tls) from error

@@ -14,7 +14,6 @@ import grpc
 from gateway.admission.admission import Admission, Admitted
 from gateway.generation.completion import (
     SPECIAL_TAGS_REFUSAL,
-    Event,
     Generations,
     Place,
     PlacedEvent,
@@ -33,21 +32,14 @@ from gateway.request.validation import (
     default_max_gen_len,
     options,
     render_violations,
-    request_id_violations,
+    stream_name_violations,
     text_violations,
 )
 from gateway.rpc.access import authorizer, connection_options
 from gateway.rpc.access_log import Accounting
-from gateway.rpc.messages import (
-    chat_event,
-    chat_prediction,
-    model_response,
-    resumed_event,
-    text_event,
-    text_prediction,
-)
+from gateway.rpc.messages import model_response, prediction_message, stream_event
 from gateway.rpc.metrics import RequestMetrics, StateMetrics
-from gateway.rpc.named_streams import NamedStreams, ResponseT
+from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.operator import OPERATOR_SERVICE_NAME, OperatorServicer
 from gateway.rpc.unary import add_tokens, fold, size_violations, within
 from gateway.rpc.upstreams import Backend
@@ -128,7 +120,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         del request  # which may have megabytes, and is not needed while the answers are made
         async with aclosing(made) as events:
             predictions = await fold(events)
-        response = chat_pb2.ChatCompleteResponse(predictions=map(chat_prediction, predictions))
+        response = chat_pb2.ChatCompleteResponse(predictions=map(prediction_message, predictions))
         for message, prediction in zip(response.predictions, predictions, strict=True):
             await add_tokens(message, prediction)
         return response
@@ -136,12 +128,12 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def ChatCompleteStream(
         self, request: chat_pb2.ChatCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.ChatCompleteStreamResponse]:
-        made = _numbered(self._chat(request, context), chat_event)
+        made = _numbered(self._chat(request, context))
         named = self._named(request, made, context)
         del request
         async with aclosing(named) as events:
             async for event in events:
-                yield event
+                yield chat_pb2.ChatCompleteStreamResponse(event=event)
 
     async def TextComplete(
         self, request: chat_pb2.TextCompleteRequest, context: Context
@@ -150,7 +142,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         del request  # which may have megabytes, and is not needed while the answers are made
         async with aclosing(made) as events:
             predictions = await fold(events)
-        response = chat_pb2.TextCompleteResponse(predictions=map(text_prediction, predictions))
+        response = chat_pb2.TextCompleteResponse(predictions=map(prediction_message, predictions))
         for message, prediction in zip(response.predictions, predictions, strict=True):
             await add_tokens(message, prediction)
         return response
@@ -158,28 +150,28 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def TextCompleteStream(
         self, request: chat_pb2.TextCompleteStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.TextCompleteStreamResponse]:
-        made = _numbered(self._text(request, context), text_event)
+        made = _numbered(self._text(request, context))
         named = self._named(request, made, context)
         del request
         async with aclosing(named) as events:
             async for event in events:
-                yield event
+                yield chat_pb2.TextCompleteStreamResponse(event=event)
 
     async def ResumeStream(
         self, request: chat_pb2.ResumeStreamRequest, context: Context
     ) -> AsyncIterator[chat_pb2.ResumeStreamResponse]:
-        _refuse(request_id_violations(request.request_id))
-        stream = self._streams.resume(request.request_id, request.after_sequence)
+        _refuse(stream_name_violations(request.stream_name))
+        stream = self._streams.resume(request.stream_name, request.after_event_number)
         async with aclosing(stream) as events:
             async for event in events:
-                yield resumed_event(event)
+                yield chat_pb2.ResumeStreamResponse(event=event)
 
-    async def Cancel(
-        self, request: chat_pb2.CancelRequest, context: Context
-    ) -> chat_pb2.CancelResponse:
-        _refuse(request_id_violations(request.request_id))
-        await self._streams.cancel(request.request_id)
-        return chat_pb2.CancelResponse()
+    async def CancelStream(
+        self, request: chat_pb2.CancelStreamRequest, context: Context
+    ) -> chat_pb2.CancelStreamResponse:
+        _refuse(stream_name_violations(request.stream_name))
+        await self._streams.cancel(request.stream_name)
+        return chat_pb2.CancelStreamResponse()
 
     async def RenderPrompt(
         self, request: chat_pb2.RenderPromptRequest, context: Context
@@ -205,7 +197,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             prompt_tokens=len(prompt.ids),
             remaining_tokens=window.length - len(prompt.ids),
             dropped_turns=prompt.dropped_turns,
-            unsafe=bool(read.unsafe),
+            has_special_tags=bool(read.unsafe),
         )
 
     async def GetModel(
@@ -324,14 +316,14 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     def _named(
         self,
         request: chat_pb2.ChatCompleteStreamRequest | chat_pb2.TextCompleteStreamRequest,
-        events: AsyncGenerator[ResponseT, None],
+        events: AsyncGenerator[chat_pb2.StreamEvent, None],
         context: Context,
-    ) -> AsyncGenerator[ResponseT, None]:
+    ) -> AsyncGenerator[chat_pb2.StreamEvent, None]:
         """The events by way of a named stream, if there is a name."""
-        if not request.request_id:
+        if not request.stream_name:
             return events
         try:
-            return self._streams.open(request.request_id, events, context.time_remaining())
+            return self._streams.open(request.stream_name, events, context.time_remaining())
         except RequestError:
             # `events`, which will not begin, would have accounted for the request.
             with self._accounting.of_refused(request, context):
@@ -373,19 +365,19 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
 
 
 async def _numbered(
-    events: AsyncGenerator[PlacedEvent, None], message: Callable[[int, Place, Event], ResponseT]
-) -> AsyncGenerator[ResponseT, None]:
-    """The events as messages, from 1 on."""
-    sequence = 0
+    events: AsyncGenerator[PlacedEvent, None],
+) -> AsyncGenerator[chat_pb2.StreamEvent, None]:
+    """The events as messages, numbered from 1."""
+    event_number = 0
     async with aclosing(events):
         async for place, event in events:
-            sequence += 1
-            yield message(sequence, place, event)
+            event_number += 1
+            yield stream_event(event_number, place, event)
 
 
 def _lasting(request: ChatRequest | TextRequest, time_remaining: TimeRemaining) -> TimeRemaining:
     """What is left while answers are made: a named stream outlives the call that began it."""
-    return (lambda: None) if getattr(request, "request_id", "") else time_remaining
+    return (lambda: None) if getattr(request, "stream_name", "") else time_remaining
 
 
 def _refuse(violations: Sequence[Violation]) -> None:

@@ -33,7 +33,7 @@ from serving.request_rules import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, prompt_vio
 if TYPE_CHECKING:
     from client import Tls
     from llama.remote import RemoteLlama
-    from model_service.loading.load_replica import Replica
+    from model_service.loading.replica import Replica
     from tokenizer_service.tokenizer import Tokenizer
 
 # The text of an answer, its tokens' texts, and with `logprobs` their logprobs.
@@ -74,7 +74,8 @@ class Llama:
                 tokenizer's file. Nothing has been loaded then.
             StartError: the checkpoint, the tokenizer or the machine does not allow it.
         """
-        from model_service.loading.load_replica import ReplicaOptions, load_replica
+        from model_service.loading.load_replica import load_replica
+        from model_service.loading.options import ReplicaOptions
         from model_service.settings import ModelSettings
         from serving.errors import StartError
         from serving.settings import check_value

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from model_service.engine.engine import Engine
     from model_service.engine.sequence import GenerationRequest
-    from model_service.loading.load_replica import Replica
+    from model_service.loading.replica import Replica
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from datetime import timedelta
 from google.protobuf.duration_pb2 import Duration
 
 from llama.v1 import model_pb2, sampling_pb2
-from model_service.engine.engine import EngineLimits
+from model_service.engine.limits import EngineLimits
 from model_service.engine.sequence import (
     FinishReason,
     GenerationRequest,
@@ -33,7 +33,7 @@ INVALID_ARGUMENT, INTERNAL = 3, 13  # google.rpc.Code
 def generation_request(
     start: model_pb2.StartSequence, stream: int, limits: EngineLimits
 ) -> GenerationRequest:
-    """The engine's request for a `StartSequence`, known to it as (stream, request_id).
+    """The engine's request for a `StartSequence`, known to it as (stream, sequence_id).
 
     Raises:
         RequestError: INVALID_ARGUMENT with every field that breaks its rule.
@@ -44,12 +44,12 @@ def generation_request(
         raise invalid_argument(violations)
     wire = start.sampling
     return GenerationRequest(
-        request_id=(stream, start.request_id),
+        request_id=(stream, start.sequence_id),
         prompt_ids=tuple(start.prompt_ids),
         max_gen_len=wire.max_gen_len if wire.HasField("max_gen_len") else limits.context_length - 1,
         sampling=sampling,
         stop_ids=_stop_ids(start),
-        offset=start.offset,
+        offset=start.generated_tokens,
         logprobs=start.logprobs,
         prompt_logprobs=start.prompt_logprobs,
         top_logprobs=start.top_logprobs,
@@ -60,14 +60,14 @@ def generation_request(
 
 def _stop_ids(start: model_pb2.StartSequence) -> frozenset[int]:
     """`ignore_eos` is about the model's own end; ids that the client names always count."""
-    ends = () if start.sampling.ignore_eos else start.stop_ids
+    ends = () if start.sampling.ignore_eos else start.eos_ids
     return frozenset([*ends, *start.sampling.stop_token_ids])
 
 
-def token_event(request_id: str, output: SequenceOutput) -> model_pb2.TokenEvent:
+def token_event(sequence_id: str, output: SequenceOutput) -> model_pb2.TokenEvent:
     """The wire's event for what a step made."""
     event = model_pb2.TokenEvent(
-        request_id=request_id,
+        sequence_id=sequence_id,
         ids=output.ids,
         cached_prompt_tokens=output.cached_prompt_tokens,
         logprobs=[entry.logprob for entry in output.logprobs],
@@ -109,7 +109,7 @@ def _violations(
         return [] if holds else [Violation(f"start.{name}", rule)]
 
     return [
-        *required("request_id", "must not be empty", bool(start.request_id)),
+        *required("sequence_id", "must not be empty", bool(start.sequence_id)),
         *sampling_violations(start.sampling, limits.vocab_size, "start.sampling."),
         *required(
             "sampling.seed",
@@ -122,7 +122,7 @@ def _violations(
 
 def _top(entry: TokenLogprobs) -> model_pb2.TopLogprobs:
     return model_pb2.TopLogprobs(
-        entries=[sampling_pb2.TopLogprob(id=token, logprob=value) for token, value in entry.top]
+        ids=[token for token, _ in entry.top], logprobs=[value for _, value in entry.top]
     )
 
 

@@ -117,7 +117,7 @@ class LlamaGuard:
             response = await call
         finally:
             call.cancel()
-        judgement = parse(response.predictions[0].generation)
+        judgement = parse(response.predictions[0].text)
         if judgement is None:
             raise unavailable("the guard model's answer is neither safe nor unsafe")
         return judgement

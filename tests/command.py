@@ -18,7 +18,7 @@ import grpc
 import pytest
 
 from llama.v1 import chat_pb2
-from tests.scripted_gateway import Behaviour, StartGateway, Unfinished, handler
+from tests.scripted_gateway import Behaviour, StartGateway, Unfinished, chat_event, handler
 
 GOLDEN = Path(__file__).parent / "golden"
 CHASQUI = str(Path(sys.executable).with_name("chasqui"))
@@ -70,20 +70,18 @@ def unfinished(start_gateway: StartGateway) -> Unfinished:
         request: chat_pb2.ChatCompleteStreamRequest, context: grpc.ServicerContext
     ) -> Iterator[chat_pb2.ChatCompleteStreamResponse]:
         context.add_callback(cancelled.set)
-        names.append(request.request_id)
-        started = chat_pb2.ChatStarted(seed=1)
-        yield chat_pb2.ChatCompleteStreamResponse(sequence=1, started=started)
-        delta = chat_pb2.ChatDelta(text="word")
-        yield chat_pb2.ChatCompleteStreamResponse(sequence=2, delta=delta)
+        names.append(request.stream_name)
+        yield chat_event(1, started=chat_pb2.Started(seed=1))
+        yield chat_event(2, delta=chat_pb2.Delta(text="word"))
         cancelled.wait()
 
     def cancel(
-        request: chat_pb2.CancelRequest, _context: grpc.ServicerContext
-    ) -> chat_pb2.CancelResponse:
-        cancelled_names.append(request.request_id)
-        return chat_pb2.CancelResponse()
+        request: chat_pb2.CancelStreamRequest, _context: grpc.ServicerContext
+    ) -> chat_pb2.CancelStreamResponse:
+        cancelled_names.append(request.stream_name)
+        return chat_pb2.CancelStreamResponse()
 
-    target = start_gateway(ChatCompleteStream=answer, Cancel=cancel)
+    target = start_gateway(ChatCompleteStream=answer, CancelStream=cancel)
     return Unfinished(target, cancelled, names, cancelled_names)
 
 

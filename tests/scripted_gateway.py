@@ -12,6 +12,8 @@ from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 
 Behaviour = Callable[[Any, grpc.ServicerContext], Any]
 
+_METHODS = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].methods_by_name
+
 
 class StartGateway(Protocol):
     def __call__(self, **methods: Behaviour) -> str: ...
@@ -36,14 +38,18 @@ class Scripted:
         self, request: chat_pb2.ChatCompleteStreamRequest, _context: grpc.ServicerContext
     ) -> Iterator[chat_pb2.ChatCompleteStreamResponse]:
         self.dialogs.append([message.content for message in request.dialogs[0].messages])
-        yield chat_pb2.ChatCompleteStreamResponse(sequence=1, started=chat_pb2.ChatStarted(seed=1))
-        sequence = 1
-        for text in next(self._answers):
-            sequence += 1
-            delta = chat_pb2.ChatDelta(text=text)
-            yield chat_pb2.ChatCompleteStreamResponse(sequence=sequence, delta=delta)
-        finished = chat_pb2.ChatFinished(finish_reason=FINISH_REASON_STOP)
-        yield chat_pb2.ChatCompleteStreamResponse(sequence=sequence + 1, finished=finished)
+        yield chat_event(1, started=chat_pb2.Started(seed=1))
+        number = 1
+        for number, text in enumerate(next(self._answers), start=2):
+            yield chat_event(number, delta=chat_pb2.Delta(text=text))
+        finished = chat_pb2.Finished(finish_reason=FINISH_REASON_STOP)
+        yield chat_event(number + 1, finished=finished)
+
+
+def chat_event(number: int, **event: Any) -> chat_pb2.ChatCompleteStreamResponse:
+    """The event of this number of a chat stream."""
+    numbered = chat_pb2.StreamEvent(event_number=number, **event)
+    return chat_pb2.ChatCompleteStreamResponse(event=numbered)
 
 
 def handler(name: str, behaviour: Behaviour) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -51,7 +57,7 @@ def handler(name: str, behaviour: Behaviour) -> "grpc.RpcMethodHandler[Any, Any]
     response = getattr(chat_pb2, f"{name}Response")
     kind = (
         grpc.unary_stream_rpc_method_handler
-        if name.endswith("Stream")
+        if _METHODS[name].server_streaming
         else grpc.unary_unary_rpc_method_handler
     )
     return kind(behaviour, request.FromString, response.SerializeToString)

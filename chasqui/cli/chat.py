@@ -94,7 +94,7 @@ class Conversation:
         if not answer and finish_reason is FinishReason.STOP:
             _note("(the answer is empty)")
         # A refused question would have every later one refused, too, and a turn needs an answer.
-        if finish_reason is FinishReason.UNSAFE:
+        if finish_reason is FinishReason.SPECIAL_TAGS:
             _note_refusal(question)
         elif answer and finish_reason is not FinishReason.SAFETY:
             self._keep(user, answer)

@@ -106,7 +106,7 @@ def _cells(replica: ReplicaStatus) -> Sequence[str]:
         NOTHING if load is None else f"{load.waiting_sequences:,}",
         NOTHING if load is None else f"{load.total_blocks - load.free_blocks}/{load.total_blocks}",
         NOTHING if load is None else f"{load.cached_blocks}",
-        f"{replica.sequences:,}",
+        f"{replica.running_sequences:,}",
         f"{replica.outstanding_tokens:,}",
         NOTHING if age is None else f"{age.total_seconds():.1f} s ago",
     )

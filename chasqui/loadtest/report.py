@@ -192,11 +192,11 @@ def _outcome(outcome: Success | Failure) -> dict[str, object]:
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_prompt_tokens": usage.cached_prompt_tokens,
                 "completion_tokens": usage.completion_tokens,
-                "queued_ms": _ms(usage.queued.total_seconds()),
-                "prefill_ms": _ms(usage.prefill.total_seconds()),
-                "decode_ms": _ms(usage.decode.total_seconds()),
-                "compute_ms": _ms(usage.compute.total_seconds()),
-                "total_ms": _ms(usage.total.total_seconds()),
+                "queued_ms": _ms(usage.queue_time.total_seconds()),
+                "prefill_ms": _ms(usage.prefill_time.total_seconds()),
+                "decode_ms": _ms(usage.decode_time.total_seconds()),
+                "compute_ms": _ms(usage.compute_time.total_seconds()),
+                "total_ms": _ms(usage.total_time.total_seconds()),
             }
 
 

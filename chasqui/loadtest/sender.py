@@ -73,7 +73,7 @@ class Sender:
         sent = clock()
         try:
             async for response in self._call(work):
-                if response.WhichOneof("event") == "delta":
+                if response.event.WhichOneof("kind") == "delta":
                     arrivals.append(clock() - origin)
                 last = response
             outcome = _outcome(last)
@@ -101,12 +101,7 @@ class Sender:
 
 
 def _outcome(last: Response | None) -> Success | Failure:
-    event = None
-    match last:
-        case chat_pb2.TextCompleteStreamResponse():
-            event = results.text_event(last)
-        case chat_pb2.ChatCompleteStreamResponse():
-            event = results.chat_event(last)
+    event = None if last is None else results.event(last.event)
     if isinstance(event, Finished):
         return Success(event.finish_reason, event.usage)
     return Failure(grpc.StatusCode.UNKNOWN.name, "the stream ended before its answer")

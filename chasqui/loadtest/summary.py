@@ -108,7 +108,7 @@ def summarize(run: Run) -> Summary:
         inter_token_latency=distribution(chain.from_iterable(record.gaps for record in records)),
         time_per_output_token=distribution(record.time_per_output_token for record in records),
         end_to_end_latency=distribution(record.end_to_end for record in records),
-        queued=distribution(usage.queued.total_seconds() for usage in usages),
+        queued=distribution(usage.queue_time.total_seconds() for usage in usages),
         send_delay=distribution(record.sent - record.intended for record in run.records),
     )
 

@@ -1,4 +1,4 @@
-// Asks one question and prints the answer while it is made.
+// Asks one question and prints the answer while it is generated.
 // npm install && node chat.js "What do llamas eat?" [host:port]
 import grpc from "@grpc/grpc-js";
 import loader from "@grpc/proto-loader";
@@ -11,19 +11,19 @@ const definition = loader.loadSync("llama/v1/chat.proto", {
   includeDirs: [protos],
   enums: String, // FINISH_REASON_STOP, and not 1
   longs: String, // seeds have 64 bits, JavaScript's numbers 53
-  oneofs: true, // event.event names the kind of event
+  oneofs: true, // event.kind names what happened
 });
 const { ChatService } = grpc.loadPackageDefinition(definition).llama.v1;
 
-// Without the option, an http_proxy in the environment is asked for this machine, too.
+// Without this option gRPC would use an http_proxy of the environment even for this machine.
 const direct = { "grpc.enable_http_proxy": 0 };
 const client = new ChatService(target, grpc.credentials.createInsecure(), direct);
 const stream = client.ChatCompleteStream({
   dialogs: [{ messages: [{ role: "ROLE_USER", content: question }] }],
   sampling: { temperature: 0 },
 });
-stream.on("data", (event) => {
-  if (event.event === "delta") process.stdout.write(event.delta.text);
+stream.on("data", ({ event }) => {
+  if (event.kind === "delta") process.stdout.write(event.delta.text);
 });
 stream.on("error", (error) => {
   console.error(`${grpc.status[error.code]}: ${error.details}`);

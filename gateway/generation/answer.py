@@ -9,7 +9,6 @@ from gateway.request.validation import Options
 from gateway.text.detokenizer import Detokenizer, Vocabulary
 from gateway.text.stop_strings import StopFilter
 from llama.v1 import chat_pb2, model_pb2
-from llama.v1.sampling_pb2 import TopLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +76,19 @@ class Answer:
     def _token(self, event: model_pb2.TokenEvent, position: int) -> chat_pb2.Token:
         token_id = event.ids[position]
         # Nothing predicts the first token of a prompt: an event may hold no alternatives at all.
-        top = event.top[position].entries if event.top else ()
+        top = event.top[position] if event.top else model_pb2.TopLogprobs()
         return chat_pb2.Token(
             id=token_id,
             text=self._vocabulary.lone_texts[token_id],
             bytes=self._vocabulary.pieces[token_id],
             logprob=event.logprobs[position],
             top_logprobs=[
-                TopLogprob(
-                    id=each.id,
-                    text=self._vocabulary.lone_texts[each.id],
-                    bytes=self._vocabulary.pieces[each.id],
-                    logprob=each.logprob,
+                chat_pb2.TokenLogprob(
+                    id=each,
+                    text=self._vocabulary.lone_texts[each],
+                    bytes=self._vocabulary.pieces[each],
+                    logprob=logprob,
                 )
-                for each in top
+                for each, logprob in zip(top.ids, top.logprobs, strict=True)
             ],
         )

@@ -22,8 +22,8 @@ from gateway.text.detokenizer import Vocabulary
 from llama.prompt_format.dialog import UNSAFE_ERROR
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import (
+    FINISH_REASON_SPECIAL_TAGS,
     FINISH_REASON_STOP_STRING,
-    FINISH_REASON_UNSAFE,
     Determinism,
     FinishReason,
     SamplingParams,
@@ -90,7 +90,7 @@ class Refusal:
 
 
 # Meta's, for a dialog that could pass for part of the prompt format.
-SPECIAL_TAGS_REFUSAL = Refusal(UNSAFE_ERROR, FINISH_REASON_UNSAFE)
+SPECIAL_TAGS_REFUSAL = Refusal(UNSAFE_ERROR, FINISH_REASON_SPECIAL_TAGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ def _start(
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,
         top_logprobs=options.top_logprobs,
-        stop_ids=[eos_id],
+        eos_ids=[eos_id],
         priority=options.priority,
         traceparent=tracing.traceparent(),
         cache_scope=caller.current().cache_scope,
@@ -234,7 +234,7 @@ def _first_events(
     if isinstance(refusal := request.prompt, Refusal):
         if refusal.text:
             yield Delta(refusal.text, [])
-        usage = chat_pb2.Usage(total=_since(arrived))
+        usage = chat_pb2.Usage(total_time=_since(arrived))
         yield Finished(refusal.reason, usage, safety_categories=refusal.safety_categories)
     elif generation is not None and (echo := generation.answer.begin()).text:
         yield echo
@@ -262,11 +262,11 @@ def _finished(generation: Generation, last: model_pb2.TokenEvent, arrived: float
         prompt_tokens=generation.prompt_tokens,
         cached_prompt_tokens=last.cached_prompt_tokens,
         completion_tokens=generation.answer.completion_tokens,
-        queued=queued,
-        prefill=last.timings.prefill,
-        decode=last.timings.decode,
-        compute=last.timings.compute,
-        total=_since(arrived),
+        queue_time=queued,
+        prefill_time=last.timings.prefill,
+        decode_time=last.timings.decode,
+        compute_time=last.timings.compute,
+        total_time=_since(arrived),
     )
     reason = FINISH_REASON_STOP_STRING if generation.answer.stopped else last.finish_reason
     return Finished(reason, usage, generation.resumed)

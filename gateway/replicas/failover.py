@@ -95,7 +95,7 @@ class ResumableSequence:
         start = model_pb2.StartSequence()
         start.CopyFrom(self._start)
         start.prompt_ids.extend(self._answer)
-        start.offset = len(self._answer)
+        start.generated_tokens = len(self._answer)
         start.prompt_logprobs = not self._prompt_is_reported
         return start
 

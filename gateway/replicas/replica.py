@@ -41,7 +41,7 @@ _log = structlog.stdlib.get_logger(__name__)
 class RunningSequence:
     """A sequence at a replica."""
 
-    request_id: str
+    sequence_id: str
     deliver: Deliver
     outstanding_tokens: int  # of prompt and answer, still to be computed
     unreported_tokens: int  # of the prompt, computed with the first event but not among its ids
@@ -49,7 +49,7 @@ class RunningSequence:
 
     def cancel(self) -> None:
         """Asks for an early end; the last event still comes. Harmless after the end."""
-        cancel = model_pb2.CancelSequence(request_id=self.request_id)
+        cancel = model_pb2.CancelSequence(sequence_id=self.sequence_id)
         self.commands.put_nowait(model_pb2.GenerateRequest(cancel=cancel))
 
 
@@ -122,15 +122,15 @@ class Replica:
     ) -> RunningSequence:
         """Sends a sequence on its way; never waits.
 
-        Its own request_id is made here, from the one of its call: it must be unique on the stream.
+        Its id is made here, from the request id of its call: it must be unique on the stream.
         """
-        start.request_id = f"{request_id}.{next(self._numbers)}"
-        tokens = len(start.prompt_ids) + start.sampling.max_gen_len - start.offset
+        start.sequence_id = f"{request_id}.{next(self._numbers)}"
+        tokens = len(start.prompt_ids) + start.sampling.max_gen_len - start.generated_tokens
         unreported = 0 if start.prompt_logprobs else len(start.prompt_ids)
-        sequence = RunningSequence(start.request_id, deliver, tokens, unreported, self._commands)
+        sequence = RunningSequence(start.sequence_id, deliver, tokens, unreported, self._commands)
         if not self._sequences:
             self._last_event_at = time.monotonic()  # from now on it owes steps
-        self._sequences[start.request_id] = sequence
+        self._sequences[start.sequence_id] = sequence
         self.outstanding_tokens += tokens
         self._commands.put_nowait(model_pb2.GenerateRequest(start=start))
         return sequence
@@ -223,14 +223,14 @@ class Replica:
                     await self._load_wanted.wait()
 
     def _take(self, event: model_pb2.TokenEvent) -> None:
-        sequence = self._sequences.get(event.request_id)
+        sequence = self._sequences.get(event.sequence_id)
         if sequence is None:
-            _log.warning("event of an unknown sequence", upstream=self.target, id=event.request_id)
+            _log.warning("event of an unknown sequence", upstream=self.target, id=event.sequence_id)
             return
         made = sequence.unreported_tokens + len(event.ids)
         sequence.unreported_tokens = 0
         if event.finish_reason or event.HasField("error"):
-            del self._sequences[event.request_id]
+            del self._sequences[event.sequence_id]
             made = sequence.outstanding_tokens
         sequence.outstanding_tokens -= made
         self.outstanding_tokens -= made
@@ -251,7 +251,7 @@ class Replica:
             message="the model replica was lost while it made the answer",
         )
         for sequence in lost.values():
-            sequence.deliver(model_pb2.TokenEvent(request_id=sequence.request_id, error=error))
+            sequence.deliver(model_pb2.TokenEvent(sequence_id=sequence.sequence_id, error=error))
 
 
 def _indexed_blocks(load: model_pb2.GetLoadResponse) -> int:

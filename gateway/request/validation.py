@@ -27,7 +27,7 @@ from serving.request_rules import (
 )
 from serving.security.caller import CallerLimits
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+STREAM_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 
 # What absent fields mean; `max_gen_len` has a default too, which depends on the context length.
@@ -181,18 +181,18 @@ def render_violations(
     return [*of_dialog, *_context_policy_violations(request.context_policy)]
 
 
-def request_id_violations(request_id: str) -> list[Violation]:
+def stream_name_violations(stream_name: str) -> list[Violation]:
     """The rule that the name of a stream breaks, if it does."""
-    if REQUEST_ID.fullmatch(request_id):
+    if STREAM_NAME.fullmatch(stream_name):
         return []
     rule = 'must be 1 to 128 characters of A-Z, a-z, 0-9, ".", "_" and "-"'
-    return [Violation("request_id", rule)]
+    return [Violation("stream_name", rule)]
 
 
 def _name_violations(request: ChatRequest | TextRequest) -> list[Violation]:
     match request:
         case chat_pb2.ChatCompleteStreamRequest() | chat_pb2.TextCompleteStreamRequest():
-            return request_id_violations(request.request_id) if request.request_id else []
+            return stream_name_violations(request.stream_name) if request.stream_name else []
     return []
 
 

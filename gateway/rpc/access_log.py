@@ -84,7 +84,7 @@ class _Asked:
         # With logprobs the prompt's tokens come with the first that the model makes.
         echo = not isinstance(request, ChatRequest) and request.echo and not request.logprobs
         method = request.DESCRIPTOR.name.removesuffix("Request")
-        return cls(method, bool(getattr(request, "request_id", "")), echo)
+        return cls(method, bool(getattr(request, "stream_name", "")), echo)
 
 
 class Accounting:
@@ -156,7 +156,7 @@ class Accounting:
                 "gen_ai.response.finish_reasons": reasons,
             }
         )
-        optional = {"key": key, "client_address": client_address, "resumed": cost.resumed}
+        optional = {"key": key, "client_address": client_address, "failovers": cost.failovers}
         _log.info(
             "request finished",
             method=method,
@@ -168,7 +168,7 @@ class Accounting:
             cached_prompt_tokens=cost.cached_prompt_tokens,
             completion_tokens=cost.completion_tokens,
             **{name: round(seconds, 6) for name, seconds in cost.seconds.items()},
-            total=round(total, 6),
+            total_time=round(total, 6),
         )
 
     def _count(
@@ -196,7 +196,7 @@ class _Cost:
     completion_tokens: int
     finish_reasons: Counter[str]
     seconds: dict[str, float]
-    resumed: int
+    failovers: int
 
 
 def _cost(account: Account) -> _Cost:
@@ -204,16 +204,16 @@ def _cost(account: Account) -> _Cost:
     finished = [answer.finished for answer in answers if answer.finished is not None]
     seconds: dict[str, float] = defaultdict(float)
     for usage in (each.usage for each in finished):
-        for name in ("queued", "prefill", "decode"):
+        for name in ("queue_time", "prefill_time", "decode_time"):
             seconds[name] = max(seconds[name], _seconds(usage, name))
-        seconds["compute"] += _seconds(usage, "compute")
+        seconds["compute_time"] += _seconds(usage, "compute_time")
     return _Cost(
         prompt_tokens=sum(answer.prompt_tokens for answer in answers),
         cached_prompt_tokens=sum(each.usage.cached_prompt_tokens for each in finished),
         completion_tokens=sum(answer.completion_tokens for answer in answers),
         finish_reasons=Counter(_name(each.reason) for each in finished),
         seconds=dict(seconds),
-        resumed=sum(each.resumed for each in finished),
+        failovers=sum(each.resumed for each in finished),
     )
 
 

@@ -1,143 +1,64 @@
-"""What the gateway made, as messages of the public contract. Chat and text messages differ in names
-alone, but clients read those names: both are written out.
-"""
+"""Messages of the public contract, made from what the gateway generated."""
 
 from gateway.generation.answer import Delta
 from gateway.generation.completion import Event, Finished, Place, Prediction, Started
 from gateway.request.validation import SAMPLING_DEFAULTS, RequestLimits, default_max_gen_len
 from gateway.settings import GatewaySettings
-from llama.v1 import model_pb2
-from llama.v1.chat_pb2 import (
-    ROLE_ASSISTANT,
-    ChatCompleteStreamResponse,
-    ChatDelta,
-    ChatFinished,
-    ChatPrediction,
-    ChatStarted,
-    GetModelResponse,
-    Limits,
-    Message,
-    ResumeStreamResponse,
-    TextCompleteStreamResponse,
-    TextDelta,
-    TextFinished,
-    TextPrediction,
-    TextStarted,
-)
+from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import SamplingParams
 from serving.request_rules import MAX_TOP_LOGPROBS
 
 
-def chat_event(sequence: int, place: Place, event: Event) -> ChatCompleteStreamResponse:
-    """The event of the answer at `place`, `sequence`-th of its stream."""
-    response = ChatCompleteStreamResponse(sequence=sequence)
+def stream_event(event_number: int, place: Place, event: Event) -> chat_pb2.StreamEvent:
+    """An event of the answer at `place`, as the stream's event of this number."""
+    response = chat_pb2.StreamEvent(event_number=event_number)
     match event:
         case Started():
-            started = ChatStarted(
-                dialog_index=place.index,
+            started = chat_pb2.Started(
+                index=place.index,
                 choice_index=place.choice,
-                usage=event.usage,
+                prompt_tokens=event.usage.prompt_tokens,
                 seed=event.seed,
-                fingerprint=event.fingerprint,
-                determinism=event.determinism,
                 dropped_turns=event.dropped_turns,
-            )
-            response.started.CopyFrom(started)
-        case Delta():
-            delta = ChatDelta(
-                dialog_index=place.index,
-                choice_index=place.choice,
-                text=event.text,
-                tokens=event.tokens,
-            )
-            response.delta.CopyFrom(delta)
-        case Finished():
-            finished = ChatFinished(
-                dialog_index=place.index,
-                choice_index=place.choice,
-                finish_reason=event.reason,
-                usage=event.usage,
-                resumed=event.resumed,
-                safety_categories=event.safety_categories,
-            )
-            response.finished.CopyFrom(finished)
-    return response
-
-
-def text_event(sequence: int, place: Place, event: Event) -> TextCompleteStreamResponse:
-    """The event of the answer at `place`, `sequence`-th of its stream."""
-    response = TextCompleteStreamResponse(sequence=sequence)
-    match event:
-        case Started():
-            started = TextStarted(
-                prompt_index=place.index,
-                choice_index=place.choice,
-                usage=event.usage,
-                seed=event.seed,
                 fingerprint=event.fingerprint,
                 determinism=event.determinism,
             )
             response.started.CopyFrom(started)
         case Delta():
-            delta = TextDelta(
-                prompt_index=place.index,
+            delta = chat_pb2.Delta(
+                index=place.index,
                 choice_index=place.choice,
                 text=event.text,
                 tokens=event.tokens,
             )
             response.delta.CopyFrom(delta)
         case Finished():
-            finished = TextFinished(
-                prompt_index=place.index,
+            finished = chat_pb2.Finished(
+                index=place.index,
                 choice_index=place.choice,
                 finish_reason=event.reason,
-                usage=event.usage,
-                resumed=event.resumed,
                 safety_categories=event.safety_categories,
+                usage=event.usage,
+                failovers=event.resumed,
             )
             response.finished.CopyFrom(finished)
     return response
 
 
-def resumed_event(
-    event: ChatCompleteStreamResponse | TextCompleteStreamResponse,
-) -> ResumeStreamResponse:
-    """An event as ResumeStream tells it."""
-    match event:
-        case ChatCompleteStreamResponse():
-            return ResumeStreamResponse(chat=event)
-        case TextCompleteStreamResponse():
-            return ResumeStreamResponse(text=event)
-
-
-def chat_prediction(prediction: Prediction) -> ChatPrediction:
-    """All but the tokens."""
-    return ChatPrediction(
+def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
+    """A prediction without its tokens."""
+    return chat_pb2.Prediction(
+        index=prediction.place.index,
         choice_index=prediction.place.choice,
-        generation=Message(role=ROLE_ASSISTANT, content=prediction.text),
+        text=prediction.text,
         finish_reason=prediction.finished.reason,
-        usage=prediction.finished.usage,
-        resumed=prediction.finished.resumed,
         safety_categories=prediction.finished.safety_categories,
+        usage=prediction.finished.usage,
         seed=prediction.started.seed,
-        fingerprint=prediction.started.fingerprint,
-        determinism=prediction.started.determinism,
         dropped_turns=prediction.started.dropped_turns,
-    )
-
-
-def text_prediction(prediction: Prediction) -> TextPrediction:
-    """All but the tokens."""
-    return TextPrediction(
-        choice_index=prediction.place.choice,
-        generation=prediction.text,
-        finish_reason=prediction.finished.reason,
-        usage=prediction.finished.usage,
-        resumed=prediction.finished.resumed,
-        safety_categories=prediction.finished.safety_categories,
-        seed=prediction.started.seed,
         fingerprint=prediction.started.fingerprint,
         determinism=prediction.started.determinism,
+        failovers=prediction.finished.resumed,
     )
 
 
@@ -146,11 +67,11 @@ def model_response(
     replicas: int,
     limits: RequestLimits,
     settings: GatewaySettings,
-) -> GetModelResponse:
-    """What `replicas` healthy replicas serve to a caller with these limits."""
+) -> chat_pb2.GetModelResponse:
+    """The model that `replicas` ready replicas serve, for a caller with these limits."""
     defaults = SamplingParams(max_gen_len=default_max_gen_len(info.context_length))
     defaults.MergeFrom(SAMPLING_DEFAULTS)
-    return GetModelResponse(
+    return chat_pb2.GetModelResponse(
         name=info.name,
         context_length=info.context_length,
         vocab_size=info.vocab_size,
@@ -161,13 +82,13 @@ def model_response(
         quantization=info.quantization,
         fingerprint=info.fingerprint,
         determinism=info.determinism,
-        limits=Limits(
+        limits=chat_pb2.Limits(
             max_dialogs=limits.max_dialogs,
             max_messages=limits.max_messages,
-            max_request_bytes=settings.max_request_bytes,
-            max_queued_sequences=limits.max_sequences,
-            max_top_logprobs=MAX_TOP_LOGPROBS,
             max_choices=limits.max_choices,
+            max_top_logprobs=MAX_TOP_LOGPROBS,
+            max_sequences=limits.max_sequences,
+            max_request_bytes=settings.max_request_bytes,
             max_response_bytes=settings.max_response_bytes,
         ),
         sampling_defaults=defaults,

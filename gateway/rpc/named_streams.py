@@ -9,13 +9,12 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
 
 import grpc
 import structlog
 
 from gateway.rpc.ended_streams import EndedStreams, StreamKey
-from llama.v1 import chat_pb2
+from llama.v1.chat_pb2 import StreamEvent
 from serving.errors import RequestError, clear_frames, unavailable
 from serving.security import caller
 
@@ -25,11 +24,6 @@ EVENT_OVERHEAD = 48
 # What it costs to keep a stream that has ended, beyond its events. Its objects take 4 KB, and the
 # call's context, with what logs and traces say of it, some more.
 STREAM_OVERHEAD = 8 * 1024
-
-StreamResponse = chat_pb2.ChatCompleteStreamResponse | chat_pb2.TextCompleteStreamResponse
-ResponseT = TypeVar(
-    "ResponseT", chat_pb2.ChatCompleteStreamResponse, chat_pb2.TextCompleteStreamResponse
-)
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -48,7 +42,7 @@ class NamedStreams:
 
     def __init__(self, limits: StreamLimits) -> None:
         self._limits = limits
-        self._streams: dict[StreamKey, _Stream[Any]] = {}
+        self._streams: dict[StreamKey, _Stream] = {}
         self._ended = EndedStreams(limits.ended_bytes)
         self._draining = False
 
@@ -58,8 +52,8 @@ class NamedStreams:
         return sum(stream.runs_unread for stream in [*self._streams.values()])
 
     def open(
-        self, name: str, events: AsyncGenerator[ResponseT, None], within: float | None
-    ) -> AsyncGenerator[ResponseT, None]:
+        self, name: str, events: AsyncGenerator[StreamEvent, None], within: float | None
+    ) -> AsyncGenerator[StreamEvent, None]:
         """Begins a stream of the current caller, and reads it.
 
         `within` bounds the seconds until its first event; after that it knows no deadline.
@@ -70,16 +64,16 @@ class NamedStreams:
         if key in self._streams:
             raise RequestError(
                 grpc.StatusCode.ALREADY_EXISTS,
-                f"there is a stream with the request_id {name!r}: go on with it by ResumeStream, "
+                f"there is a stream with the stream_name {name!r}: continue it by ResumeStream, "
                 "or name this one differently",
             )
-        give_up: Callable[[_Stream[ResponseT]], None] = partial(self._give_up, key)
+        give_up: Callable[[_Stream], None] = partial(self._give_up, key)
         stream = _Stream(events, within, self._limits, give_up)
         self._streams[key] = stream
         stream.task.add_done_callback(lambda _task: self._keep_ended(key, stream))
         return stream.read(0)
 
-    def resume(self, name: str, after: int) -> AsyncGenerator[StreamResponse, None]:
+    def resume(self, name: str, after: int) -> AsyncGenerator[StreamEvent, None]:
         """Reads a stream of the current caller from the event behind number `after` on."""
         return self._find(_key(name)).read(after)
 
@@ -107,23 +101,23 @@ class NamedStreams:
         if tasks:
             await asyncio.wait(tasks)
 
-    def _find(self, key: StreamKey) -> "_Stream[Any]":
+    def _find(self, key: StreamKey) -> "_Stream":
         if key not in self._streams:
             raise RequestError(
                 grpc.StatusCode.NOT_FOUND,
-                f"there is no stream with the request_id {key[1]!r}: it was never begun here, was "
+                f"there is no stream with the stream_name {key[1]!r}: it was never begun here, was "
                 f"cancelled, or had no reader for {self._limits.grace:g} seconds",
             )
         return self._streams[key]
 
-    def _give_up(self, key: StreamKey, stream: "_Stream[Any]") -> None:
+    def _give_up(self, key: StreamKey, stream: "_Stream") -> None:
         if self._streams.get(key) is not stream:  # another one may have the name by now
             return
         if not stream.ended:
             _log.info("stream given up", stream=key[1], events=stream.last)
         self._forget(key)
 
-    def _keep_ended(self, key: StreamKey, stream: "_Stream[Any]") -> None:
+    def _keep_ended(self, key: StreamKey, stream: "_Stream") -> None:
         if self._streams.get(key) is not stream:
             return
         if stream.last == 0:  # refused: the name is free for another try
@@ -137,7 +131,7 @@ class NamedStreams:
         self._streams.pop(key).stop()
 
 
-class _Stream(Generic[ResponseT]):
+class _Stream:
     """One stream: the task that makes it, the last events, and at most one reader.
 
     The oldest events go when the buffer is full. Those that the reader has yet to read do not: the
@@ -146,19 +140,19 @@ class _Stream(Generic[ResponseT]):
 
     def __init__(
         self,
-        events: AsyncGenerator[ResponseT, None],
+        events: AsyncGenerator[StreamEvent, None],
         within: float | None,
         limits: StreamLimits,
-        give_up: "Callable[[_Stream[ResponseT]], None]",
+        give_up: "Callable[[_Stream], None]",
     ) -> None:
         self.ended = False
         self.kept_bytes = 0
         self._kept: deque[bytes] = deque()
-        self._newest: ResponseT | None = None  # the last event made, for a reader that keeps up
+        self._newest: StreamEvent | None = None  # the last event made, for a reader that keeps up
         self._dropped = 0  # events that were kept once
         self._failure: BaseException | None = None
         self._limits = limits
-        self._give_up: Callable[[_Stream[ResponseT]], None] = give_up
+        self._give_up: Callable[[_Stream], None] = give_up
         self._reader: asyncio.Event | None = None  # set when there is news for it
         self._position = 0  # the last event that the reader has taken
         self._read = asyncio.Event()
@@ -176,18 +170,18 @@ class _Stream(Generic[ResponseT]):
     def runs_unread(self) -> bool:
         return self._reader is None and not self.ended
 
-    def read(self, after: int) -> AsyncGenerator[ResponseT, None]:
+    def read(self, after: int) -> AsyncGenerator[StreamEvent, None]:
         """The events behind number `after`, as they come; whoever read until now is turned away."""
         if after < self._dropped:
             raise RequestError(
                 grpc.StatusCode.OUT_OF_RANGE,
-                f"after_sequence: the events up to {self._dropped} are no longer kept, "
+                f"after_event_number: the events up to {self._dropped} are no longer kept, "
                 f"and those after {after} were asked for",
             )
         if after > self.last:
             raise RequestError(
                 grpc.StatusCode.OUT_OF_RANGE,
-                f"after_sequence: must be at most {self.last}, the last event made, not {after}",
+                f"after_event_number: must be at most {self.last}, the last event, not {after}",
             )
         return self._reading(after)
 
@@ -196,7 +190,7 @@ class _Stream(Generic[ResponseT]):
         self._expiry.cancel()
         self.task.cancel()
 
-    async def _reading(self, after: int) -> AsyncGenerator[ResponseT, None]:
+    async def _reading(self, after: int) -> AsyncGenerator[StreamEvent, None]:
         news = self._take_over(after)
         try:
             while self._reader is news:
@@ -219,10 +213,10 @@ class _Stream(Generic[ResponseT]):
                 self._read.set()
                 self._expiry = self._expire_later()
 
-    def _next_event(self, newest: ResponseT) -> ResponseT:
+    def _next_event(self, newest: StreamEvent) -> StreamEvent:
         if self._position + 1 == self.last:
             return newest
-        return type(newest).FromString(self._kept[self._position - self._dropped])
+        return StreamEvent.FromString(self._kept[self._position - self._dropped])
 
     def _take_over(self, after: int) -> asyncio.Event:
         self._expiry.cancel()
@@ -235,7 +229,7 @@ class _Stream(Generic[ResponseT]):
     def _expire_later(self) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._limits.grace, self._give_up, self)
 
-    async def _make(self, events: AsyncGenerator[ResponseT, None], within: float | None) -> None:
+    async def _make(self, events: AsyncGenerator[StreamEvent, None], within: float | None) -> None:
         async with aclosing(events):
             try:
                 async with asyncio.timeout(within):
@@ -247,7 +241,7 @@ class _Stream(Generic[ResponseT]):
             async for response in events:
                 await self._keep(response)
 
-    async def _keep(self, response: ResponseT) -> None:
+    async def _keep(self, response: StreamEvent) -> None:
         serialized = response.SerializeToString()
         self._kept.append(serialized)
         self._newest = response

@@ -59,7 +59,7 @@ def _replica_status(replica: Replica) -> operator_pb2.ReplicaStatus:
         info=replica.info,
         load=replica.load,
         load_age=None if age is None else _duration(age),
-        sequences=replica.sequences,
+        running_sequences=replica.sequences,
         outstanding_tokens=replica.outstanding_tokens,
     )
 

@@ -80,8 +80,7 @@ async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
             case Delta():
                 texts[place].append(event.text)
                 if event.tokens:
-                    # The field has the same number in both kinds of prediction.
-                    part = chat_pb2.ChatPrediction(tokens=event.tokens)
+                    part = chat_pb2.Prediction(tokens=event.tokens)
                     tokens[place].append(part.SerializeToString())
             case Finished():
                 finished[place] = event
@@ -91,9 +90,7 @@ async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
     ]
 
 
-async def add_tokens(
-    message: chat_pb2.ChatPrediction | chat_pb2.TextPrediction, prediction: Prediction
-) -> None:
+async def add_tokens(message: chat_pb2.Prediction, prediction: Prediction) -> None:
     """Puts a prediction's tokens into its message, in steps between which others run."""
     time_slice = TimeSlice()
     for part in prediction.tokens:

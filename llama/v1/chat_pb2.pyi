@@ -37,7 +37,7 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     """The model."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
-    """Who wrote a message."""
+    """The author of a message."""
 
 ROLE_UNSPECIFIED: Role.ValueType  # 0
 """Not allowed in a request."""
@@ -88,9 +88,9 @@ class Message(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
-    """Who wrote it."""
+    """Its author."""
     content: _builtins.str
-    """Its text, any valid unicode. White space at both ends is stripped when the prompt is rendered."""
+    """Its text, any valid Unicode. White space at both ends is stripped when the prompt is rendered."""
     def __init__(
         self,
         *,
@@ -130,250 +130,6 @@ class Dialog(_message.Message):
 Global___Dialog: _TypeAlias = Dialog  # noqa: Y015
 
 @_typing.final
-class Token(_message.Message):
-    """One token of an answer (or, with echo, of a prompt)."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    BYTES_FIELD_NUMBER: _builtins.int
-    LOGPROB_FIELD_NUMBER: _builtins.int
-    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
-    id: _builtins.int
-    """Token id."""
-    text: _builtins.str
-    """The token's text as the tokenizer decodes it alone (Meta's per-token decode)."""
-    bytes: _builtins.bytes
-    """The token's bytes, exact where `text` is not (a byte of a longer character)."""
-    logprob: _builtins.float
-    """Natural logarithm of its probability under the raw distribution, given all tokens before it."""
-    @_builtins.property
-    def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TopLogprob]:
-        """The most probable tokens at this position, best first; only with `top_logprobs`."""
-
-    def __init__(
-        self,
-        *,
-        id: _builtins.int = ...,
-        text: _builtins.str = ...,
-        bytes: _builtins.bytes = ...,
-        logprob: _builtins.float = ...,
-        top_logprobs: _abc.Iterable[_sampling_pb2.TopLogprob] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "logprob", b"logprob", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Token: _TypeAlias = Token  # noqa: Y015
-
-@_typing.final
-class Usage(_message.Message):
-    """What a prediction cost."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
-    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
-    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
-    QUEUED_FIELD_NUMBER: _builtins.int
-    PREFILL_FIELD_NUMBER: _builtins.int
-    DECODE_FIELD_NUMBER: _builtins.int
-    TOTAL_FIELD_NUMBER: _builtins.int
-    COMPUTE_FIELD_NUMBER: _builtins.int
-    prompt_tokens: _builtins.int
-    """Tokens of the rendered prompt."""
-    cached_prompt_tokens: _builtins.int
-    """Of these, tokens whose keys and values were already in the cache."""
-    completion_tokens: _builtins.int
-    """Tokens generated, the end-of-sequence token not counted."""
-    @_builtins.property
-    def queued(self) -> _duration_pb2.Duration:
-        """Time spent waiting: at the gateway for its turn, then at the model service for its first step."""
-
-    @_builtins.property
-    def prefill(self) -> _duration_pb2.Duration:
-        """Time from the first step to the first generated token."""
-
-    @_builtins.property
-    def decode(self) -> _duration_pb2.Duration:
-        """Time from the first generated token to the last."""
-
-    @_builtins.property
-    def total(self) -> _duration_pb2.Duration:
-        """Time from arrival at the gateway to the end of the answer."""
-
-    @_builtins.property
-    def compute(self) -> _duration_pb2.Duration:
-        """This request's share of model time: each step's time, split over the tokens it computed. What lost
-        replicas spent on it is not known.
-        """
-
-    def __init__(
-        self,
-        *,
-        prompt_tokens: _builtins.int = ...,
-        cached_prompt_tokens: _builtins.int = ...,
-        completion_tokens: _builtins.int = ...,
-        queued: _duration_pb2.Duration | None = ...,
-        prefill: _duration_pb2.Duration | None = ...,
-        decode: _duration_pb2.Duration | None = ...,
-        total: _duration_pb2.Duration | None = ...,
-        compute: _duration_pb2.Duration | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "decode", b"decode", "prefill", b"prefill", "queued", b"queued", "total", b"total"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "compute", b"compute", "decode", b"decode", "prefill", b"prefill", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "total", b"total"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Usage: _TypeAlias = Usage  # noqa: Y015
-
-@_typing.final
-class ChatPrediction(_message.Message):
-    """One answer to one dialog."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    GENERATION_FIELD_NUMBER: _builtins.int
-    TOKENS_FIELD_NUMBER: _builtins.int
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
-    USAGE_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    FINGERPRINT_FIELD_NUMBER: _builtins.int
-    DROPPED_TURNS_FIELD_NUMBER: _builtins.int
-    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
-    RESUMED_FIELD_NUMBER: _builtins.int
-    SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
-    DETERMINISM_FIELD_NUMBER: _builtins.int
-    finish_reason: _sampling_pb2.FinishReason.ValueType
-    """Why it ended."""
-    seed: _builtins.int
-    """The seed that its tokens were drawn with."""
-    fingerprint: _builtins.str
-    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with `seed` to be
-    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
-    """
-    dropped_turns: _builtins.int
-    """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
-    choice_index: _builtins.int
-    """Which of the dialog's `n` answers, from 0."""
-    resumed: _builtins.int
-    """How often it went on at another replica, because the one that made it was lost. With
-    DETERMINISM_BATCH_INVARIANT its tokens are the same as without.
-    """
-    determinism: _sampling_pb2.Determinism.ValueType
-    """What a replay of it may depend on."""
-    @_builtins.property
-    def generation(self) -> Global___Message:
-        """The answer, with ROLE_ASSISTANT."""
-
-    @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """The answer's tokens; only with `logprobs`."""
-
-    @_builtins.property
-    def usage(self) -> Global___Usage:
-        """What it cost."""
-
-    @_builtins.property
-    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """With FINISH_REASON_SAFETY: what the classifier found."""
-
-    def __init__(
-        self,
-        *,
-        generation: Global___Message | None = ...,
-        tokens: _abc.Iterable[Global___Token] | None = ...,
-        finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
-        usage: Global___Usage | None = ...,
-        seed: _builtins.int = ...,
-        fingerprint: _builtins.str = ...,
-        dropped_turns: _builtins.int = ...,
-        choice_index: _builtins.int = ...,
-        resumed: _builtins.int = ...,
-        safety_categories: _abc.Iterable[_builtins.str] | None = ...,
-        determinism: _sampling_pb2.Determinism.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "usage", b"usage"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "resumed", b"resumed", "safety_categories", b"safety_categories", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ChatPrediction: _TypeAlias = ChatPrediction  # noqa: Y015
-
-@_typing.final
-class TextPrediction(_message.Message):
-    """One continuation of one text."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    GENERATION_FIELD_NUMBER: _builtins.int
-    TOKENS_FIELD_NUMBER: _builtins.int
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
-    USAGE_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    FINGERPRINT_FIELD_NUMBER: _builtins.int
-    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
-    RESUMED_FIELD_NUMBER: _builtins.int
-    SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
-    DETERMINISM_FIELD_NUMBER: _builtins.int
-    generation: _builtins.str
-    """The text made; with `echo`, prompt included."""
-    finish_reason: _sampling_pb2.FinishReason.ValueType
-    """Why it ended."""
-    seed: _builtins.int
-    """The seed that its tokens were drawn with."""
-    fingerprint: _builtins.str
-    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with `seed` to be
-    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
-    """
-    choice_index: _builtins.int
-    """Which of the prompt's `n` continuations, from 0."""
-    resumed: _builtins.int
-    """How often it went on at another replica, because the one that made it was lost. With
-    DETERMINISM_BATCH_INVARIANT its tokens are the same as without.
-    """
-    determinism: _sampling_pb2.Determinism.ValueType
-    """What a replay of it may depend on."""
-    @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """Its tokens; only with `logprobs`; with `echo`, prompt included."""
-
-    @_builtins.property
-    def usage(self) -> Global___Usage:
-        """What it cost."""
-
-    @_builtins.property
-    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """With FINISH_REASON_SAFETY: what the classifier found."""
-
-    def __init__(
-        self,
-        *,
-        generation: _builtins.str = ...,
-        tokens: _abc.Iterable[Global___Token] | None = ...,
-        finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
-        usage: Global___Usage | None = ...,
-        seed: _builtins.int = ...,
-        fingerprint: _builtins.str = ...,
-        choice_index: _builtins.int = ...,
-        resumed: _builtins.int = ...,
-        safety_categories: _abc.Iterable[_builtins.str] | None = ...,
-        determinism: _sampling_pb2.Determinism.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "generation", b"generation", "resumed", b"resumed", "safety_categories", b"safety_categories", "seed", b"seed", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TextPrediction: _TypeAlias = TextPrediction  # noqa: Y015
-
-@_typing.final
 class ChatCompleteRequest(_message.Message):
     """Dialogs to answer."""
 
@@ -381,28 +137,30 @@ class ChatCompleteRequest(_message.Message):
 
     DIALOGS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
-    N_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
-    logprobs: _builtins.bool
-    """Report the answer's tokens with their logprobs."""
-    top_logprobs: _builtins.int
-    """How many of the most probable tokens to report at each position, 0 to 20; needs `logprobs`."""
-    context_policy: Global___ContextPolicy.ValueType
-    """What to do with a dialog that is too long."""
     n: _builtins.int
     """Answers to each dialog, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the work
     of the prompt. Answer i draws with seed + i (modulo 2^64).
     """
+    logprobs: _builtins.bool
+    """Report the answers' tokens with their logprobs."""
+    top_logprobs: _builtins.int
+    """How many of the most probable tokens to report at each position, 0 to
+    GetModelResponse.limits.max_top_logprobs; needs `logprobs`.
+    """
+    context_policy: Global___ContextPolicy.ValueType
+    """What to do with a dialog that is too long."""
     priority: _builtins.int
-    """Higher goes first when requests wait; equal ones go in turn by caller. Range -100 to 100, and at
-    most what the caller's key allows; default 0.
+    """When requests wait, those of higher priority go first; those of equal priority take turns by caller.
+    Range -100 to 100, and at most what the caller's key allows; default 0.
     """
     @_builtins.property
     def dialogs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dialog]:
-        """At least one; the most is GetModelResponse.limits.max_dialogs."""
+        """At least one, at most GetModelResponse.limits.max_dialogs."""
 
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams:
@@ -413,24 +171,19 @@ class ChatCompleteRequest(_message.Message):
         *,
         dialogs: _abc.Iterable[Global___Dialog] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
+        n: _builtins.int | None = ...,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
-        n: _builtins.int | None = ...,
-        priority: _builtins.int | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
-    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
-    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___ChatCompleteRequest: _TypeAlias = ChatCompleteRequest  # noqa: Y015
 
@@ -442,13 +195,13 @@ class ChatCompleteResponse(_message.Message):
 
     PREDICTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatPrediction]:
+    def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]:
         """`n` predictions per dialog, those of the first dialog first."""
 
     def __init__(
         self,
         *,
-        predictions: _abc.Iterable[Global___ChatPrediction] | None = ...,
+        predictions: _abc.Iterable[Global___Prediction] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -466,36 +219,38 @@ class ChatCompleteStreamRequest(_message.Message):
 
     DIALOGS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     CONTEXT_POLICY_FIELD_NUMBER: _builtins.int
-    N_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    logprobs: _builtins.bool
-    """Report the answer's tokens with their logprobs."""
-    top_logprobs: _builtins.int
-    """How many of the most probable tokens to report at each position, 0 to 20; needs `logprobs`."""
-    context_policy: Global___ContextPolicy.ValueType
-    """What to do with a dialog that is too long."""
+    STREAM_NAME_FIELD_NUMBER: _builtins.int
     n: _builtins.int
     """Answers to each dialog, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the work
     of the prompt. Answer i draws with seed + i (modulo 2^64).
     """
-    priority: _builtins.int
-    """Higher goes first when requests wait; equal ones go in turn by caller. Range -100 to 100, and at
-    most what the caller's key allows; default 0.
+    logprobs: _builtins.bool
+    """Report the answers' tokens with their logprobs."""
+    top_logprobs: _builtins.int
+    """How many of the most probable tokens to report at each position, 0 to
+    GetModelResponse.limits.max_top_logprobs; needs `logprobs`.
     """
-    request_id: _builtins.str
-    """Names the stream, so that ResumeStream and Cancel can find it: 1 to 128 of A-Z, a-z, 0-9, ".", "_"
-    and "-", best a random UUID (AIP-155). Named, it runs on for a grace time when its connection
-    breaks, and the call's deadline holds until its first event alone. ALREADY_EXISTS while the caller
-    has another stream of this name, running or ended. Absent: a broken connection or a passed deadline
-    cancels it.
+    context_policy: Global___ContextPolicy.ValueType
+    """What to do with a dialog that is too long."""
+    priority: _builtins.int
+    """When requests wait, those of higher priority go first; those of equal priority take turns by caller.
+    Range -100 to 100, and at most what the caller's key allows; default 0.
+    """
+    stream_name: _builtins.str
+    """Names the stream, so that ResumeStream and CancelStream can find it: 1 to 128 of A-Z, a-z, 0-9, ".",
+    "_" and "-", best a random UUID (AIP-155). A named stream runs on for a grace time when its
+    connection breaks, and the call's deadline applies only until its first event. ALREADY_EXISTS while
+    the caller has another stream of this name, running or ended. Empty: the stream has no name, and a
+    broken connection or a passed deadline cancels it.
     """
     @_builtins.property
     def dialogs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dialog]:
-        """At least one; the most is GetModelResponse.limits.max_dialogs."""
+        """At least one, at most GetModelResponse.limits.max_dialogs."""
 
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams:
@@ -506,203 +261,46 @@ class ChatCompleteStreamRequest(_message.Message):
         *,
         dialogs: _abc.Iterable[Global___Dialog] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
+        n: _builtins.int | None = ...,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
         context_policy: Global___ContextPolicy.ValueType = ...,
-        n: _builtins.int | None = ...,
-        priority: _builtins.int | None = ...,
-        request_id: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        stream_name: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "context_policy", b"context_policy", "dialogs", b"dialogs", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "sampling", b"sampling", "stream_name", b"stream_name", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
-    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
-    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___ChatCompleteStreamRequest: _TypeAlias = ChatCompleteStreamRequest  # noqa: Y015
 
 @_typing.final
 class ChatCompleteStreamResponse(_message.Message):
-    """One event of a chat stream."""
+    """The next event of a chat stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SEQUENCE_FIELD_NUMBER: _builtins.int
-    STARTED_FIELD_NUMBER: _builtins.int
-    DELTA_FIELD_NUMBER: _builtins.int
-    FINISHED_FIELD_NUMBER: _builtins.int
-    sequence: _builtins.int
-    """1, 2, 3 … within the stream; a gap means a lost event."""
+    EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def started(self) -> Global___ChatStarted:
-        """An answer to a dialog was begun; comes once, before its first delta."""
-
-    @_builtins.property
-    def delta(self) -> Global___ChatDelta:
-        """More of the answer."""
-
-    @_builtins.property
-    def finished(self) -> Global___ChatFinished:
-        """The answer is complete; comes once, as its last event."""
+    def event(self) -> Global___StreamEvent:
+        """The event."""
 
     def __init__(
         self,
         *,
-        sequence: _builtins.int = ...,
-        started: Global___ChatStarted | None = ...,
-        delta: Global___ChatDelta | None = ...,
-        finished: Global___ChatFinished | None = ...,
+        event: Global___StreamEvent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "sequence", b"sequence", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
-    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChatCompleteStreamResponse: _TypeAlias = ChatCompleteStreamResponse  # noqa: Y015
-
-@_typing.final
-class ChatStarted(_message.Message):
-    """An answer was begun."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DIALOG_INDEX_FIELD_NUMBER: _builtins.int
-    USAGE_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    FINGERPRINT_FIELD_NUMBER: _builtins.int
-    DROPPED_TURNS_FIELD_NUMBER: _builtins.int
-    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
-    DETERMINISM_FIELD_NUMBER: _builtins.int
-    dialog_index: _builtins.int
-    """Which dialog of the request."""
-    seed: _builtins.int
-    """The seed that its tokens were drawn with."""
-    fingerprint: _builtins.str
-    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with `seed` to be
-    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
-    """
-    dropped_turns: _builtins.int
-    """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
-    choice_index: _builtins.int
-    """Which of the dialog's `n` answers, from 0."""
-    determinism: _sampling_pb2.Determinism.ValueType
-    """What a replay of it may depend on."""
-    @_builtins.property
-    def usage(self) -> Global___Usage:
-        """Its prompt tokens; other fields are zero until the end."""
-
-    def __init__(
-        self,
-        *,
-        dialog_index: _builtins.int = ...,
-        usage: Global___Usage | None = ...,
-        seed: _builtins.int = ...,
-        fingerprint: _builtins.str = ...,
-        dropped_turns: _builtins.int = ...,
-        choice_index: _builtins.int = ...,
-        determinism: _sampling_pb2.Determinism.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dialog_index", b"dialog_index", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ChatStarted: _TypeAlias = ChatStarted  # noqa: Y015
-
-@_typing.final
-class ChatDelta(_message.Message):
-    """More of an answer."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DIALOG_INDEX_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    TOKENS_FIELD_NUMBER: _builtins.int
-    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
-    dialog_index: _builtins.int
-    """Which dialog of the request."""
-    text: _builtins.str
-    """Whole characters only; joined, the deltas are byte for byte the answer of ChatComplete."""
-    choice_index: _builtins.int
-    """Which of the dialog's `n` answers, from 0."""
-    @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """The tokens since the last delta; only with `logprobs`."""
-
-    def __init__(
-        self,
-        *,
-        dialog_index: _builtins.int = ...,
-        text: _builtins.str = ...,
-        tokens: _abc.Iterable[Global___Token] | None = ...,
-        choice_index: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dialog_index", b"dialog_index", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ChatDelta: _TypeAlias = ChatDelta  # noqa: Y015
-
-@_typing.final
-class ChatFinished(_message.Message):
-    """An answer is complete."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DIALOG_INDEX_FIELD_NUMBER: _builtins.int
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
-    USAGE_FIELD_NUMBER: _builtins.int
-    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
-    RESUMED_FIELD_NUMBER: _builtins.int
-    SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
-    dialog_index: _builtins.int
-    """Which dialog of the request."""
-    finish_reason: _sampling_pb2.FinishReason.ValueType
-    """Why it ended."""
-    choice_index: _builtins.int
-    """Which of the dialog's `n` answers, from 0."""
-    resumed: _builtins.int
-    """How often it went on at another replica, because the one that made it was lost. With
-    DETERMINISM_BATCH_INVARIANT its tokens are the same as without.
-    """
-    @_builtins.property
-    def usage(self) -> Global___Usage:
-        """What it cost."""
-
-    @_builtins.property
-    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """With FINISH_REASON_SAFETY: what the classifier found."""
-
-    def __init__(
-        self,
-        *,
-        dialog_index: _builtins.int = ...,
-        finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
-        usage: Global___Usage | None = ...,
-        choice_index: _builtins.int = ...,
-        resumed: _builtins.int = ...,
-        safety_categories: _abc.Iterable[_builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "dialog_index", b"dialog_index", "finish_reason", b"finish_reason", "resumed", b"resumed", "safety_categories", b"safety_categories", "usage", b"usage"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ChatFinished: _TypeAlias = ChatFinished  # noqa: Y015
 
 @_typing.final
 class TextCompleteRequest(_message.Message):
@@ -711,70 +309,69 @@ class TextCompleteRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPTS_FIELD_NUMBER: _builtins.int
+    PROMPT_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
-    PROMPT_IDS_FIELD_NUMBER: _builtins.int
-    N_FIELD_NUMBER: _builtins.int
-    PRIORITY_FIELD_NUMBER: _builtins.int
     EXACT_CONTINUATION_FIELD_NUMBER: _builtins.int
-    logprobs: _builtins.bool
-    """Report tokens with their logprobs."""
-    top_logprobs: _builtins.int
-    """How many of the most probable tokens to report at each position, 0 to 20; needs `logprobs`."""
-    echo: _builtins.bool
-    """Return the prompt in front of the continuation, with `logprobs` also its tokens' (the first is 0)."""
+    PRIORITY_FIELD_NUMBER: _builtins.int
     n: _builtins.int
     """Continuations of each prompt, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the
     work of the prompt. Continuation i draws with seed + i (modulo 2^64).
     """
-    priority: _builtins.int
-    """Higher goes first when requests wait; equal ones go in turn by caller. Range -100 to 100, and at
-    most what the caller's key allows; default 0.
+    logprobs: _builtins.bool
+    """Report tokens with their logprobs."""
+    top_logprobs: _builtins.int
+    """How many of the most probable tokens to report at each position, 0 to
+    GetModelResponse.limits.max_top_logprobs; needs `logprobs`.
+    """
+    echo: _builtins.bool
+    """Return the prompt in front of the continuation. With `logprobs` the prompt's tokens, too, are
+    reported, each with its logprob given those before it; the first has 0.
     """
     exact_continuation: _builtins.bool
     """Return the text exactly as `echo` would show it behind the prompt, so that the prompt and the
-    continuation can be joined. Absent or false: as Meta's code does, the continuation is decoded on its
-    own, and the space in front of its first word is lost.
+    continuation can be joined. False: as in Meta's code, the continuation is decoded on its own, and the
+    space in front of its first word is lost.
+    """
+    priority: _builtins.int
+    """When requests wait, those of higher priority go first; those of equal priority take turns by caller.
+    Range -100 to 100, and at most what the caller's key allows; default 0.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Any valid unicode; BOS is put in front. At least one, at most GetModelResponse.limits.max_dialogs."""
-
-    @_builtins.property
-    def sampling(self) -> _sampling_pb2.SamplingParams:
-        """How to choose tokens, for all prompts."""
+        """Any valid Unicode; BOS is put in front. At least one, at most GetModelResponse.limits.max_dialogs."""
 
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenIds]:
         """Prompts as token ids, taken as they are, BOS included; instead of `prompts`."""
 
+    @_builtins.property
+    def sampling(self) -> _sampling_pb2.SamplingParams:
+        """How to choose tokens, for all prompts."""
+
     def __init__(
         self,
         *,
         prompts: _abc.Iterable[_builtins.str] | None = ...,
+        prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
+        n: _builtins.int | None = ...,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
         echo: _builtins.bool = ...,
-        prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
-        n: _builtins.int | None = ...,
-        priority: _builtins.int | None = ...,
         exact_continuation: _builtins.bool = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
-    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
-    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___TextCompleteRequest: _TypeAlias = TextCompleteRequest  # noqa: Y015
 
@@ -786,13 +383,13 @@ class TextCompleteResponse(_message.Message):
 
     PREDICTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextPrediction]:
+    def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]:
         """`n` predictions per prompt, those of the first prompt first."""
 
     def __init__(
         self,
         *,
-        predictions: _abc.Iterable[Global___TextPrediction] | None = ...,
+        predictions: _abc.Iterable[Global___Prediction] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -809,186 +406,285 @@ class TextCompleteStreamRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPTS_FIELD_NUMBER: _builtins.int
+    PROMPT_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
-    PROMPT_IDS_FIELD_NUMBER: _builtins.int
-    N_FIELD_NUMBER: _builtins.int
-    PRIORITY_FIELD_NUMBER: _builtins.int
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXACT_CONTINUATION_FIELD_NUMBER: _builtins.int
-    logprobs: _builtins.bool
-    """Report tokens with their logprobs."""
-    top_logprobs: _builtins.int
-    """How many of the most probable tokens to report at each position, 0 to 20; needs `logprobs`."""
-    echo: _builtins.bool
-    """Return the prompt in front of the continuation, with `logprobs` also its tokens' (the first is 0)."""
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    STREAM_NAME_FIELD_NUMBER: _builtins.int
     n: _builtins.int
     """Continuations of each prompt, 1 to GetModelResponse.limits.max_choices; absent: 1. They share the
     work of the prompt. Continuation i draws with seed + i (modulo 2^64).
     """
-    priority: _builtins.int
-    """Higher goes first when requests wait; equal ones go in turn by caller. Range -100 to 100, and at
-    most what the caller's key allows; default 0.
+    logprobs: _builtins.bool
+    """Report tokens with their logprobs."""
+    top_logprobs: _builtins.int
+    """How many of the most probable tokens to report at each position, 0 to
+    GetModelResponse.limits.max_top_logprobs; needs `logprobs`.
     """
-    request_id: _builtins.str
-    """Names the stream, so that ResumeStream and Cancel can find it: 1 to 128 of A-Z, a-z, 0-9, ".", "_"
-    and "-", best a random UUID (AIP-155). Named, it runs on for a grace time when its connection
-    breaks, and the call's deadline holds until its first event alone. ALREADY_EXISTS while the caller
-    has another stream of this name, running or ended. Absent: a broken connection or a passed deadline
-    cancels it.
+    echo: _builtins.bool
+    """Return the prompt in front of the continuation. With `logprobs` the prompt's tokens, too, are
+    reported, each with its logprob given those before it; the first has 0.
     """
     exact_continuation: _builtins.bool
     """Return the text exactly as `echo` would show it behind the prompt, so that the prompt and the
-    continuation can be joined. Absent or false: as Meta's code does, the continuation is decoded on its
-    own, and the space in front of its first word is lost.
+    continuation can be joined. False: as in Meta's code, the continuation is decoded on its own, and the
+    space in front of its first word is lost.
+    """
+    priority: _builtins.int
+    """When requests wait, those of higher priority go first; those of equal priority take turns by caller.
+    Range -100 to 100, and at most what the caller's key allows; default 0.
+    """
+    stream_name: _builtins.str
+    """Names the stream, so that ResumeStream and CancelStream can find it: 1 to 128 of A-Z, a-z, 0-9, ".",
+    "_" and "-", best a random UUID (AIP-155). A named stream runs on for a grace time when its
+    connection breaks, and the call's deadline applies only until its first event. ALREADY_EXISTS while
+    the caller has another stream of this name, running or ended. Empty: the stream has no name, and a
+    broken connection or a passed deadline cancels it.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Any valid unicode; BOS is put in front. At least one, at most GetModelResponse.limits.max_dialogs."""
-
-    @_builtins.property
-    def sampling(self) -> _sampling_pb2.SamplingParams:
-        """How to choose tokens, for all prompts."""
+        """Any valid Unicode; BOS is put in front. At least one, at most GetModelResponse.limits.max_dialogs."""
 
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenIds]:
         """Prompts as token ids, taken as they are, BOS included; instead of `prompts`."""
 
+    @_builtins.property
+    def sampling(self) -> _sampling_pb2.SamplingParams:
+        """How to choose tokens, for all prompts."""
+
     def __init__(
         self,
         *,
         prompts: _abc.Iterable[_builtins.str] | None = ...,
+        prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
+        n: _builtins.int | None = ...,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
         echo: _builtins.bool = ...,
-        prompt_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
-        n: _builtins.int | None = ...,
-        priority: _builtins.int | None = ...,
-        request_id: _builtins.str = ...,
         exact_continuation: _builtins.bool = ...,
+        priority: _builtins.int = ...,
+        stream_name: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_priority", b"_priority", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "request_id", b"request_id", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "echo", b"echo", "exact_continuation", b"exact_continuation", "logprobs", b"logprobs", "n", b"n", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompts", b"prompts", "sampling", b"sampling", "stream_name", b"stream_name", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
-    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
-    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___TextCompleteStreamRequest: _TypeAlias = TextCompleteStreamRequest  # noqa: Y015
 
 @_typing.final
 class TextCompleteStreamResponse(_message.Message):
-    """One event of a text stream."""
+    """The next event of a text stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SEQUENCE_FIELD_NUMBER: _builtins.int
-    STARTED_FIELD_NUMBER: _builtins.int
-    DELTA_FIELD_NUMBER: _builtins.int
-    FINISHED_FIELD_NUMBER: _builtins.int
-    sequence: _builtins.int
-    """1, 2, 3 … within the stream; a gap means a lost event."""
+    EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def started(self) -> Global___TextStarted:
-        """A continuation was begun; comes once, before its first delta."""
-
-    @_builtins.property
-    def delta(self) -> Global___TextDelta:
-        """More text."""
-
-    @_builtins.property
-    def finished(self) -> Global___TextFinished:
-        """The text is complete; comes once, as its last event."""
+    def event(self) -> Global___StreamEvent:
+        """The event."""
 
     def __init__(
         self,
         *,
-        sequence: _builtins.int = ...,
-        started: Global___TextStarted | None = ...,
-        delta: Global___TextDelta | None = ...,
-        finished: Global___TextFinished | None = ...,
+        event: Global___StreamEvent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "sequence", b"sequence", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
-    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TextCompleteStreamResponse: _TypeAlias = TextCompleteStreamResponse  # noqa: Y015
 
 @_typing.final
-class TextStarted(_message.Message):
-    """A continuation was begun."""
+class Prediction(_message.Message):
+    """One answer to a dialog, or one continuation of a prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PROMPT_INDEX_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    DROPPED_TURNS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
-    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
-    prompt_index: _builtins.int
-    """Which prompt of the request."""
+    FAILOVERS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which dialog or prompt of the request, from 0."""
+    choice_index: _builtins.int
+    """Which of the `n` answers to it, from 0."""
+    text: _builtins.str
+    """The text generated; with `echo`, the prompt's in front."""
+    finish_reason: _sampling_pb2.FinishReason.ValueType
+    """Why it ended."""
     seed: _builtins.int
     """The seed that its tokens were drawn with."""
+    dropped_turns: _builtins.int
+    """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
     fingerprint: _builtins.str
-    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with `seed` to be
-    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
+    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with the same seed to
+    be exact, and with DETERMINISM_BATCH_INVARIANT that is enough.
     """
-    choice_index: _builtins.int
-    """Which of the prompt's `n` continuations, from 0."""
     determinism: _sampling_pb2.Determinism.ValueType
     """What a replay of it may depend on."""
+    failovers: _builtins.int
+    """How often it continued on another replica because its replica was lost. With
+    DETERMINISM_BATCH_INVARIANT the tokens are the same as without.
+    """
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """Its tokens; only with `logprobs`; with `echo`, the prompt's in front."""
+
+    @_builtins.property
+    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With FINISH_REASON_SAFETY: the categories that the classifier found."""
+
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """Its prompt tokens; other fields are zero until the end."""
+        """What it cost."""
 
     def __init__(
         self,
         *,
-        prompt_index: _builtins.int = ...,
+        index: _builtins.int = ...,
+        choice_index: _builtins.int = ...,
+        text: _builtins.str = ...,
+        tokens: _abc.Iterable[Global___Token] | None = ...,
+        finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
+        safety_categories: _abc.Iterable[_builtins.str] | None = ...,
         usage: Global___Usage | None = ...,
         seed: _builtins.int = ...,
+        dropped_turns: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
-        choice_index: _builtins.int = ...,
         determinism: _sampling_pb2.Determinism.ValueType = ...,
+        failovers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "fingerprint", b"fingerprint", "prompt_index", b"prompt_index", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "failovers", b"failovers", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "index", b"index", "safety_categories", b"safety_categories", "seed", b"seed", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TextStarted: _TypeAlias = TextStarted  # noqa: Y015
+Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
 
 @_typing.final
-class TextDelta(_message.Message):
-    """More text."""
+class StreamEvent(_message.Message):
+    """One event of a stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PROMPT_INDEX_FIELD_NUMBER: _builtins.int
+    EVENT_NUMBER_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    event_number: _builtins.int
+    """1, 2, 3 and so on within the stream; a gap means a lost event."""
+    @_builtins.property
+    def started(self) -> Global___Started:
+        """A prediction was begun; comes once, before its first delta."""
+
+    @_builtins.property
+    def delta(self) -> Global___Delta:
+        """More of a prediction."""
+
+    @_builtins.property
+    def finished(self) -> Global___Finished:
+        """A prediction is complete; comes once, as its last event."""
+
+    def __init__(
+        self,
+        *,
+        event_number: _builtins.int = ...,
+        started: Global___Started | None = ...,
+        delta: Global___Delta | None = ...,
+        finished: Global___Finished | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "finished", b"finished", "kind", b"kind", "started", b"started"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event_number", b"event_number", "finished", b"finished", "kind", b"kind", "started", b"started"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___StreamEvent: _TypeAlias = StreamEvent  # noqa: Y015
+
+@_typing.final
+class Started(_message.Message):
+    """A prediction was begun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    DROPPED_TURNS_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which dialog or prompt of the request, from 0."""
+    choice_index: _builtins.int
+    """Which of the `n` answers to it, from 0."""
+    prompt_tokens: _builtins.int
+    """Tokens of the rendered prompt."""
+    seed: _builtins.int
+    """The seed that its tokens are drawn with."""
+    dropped_turns: _builtins.int
+    """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
+    fingerprint: _builtins.str
+    """As Prediction.fingerprint."""
+    determinism: _sampling_pb2.Determinism.ValueType
+    """As Prediction.determinism."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        choice_index: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        dropped_turns: _builtins.int = ...,
+        fingerprint: _builtins.str = ...,
+        determinism: _sampling_pb2.Determinism.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "index", b"index", "prompt_tokens", b"prompt_tokens", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Started: _TypeAlias = Started  # noqa: Y015
+
+@_typing.final
+class Delta(_message.Message):
+    """More of a prediction."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
-    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
-    prompt_index: _builtins.int
-    """Which prompt of the request."""
-    text: _builtins.str
-    """Whole characters only; joined, the deltas are byte for byte the text of TextComplete."""
+    index: _builtins.int
+    """Which dialog or prompt of the request, from 0."""
     choice_index: _builtins.int
-    """Which of the prompt's `n` continuations, from 0."""
+    """Which of the `n` answers to it, from 0."""
+    text: _builtins.str
+    """Whole characters only; joined, the deltas are byte for byte the text of the unary call."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
         """The tokens since the last delta; only with `logprobs`."""
@@ -996,88 +692,224 @@ class TextDelta(_message.Message):
     def __init__(
         self,
         *,
-        prompt_index: _builtins.int = ...,
+        index: _builtins.int = ...,
+        choice_index: _builtins.int = ...,
         text: _builtins.str = ...,
         tokens: _abc.Iterable[Global___Token] | None = ...,
-        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "prompt_index", b"prompt_index", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "index", b"index", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TextDelta: _TypeAlias = TextDelta  # noqa: Y015
+Global___Delta: _TypeAlias = Delta  # noqa: Y015
 
 @_typing.final
-class TextFinished(_message.Message):
-    """A text is complete."""
+class Finished(_message.Message):
+    """A prediction is complete."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PROMPT_INDEX_FIELD_NUMBER: _builtins.int
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
-    USAGE_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
-    RESUMED_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
     SAFETY_CATEGORIES_FIELD_NUMBER: _builtins.int
-    prompt_index: _builtins.int
-    """Which prompt of the request."""
+    USAGE_FIELD_NUMBER: _builtins.int
+    FAILOVERS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which dialog or prompt of the request, from 0."""
+    choice_index: _builtins.int
+    """Which of the `n` answers to it, from 0."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
-    choice_index: _builtins.int
-    """Which of the prompt's `n` continuations, from 0."""
-    resumed: _builtins.int
-    """How often it went on at another replica, because the one that made it was lost. With
-    DETERMINISM_BATCH_INVARIANT its tokens are the same as without.
-    """
+    failovers: _builtins.int
+    """As Prediction.failovers."""
+    @_builtins.property
+    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As Prediction.safety_categories."""
+
     @_builtins.property
     def usage(self) -> Global___Usage:
         """What it cost."""
 
-    @_builtins.property
-    def safety_categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """With FINISH_REASON_SAFETY: what the classifier found."""
-
     def __init__(
         self,
         *,
-        prompt_index: _builtins.int = ...,
-        finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
-        usage: Global___Usage | None = ...,
+        index: _builtins.int = ...,
         choice_index: _builtins.int = ...,
-        resumed: _builtins.int = ...,
+        finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         safety_categories: _abc.Iterable[_builtins.str] | None = ...,
+        usage: Global___Usage | None = ...,
+        failovers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "prompt_index", b"prompt_index", "resumed", b"resumed", "safety_categories", b"safety_categories", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "failovers", b"failovers", "finish_reason", b"finish_reason", "index", b"index", "safety_categories", b"safety_categories", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TextFinished: _TypeAlias = TextFinished  # noqa: Y015
+Global___Finished: _TypeAlias = Finished  # noqa: Y015
 
 @_typing.final
-class ResumeStreamRequest(_message.Message):
-    """A stream to go on with."""
+class Token(_message.Message):
+    """One token of an answer, or with `echo` of a prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
-    """As given when the stream was begun; a stream is found by its name and the caller's key."""
-    after_sequence: _builtins.int
-    """The `sequence` of the last event that arrived; 0: none did."""
+    ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Token id."""
+    text: _builtins.str
+    """The token's text as the tokenizer decodes it alone (Meta's per-token decode)."""
+    bytes: _builtins.bytes
+    """The token's bytes, exact where `text` is not (a byte of a longer character)."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability under the raw distribution, given all tokens before it."""
+    @_builtins.property
+    def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The most probable tokens at this position, best first; only with `top_logprobs`."""
+
     def __init__(
         self,
         *,
-        request_id: _builtins.str = ...,
-        after_sequence: _builtins.int = ...,
+        id: _builtins.int = ...,
+        text: _builtins.str = ...,
+        bytes: _builtins.bytes = ...,
+        logprob: _builtins.float = ...,
+        top_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "logprob", b"logprob", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Token: _TypeAlias = Token  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """The logprob of a token that could have stood at a position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Token id."""
+    text: _builtins.str
+    """The token's text as the tokenizer decodes it alone."""
+    bytes: _builtins.bytes
+    """The token's bytes, exact where `text` is not (a byte of a longer character)."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability under the raw distribution: before temperature, penalties,
+    biases and truncation.
+    """
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        text: _builtins.str = ...,
+        bytes: _builtins.bytes = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "logprob", b"logprob", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
+
+@_typing.final
+class Usage(_message.Message):
+    """What a prediction cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUE_TIME_FIELD_NUMBER: _builtins.int
+    PREFILL_TIME_FIELD_NUMBER: _builtins.int
+    DECODE_TIME_FIELD_NUMBER: _builtins.int
+    TOTAL_TIME_FIELD_NUMBER: _builtins.int
+    COMPUTE_TIME_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Tokens of the rendered prompt."""
+    cached_prompt_tokens: _builtins.int
+    """Prompt tokens whose keys and values were already in the cache."""
+    completion_tokens: _builtins.int
+    """Tokens generated; the token that ended the answer is not counted."""
+    @_builtins.property
+    def queue_time(self) -> _duration_pb2.Duration:
+        """Time spent waiting: at the gateway for its turn, then at the model service for its first step."""
+
+    @_builtins.property
+    def prefill_time(self) -> _duration_pb2.Duration:
+        """Time from the first step to the first generated token."""
+
+    @_builtins.property
+    def decode_time(self) -> _duration_pb2.Duration:
+        """Time from the first generated token to the last."""
+
+    @_builtins.property
+    def total_time(self) -> _duration_pb2.Duration:
+        """Time from the arrival of the request at the gateway to the end of this answer."""
+
+    @_builtins.property
+    def compute_time(self) -> _duration_pb2.Duration:
+        """This answer's share of model time: each step's time, split over the tokens it computed. What lost
+        replicas spent on it is not known and not counted.
+        """
+
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        queue_time: _duration_pb2.Duration | None = ...,
+        prefill_time: _duration_pb2.Duration | None = ...,
+        decode_time: _duration_pb2.Duration | None = ...,
+        total_time: _duration_pb2.Duration | None = ...,
+        compute_time: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "decode_time", b"decode_time", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "total_time", b"total_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "compute_time", b"compute_time", "decode_time", b"decode_time", "prefill_time", b"prefill_time", "prompt_tokens", b"prompt_tokens", "queue_time", b"queue_time", "total_time", b"total_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class ResumeStreamRequest(_message.Message):
+    """A stream to continue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_NAME_FIELD_NUMBER: _builtins.int
+    AFTER_EVENT_NUMBER_FIELD_NUMBER: _builtins.int
+    stream_name: _builtins.str
+    """As given when the stream was begun; a stream is found by its name and the caller's key."""
+    after_event_number: _builtins.int
+    """The `event_number` of the last event that arrived; 0: none did."""
+    def __init__(
+        self,
+        *,
+        stream_name: _builtins.str = ...,
+        after_event_number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_event_number", b"after_event_number", "stream_name", b"stream_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1089,57 +921,49 @@ class ResumeStreamResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    CHAT_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def chat(self) -> Global___ChatCompleteStreamResponse:
-        """Of ChatCompleteStream."""
-
-    @_builtins.property
-    def text(self) -> Global___TextCompleteStreamResponse:
-        """Of TextCompleteStream."""
+    def event(self) -> Global___StreamEvent:
+        """The event."""
 
     def __init__(
         self,
         *,
-        chat: Global___ChatCompleteStreamResponse | None = ...,
-        text: Global___TextCompleteStreamResponse | None = ...,
+        event: Global___StreamEvent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "event", b"event", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "event", b"event", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["chat", "text"]  # noqa: Y015
-    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResumeStreamResponse: _TypeAlias = ResumeStreamResponse  # noqa: Y015
 
 @_typing.final
-class CancelRequest(_message.Message):
+class CancelStreamRequest(_message.Message):
     """A stream to end."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
+    STREAM_NAME_FIELD_NUMBER: _builtins.int
+    stream_name: _builtins.str
     """As given when the stream was begun."""
     def __init__(
         self,
         *,
-        request_id: _builtins.str = ...,
+        stream_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stream_name", b"stream_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CancelRequest: _TypeAlias = CancelRequest  # noqa: Y015
+Global___CancelStreamRequest: _TypeAlias = CancelStreamRequest  # noqa: Y015
 
 @_typing.final
-class CancelResponse(_message.Message):
-    """It is ended."""
+class CancelStreamResponse(_message.Message):
+    """The stream has ended."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1152,7 +976,7 @@ class CancelResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
+Global___CancelStreamResponse: _TypeAlias = CancelStreamResponse  # noqa: Y015
 
 @_typing.final
 class RenderPromptRequest(_message.Message):
@@ -1201,22 +1025,24 @@ class RenderPromptResponse(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     REMAINING_TOKENS_FIELD_NUMBER: _builtins.int
     DROPPED_TURNS_FIELD_NUMBER: _builtins.int
-    UNSAFE_FIELD_NUMBER: _builtins.int
+    HAS_SPECIAL_TAGS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """How many ids."""
     remaining_tokens: _builtins.int
     """Tokens that the context length leaves for an answer."""
     dropped_turns: _builtins.int
     """User/assistant pairs dropped by CONTEXT_POLICY_DROP_OLDEST_TURNS."""
-    unsafe: _builtins.bool
-    """The dialog holds a special tag: ChatComplete would refuse it with FINISH_REASON_UNSAFE."""
+    has_special_tags: _builtins.bool
+    """The dialog holds a special tag: ChatComplete would refuse it with FINISH_REASON_SPECIAL_TAGS."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids, BOS and EOS included."""
 
     @_builtins.property
     def segments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The rendered text of each segment; each begins with BOS, and all but the last end with EOS."""
+        """The rendered text, in the segments that are encoded each on its own. In Llama 2's format a segment
+        is a turn; BOS and EOS are among the ids and not in the text.
+        """
 
     def __init__(
         self,
@@ -1226,11 +1052,11 @@ class RenderPromptResponse(_message.Message):
         prompt_tokens: _builtins.int = ...,
         remaining_tokens: _builtins.int = ...,
         dropped_turns: _builtins.int = ...,
-        unsafe: _builtins.bool = ...,
+        has_special_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_turns", b"dropped_turns", "ids", b"ids", "prompt_tokens", b"prompt_tokens", "remaining_tokens", b"remaining_tokens", "segments", b"segments", "unsafe", b"unsafe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_turns", b"dropped_turns", "has_special_tags", b"has_special_tags", "ids", b"ids", "prompt_tokens", b"prompt_tokens", "remaining_tokens", b"remaining_tokens", "segments", b"segments"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1255,7 +1081,7 @@ Global___GetModelRequest: _TypeAlias = GetModelRequest  # noqa: Y015
 
 @_typing.final
 class GetModelResponse(_message.Message):
-    """What is served here."""
+    """The model that is served."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1268,29 +1094,27 @@ class GetModelResponse(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
-    DETERMINISM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name given to the model, such as "llama-2-7b-chat"."""
     context_length: _builtins.int
     """The most tokens that a prompt and its answer may have together."""
     vocab_size: _builtins.int
-    """Rows of the embedding."""
+    """Rows of the embedding: every token id is less."""
     parameters: _builtins.int
     """Parameters of the network."""
     shards: _builtins.int
     """Tensor-parallel shards of each replica."""
     replicas: _builtins.int
-    """Replicas that are healthy now."""
+    """Replicas that are ready now."""
     dtype: _builtins.str
     """Arithmetic type, such as "bfloat16"."""
     quantization: _builtins.str
     """Weight quantization, such as "int8"; empty: none."""
     fingerprint: _builtins.str
-    """Weights, shard count, arithmetic types and kernels: must be equal for a replay with a seed to be
-    exact, and is enough for it with DETERMINISM_BATCH_INVARIANT.
-    """
+    """As Prediction.fingerprint, of the answers that are generated now."""
     determinism: _sampling_pb2.Determinism.ValueType
     """What a replay may depend on."""
     @_builtins.property
@@ -1313,9 +1137,9 @@ class GetModelResponse(_message.Message):
         dtype: _builtins.str = ...,
         quantization: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
+        determinism: _sampling_pb2.Determinism.ValueType = ...,
         limits: Global___Limits | None = ...,
         sampling_defaults: _sampling_pb2.SamplingParams | None = ...,
-        determinism: _sampling_pb2.Determinism.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1333,25 +1157,25 @@ class Limits(_message.Message):
 
     MAX_DIALOGS_FIELD_NUMBER: _builtins.int
     MAX_MESSAGES_FIELD_NUMBER: _builtins.int
-    MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
-    MAX_QUEUED_SEQUENCES_FIELD_NUMBER: _builtins.int
-    MAX_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     MAX_CHOICES_FIELD_NUMBER: _builtins.int
+    MAX_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     MAX_RESPONSE_BYTES_FIELD_NUMBER: _builtins.int
     max_dialogs: _builtins.int
     """Dialogs or prompts in one request."""
     max_messages: _builtins.int
     """Messages in one dialog."""
+    max_choices: _builtins.int
+    """Answers to one dialog or prompt: the request's `n`."""
+    max_top_logprobs: _builtins.int
+    """Tokens per position in `top_logprobs`."""
+    max_sequences: _builtins.int
+    """Generations of this caller that may run or wait at once, dialogs times `n`; beyond it
+    RESOURCE_EXHAUSTED.
+    """
     max_request_bytes: _builtins.int
     """Bytes of one request message."""
-    max_queued_sequences: _builtins.int
-    """Generations that may run or wait at this gateway at once, of all callers or of this key,
-    whichever is less; beyond it RESOURCE_EXHAUSTED.
-    """
-    max_top_logprobs: _builtins.int
-    """Alternatives per position in `top_logprobs`."""
-    max_choices: _builtins.int
-    """Answers to one dialog or prompt, the request's `n`."""
     max_response_bytes: _builtins.int
     """Bytes of a unary answer. ChatComplete and TextComplete stop beyond it with RESOURCE_EXHAUSTED, and
     refuse a request whose `logprobs` or `top_logprobs` could take more.
@@ -1361,15 +1185,15 @@ class Limits(_message.Message):
         *,
         max_dialogs: _builtins.int = ...,
         max_messages: _builtins.int = ...,
-        max_request_bytes: _builtins.int = ...,
-        max_queued_sequences: _builtins.int = ...,
-        max_top_logprobs: _builtins.int = ...,
         max_choices: _builtins.int = ...,
+        max_top_logprobs: _builtins.int = ...,
+        max_sequences: _builtins.int = ...,
+        max_request_bytes: _builtins.int = ...,
         max_response_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_choices", b"max_choices", "max_dialogs", b"max_dialogs", "max_messages", b"max_messages", "max_queued_sequences", b"max_queued_sequences", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_top_logprobs", b"max_top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_choices", b"max_choices", "max_dialogs", b"max_dialogs", "max_messages", b"max_messages", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_sequences", b"max_sequences", "max_top_logprobs", b"max_top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

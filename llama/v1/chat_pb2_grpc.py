@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class ChatServiceStub(object):
     """Dialogs and texts in, predictions out. Every error carries the request id in the trailer
-    `x-request-id`; invalid arguments come with a google.rpc.BadRequest that names each field.
+    `x-request-id`. INVALID_ARGUMENT comes with a google.rpc.BadRequest that names each wrong field.
     """
 
     def __init__(self, channel):
@@ -61,10 +61,10 @@ class ChatServiceStub(object):
                 request_serializer=llama_dot_v1_dot_chat__pb2.ResumeStreamRequest.SerializeToString,
                 response_deserializer=llama_dot_v1_dot_chat__pb2.ResumeStreamResponse.FromString,
                 _registered_method=True)
-        self.Cancel = channel.unary_unary(
-                '/llama.v1.ChatService/Cancel',
-                request_serializer=llama_dot_v1_dot_chat__pb2.CancelRequest.SerializeToString,
-                response_deserializer=llama_dot_v1_dot_chat__pb2.CancelResponse.FromString,
+        self.CancelStream = channel.unary_unary(
+                '/llama.v1.ChatService/CancelStream',
+                request_serializer=llama_dot_v1_dot_chat__pb2.CancelStreamRequest.SerializeToString,
+                response_deserializer=llama_dot_v1_dot_chat__pb2.CancelStreamResponse.FromString,
                 _registered_method=True)
         self.RenderPrompt = channel.unary_unary(
                 '/llama.v1.ChatService/RenderPrompt',
@@ -80,65 +80,65 @@ class ChatServiceStub(object):
 
 class ChatServiceServicer(object):
     """Dialogs and texts in, predictions out. Every error carries the request id in the trailer
-    `x-request-id`; invalid arguments come with a google.rpc.BadRequest that names each field.
+    `x-request-id`. INVALID_ARGUMENT comes with a google.rpc.BadRequest that names each wrong field.
     """
 
     def ChatComplete(self, request, context):
-        """Answers one or more dialogs; predictions come in the order of the dialogs. All of them together
-        have at most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
+        """Answers one or more dialogs; predictions come in the order of the dialogs. Together they have at
+        most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ChatCompleteStream(self, request, context):
-        """The same, with events as tokens are made; dialogs are interleaved and tagged by dialog_index.
+        """The same, with events as tokens are generated; events of several dialogs are interleaved.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TextComplete(self, request, context):
-        """Continues one or more plain texts, within the same limit.
+        """Continues one or more plain texts, within the same limit as ChatComplete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TextCompleteStream(self, request, context):
-        """The same, with events as tokens are made; prompts are interleaved and tagged by prompt_index.
+        """The same, with events as tokens are generated; events of several prompts are interleaved.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeStream(self, request, context):
-        """Goes on with a stream whose connection broke, from the event after the last one that arrived.
-        NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
-        the events asked for are no longer kept, or not made yet. A call that reads the stream until then
-        ends with ABORTED.
+        """Continues a named stream whose connection broke, from the event after the last one that arrived.
+        NOT_FOUND: the caller has no stream of this name, or its grace time is over. OUT_OF_RANGE: the
+        events asked for are no longer kept, or not there yet. A call that still reads the stream ends
+        with ABORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Cancel(self, request, context):
-        """Ends a named stream, connected or not, and forgets it; a call that reads it ends with CANCELLED.
-        What it used is free within one step. NOT_FOUND as above.
+    def CancelStream(self, request, context):
+        """Ends a named stream, whether a call reads it or not, and forgets it; a call that reads it ends with
+        CANCELLED. What it used is free within one step. NOT_FOUND as for ResumeStream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RenderPrompt(self, request, context):
-        """The exact token ids and text that a dialog becomes. Spends no model time.
+        """Returns the exact token ids and text that a dialog becomes. Uses no model time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """What is served here: model, limits, sampling defaults.
+        """Describes the model that is served, the limits of this caller and the sampling defaults.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -172,10 +172,10 @@ def add_ChatServiceServicer_to_server(servicer, server):
                     request_deserializer=llama_dot_v1_dot_chat__pb2.ResumeStreamRequest.FromString,
                     response_serializer=llama_dot_v1_dot_chat__pb2.ResumeStreamResponse.SerializeToString,
             ),
-            'Cancel': grpc.unary_unary_rpc_method_handler(
-                    servicer.Cancel,
-                    request_deserializer=llama_dot_v1_dot_chat__pb2.CancelRequest.FromString,
-                    response_serializer=llama_dot_v1_dot_chat__pb2.CancelResponse.SerializeToString,
+            'CancelStream': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelStream,
+                    request_deserializer=llama_dot_v1_dot_chat__pb2.CancelStreamRequest.FromString,
+                    response_serializer=llama_dot_v1_dot_chat__pb2.CancelStreamResponse.SerializeToString,
             ),
             'RenderPrompt': grpc.unary_unary_rpc_method_handler(
                     servicer.RenderPrompt,
@@ -197,7 +197,7 @@ def add_ChatServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ChatService(object):
     """Dialogs and texts in, predictions out. Every error carries the request id in the trailer
-    `x-request-id`; invalid arguments come with a google.rpc.BadRequest that names each field.
+    `x-request-id`. INVALID_ARGUMENT comes with a google.rpc.BadRequest that names each wrong field.
     """
 
     @staticmethod
@@ -336,7 +336,7 @@ class ChatService(object):
             _registered_method=True)
 
     @staticmethod
-    def Cancel(request,
+    def CancelStream(request,
             target,
             options=(),
             channel_credentials=None,
@@ -349,9 +349,9 @@ class ChatService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/llama.v1.ChatService/Cancel',
-            llama_dot_v1_dot_chat__pb2.CancelRequest.SerializeToString,
-            llama_dot_v1_dot_chat__pb2.CancelResponse.FromString,
+            '/llama.v1.ChatService/CancelStream',
+            llama_dot_v1_dot_chat__pb2.CancelStreamRequest.SerializeToString,
+            llama_dot_v1_dot_chat__pb2.CancelStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

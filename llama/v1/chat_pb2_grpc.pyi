@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class ChatServiceStub:
     """Dialogs and texts in, predictions out. Every error carries the request id in the trailer
-    `x-request-id`; invalid arguments come with a google.rpc.BadRequest that names each field.
+    `x-request-id`. INVALID_ARGUMENT comes with a google.rpc.BadRequest that names each wrong field.
     """
 
     @_typing.overload
@@ -36,65 +36,65 @@ class ChatServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ChatServiceAsyncStub: ...
     ChatComplete: _grpc.UnaryUnaryMultiCallable[_chat_pb2.ChatCompleteRequest, _chat_pb2.ChatCompleteResponse]
-    """Answers one or more dialogs; predictions come in the order of the dialogs. All of them together
-    have at most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
+    """Answers one or more dialogs; predictions come in the order of the dialogs. Together they have at
+    most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
     """
     ChatCompleteStream: _grpc.UnaryStreamMultiCallable[_chat_pb2.ChatCompleteStreamRequest, _chat_pb2.ChatCompleteStreamResponse]
-    """The same, with events as tokens are made; dialogs are interleaved and tagged by dialog_index."""
+    """The same, with events as tokens are generated; events of several dialogs are interleaved."""
     TextComplete: _grpc.UnaryUnaryMultiCallable[_chat_pb2.TextCompleteRequest, _chat_pb2.TextCompleteResponse]
-    """Continues one or more plain texts, within the same limit."""
+    """Continues one or more plain texts, within the same limit as ChatComplete."""
     TextCompleteStream: _grpc.UnaryStreamMultiCallable[_chat_pb2.TextCompleteStreamRequest, _chat_pb2.TextCompleteStreamResponse]
-    """The same, with events as tokens are made; prompts are interleaved and tagged by prompt_index."""
+    """The same, with events as tokens are generated; events of several prompts are interleaved."""
     ResumeStream: _grpc.UnaryStreamMultiCallable[_chat_pb2.ResumeStreamRequest, _chat_pb2.ResumeStreamResponse]
-    """Goes on with a stream whose connection broke, from the event after the last one that arrived.
-    NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
-    the events asked for are no longer kept, or not made yet. A call that reads the stream until then
-    ends with ABORTED.
+    """Continues a named stream whose connection broke, from the event after the last one that arrived.
+    NOT_FOUND: the caller has no stream of this name, or its grace time is over. OUT_OF_RANGE: the
+    events asked for are no longer kept, or not there yet. A call that still reads the stream ends
+    with ABORTED.
     """
-    Cancel: _grpc.UnaryUnaryMultiCallable[_chat_pb2.CancelRequest, _chat_pb2.CancelResponse]
-    """Ends a named stream, connected or not, and forgets it; a call that reads it ends with CANCELLED.
-    What it used is free within one step. NOT_FOUND as above.
+    CancelStream: _grpc.UnaryUnaryMultiCallable[_chat_pb2.CancelStreamRequest, _chat_pb2.CancelStreamResponse]
+    """Ends a named stream, whether a call reads it or not, and forgets it; a call that reads it ends with
+    CANCELLED. What it used is free within one step. NOT_FOUND as for ResumeStream.
     """
     RenderPrompt: _grpc.UnaryUnaryMultiCallable[_chat_pb2.RenderPromptRequest, _chat_pb2.RenderPromptResponse]
-    """The exact token ids and text that a dialog becomes. Spends no model time."""
+    """Returns the exact token ids and text that a dialog becomes. Uses no model time."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_chat_pb2.GetModelRequest, _chat_pb2.GetModelResponse]
-    """What is served here: model, limits, sampling defaults."""
+    """Describes the model that is served, the limits of this caller and the sampling defaults."""
 
 @_typing.type_check_only
 class ChatServiceAsyncStub(ChatServiceStub):
     """Dialogs and texts in, predictions out. Every error carries the request id in the trailer
-    `x-request-id`; invalid arguments come with a google.rpc.BadRequest that names each field.
+    `x-request-id`. INVALID_ARGUMENT comes with a google.rpc.BadRequest that names each wrong field.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ChatComplete: _aio.UnaryUnaryMultiCallable[_chat_pb2.ChatCompleteRequest, _chat_pb2.ChatCompleteResponse]  # type: ignore[assignment]
-    """Answers one or more dialogs; predictions come in the order of the dialogs. All of them together
-    have at most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
+    """Answers one or more dialogs; predictions come in the order of the dialogs. Together they have at
+    most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
     """
     ChatCompleteStream: _aio.UnaryStreamMultiCallable[_chat_pb2.ChatCompleteStreamRequest, _chat_pb2.ChatCompleteStreamResponse]  # type: ignore[assignment]
-    """The same, with events as tokens are made; dialogs are interleaved and tagged by dialog_index."""
+    """The same, with events as tokens are generated; events of several dialogs are interleaved."""
     TextComplete: _aio.UnaryUnaryMultiCallable[_chat_pb2.TextCompleteRequest, _chat_pb2.TextCompleteResponse]  # type: ignore[assignment]
-    """Continues one or more plain texts, within the same limit."""
+    """Continues one or more plain texts, within the same limit as ChatComplete."""
     TextCompleteStream: _aio.UnaryStreamMultiCallable[_chat_pb2.TextCompleteStreamRequest, _chat_pb2.TextCompleteStreamResponse]  # type: ignore[assignment]
-    """The same, with events as tokens are made; prompts are interleaved and tagged by prompt_index."""
+    """The same, with events as tokens are generated; events of several prompts are interleaved."""
     ResumeStream: _aio.UnaryStreamMultiCallable[_chat_pb2.ResumeStreamRequest, _chat_pb2.ResumeStreamResponse]  # type: ignore[assignment]
-    """Goes on with a stream whose connection broke, from the event after the last one that arrived.
-    NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
-    the events asked for are no longer kept, or not made yet. A call that reads the stream until then
-    ends with ABORTED.
+    """Continues a named stream whose connection broke, from the event after the last one that arrived.
+    NOT_FOUND: the caller has no stream of this name, or its grace time is over. OUT_OF_RANGE: the
+    events asked for are no longer kept, or not there yet. A call that still reads the stream ends
+    with ABORTED.
     """
-    Cancel: _aio.UnaryUnaryMultiCallable[_chat_pb2.CancelRequest, _chat_pb2.CancelResponse]  # type: ignore[assignment]
-    """Ends a named stream, connected or not, and forgets it; a call that reads it ends with CANCELLED.
-    What it used is free within one step. NOT_FOUND as above.
+    CancelStream: _aio.UnaryUnaryMultiCallable[_chat_pb2.CancelStreamRequest, _chat_pb2.CancelStreamResponse]  # type: ignore[assignment]
+    """Ends a named stream, whether a call reads it or not, and forgets it; a call that reads it ends with
+    CANCELLED. What it used is free within one step. NOT_FOUND as for ResumeStream.
     """
     RenderPrompt: _aio.UnaryUnaryMultiCallable[_chat_pb2.RenderPromptRequest, _chat_pb2.RenderPromptResponse]  # type: ignore[assignment]
-    """The exact token ids and text that a dialog becomes. Spends no model time."""
+    """Returns the exact token ids and text that a dialog becomes. Uses no model time."""
     GetModel: _aio.UnaryUnaryMultiCallable[_chat_pb2.GetModelRequest, _chat_pb2.GetModelResponse]  # type: ignore[assignment]
-    """What is served here: model, limits, sampling defaults."""
+    """Describes the model that is served, the limits of this caller and the sampling defaults."""
 
 class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
     """Dialogs and texts in, predictions out. Every error carries the request id in the trailer
-    `x-request-id`; invalid arguments come with a google.rpc.BadRequest that names each field.
+    `x-request-id`. INVALID_ARGUMENT comes with a google.rpc.BadRequest that names each wrong field.
     """
 
     @_abc_1.abstractmethod
@@ -103,8 +103,8 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.ChatCompleteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.ChatCompleteResponse, _abc.Awaitable[_chat_pb2.ChatCompleteResponse]]:
-        """Answers one or more dialogs; predictions come in the order of the dialogs. All of them together
-        have at most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
+        """Answers one or more dialogs; predictions come in the order of the dialogs. Together they have at
+        most GetModelResponse.limits.max_response_bytes; ChatCompleteStream has no such limit.
         """
 
     @_abc_1.abstractmethod
@@ -113,7 +113,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.ChatCompleteStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_pb2.ChatCompleteStreamResponse], _abc.AsyncIterator[_chat_pb2.ChatCompleteStreamResponse]]:
-        """The same, with events as tokens are made; dialogs are interleaved and tagged by dialog_index."""
+        """The same, with events as tokens are generated; events of several dialogs are interleaved."""
 
     @_abc_1.abstractmethod
     def TextComplete(
@@ -121,7 +121,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.TextCompleteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.TextCompleteResponse, _abc.Awaitable[_chat_pb2.TextCompleteResponse]]:
-        """Continues one or more plain texts, within the same limit."""
+        """Continues one or more plain texts, within the same limit as ChatComplete."""
 
     @_abc_1.abstractmethod
     def TextCompleteStream(
@@ -129,7 +129,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.TextCompleteStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_pb2.TextCompleteStreamResponse], _abc.AsyncIterator[_chat_pb2.TextCompleteStreamResponse]]:
-        """The same, with events as tokens are made; prompts are interleaved and tagged by prompt_index."""
+        """The same, with events as tokens are generated; events of several prompts are interleaved."""
 
     @_abc_1.abstractmethod
     def ResumeStream(
@@ -137,20 +137,20 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.ResumeStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_pb2.ResumeStreamResponse], _abc.AsyncIterator[_chat_pb2.ResumeStreamResponse]]:
-        """Goes on with a stream whose connection broke, from the event after the last one that arrived.
-        NOT_FOUND when no stream of this caller has the name or its grace time is over; OUT_OF_RANGE when
-        the events asked for are no longer kept, or not made yet. A call that reads the stream until then
-        ends with ABORTED.
+        """Continues a named stream whose connection broke, from the event after the last one that arrived.
+        NOT_FOUND: the caller has no stream of this name, or its grace time is over. OUT_OF_RANGE: the
+        events asked for are no longer kept, or not there yet. A call that still reads the stream ends
+        with ABORTED.
         """
 
     @_abc_1.abstractmethod
-    def Cancel(
+    def CancelStream(
         self,
-        request: _chat_pb2.CancelRequest,
+        request: _chat_pb2.CancelStreamRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_chat_pb2.CancelResponse, _abc.Awaitable[_chat_pb2.CancelResponse]]:
-        """Ends a named stream, connected or not, and forgets it; a call that reads it ends with CANCELLED.
-        What it used is free within one step. NOT_FOUND as above.
+    ) -> _typing.Union[_chat_pb2.CancelStreamResponse, _abc.Awaitable[_chat_pb2.CancelStreamResponse]]:
+        """Ends a named stream, whether a call reads it or not, and forgets it; a call that reads it ends with
+        CANCELLED. What it used is free within one step. NOT_FOUND as for ResumeStream.
         """
 
     @_abc_1.abstractmethod
@@ -159,7 +159,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.RenderPromptRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.RenderPromptResponse, _abc.Awaitable[_chat_pb2.RenderPromptResponse]]:
-        """The exact token ids and text that a dialog becomes. Spends no model time."""
+        """Returns the exact token ids and text that a dialog becomes. Uses no model time."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -167,6 +167,6 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.GetModelResponse, _abc.Awaitable[_chat_pb2.GetModelResponse]]:
-        """What is served here: model, limits, sampling defaults."""
+        """Describes the model that is served, the limits of this caller and the sampling defaults."""
 
 def add_ChatServiceServicer_to_server(servicer: ChatServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

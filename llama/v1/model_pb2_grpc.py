@@ -57,22 +57,22 @@ class ModelServiceServicer(object):
     """
 
     def Generate(self, request_iterator, context):
-        """All requests of a caller over one long-lived stream; one response per engine step that made
-        something. When the stream ends, what still runs on it is cancelled.
+        """All generations of a gateway over one long-lived stream; one response per engine step that advanced
+        any of them. When the stream ends, what still runs on it is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """What was loaded.
+        """Describes what was loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLoad(self, request, context):
-        """What the engine is doing now.
+        """Reports what the engine is doing now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

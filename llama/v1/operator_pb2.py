@@ -26,23 +26,23 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from llama.v1 import model_pb2 as llama_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17llama/v1/operator.proto\x12\x08llama.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14llama/v1/model.proto\"\x12\n\x10GetStatusRequest\"R\n\x08Upstream\x12\x0e\n\x06target\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.llama.v1.UpstreamState\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xe8\x01\n\rReplicaStatus\x12$\n\x08upstream\x18\x01 \x01(\x0b\x32\x12.llama.v1.Upstream\x12,\n\x04info\x18\x02 \x01(\x0b\x32\x1e.llama.v1.GetModelInfoResponse\x12\'\n\x04load\x18\x03 \x01(\x0b\x32\x19.llama.v1.GetLoadResponse\x12+\n\x08load_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tsequences\x18\x05 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\"\xb1\x02\n\x11GetStatusResponse\x12%\n\ttokenizer\x18\x01 \x01(\x0b\x32\x12.llama.v1.Upstream\x12)\n\x08replicas\x18\x02 \x03(\x0b\x32\x17.llama.v1.ReplicaStatus\x12\x19\n\x11running_sequences\x18\x03 \x01(\r\x12\x18\n\x10queued_sequences\x18\x04 \x01(\r\x12\x18\n\x10\x64\x65tached_streams\x18\x05 \x01(\r\x12)\n\x06uptime\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x06safety\x18\x07 \x01(\x0b\x32\x12.llama.v1.Upstream\x12\x0f\n\x07serving\x18\x08 \x01(\x08\x12\x1b\n\x13\x64isplaced_sequences\x18\t \x01(\x04*\xa6\x01\n\rUpstreamState\x12\x1e\n\x1aUPSTREAM_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19UPSTREAM_STATE_CONNECTING\x10\x01\x12\x1a\n\x16UPSTREAM_STATE_SERVING\x10\x02\x12\x1e\n\x1aUPSTREAM_STATE_NOT_SERVING\x10\x03\x12\x1a\n\x16UPSTREAM_STATE_REFUSED\x10\x04\x32W\n\x0fOperatorService\x12\x44\n\tGetStatus\x12\x1a.llama.v1.GetStatusRequest\x1a\x1b.llama.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17llama/v1/operator.proto\x12\x08llama.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14llama/v1/model.proto\"\x12\n\x10GetStatusRequest\"R\n\x08Upstream\x12\x0e\n\x06target\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.llama.v1.UpstreamState\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xf0\x01\n\rReplicaStatus\x12$\n\x08upstream\x18\x01 \x01(\x0b\x32\x12.llama.v1.Upstream\x12,\n\x04info\x18\x02 \x01(\x0b\x32\x1e.llama.v1.GetModelInfoResponse\x12\'\n\x04load\x18\x03 \x01(\x0b\x32\x19.llama.v1.GetLoadResponse\x12+\n\x08load_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11running_sequences\x18\x05 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\"\xb1\x02\n\x11GetStatusResponse\x12\x0f\n\x07serving\x18\x01 \x01(\x08\x12)\n\x06uptime\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\ttokenizer\x18\x03 \x01(\x0b\x32\x12.llama.v1.Upstream\x12\"\n\x06safety\x18\x04 \x01(\x0b\x32\x12.llama.v1.Upstream\x12)\n\x08replicas\x18\x05 \x03(\x0b\x32\x17.llama.v1.ReplicaStatus\x12\x19\n\x11running_sequences\x18\x06 \x01(\r\x12\x18\n\x10queued_sequences\x18\x07 \x01(\r\x12\x1b\n\x13\x64isplaced_sequences\x18\x08 \x01(\x04\x12\x18\n\x10\x64\x65tached_streams\x18\t \x01(\r*\xa6\x01\n\rUpstreamState\x12\x1e\n\x1aUPSTREAM_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19UPSTREAM_STATE_CONNECTING\x10\x01\x12\x1a\n\x16UPSTREAM_STATE_SERVING\x10\x02\x12\x1e\n\x1aUPSTREAM_STATE_NOT_SERVING\x10\x03\x12\x1a\n\x16UPSTREAM_STATE_REFUSED\x10\x04\x32W\n\x0fOperatorService\x12\x44\n\tGetStatus\x12\x1a.llama.v1.GetStatusRequest\x1a\x1b.llama.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llama.v1.operator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPSTREAMSTATE']._serialized_start=739
-  _globals['_UPSTREAMSTATE']._serialized_end=905
+  _globals['_UPSTREAMSTATE']._serialized_start=747
+  _globals['_UPSTREAMSTATE']._serialized_end=913
   _globals['_GETSTATUSREQUEST']._serialized_start=91
   _globals['_GETSTATUSREQUEST']._serialized_end=109
   _globals['_UPSTREAM']._serialized_start=111
   _globals['_UPSTREAM']._serialized_end=193
   _globals['_REPLICASTATUS']._serialized_start=196
-  _globals['_REPLICASTATUS']._serialized_end=428
-  _globals['_GETSTATUSRESPONSE']._serialized_start=431
-  _globals['_GETSTATUSRESPONSE']._serialized_end=736
-  _globals['_OPERATORSERVICE']._serialized_start=907
-  _globals['_OPERATORSERVICE']._serialized_end=994
+  _globals['_REPLICASTATUS']._serialized_end=436
+  _globals['_GETSTATUSRESPONSE']._serialized_start=439
+  _globals['_GETSTATUSRESPONSE']._serialized_end=744
+  _globals['_OPERATORSERVICE']._serialized_start=915
+  _globals['_OPERATORSERVICE']._serialized_end=1002
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class OperatorServiceStub(object):
-    """The state of a gateway and of what is behind it. Where keys are required it needs the permission
+    """The state of a gateway and of the services behind it. Where keys are required it needs the permission
     "operate".
     """
 
@@ -44,12 +44,12 @@ class OperatorServiceStub(object):
 
 
 class OperatorServiceServicer(object):
-    """The state of a gateway and of what is behind it. Where keys are required it needs the permission
+    """The state of a gateway and of the services behind it. Where keys are required it needs the permission
     "operate".
     """
 
     def GetStatus(self, request, context):
-        """What this gateway sees now.
+        """Reports what this gateway sees now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,7 +72,7 @@ def add_OperatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class OperatorService(object):
-    """The state of a gateway and of what is behind it. Where keys are required it needs the permission
+    """The state of a gateway and of the services behind it. Where keys are required it needs the permission
     "operate".
     """
 

@@ -47,7 +47,7 @@ class SafetyServiceServicer(object):
     """
 
     def Classify(self, request, context):
-        """Whether something is safe to answer, or to show.
+        """Judges whether something is safe to answer, or to show.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TokenizerServiceStub(object):
-    """One SentencePiece model, exactly: the same ids and the same text as the library's own.
+    """One tokenizer model, exactly: the same ids and the same text as its own library gives.
     """
 
     def __init__(self, channel):
@@ -53,7 +53,7 @@ class TokenizerServiceStub(object):
 
 
 class TokenizerServiceServicer(object):
-    """One SentencePiece model, exactly: the same ids and the same text as the library's own.
+    """One tokenizer model, exactly: the same ids and the same text as its own library gives.
     """
 
     def Encode(self, request, context):
@@ -71,7 +71,7 @@ class TokenizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetVocabulary(self, request, context):
-        """Everything that is needed to turn ids into text without further calls.
+        """Returns all that is needed to turn ids into text without further calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +104,7 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TokenizerService(object):
-    """One SentencePiece model, exactly: the same ids and the same text as the library's own.
+    """One tokenizer model, exactly: the same ids and the same text as its own library gives.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""A sequence: one prompt and the answer that grows behind it, with all that the engine knows of it.
+"""A sequence: one prompt with the growing answer, and all that the engine knows about it.
 
-Only the engine's thread touches a Sequence; what leaves the engine is a SequenceOutput.
+Only the engine's thread touches a Sequence; only a SequenceOutput leaves the engine.
 """
 
 import enum
@@ -9,7 +9,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from model_service.engine.kv_cache.block_content import BlockContent
+from model_service.engine.block_content import BlockContent
+from model_service.engine.pending_token import is_pending
 from serving.request_rules import (
     DEFAULT_FREQUENCY_PENALTY,
     DEFAULT_MIN_P,
@@ -47,11 +48,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What the engine is asked for."""
+    """A request to the engine for one answer."""
 
     request_id: Hashable
-    prompt_ids: tuple[int, ...]  # prompt, then `offset` tokens of the answer made elsewhere
-    max_gen_len: int  # tokens of the answer, those made elsewhere included
+    prompt_ids: tuple[int, ...]  # prompt, then `offset` tokens that another replica made
+    max_gen_len: int  # tokens of the answer, the `offset` ones included
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
     offset: int = 0
@@ -59,11 +60,11 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     top_logprobs: int = 0
     priority: int = 0
-    cache_scope: str = ""  # with sequences of other scopes it has nothing in common
+    cache_scope: str = ""  # it shares no blocks with sequences of other scopes
 
 
 class FinishReason(enum.Enum):
-    """Why the engine let go of a sequence."""
+    """Why a sequence ended."""
 
     STOP = enum.auto()
     LENGTH = enum.auto()
@@ -80,7 +81,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-# What the first token of a prompt gets: nothing comes before it that could predict it.
+# For the first token of a prompt: nothing comes before it that could predict it.
 UNPREDICTED = TokenLogprobs(0.0)
 
 
@@ -107,21 +108,28 @@ class SequenceOutput(NamedTuple):  # one per sequence and step: a dataclass is s
     error: str = ""  # with REFUSED and FAILED
 
 
+class Status(enum.Enum):
+    """Where a sequence stands in its life; the scheduler and the engine move it on."""
+
+    WAITING = enum.auto()  # in the queue, without blocks
+    RUNNING = enum.auto()  # holds blocks; steps compute its tokens
+    LAST_STEP = enum.auto()  # holds blocks; the step in flight is its last
+    ENDED = enum.auto()
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """State of one request inside the engine."""
 
     request: GenerationRequest
     limit: int  # most tokens that prompt and answer may have together
-    # Prompt, then answer. A negative one is still to come from the step under way: the complement
-    # of its index among the tokens that this step draws.
-    tokens: list[int]
+    tokens: list[int]  # prompt, then answer; at the end perhaps pending ones
     arrival: int  # order of arrival: the youngest is preempted first
+    status: Status = Status.WAITING
     block_table: list[int] = field(default_factory=list)
-    num_computed: int = 0  # tokens whose keys and values are in the cache, or in a launched step
-    all_launched: bool = False  # the step under way is its last
+    num_computed: int = 0  # tokens whose keys and values are in the cache, or in the step in flight
     contents: list[BlockContent] = field(default_factory=list)  # of full blocks, as far as needed
-    num_published: int = 0  # full blocks of the table that others find
+    num_published: int = 0  # full blocks of the table that others can find
     cached_at_start: int | None = None  # tokens found in the cache when it first ran
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     arrived_at: float = field(default_factory=time.monotonic)
@@ -144,14 +152,14 @@ class Sequence:
         return max(1, len(self.prompt_scores))
 
     @property
-    def num_uncomputed(self) -> int:
-        return len(self.tokens) - self.num_computed
+    def is_running(self) -> bool:
+        return self.status is Status.RUNNING or self.status is Status.LAST_STEP
 
     @property
     def num_known(self) -> int:
-        """Tokens that stand before those that are still to come."""
+        """Tokens in front of the pending ones."""
         known = len(self.tokens)
-        while known and self.tokens[known - 1] < 0:
+        while known and is_pending(self.tokens[known - 1]):
             known -= 1
         return known
 

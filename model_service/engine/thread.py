@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from model_service.engine.engine import Engine, EngineLimits, EngineLoad
-from model_service.engine.probe import PROBE_INTERVAL
+from model_service.engine import PROBE_INTERVAL
+from model_service.engine.engine import Engine
+from model_service.engine.limits import EngineLimits, EngineLoad
 from model_service.engine.sequence import FinishReason, GenerationRequest, SequenceOutput
 
 

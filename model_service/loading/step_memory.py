@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from model_service.engine.engine import EngineLimits
+from model_service.engine.limits import EngineLimits
 from model_service.engine.step.runner import ModelRunner
 from model_service.loading.warm_up import warm_up_plans, warm_up_sampling
 from serving.errors import StartError

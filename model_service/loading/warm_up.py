@@ -10,7 +10,7 @@ import time
 import numpy as np
 import torch
 
-from model_service.engine.engine import EngineLimits
+from model_service.engine.limits import EngineLimits
 from model_service.engine.sampling.device_sampler import DeviceSampler
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
 from model_service.engine.step.batch import LogitRow

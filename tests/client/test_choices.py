@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from client import AsyncClient, Client, Delta, Event, Message, Started
-from client.results import chat_event, chat_prediction, text_prediction
+from client import AsyncClient, Client, Delta, Event, Message, Started, results
 from llama.v1 import chat_pb2
 
 HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
@@ -19,7 +18,7 @@ def test_each_choice_is_the_answer_to_its_own_seed(target: str) -> None:
 
     assert [each.choice_index for each in answers] == [0, 1, 2]
     assert [each.seed for each in answers] == [2**64 - 1, 0, 1]
-    assert [each.content for each in answers] == [each.content for each in alone]
+    assert [each.text for each in answers] == [each.text for each in alone]
 
 
 async def test_both_clients_give_the_same_choices(target: str) -> None:
@@ -35,7 +34,7 @@ async def test_both_clients_give_the_same_choices(target: str) -> None:
             )
         ]
 
-    assert [each.content for each in again] == [each.content for each in chats]
+    assert [each.text for each in again] == [each.text for each in chats]
     assert [each.choice_index for each in texts] == [0, 1, 0, 1]
     assert joined(events) == {
         (0, 0): texts[0].text,
@@ -61,19 +60,15 @@ def test_one_answer_takes_no_n(target: str) -> None:
 
 def test_prompt_tokens_from_the_cache_are_told() -> None:
     usage = chat_pb2.Usage(prompt_tokens=9, cached_prompt_tokens=8)
-    prediction = chat_prediction(chat_pb2.ChatPrediction(usage=usage, choice_index=2))
+    answer = results.prediction(chat_pb2.Prediction(usage=usage, choice_index=2))
 
-    assert prediction.usage.cached_prompt_tokens == 8
-    assert prediction.choice_index == 2
+    assert answer.usage.cached_prompt_tokens == 8
+    assert answer.choice_index == 2
 
 
 def test_results_tell_of_lost_replicas_and_of_the_classifiers_findings() -> None:
-    found: dict[str, Any] = {"resumed": 2, "safety_categories": ["weapons"]}
-    finished = chat_pb2.ChatCompleteStreamResponse(finished=chat_pb2.ChatFinished(**found))
-    for result in (
-        chat_prediction(chat_pb2.ChatPrediction(**found)),
-        text_prediction(chat_pb2.TextPrediction(**found)),
-        chat_event(finished),
-    ):
+    found: dict[str, Any] = {"failovers": 2, "safety_categories": ["weapons"]}
+    finished = chat_pb2.StreamEvent(finished=chat_pb2.Finished(**found))
+    for result in (results.prediction(chat_pb2.Prediction(**found)), results.event(finished)):
         assert not isinstance(result, Started | Delta)
-        assert (result.resumed, result.safety_categories) == (2, ("weapons",))
+        assert (result.failovers, result.safety_categories) == (2, ("weapons",))

@@ -40,7 +40,7 @@ def test_streams_join_to_the_unary_answers(target: str) -> None:
         predictions = client.chat_many(DIALOGS, seed=1, max_gen_len=20)
         events = list(client.chat_stream_many(DIALOGS, seed=1, max_gen_len=20))
 
-    assert texts(events, len(DIALOGS)) == [each.content for each in predictions]
+    assert texts(events, len(DIALOGS)) == [each.text for each in predictions]
     for index, prediction in enumerate(predictions):
         of_this = [event for event in events if event.index == index]
         first, last = of_this[0], of_this[-1]
@@ -61,10 +61,10 @@ async def test_both_clients_answer_alike(target: str) -> None:
         ]
         rendered = await asyncio_client.render_prompt(HELLO)
 
-        assert texts(chat_events, 1) == [chat.content]
+        assert texts(chat_events, 1) == [chat.text]
         assert texts(text_events, 1) == [text.text]
         assert rendered.prompt_tokens == chat.usage.prompt_tokens
-        assert (await asyncio_client.chat(HELLO, seed=1, max_gen_len=20)).content == chat.content
+        assert (await asyncio_client.chat(HELLO, seed=1, max_gen_len=20)).text == chat.text
         assert (await asyncio_client.complete("Once", seed=1, max_gen_len=20)).text == text.text
 
 
@@ -74,7 +74,7 @@ def test_an_answer_continues_its_dialog(target: str) -> None:
         dialog = [*HELLO, prediction.message, *HELLO]
         rendered = client.render_prompt(dialog)
 
-    assert prediction.content.strip() in rendered.segments[0]
+    assert prediction.text.strip() in rendered.segments[0]
     assert len(rendered.segments) == 2
     assert rendered.prompt_tokens == len(rendered.ids)
 
@@ -135,7 +135,7 @@ def test_what_is_no_bound_for_resuming_is_refused(resume_seconds: Any) -> None:
 
 def test_priority_reaches_the_gateway(target: str) -> None:
     with Client(target) as client:
-        assert client.chat(HELLO, max_gen_len=1, priority=-5).content is not None
+        assert client.chat(HELLO, max_gen_len=1, priority=-5).text is not None
         with pytest.raises(InvalidRequestError, match=r"^priority: must be -100 to 100, not 101$"):
             client.chat(HELLO, priority=101)
         with pytest.raises(InvalidRequestError, match=r"^priority: must be -100 to 100, not 101$"):

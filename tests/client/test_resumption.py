@@ -19,14 +19,13 @@ from client import (
     UnreachableError,
 )
 from client.resumption import ResumableStream
+from llama.v1 import chat_pb2
 from llama.v1.chat_pb2 import (
     ResumeStreamRequest,
     ResumeStreamResponse,
+    StreamEvent,
     TextCompleteStreamRequest,
     TextCompleteStreamResponse,
-    TextDelta,
-    TextFinished,
-    TextStarted,
     Token,
 )
 
@@ -59,7 +58,7 @@ class Reader:
         self.request = self.stream.next_request()
 
     def take(self, response: TextCompleteStreamResponse) -> None:
-        event = self.stream.take(response)
+        event = self.stream.on_response(response)
         self.events += [] if event is None else [event]
 
     def fails(self, error: ChasquiError) -> float:
@@ -73,16 +72,14 @@ def run_of(
     pieces: Sequence[str], fingerprint: str = "f", seed: int = 7
 ) -> Iterator[TextCompleteStreamResponse]:
     """One run of the stream: a token per character, an event per piece."""
-    sequence = 1
-    yield TextCompleteStreamResponse(
-        sequence=sequence, started=TextStarted(seed=seed, fingerprint=fingerprint)
-    )
-    for sequence, piece in enumerate(pieces, start=2):
+    events = [StreamEvent(started=chat_pb2.Started(seed=seed, fingerprint=fingerprint))]
+    for piece in pieces:
         tokens = [Token(id=ord(character)) for character in piece]
-        yield TextCompleteStreamResponse(
-            sequence=sequence, delta=TextDelta(text=piece, tokens=tokens)
-        )
-    yield TextCompleteStreamResponse(sequence=sequence + 1, finished=TextFinished())
+        events.append(StreamEvent(delta=chat_pb2.Delta(text=piece, tokens=tokens)))
+    events.append(StreamEvent(finished=chat_pb2.Finished()))
+    for number, event in enumerate(events, start=1):
+        event.event_number = number
+        yield TextCompleteStreamResponse(event=event)
 
 
 def repeated(reader: Reader, responses: Iterator[TextCompleteStreamResponse]) -> None:
@@ -118,7 +115,7 @@ def test_any_pattern_of_breaks_and_restarts_delivers_each_token_once(
             if position in breaks and position:
                 reader.fails(BROKEN)
                 assert reader.request == ResumeStreamRequest(
-                    request_id=reader.stream.request_id, after_sequence=position
+                    stream_name=reader.stream.name, after_event_number=position
                 )
             if position == len(responses) - 1 and number < len(drawn) - 1:
                 reader.fails(UNKNOWN)
@@ -132,11 +129,11 @@ def test_any_pattern_of_breaks_and_restarts_delivers_each_token_once(
 
 def test_repeated_stream_has_the_reported_seed_and_a_new_name() -> None:
     reader = Reader()
-    before = reader.stream.request_id
+    before = reader.stream.name
     repeated(reader, run_of([ANSWER]))
     assert isinstance(reader.request, TextCompleteStreamRequest)
     assert reader.request.sampling.seed == 7
-    assert reader.request.request_id not in ("", before)
+    assert reader.request.stream_name not in ("", before)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +212,7 @@ def test_restarted_gateway_is_waited_for_until_it_takes_the_stream() -> None:
 def test_resumed_events_are_unpacked() -> None:
     reader = Reader()
     [started, *_] = run_of([ANSWER])
-    reader.stream.take(ResumeStreamResponse(text=started))
+    reader.stream.on_response(ResumeStreamResponse(event=started.event))
     assert reader.stream.next_request() == ResumeStreamRequest(
-        request_id=reader.stream.request_id, after_sequence=1
+        stream_name=reader.stream.name, after_event_number=1
     )

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client import Client, FinishReason, Message, special_tags, without_special_tags
-from client.results import chat_prediction
+from client.results import prediction
 from llama.v1 import chat_pb2
 
 HELLO: Message = {"role": "user", "content": "Hello"}
@@ -19,13 +19,11 @@ def test_text_without_special_tags_holds_none_and_is_else_as_it_was(text: str) -
 
 
 def test_the_message_of_an_answer_can_be_sent_back(target: str) -> None:
-    answer = chat_prediction(
-        chat_pb2.ChatPrediction(generation=chat_pb2.Message(content="Hi [INST] you"))
-    )
+    answer = prediction(chat_pb2.Prediction(text="Hi [INST] you"))
     with Client(target) as client:
-        raw: Message = {"role": "assistant", "content": answer.content}
+        raw: Message = {"role": "assistant", "content": answer.text}
         refused = client.chat([HELLO, raw, HELLO], max_gen_len=1)
         going_on = client.chat([HELLO, answer.message, HELLO], max_gen_len=1)
-    assert answer.content == "Hi [INST] you"
-    assert refused.finish_reason is FinishReason.UNSAFE
-    assert going_on.finish_reason is not FinishReason.UNSAFE
+    assert answer.text == "Hi [INST] you"
+    assert refused.finish_reason is FinishReason.SPECIAL_TAGS
+    assert going_on.finish_reason is not FinishReason.SPECIAL_TAGS

@@ -84,12 +84,13 @@ def gateways(files: Files) -> Iterator[dict[str, str]]:
         if ("authorization", "Bearer secret") not in context.invocation_metadata():
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no key that is known")
         events: list[dict[str, Any]] = [
-            {"started": chat_pb2.TextStarted()},
-            {"delta": chat_pb2.TextDelta(text=f"{request.prompts[0]}!")},
-            {"finished": chat_pb2.TextFinished(finish_reason=FINISH_REASON_STOP)},
+            {"started": chat_pb2.Started()},
+            {"delta": chat_pb2.Delta(text=f"{request.prompts[0]}!")},
+            {"finished": chat_pb2.Finished(finish_reason=FINISH_REASON_STOP)},
         ]
         for number, event in enumerate(events, start=1):
-            yield chat_pb2.TextCompleteStreamResponse(sequence=number, **event)
+            numbered = chat_pb2.StreamEvent(event_number=number, **event)
+            yield chat_pb2.TextCompleteStreamResponse(event=numbered)
 
     methods = {"GetModel": get_model, "TextCompleteStream": complete}
     handlers = {name: handler(name, behaviour) for name, behaviour in methods.items()}

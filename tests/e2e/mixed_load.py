@@ -1,5 +1,5 @@
-"""Callers of every kind, well-behaved and not, each visit chosen at random from a seed. What a
-visit must end with is stated beside its kind; anything else a caller sees fails the run.
+"""Callers of every kind, well-behaved and not, whose visits are chosen at random from a seed. Each
+kind of visit states how it may end; any other end fails the run.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from tests.e2e.proxy import proxied
 THINKING = 0.1  # seconds from an answer to the next request, in the mean
 WORDS = ("llama", "alpaca", "chasqui", "runs", "over", "the", "high", "bridge", "knotted", "cord")
 EOF = grpc.aio.EOF
-# A connection that takes little ahead of its reader, and that nobody shares.
+# A connection that is not shared, and one that reads little ahead of its reader.
 ALONE = [("grpc.use_local_subchannel_pool", 1)]
 SMALL_WINDOW = [*ALONE, ("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
 
@@ -56,12 +56,12 @@ class Caller:
         return [dialog(self.dice.randint(1, 3)) for _ in range(self.dice.randint(1, most))]
 
     def chat_request(self, kind: Any, **fields: Any) -> Any:
-        """Of up to three dialogs with up to two answers each."""
+        """A request with up to three dialogs and up to two answers each."""
         n = self.dice.randint(1, 2)
         return kind(dialogs=self.dialogs(3), n=n, sampling=self.sampling(), **fields)
 
     def stream_request(self, **fields: Any) -> chat_pb2.TextCompleteStreamRequest:
-        """Of one long text."""
+        """A request with one long text."""
         sampling = self.sampling(100)
         return chat_pb2.TextCompleteStreamRequest(
             prompts=[self.text()], sampling=sampling, **fields
@@ -71,8 +71,8 @@ class Caller:
 async def read(call: Any, most: int = 1_000_000) -> list[Any]:
     """So many events of a stream, or all that there are."""
     events: list[Any] = []
-    while len(events) < most and (event := await call.read()) is not EOF:
-        events.append(event)
+    while len(events) < most and (response := await call.read()) is not EOF:
+        events.append(response.event)
     return events
 
 
@@ -94,7 +94,7 @@ async def continues_texts(caller: Caller) -> None:
 async def streams(caller: Caller) -> None:
     request = caller.chat_request(chat_pb2.ChatCompleteStreamRequest)
     events = await read(caller.chat.ChatCompleteStream(request))
-    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert [event.event_number for event in events] == list(range(1, len(events) + 1))
     finished = sum(event.HasField("finished") for event in events)
     assert finished == len(request.dialogs) * request.n
 
@@ -130,7 +130,7 @@ async def has_a_deadline(caller: Caller) -> None:
 
 
 async def asks_wrongly(caller: Caller) -> None:
-    """Of many ways to break a rule, one."""
+    """Breaks a rule, one of many."""
     [dialog] = caller.dialogs(1)
     wrong: dict[str, Any] = caller.dice.choice(
         [
@@ -156,9 +156,9 @@ async def asks_more_than_the_context(caller: Caller) -> None:
 async def asks_for_what_is_not_there(caller: Caller) -> None:
     name = str(caller.dice.random())
     if caller.dice.random() < 0.5:
-        await read(caller.chat.ResumeStream(chat_pb2.ResumeStreamRequest(request_id=name)))
+        await read(caller.chat.ResumeStream(chat_pb2.ResumeStreamRequest(stream_name=name)))
     else:
-        await caller.chat.Cancel(chat_pb2.CancelRequest(request_id=name))
+        await caller.chat.CancelStream(chat_pb2.CancelStreamRequest(stream_name=name))
 
 
 async def sends_too_much(caller: Caller) -> None:
@@ -195,11 +195,11 @@ async def resumes(caller: Caller) -> None:
     """Leaves a named stream, comes back for the rest, and misses nothing."""
     name = str(uuid.UUID(int=caller.dice.getrandbits(128)))
     async with grpc.aio.insecure_channel(caller.address, ALONE) as channel:
-        call = ChatServiceStub(channel).TextCompleteStream(caller.stream_request(request_id=name))
+        call = ChatServiceStub(channel).TextCompleteStream(caller.stream_request(stream_name=name))
         seen = len(await read(call, caller.dice.randint(1, 60)))
-    request = chat_pb2.ResumeStreamRequest(request_id=name, after_sequence=seen)
-    rest = [event.text for event in await read(caller.chat.ResumeStream(request))]
-    assert [event.sequence for event in rest] == list(range(seen + 1, seen + len(rest) + 1))
+    request = chat_pb2.ResumeStreamRequest(stream_name=name, after_event_number=seen)
+    rest = await read(caller.chat.ResumeStream(request))
+    assert [event.event_number for event in rest] == list(range(seen + 1, seen + len(rest) + 1))
     assert not rest or rest[-1].HasField("finished")
 
 
@@ -219,16 +219,16 @@ async def resumes_by_itself(caller: Caller) -> None:
 
 async def cancels_by_name(caller: Caller) -> None:
     name = str(uuid.UUID(int=caller.dice.getrandbits(128)))
-    call = caller.chat.TextCompleteStream(caller.stream_request(request_id=name))
+    call = caller.chat.TextCompleteStream(caller.stream_request(stream_name=name))
     await read(call, caller.dice.randint(1, 60))
-    await caller.chat.Cancel(chat_pb2.CancelRequest(request_id=name))
+    await caller.chat.CancelStream(chat_pb2.CancelStreamRequest(stream_name=name))
     await read(call)
 
 
 async def abandons(caller: Caller) -> Codes:
     """Never comes back for a named stream."""
     name = str(uuid.UUID(int=caller.dice.getrandbits(128)))
-    call = caller.chat.TextCompleteStream(caller.stream_request(request_id=name))
+    call = caller.chat.TextCompleteStream(caller.stream_request(stream_name=name))
     await read(call, caller.dice.randint(0, 60))
     call.cancel()
     return Codes(await call.code())

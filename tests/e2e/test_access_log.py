@@ -35,9 +35,9 @@ async def test_line_tells_what_usage_tells(chat: Any, stack: Any) -> None:
     assert (line["method"], line["code"], line["answers"]) == ("TextComplete", "OK", 1)
     for name in ("prompt_tokens", "cached_prompt_tokens", "completion_tokens"):
         assert line[name] == getattr(usage, name)
-    for name in ("queued", "prefill", "decode", "compute"):
+    for name in ("queue_time", "prefill_time", "decode_time", "compute_time"):
         assert line[name] == pytest.approx(getattr(usage, name).ToNanoseconds() / 1e9, abs=1e-6)
-    assert line["total"] >= usage.total.ToNanoseconds() / 1e9 - 1e-3
+    assert line["total_time"] >= usage.total_time.ToNanoseconds() / 1e9 - 1e-3
     assert line["finish_reasons"] == {"length": 1}
 
 
@@ -54,7 +54,7 @@ async def test_cancelled_and_refused_requests_have_their_line(chat: Any, stack: 
     endless = SamplingParams(temperature=0, ignore_eos=True)
     request = TextCompleteStreamRequest(prompts=[PROMPT], sampling=endless)
     stream = chat.TextCompleteStream(request, metadata=(("x-request-id", "left"),))
-    while not (await stream.read()).HasField("delta"):
+    while not (await stream.read()).event.HasField("delta"):
         pass
     stream.cancel()
     with pytest.raises(grpc.aio.AioRpcError):

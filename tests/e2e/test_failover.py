@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from llama.v1.chat_pb2 import TextCompleteStreamRequest, TextFinished
+from llama.v1.chat_pb2 import Finished, TextCompleteStreamRequest
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.model_pb2 import GetLoadRequest
 from llama.v1.model_pb2_grpc import ModelServiceStub
@@ -28,12 +28,12 @@ RunFleet = Callable[..., AbstractContextManager[Any]]
 
 @dataclass
 class Answer:
-    """What a client got of one stream."""
+    """The part of one stream that a client received."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
-    finished: TextFinished = field(default_factory=TextFinished)
+    finished: Finished = field(default_factory=Finished)
 
 
 class Streams:
@@ -60,7 +60,8 @@ class Streams:
 
     async def _follow(self, number: int, stub: Any) -> None:
         answer = self.answers[number]
-        async for event in stub.TextCompleteStream(request(number, self._length)):
+        async for response in stub.TextCompleteStream(request(number, self._length)):
+            event = response.event
             if event.HasField("delta"):
                 answer.ids += [token.id for token in event.delta.tokens]
                 answer.logprobs += [token.logprob for token in event.delta.tokens]
@@ -97,12 +98,12 @@ def assert_same(answers: list[Answer], expected: list[Answer]) -> None:
         usage = answer.finished.usage
         assert usage.completion_tokens == len(answer.ids)
         assert usage.prompt_tokens == other.finished.usage.prompt_tokens
-        times = [usage.queued, usage.prefill, usage.decode]
-        assert sum(time.ToNanoseconds() for time in times) <= usage.total.ToNanoseconds()
+        times = [usage.queue_time, usage.prefill_time, usage.decode_time]
+        assert sum(time.ToNanoseconds() for time in times) <= usage.total_time.ToNanoseconds()
 
 
 def resumed(answers: list[Answer]) -> int:
-    return sum(answer.finished.resumed for answer in answers)
+    return sum(answer.finished.failovers for answer in answers)
 
 
 async def assert_all_serve(fleet: Any) -> None:

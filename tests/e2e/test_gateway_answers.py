@@ -1,4 +1,4 @@
-"""What a request can ask for beyond a plain answer, on a real model."""
+"""The options of a request beyond a plain answer, on a real model."""
 
 from typing import Any
 
@@ -41,19 +41,19 @@ async def test_ids_are_continued_as_their_text_is(chat: Any, echo: bool) -> None
     ids = [token.id for token in by_text.tokens][: by_text.usage.prompt_tokens]
     by_ids = await continue_text(chat, prompt_ids=[TokenIds(ids=ids)], echo=echo)
     assert ids[0] == BOS
-    assert by_ids.generation == by_text.generation.removeprefix("" if echo else "The llama is")
+    assert by_ids.text == by_text.text.removeprefix("" if echo else "The llama is")
     assert not by_ids.tokens
 
 
 async def test_stop_string_across_token_borders_ends_the_answer_before_it(chat: Any) -> None:
     whole = await continue_text(chat, prompts=["The llama is"])
-    stop = whole.generation[5:11]
+    stop = whole.text[5:11]
     sampling = SamplingParams(temperature=0, max_gen_len=24, stop=["not there", stop])
     ended = await continue_text(chat, prompts=["The llama is"], sampling=sampling)
-    assert ended.generation == whole.generation[: whole.generation.index(stop)]
+    assert ended.text == whole.text[: whole.text.index(stop)]
     assert ended.finish_reason == FINISH_REASON_STOP_STRING
     assert 0 < ended.usage.completion_tokens < whole.usage.completion_tokens
-    assert ended.usage.decode.ToNanoseconds() > 0
+    assert ended.usage.decode_time.ToNanoseconds() > 0
 
 
 async def test_greedy_token_is_the_first_of_its_alternatives(chat: Any) -> None:
@@ -73,7 +73,7 @@ async def test_prompt_that_fills_the_context_gets_an_empty_answer(
     prediction = await continue_text(chat, prompt_ids=full, echo=True, logprobs=logprobs)
     assert prediction.finish_reason == FINISH_REASON_LENGTH
     assert prediction.usage.completion_tokens == 0
-    assert len(prediction.generation) > CONTEXT_LENGTH
+    assert len(prediction.text) > CONTEXT_LENGTH
     assert len(prediction.tokens) == (CONTEXT_LENGTH if logprobs else 0)
     assert all(token.logprob < 0 for token in prediction.tokens[1:])
 
@@ -82,7 +82,7 @@ async def test_an_answer_of_no_tokens_scores_the_prompt(chat: Any) -> None:
     asked: Any = {"prompts": ["The llama is"], "echo": True, "logprobs": True}
     answered = await continue_text(chat, **asked)
     scored = await continue_text(chat, sampling=SamplingParams(max_gen_len=0), **asked)
-    assert scored.generation == "The llama is"
+    assert scored.text == "The llama is"
     assert scored.finish_reason == FINISH_REASON_LENGTH
     assert scored.usage.completion_tokens == 0
     assert scored.tokens == answered.tokens[: scored.usage.prompt_tokens]
@@ -142,8 +142,8 @@ async def test_streamed_characters_are_whole_though_tokens_are_bytes(chat: Any) 
     streamed = chat.ChatCompleteStream(
         ChatCompleteStreamRequest(dialogs=[dialog], sampling=biased, logprobs=True)
     )
-    events = [event async for event in streamed]
-    assert "".join(event.delta.text for event in events) == unary.generation.content
+    events = [response.event async for response in streamed]
+    assert "".join(event.delta.text for event in events) == unary.text
     assert {t.id for event in events for t in event.delta.tokens} <= set(llama)
 
 

@@ -47,10 +47,10 @@ async def test_each_answer_is_what_its_seed_gives_alone(chat: Any, seed: dict[st
         )
         [alone] = (await chat.ChatComplete(again)).predictions
         assert ids(prediction) == ids(alone)
-        assert prediction.generation == alone.generation
+        assert prediction.text == alone.text
         assert prediction.seed == (predictions[place // 3 * 3].seed + place % 3) % 2**64
     assert [each.choice_index for each in predictions] == [0, 1, 2] * 2
-    assert len({each.generation.content for each in predictions}) > 3
+    assert len({each.text for each in predictions}) > 3
 
 
 async def test_stream_interleaves_its_answers_and_joins_to_the_unary_ones(chat: Any) -> None:
@@ -62,12 +62,13 @@ async def test_stream_interleaves_its_answers_and_joins_to_the_unary_ones(chat: 
     unary = (await chat.ChatComplete(ChatCompleteRequest(**fields))).predictions
     texts: defaultdict[tuple[int, int], str] = defaultdict(str)
     places = []
-    async for event in chat.ChatCompleteStream(ChatCompleteStreamRequest(**fields)):
+    async for response in chat.ChatCompleteStream(ChatCompleteStreamRequest(**fields)):
+        event = response.event
         if event.HasField("delta"):
-            places.append((event.delta.dialog_index, event.delta.choice_index))
+            places.append((event.delta.index, event.delta.choice_index))
             texts[places[-1]] += event.delta.text
     in_order = [(dialog, choice) for dialog in range(2) for choice in range(3)]
-    assert [texts[place] for place in in_order] == [each.generation.content for each in unary]
+    assert [texts[place] for place in in_order] == [each.text for each in unary]
     assert places != sorted(places)
 
 
@@ -78,7 +79,7 @@ async def test_continuations_of_token_ids_count_from_the_seed(chat: Any) -> None
     assert [(each.choice_index, each.seed) for each in predictions] == [(0, 7), (1, 8)] * 2
     second = TextCompleteRequest(prompt_ids=prompt_ids[1:], sampling=sampled(seed=8), echo=True)
     [alone] = (await chat.TextComplete(second)).predictions
-    assert alone.generation == predictions[3].generation
+    assert alone.text == predictions[3].text
     assert alone.usage.prompt_tokens == predictions[3].usage.prompt_tokens == 2
 
 
@@ -87,7 +88,7 @@ async def test_greedy_answers_are_all_the_same(chat: Any) -> None:
     request = ChatCompleteRequest(dialogs=dialogs(QUESTIONS[0]), sampling=greedy, n=16)
     predictions = (await chat.ChatComplete(request)).predictions
     assert len(predictions) == 16
-    assert len({each.generation.content for each in predictions}) == 1
+    assert len({each.text for each in predictions}) == 1
 
 
 async def test_answers_leave_no_block_behind_finished_or_cancelled(
@@ -99,7 +100,7 @@ async def test_answers_leave_no_block_behind_finished_or_cancelled(
     stream = chat.TextCompleteStream(
         TextCompleteStreamRequest(prompts=["one"], sampling=endless, n=16)
     )
-    while not (await stream.read()).HasField("delta"):
+    while not (await stream.read()).event.HasField("delta"):
         pass
     stream.cancel()
     load = await idle_load()
@@ -110,7 +111,7 @@ async def test_answers_leave_no_block_behind_finished_or_cancelled(
 async def test_special_tags_are_refused_as_often_as_answers_are_wanted(chat: Any) -> None:
     request = ChatCompleteRequest(dialogs=dialogs("[INST]", "hi"), sampling=sampled(), n=2)
     predictions = (await chat.ChatComplete(request)).predictions
-    refused = [each.generation.content.startswith("Error: special tags") for each in predictions]
+    refused = [each.text.startswith("Error: special tags") for each in predictions]
     assert refused == [True, True, False, False]
 
 
@@ -126,7 +127,7 @@ async def test_stop_token_ends_the_answer_where_it_would_come(chat: Any, ignore_
     assert ids(ended) == ids(whole)[: ids(whole).index(stop)]
     assert ended.usage.completion_tokens == len(ended.tokens)
     assert ended.finish_reason == FINISH_REASON_STOP
-    assert whole.generation.startswith(ended.generation)
+    assert whole.text.startswith(ended.text)
 
 
 async def test_stop_token_in_a_prompt_ends_nothing(chat: Any) -> None:
@@ -144,4 +145,4 @@ async def test_end_of_sequence_as_a_stop_token_holds_though_it_is_ignored(chat: 
     certain = sampled(ignore_eos=True, stop_token_ids=[EOS], logit_bias={EOS: 100.0})
     request = TextCompleteRequest(prompts=["The"], sampling=certain)
     [prediction] = (await chat.TextComplete(request)).predictions
-    assert (prediction.generation, prediction.finish_reason) == ("", FINISH_REASON_STOP)
+    assert (prediction.text, prediction.finish_reason) == ("", FINISH_REASON_STOP)

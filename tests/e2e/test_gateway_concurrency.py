@@ -29,8 +29,8 @@ def dialogs(*questions: str) -> list[Dialog]:
 async def stream(chat: Any, question: str, sampling: SamplingParams) -> list[int]:
     """The ids that a stream tells."""
     request = ChatCompleteStreamRequest(dialogs=dialogs(question), sampling=sampling, logprobs=True)
-    events = chat.ChatCompleteStream(request)
-    return [token.id async for event in events for token in event.delta.tokens]
+    responses = chat.ChatCompleteStream(request)
+    return [token.id async for each in responses for token in each.event.delta.tokens]
 
 
 async def alone(chat: Any, questions: Iterable[str], sampling: SamplingParams) -> list[list[int]]:
@@ -60,11 +60,11 @@ async def test_reported_seed_reproduces_the_answer(chat: Any) -> None:
     drawn = SamplingParams(temperature=1.5, max_gen_len=30, ignore_eos=True)
     request = ChatCompleteRequest(dialogs=dialogs(*QUESTIONS[:1] * 2), sampling=drawn)
     first, second = (await chat.ChatComplete(request)).predictions
-    assert first.generation != second.generation
+    assert first.text != second.text
     drawn.seed = second.seed
     request = ChatCompleteRequest(dialogs=dialogs(QUESTIONS[0]), sampling=drawn)
     [repeated] = (await chat.ChatComplete(request)).predictions
-    assert repeated.generation == second.generation
+    assert repeated.text == second.text
     assert repeated.fingerprint == second.fingerprint
 
 
@@ -80,7 +80,7 @@ async def test_200_streams_of_which_every_other_is_cancelled_leave_nothing_behin
         )
         call = chat.ChatCompleteStream(request)
         if number % 2 == 0:
-            assert [event async for event in call][-1].HasField("finished")
+            assert [response.event async for response in call][-1].HasField("finished")
             return
         for _ in range(1 + number % 7):  # some while they wait, some in the middle
             await call.read()

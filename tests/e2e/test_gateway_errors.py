@@ -123,17 +123,18 @@ async def undisturbed(chat: Any) -> AsyncIterator[None]:
         sampling=SamplingParams(temperature=0, ignore_eos=True, max_gen_len=60),
     )
 
-    async def texts(events: AsyncIterator[Any]) -> dict[int, str]:
+    async def texts(responses: AsyncIterator[Any]) -> dict[int, str]:
         found: defaultdict[int, str] = defaultdict(str)
-        async for event in events:
-            found[event.delta.dialog_index] += event.delta.text
+        async for response in responses:
+            delta = response.event.delta
+            found[delta.index] += delta.text
         return found
 
     expected = await texts(chat.ChatCompleteStream(steady))
-    events = aiter(chat.ChatCompleteStream(steady))
-    await anext(events)
+    responses = aiter(chat.ChatCompleteStream(steady))
+    await anext(responses)
     yield
-    assert await texts(events) == expected
+    assert await texts(responses) == expected
 
 
 def send(chat: Any, request: Any) -> Any:

@@ -24,7 +24,7 @@ from llama.v1.chat_pb2 import (
     TextCompleteStreamRequest,
     Token,
 )
-from llama.v1.sampling_pb2 import FINISH_REASON_UNSAFE, SamplingParams
+from llama.v1.sampling_pb2 import FINISH_REASON_SPECIAL_TAGS, SamplingParams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROLES = {"system": ROLE_SYSTEM, "user": ROLE_USER, "assistant": ROLE_ASSISTANT}
@@ -108,14 +108,15 @@ def test_chat_answer_is_metas(deployment: Deployment, case_id: str) -> None:
     fields: Any = {"dialogs": [dialog(case)], "sampling": sampling(case), "logprobs": True}
     [unary] = deployment.stub.ChatComplete(ChatCompleteRequest(**fields)).predictions
     rendered = deployment.stub.RenderPrompt(RenderPromptRequest(dialog=dialog(case)))
-    events = list(deployment.stub.ChatCompleteStream(ChatCompleteStreamRequest(**fields)))
+    stream = deployment.stub.ChatCompleteStream(ChatCompleteStreamRequest(**fields))
+    events = [response.event for response in stream]
     refused = case_id.startswith("special_tag")
     assert list(rendered.ids) == case["prompt_ids"]
-    assert rendered.unsafe is refused
-    assert unary.generation == Message(role=ROLE_ASSISTANT, content=case["content"])
+    assert rendered.has_special_tags is refused
+    assert unary.text == case["content"]
     assert "".join(event.delta.text for event in events) == case["content"]
     if refused:
-        assert (unary.finish_reason, len(unary.tokens)) == (FINISH_REASON_UNSAFE, 0)
+        assert (unary.finish_reason, len(unary.tokens)) == (FINISH_REASON_SPECIAL_TAGS, 0)
     else:
         assert_tokens_equal(list(unary.tokens), case)
         assert_tokens_equal([t for e in events for t in e.delta.tokens], case)
@@ -132,8 +133,9 @@ def test_continued_text_is_metas(deployment: Deployment, case_id: str) -> None:
         "echo": case["args"]["echo"],
     }
     [unary] = deployment.stub.TextComplete(TextCompleteRequest(**fields)).predictions
-    events = list(deployment.stub.TextCompleteStream(TextCompleteStreamRequest(**fields)))
-    assert unary.generation == case["content"]
+    stream = deployment.stub.TextCompleteStream(TextCompleteStreamRequest(**fields))
+    events = [response.event for response in stream]
+    assert unary.text == case["content"]
     assert "".join(event.delta.text for event in events) == case["content"]
     assert unary.usage.prompt_tokens == len(case["prompt_ids"])
     assert_tokens_equal(list(unary.tokens), case)
@@ -148,7 +150,7 @@ def test_all_dialogs_in_one_request_get_the_answers_they_get_alone(deployment: D
         dialogs=map(dialog, alike), sampling=sampling(alike[0]), logprobs=True
     )
     predictions = deployment.stub.ChatComplete(request).predictions
-    assert [each.generation.content for each in predictions] == [each["content"] for each in alike]
+    assert [each.text for each in predictions] == [each["content"] for each in alike]
     for prediction, case in zip(predictions, alike, strict=True):
-        if prediction.finish_reason != FINISH_REASON_UNSAFE:
+        if prediction.finish_reason != FINISH_REASON_SPECIAL_TAGS:
             assert_tokens_equal(list(prediction.tokens), case)

@@ -11,9 +11,9 @@ import pytest
 
 from llama.v1.chat_pb2 import (
     GetModelRequest,
+    Prediction,
     TextCompleteRequest,
     TextCompleteStreamRequest,
-    TextPrediction,
 )
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams
@@ -27,7 +27,7 @@ def own(services: Callable[..., AbstractContextManager[Any]]) -> Iterator[Any]:
         yield stack
 
 
-def continue_text(stub: ChatServiceStub) -> TextPrediction:
+def continue_text(stub: ChatServiceStub) -> Prediction:
     request = TextCompleteRequest(prompts=["The llama is"], sampling=SEEDED)
     return stub.TextComplete(request).predictions[0]
 
@@ -43,11 +43,11 @@ def test_restarted_model_service_is_used_again_and_repeats_a_seeded_answer(own: 
         with own.model.again():
             own.gateway.wait_until(serving=True)
             after = continue_text(stub)
-    assert (after.generation, after.fingerprint) == (before.generation, before.fingerprint)
+    assert (after.text, after.fingerprint) == (before.text, before.fingerprint)
 
 
 def local_ports(address: str) -> set[int]:
-    """Of this process's connections to a server."""
+    """The local ports of this process's connections to a server."""
     own = psutil.Process().net_connections("tcp4")
     port = int(address.rpartition(":")[2])
     return {each.laddr.port for each in own if each.raddr and each.raddr.port == port}
@@ -76,5 +76,5 @@ def test_running_stream_finishes_while_the_gateway_drains(own: Any) -> None:
         next(events)
         own.gateway.terminate()
         *_, last = events
-        assert last.finished.finish_reason == FINISH_REASON_LENGTH
+        assert last.event.finished.finish_reason == FINISH_REASON_LENGTH
         assert own.gateway.stop() == 0

@@ -143,7 +143,7 @@ def test_gateway_model_service_and_library_say_the_same(
     assert str(by_gateway.value).replace("sampling.", "") == words
     with grpc.insecure_channel(stack.model.address) as channel:
         wire = sampling_pb2.SamplingParams(seed=1, **sampling)
-        start = model_pb2.StartSequence(request_id="a", prompt_ids=[1], sampling=wire)
+        start = model_pb2.StartSequence(sequence_id="a", prompt_ids=[1], sampling=wire)
         requests = iter([model_pb2.GenerateRequest(start=start)])
         [event] = next(model_pb2_grpc.ModelServiceStub(channel).Generate(requests)).events
     assert event.error.message.replace("start.sampling.", "") == words
@@ -157,7 +157,7 @@ def test_a_key_is_told_how_many_prompts_its_own_quota_takes(
     keys.write_text(f'[[keys]]\nname = "ada"\nsha256 = "{digest}"\nmax_sequences = 3\n')
     with Client(gateway_beside(api_keys=keys).address, api_key="key of ada") as client:
         limits = client.get_model().limits
-        assert (limits.max_dialogs, limits.max_queued_sequences) == (3, 3)
+        assert (limits.max_dialogs, limits.max_sequences) == (3, 3)
         client.complete_many(["a"] * 3, max_gen_len=1)
         with pytest.raises(InvalidRequestError, match="at most 3 entries"):
             client.complete_many(["a"] * 4, max_gen_len=1)

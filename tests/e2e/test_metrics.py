@@ -1,4 +1,4 @@
-"""What the services tell Prometheus after traffic of known size."""
+"""The services' metrics after traffic of known size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 
 from llama.v1.chat_pb2 import (
     ROLE_USER,
-    CancelRequest,
+    CancelStreamRequest,
     ChatCompleteRequest,
     Dialog,
     Message,
@@ -82,14 +82,14 @@ async def test_named_streams_without_a_reader_are_counted(
     # More sequences than run at once: the stream outlasts the scrapes.
     sampling = exactly(200)
     request = TextCompleteStreamRequest(
-        request_id="left", prompts=[PROMPT] * 64, sampling=sampling, n=4
+        stream_name="left", prompts=[PROMPT] * 64, sampling=sampling, n=4
     )
     stream = chat.TextCompleteStream(request)
     await stream.read()
     assert detached() == 0
     stream.cancel()
     until(lambda: detached() == 1)
-    await chat.Cancel(CancelRequest(request_id="left"))
+    await chat.CancelStream(CancelStreamRequest(stream_name="left"))
     assert detached() == 0
     await idle_load()
 
@@ -127,7 +127,7 @@ async def test_tokenizer_counts_texts_and_their_tokens(chat: Any, stack: Any) ->
 async def test_each_delta_is_one_latency(chat: Any, stack: Any, echo: bool) -> None:
     gateway = Difference(stack.gateway)
     request = TextCompleteStreamRequest(prompts=[PROMPT], sampling=exactly(12), echo=echo)
-    events = [event async for event in chat.TextCompleteStream(request)]
+    events = [response.event async for response in chat.TextCompleteStream(request)]
     deltas = [event for event in events if event.HasField("delta")][echo:]
     assert gateway("chasqui_gateway_time_to_first_token_seconds_count") == 1
     assert gateway("chasqui_gateway_inter_token_seconds_count") == len(deltas) - 1 > 0
@@ -137,7 +137,7 @@ async def test_cancelled_stream_is_counted_with_the_tokens_it_had(chat: Any, sta
     gateway = Difference(stack.gateway)
     request = TextCompleteStreamRequest(prompts=[PROMPT], sampling=exactly(200))
     stream = chat.TextCompleteStream(request)
-    while not (await stream.read()).HasField("delta"):
+    while not (await stream.read()).event.HasField("delta"):
         pass
     stream.cancel()
     until(lambda: gateway("chasqui_gateway_cancelled_after_tokens_count") == 1)

@@ -83,7 +83,7 @@ class Load:
             else:
                 streamed = TextCompleteStreamRequest(prompts=["The llama"], sampling=sampling)
                 *_, last = [event async for event in stub.TextCompleteStream(streamed)]
-                usage = last.finished.usage
+                usage = last.event.finished.usage
             assert usage.completion_tokens == sampling.max_gen_len
             async with self._answered:
                 self.calls += 1

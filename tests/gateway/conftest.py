@@ -58,9 +58,9 @@ class ScriptedModel(model_pb2_grpc.ModelServiceServicer):
     def __post_init__(self) -> None:
         self.awake.set()
 
-    def tell(self, request_id: str, **event: Any) -> None:
+    def tell(self, sequence_id: str, **event: Any) -> None:
         """Makes an event of a sequence."""
-        events = [model_pb2.TokenEvent(request_id=request_id, **event)]
+        events = [model_pb2.TokenEvent(sequence_id=sequence_id, **event)]
         self._made.put_nowait(model_pb2.GenerateResponse(events=events))
 
     async def GetModelInfo(
@@ -90,8 +90,8 @@ class ScriptedModel(model_pb2_grpc.ModelServiceServicer):
             if request.HasField("start"):
                 self.starts.put_nowait(request.start)
             else:
-                self.cancels.put_nowait(request.cancel.request_id)
-                self.tell(request.cancel.request_id, finish_reason=FINISH_REASON_CANCELLED)
+                self.cancels.put_nowait(request.cancel.sequence_id)
+                self.tell(request.cancel.sequence_id, finish_reason=FINISH_REASON_CANCELLED)
 
     def service(self) -> Service:
         return Service(

@@ -15,7 +15,7 @@ from gateway.settings import GatewaySettings
 from gateway.upstream.connect import connector, failure_reason
 from llama.v1 import chat_pb2
 from llama.v1.model_pb2 import TopLogprobs
-from llama.v1.sampling_pb2 import FINISH_REASON_STOP, TopLogprob
+from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 from llama.v1.tokenizer_pb2 import GetVocabularyRequest
 from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from safety_service.rules import Rules
@@ -160,12 +160,12 @@ async def test_client_that_stops_reading_loses_its_stream_at_the_bound(
     name: str, impatient: RunningGateway, model: ScriptedModel
 ) -> None:
     request = chat_pb2.TextCompleteStreamRequest(
-        prompts=["Llamas"], request_id=name, logprobs=True, top_logprobs=20
+        prompts=["Llamas"], stream_name=name, logprobs=True, top_logprobs=20
     )
     call = impatient.stub.TextCompleteStream(request)
-    sequence = (await model.starts.get()).request_id
+    sequence = (await model.starts.get()).sequence_id
     cancelled = asyncio.create_task(model.cancels.get())
-    top = TopLogprobs(entries=[TopLogprob(id=300)] * 20)  # much to send, little to judge
+    top = TopLogprobs(ids=[300] * 20, logprobs=[0] * 20)  # much to send, little to judge
     while not cancelled.done():
         model.tell(sequence, ids=[300] * 10, logprobs=[0.0] * 10, top=[top] * 10)
         await asyncio.sleep(0)
@@ -187,10 +187,10 @@ async def test_slow_but_steady_reader_gets_everything(
     gateway = await start_gateway(tokenizer_target, address, max_unread_bytes=4096)
     await gateway.until(serving=True)
     call: Any = gateway.stub.TextCompleteStream(REQUEST)
-    sequence = (await model.starts.get()).request_id
+    sequence = (await model.starts.get()).sequence_id
     await call.read()
     for _ in range(100):
         model.tell(sequence, ids=[300] * 100)
-        assert (await call.read()).delta.text
+        assert (await call.read()).event.delta.text
     model.tell(sequence, finish_reason=FINISH_REASON_STOP)
-    assert (await call.read()).finished.usage.completion_tokens == 10_000
+    assert (await call.read()).event.finished.usage.completion_tokens == 10_000

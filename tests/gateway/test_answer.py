@@ -11,7 +11,7 @@ from gateway.request.validation import Options
 from gateway.text.detokenizer import Vocabulary
 from gateway.text.stop_strings import StopString
 from llama.v1.model_pb2 import TokenEvent, TopLogprobs
-from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams, TopLogprob
+from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams
 from tokenizer_service.tokenizer import Tokenizer
 
 
@@ -109,7 +109,7 @@ def test_a_text_and_its_exact_continuation_can_be_joined(
 
 def test_alternatives_get_text_and_bytes(vocabulary: Vocabulary) -> None:
     answer = start(vocabulary, [1], logprobs=True, top_logprobs=2)
-    top = TopLogprobs(entries=[TopLogprob(id=393, logprob=-0.2), TopLogprob(id=172, logprob=-2)])
+    top = TopLogprobs(ids=[393, 172], logprobs=[-0.2, -2])
     [token] = answer.take(TokenEvent(ids=[393], logprobs=[-0.2], top=[top])).tokens
     assert [(each.text, each.bytes) for each in token.top_logprobs] == [
         ("car", b" car"),

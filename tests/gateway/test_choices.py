@@ -16,7 +16,7 @@ from llama.v1.chat_pb2 import (
     TextCompleteStreamRequest,
 )
 from llama.v1.model_pb2 import StartSequence
-from llama.v1.sampling_pb2 import FINISH_REASON_STOP, FINISH_REASON_UNSAFE, SamplingParams
+from llama.v1.sampling_pb2 import FINISH_REASON_SPECIAL_TAGS, FINISH_REASON_STOP, SamplingParams
 from tokenizer_service.tokenizer import Tokenizer
 
 
@@ -36,10 +36,10 @@ async def test_answers_share_a_prompt_and_count_seeds_up_from_the_given_one(
     call = asyncio.ensure_future(gateway.stub.ChatComplete(request))
     begun = await starts(model, 4)
     for start in begun:
-        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+        model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
     predictions = (await call).predictions
     assert len({tuple(start.prompt_ids) for start in begun}) == 1
-    assert len({start.request_id for start in begun}) == 4
+    assert len({start.sequence_id for start in begun}) == 4
     assert [start.sampling.seed for start in begun] == [2**64 - 2, 2**64 - 1, 0, 1]
     assert [each.seed for each in predictions] == [2**64 - 2, 2**64 - 1, 0, 1]
 
@@ -62,16 +62,18 @@ async def test_predictions_come_dialog_by_dialog_whatever_ends_first(
     words = ["grass", "leaves", "straw", "hay"]
     for start, word in reversed(list(zip(await starts(model, 4), words, strict=True))):
         ids = tokenizer.encode(word, bos=False, eos=False)
-        model.tell(start.request_id, ids=ids, finish_reason=FINISH_REASON_STOP)
+        model.tell(start.sequence_id, ids=ids, finish_reason=FINISH_REASON_STOP)
     predictions = (await call).predictions
     refusal = "Error: special tags are not allowed as part of the prompt."
-    assert [each.generation.content for each in predictions] == [
+    assert [each.text for each in predictions] == [
         *("grass", "leaves"),
         *(refusal, refusal),
         *("straw", "hay"),
     ]
     assert [each.choice_index for each in predictions] == [0, 1] * 3
-    assert [each.finish_reason == FINISH_REASON_UNSAFE for each in predictions[2:4]] == [True] * 2
+    assert [each.finish_reason == FINISH_REASON_SPECIAL_TAGS for each in predictions[2:4]] == [
+        True
+    ] * 2
 
 
 async def test_stream_events_tell_their_prompt_and_choice(
@@ -80,15 +82,15 @@ async def test_stream_events_tell_their_prompt_and_choice(
     call = gateway.stub.TextCompleteStream(TextCompleteStreamRequest(prompts=["one", "two"], n=2))
     for start in reversed(await starts(model, 4)):
         ids = tokenizer.encode("x", bos=False, eos=False)
-        model.tell(start.request_id, ids=ids, finish_reason=FINISH_REASON_STOP)
-    events = [event async for event in call]
-    kinds = [event.WhichOneof("event") for event in events]
+        model.tell(start.sequence_id, ids=ids, finish_reason=FINISH_REASON_STOP)
+    events = [response.event async for response in call]
+    kinds = [event.WhichOneof("kind") for event in events]
     bodies = [getattr(event, kind) for event, kind in zip(events, kinds, strict=True)]
-    places = [(body.prompt_index, body.choice_index) for body in bodies]
+    places = [(body.index, body.choice_index) for body in bodies]
     in_order = [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert kinds == ["started"] * 4 + ["delta", "finished"] * 4
     assert places == in_order + [place for place in reversed(in_order) for _ in range(2)]
-    assert [event.sequence for event in events] == list(range(1, 13))
+    assert [event.event_number for event in events] == list(range(1, 13))
 
 
 async def test_every_answer_takes_its_room_in_the_queue(

@@ -31,7 +31,7 @@ async def patient(start_gateway: Any, start_server: Any, tokenizer_target: str, 
 
 async def begin(gateway: Any, name: str) -> Any:
     """A named stream that has begun."""
-    request = TextCompleteStreamRequest(prompts=["Once"], request_id=name)
+    request = TextCompleteStreamRequest(prompts=["Once"], stream_name=name)
     call = gateway.stub.TextCompleteStream(request)
     await call.read()
     return call
@@ -59,7 +59,7 @@ async def test_no_named_stream_begins_once_health_says_not_serving(
     with pytest.raises(grpc.aio.AioRpcError, match=MESSAGE) as refused:
         await begin(patient, "late")
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-    model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+    model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
     await stopping
 
 
@@ -71,11 +71,13 @@ async def test_named_stream_that_loses_its_reader_is_resumed_while_the_gateway_d
     stopping = asyncio.create_task(patient.server.aclose())
     assert MESSAGE in str((await until_refused(patient)).details())
     reading.cancel()
-    resumed = patient.stub.ResumeStream(ResumeStreamRequest(request_id="runs", after_sequence=1))
+    resumed = patient.stub.ResumeStream(
+        ResumeStreamRequest(stream_name="runs", after_event_number=1)
+    )
     await resumed.initial_metadata()
-    model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
-    event = await resumed.read()
-    assert event.text.finished.finish_reason == FINISH_REASON_STOP
+    model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
+    response = await resumed.read()
+    assert response.event.finished.finish_reason == FINISH_REASON_STOP
     await stopping
 
 
@@ -87,5 +89,5 @@ async def test_prompts_are_not_rendered_while_the_gateway_drains(patient: Any, m
     dialog = Dialog(messages=[Message(role=ROLE_USER, content="Hello")])
     with pytest.raises(grpc.aio.AioRpcError, match=MESSAGE):
         await patient.stub.RenderPrompt(RenderPromptRequest(dialog=dialog))
-    model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+    model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
     await stopping

@@ -13,9 +13,9 @@ from grpc_status.rpc_status import from_call
 from gateway.replicas.failover import MOST_RESTARTS
 from llama.v1.chat_pb2 import (
     GetModelRequest,
+    Prediction,
     TextCompleteRequest,
     TextCompleteStreamRequest,
-    TextPrediction,
     Token,
 )
 from llama.v1.model_pb2 import SequenceError, Timings
@@ -82,13 +82,13 @@ def stream(fleet: Fleet, **fields: Any) -> Any:
 
 async def first_tokens(call: Any) -> list[Token]:
     """Those of the first delta: what the replica made has arrived here."""
-    while not (event := await call.read()).HasField("delta"):
+    while not (event := (await call.read()).event).HasField("delta"):
         pass
     return list(event.delta.tokens)
 
 
-async def only(call: "asyncio.Future[Any]") -> TextPrediction:
-    prediction: TextPrediction
+async def only(call: "asyncio.Future[Any]") -> Prediction:
+    prediction: Prediction
     [prediction] = (await call).predictions
     return prediction
 
@@ -101,23 +101,23 @@ async def test_answer_goes_on_at_another_replica_from_where_it_was(
     first, start = await fleet.first_start()
     ids = tokenizer.encode("grass and leaves", bos=False, eos=False)
     fleet.models[first].tell(
-        start.request_id, ids=ids[:2], logprobs=[-1, -2], cached_prompt_tokens=3
+        start.sequence_id, ids=ids[:2], logprobs=[-1, -2], cached_prompt_tokens=3
     )
     tokens = await first_tokens(call)
     await fleet.kill(first)
     again = await fleet.models[1 - first].starts.get()
     rest = ids[2:]
     fleet.models[1 - first].tell(
-        again.request_id, ids=rest, logprobs=[-3] * len(rest), finish_reason=FINISH_REASON_LENGTH
+        again.sequence_id, ids=rest, logprobs=[-3] * len(rest), finish_reason=FINISH_REASON_LENGTH
     )
     tokens += await first_tokens(call)
-    last = (await call.read()).finished
-    assert (list(again.prompt_ids), again.offset) == ([*PROMPT, *ids[:2]], 2)
+    last = (await call.read()).event.finished
+    assert (list(again.prompt_ids), again.generated_tokens) == ([*PROMPT, *ids[:2]], 2)
     assert again.sampling == start.sampling
     assert [token.id for token in tokens] == ids
     assert [token.logprob for token in tokens] == [-1, -2, *[-3] * len(rest)]
     usage = last.usage
-    assert last.resumed == 1
+    assert last.failovers == 1
     assert (usage.prompt_tokens, usage.cached_prompt_tokens) == (len(PROMPT), 3)
     assert usage.completion_tokens == len(ids)
 
@@ -128,16 +128,16 @@ async def test_logprobs_of_the_prompt_are_asked_for_until_they_came(start_fleet:
     first, start = await fleet.first_start()
     await fleet.kill(first)
     second, again = await fleet.first_start()
-    fleet.models[second].tell(again.request_id, ids=[*PROMPT, 8], logprobs=[0, -1, -2, -3, -4])
+    fleet.models[second].tell(again.sequence_id, ids=[*PROMPT, 8], logprobs=[0, -1, -2, -3, -4])
     tokens = await first_tokens(call)
     await fleet.kill(second)
     third, last = await fleet.first_start()
-    fleet.models[third].tell(last.request_id, finish_reason=FINISH_REASON_LENGTH)
-    end = (await call.read()).finished
+    fleet.models[third].tell(last.sequence_id, finish_reason=FINISH_REASON_LENGTH)
+    end = (await call.read()).event.finished
     assert [each.prompt_logprobs for each in (start, again, last)] == [True, True, False]
-    assert [each.offset for each in (start, again, last)] == [0, 0, 1]
+    assert [each.generated_tokens for each in (start, again, last)] == [0, 0, 1]
     assert [token.id for token in tokens] == [*PROMPT, 8]
-    assert (end.usage.completion_tokens, end.resumed) == (1, 2)
+    assert (end.usage.completion_tokens, end.failovers) == (1, 2)
 
 
 async def test_a_replica_that_drains_passes_new_sequences_on(start_fleet: Any) -> None:
@@ -145,10 +145,10 @@ async def test_a_replica_that_drains_passes_new_sequences_on(start_fleet: Any) -
     call = complete(fleet)
     first, start = await fleet.first_start()
     draining = SequenceError(code=grpc.StatusCode.UNAVAILABLE.value[0], message="draining")
-    fleet.models[first].tell(start.request_id, error=draining)
+    fleet.models[first].tell(start.sequence_id, error=draining)
     again = await fleet.models[1 - first].starts.get()
-    fleet.models[1 - first].tell(again.request_id, finish_reason=FINISH_REASON_LENGTH)
-    assert (await only(call)).resumed == 0
+    fleet.models[1 - first].tell(again.sequence_id, finish_reason=FINISH_REASON_LENGTH)
+    assert (await only(call)).failovers == 0
 
 
 async def test_a_fault_of_the_sequence_itself_is_not_tried_elsewhere(start_fleet: Any) -> None:
@@ -156,7 +156,7 @@ async def test_a_fault_of_the_sequence_itself_is_not_tried_elsewhere(start_fleet
     call = complete(fleet)
     first, start = await fleet.first_start()
     fault = SequenceError(code=grpc.StatusCode.INTERNAL.value[0], message="not finite")
-    fleet.models[first].tell(start.request_id, error=fault)
+    fleet.models[first].tell(start.sequence_id, error=fault)
     with pytest.raises(grpc.aio.AioRpcError, match="not finite"):
         await call
     assert fleet.models[1 - first].starts.empty()
@@ -173,10 +173,14 @@ async def test_an_answer_waits_for_its_only_replica_to_come_back(
     await fleet.gateway.until(serving=False)
     await start_server(model.service(), port=int(fleet.servers[0][0].rpartition(":")[2]))
     again = await model.starts.get()
-    model.tell(again.request_id, ids=[8], finish_reason=FINISH_REASON_LENGTH, timings=Timings())
+    model.tell(again.sequence_id, ids=[8], finish_reason=FINISH_REASON_LENGTH, timings=Timings())
     prediction = await only(call)
-    assert prediction.resumed == 1
-    assert 0 < prediction.usage.queued.ToNanoseconds() < prediction.usage.total.ToNanoseconds()
+    assert prediction.failovers == 1
+    assert (
+        0
+        < prediction.usage.queue_time.ToNanoseconds()
+        < prediction.usage.total_time.ToNanoseconds()
+    )
 
 
 async def test_without_another_replica_an_answer_ends_as_unavailable(start_fleet: Any) -> None:
@@ -235,8 +239,8 @@ async def test_a_replica_that_does_not_answer_loses_its_sequences(
     first, _ = await fleet.first_start()
     fleet.models[first].awake.clear()
     again = await fleet.models[1 - first].starts.get()
-    fleet.models[1 - first].tell(again.request_id, finish_reason=FINISH_REASON_LENGTH)
-    assert (await only(call)).resumed == 1
+    fleet.models[1 - first].tell(again.sequence_id, finish_reason=FINISH_REASON_LENGTH)
+    assert (await only(call)).failovers == 1
     unusable = await log.wait_for("upstream unusable")
     assert unusable["reason"] == "it hangs: no answer within 1 seconds"
 
@@ -247,6 +251,6 @@ async def test_a_replica_that_makes_no_step_loses_its_sequences(start_fleet: Any
     first, _ = await fleet.first_start()
     fleet.models[first].steps = False
     again = await fleet.models[1 - first].starts.get()
-    fleet.models[1 - first].tell(again.request_id, finish_reason=FINISH_REASON_LENGTH)
-    assert (await only(call)).resumed == 1
+    fleet.models[1 - first].tell(again.sequence_id, finish_reason=FINISH_REASON_LENGTH)
+    assert (await only(call)).failovers == 1
     assert "no step within 3 seconds" in (await log.wait_for("upstream unusable"))["reason"]

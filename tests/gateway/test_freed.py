@@ -39,8 +39,8 @@ REFUSED = {
     "encoded": TextCompleteRequest(prompts=[FITS_BY_ITS_BYTES]),
     "stream": TextCompleteStreamRequest(prompts=[LONG]),
     "encoded_stream": TextCompleteStreamRequest(prompts=[FITS_BY_ITS_BYTES]),
-    "named_stream": TextCompleteStreamRequest(prompts=[LONG], request_id="name"),
-    "bad_named_stream": TextCompleteStreamRequest(prompts=["a"], request_id="a name"),
+    "named_stream": TextCompleteStreamRequest(prompts=[LONG], stream_name="name"),
+    "bad_named_stream": TextCompleteStreamRequest(prompts=["a"], stream_name="a name"),
     "dialog": ChatCompleteRequest(
         dialogs=[Dialog(messages=[Message(role=ROLE_USER, content=LONG)])]
     ),
@@ -99,7 +99,7 @@ LASTING = {
     "chat_stream": ChatCompleteStreamRequest(dialogs=CHAT),
     "text": TextCompleteRequest(prompts=["a"]),
     "text_stream": TextCompleteStreamRequest(prompts=["a"]),
-    "named_stream": TextCompleteStreamRequest(prompt_ids=[TokenIds(ids=[5])], request_id="name"),
+    "named_stream": TextCompleteStreamRequest(prompt_ids=[TokenIds(ids=[5])], stream_name="name"),
 }
 
 
@@ -115,22 +115,22 @@ async def test_request_is_not_held_while_its_answers_are_made(
         answers = call(serialized)
         start = await model.starts.get()
         await freed()
-        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+        model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
         assert [answer async for answer in answers]
 
 
 async def test_ended_named_stream_keeps_its_events_and_not_its_request(
     gateway: RunningGateway, model: ScriptedModel, freed: Freed
 ) -> None:
-    request = TextCompleteStreamRequest(prompts=["a"], request_id="name").SerializeToString()
+    request = TextCompleteStreamRequest(prompts=["a"], stream_name="name").SerializeToString()
     async with grpc.aio.insecure_channel(gateway.address) as channel:
         call: Any = channel.unary_stream("/llama.v1.ChatService/TextCompleteStream")
         answers = call(request)
         start = await model.starts.get()
         await anext(aiter(answers))
         answers.cancel()
-    model.tell(start.request_id, error=SequenceError(code=13, message="broken"))
+    model.tell(start.sequence_id, error=SequenceError(code=13, message="broken"))
     await freed()
-    resumed = gateway.stub.ResumeStream(ResumeStreamRequest(request_id="name"))
+    resumed = gateway.stub.ResumeStream(ResumeStreamRequest(stream_name="name"))
     with pytest.raises(grpc.aio.AioRpcError, match="broken"):
-        _ = [event async for event in resumed]
+        _ = [response.event async for response in resumed]

@@ -46,7 +46,7 @@ async def leave_streams(gateway: Any, count: int, **more: Any) -> list[str]:
     async with channel(gateway.address) as anns:
         stub = type(gateway.stub)(anns)
         for name in names:
-            request = ChatCompleteStreamRequest(**fields(request_id=name, **more))
+            request = ChatCompleteStreamRequest(**fields(stream_name=name, **more))
             await stub.ChatCompleteStream(request, metadata=by("ann")).read()
     return names
 
@@ -106,10 +106,10 @@ async def test_key_that_fills_the_queue_and_leaves_does_not_keep_another_out(
     answer = chat(gateway, sampling=length(9))
     while not answer.done() and (await status(gateway)).queued_sequences <= 256 - MOST_RUNNING:
         pass
-    model.tell(starts[0].request_id, finish_reason=FINISH_REASON_STOP)
+    model.tell(starts[0].sequence_id, finish_reason=FINISH_REASON_STOP)
     next_start = await model.starts.get()
     assert next_start.sampling.max_gen_len == 9
-    model.tell(next_start.request_id, finish_reason=FINISH_REASON_STOP)
+    model.tell(next_start.sequence_id, finish_reason=FINISH_REASON_STOP)
     assert len((await answer).predictions) == 1
 
 
@@ -119,7 +119,7 @@ async def test_displaced_stream_tells_why_also_whoever_resumes_it(shared: Any, m
     await model.starts.get()
     answer = chat(gateway, n=4)
     resumed = gateway.stub.ResumeStream(
-        ResumeStreamRequest(request_id=newest, after_sequence=2), metadata=by("ann")
+        ResumeStreamRequest(stream_name=newest, after_event_number=2), metadata=by("ann")
     )
     assert await quotas(resumed) == ["key.share"]
     assert "the key's share is 4" in await resumed.details()

@@ -43,9 +43,9 @@ async def guard(guard_target: str, start_server: Any, servers: AsyncExitStack) -
     return SafetyServiceStub(await servers.enter_async_context(channel(address)))
 
 
-def answer(model: Any, request_id: str, text: str, tokenizer: Tokenizer) -> None:
+def answer(model: Any, sequence_id: str, text: str, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(text, bos=False, eos=False)
-    model.tell(request_id, ids=ids, finish_reason=FINISH_REASON_STOP)
+    model.tell(sequence_id, ids=ids, finish_reason=FINISH_REASON_STOP)
 
 
 async def test_guard_is_asked_greedily_with_its_prompt_and_its_answer_is_the_verdict(
@@ -56,7 +56,7 @@ async def test_guard_is_asked_greedily_with_its_prompt_and_its_answer_is_the_ver
     prompt = render(POLICY, [Turn(USER, "How do llamas spit?")])
     assert list(start.prompt_ids) == tokenizer.encode(prompt, bos=True, eos=False)
     assert start.sampling.temperature == 0
-    answer(model, start.request_id, "unsafe\nO1,O3", tokenizer)
+    answer(model, start.sequence_id, "unsafe\nO1,O3", tokenizer)
     response = await call
     assert response.verdict == VERDICT_UNSAFE
     assert response.categories == ["O1", "O3"]
@@ -76,7 +76,7 @@ async def test_dialog_that_is_too_long_loses_its_oldest_turns(
     assert "<BEGIN CONVERSATION>\n\nUser: turn " in prompt
     assert "turn 0\n" not in prompt
     assert "Be kind." not in prompt
-    answer(model, start.request_id, "safe", tokenizer)
+    answer(model, start.sequence_id, "safe", tokenizer)
     assert (await call).verdict == VERDICT_SAFE
 
 
@@ -85,7 +85,7 @@ async def test_answer_that_is_no_verdict_is_unavailable(
     guard: Any, model: Any, tokenizer: Tokenizer, said: str
 ) -> None:
     call = guard.Classify(ClassifyRequest(text="Hello"))
-    answer(model, (await model.starts.get()).request_id, said, tokenizer)
+    answer(model, (await model.starts.get()).sequence_id, said, tokenizer)
     with pytest.raises(grpc.aio.AioRpcError, match="neither safe nor unsafe") as failed:
         await call
     assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -103,4 +103,4 @@ async def test_call_that_is_cancelled_frees_the_guards_sequence(guard: Any, mode
     call = asyncio.ensure_future(guard.Classify(ClassifyRequest(text="Hello")))
     start = await model.starts.get()
     call.cancel()
-    assert await model.cancels.get() == start.request_id
+    assert await model.cancels.get() == start.sequence_id

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from gateway.rpc.named_streams import EVENT_OVERHEAD, STREAM_OVERHEAD, NamedStreams, StreamLimits
 from llama.v1.chat_pb2 import (
     ROLE_USER,
-    CancelRequest,
+    CancelStreamRequest,
     ChatCompleteStreamRequest,
+    Delta,
     Dialog,
     Message,
     ResumeStreamRequest,
+    StreamEvent,
     TextCompleteStreamRequest,
-    TextCompleteStreamResponse,
-    TextDelta,
     Token,
 )
 from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams
@@ -37,45 +37,47 @@ TEXT = "One by one the runners of the high road hand over what they carry, day a
 def request(name: str = "", **fields: Any) -> TextCompleteStreamRequest:
     sampling = SamplingParams(seed=7)
     return TextCompleteStreamRequest(
-        prompts=["Once"], request_id=name, sampling=sampling, logprobs=True, **fields
+        prompts=["Once"], stream_name=name, sampling=sampling, logprobs=True, **fields
     )
 
 
 def resume(gateway: Any, name: str, after: int) -> Any:
-    return gateway.stub.ResumeStream(ResumeStreamRequest(request_id=name, after_sequence=after))
+    return gateway.stub.ResumeStream(
+        ResumeStreamRequest(stream_name=name, after_event_number=after)
+    )
 
 
 def tell(model: Any, start: Any, ids: Sequence[int], *, end: bool = False) -> None:
     """Makes tokens, one at a time."""
     for token_id in ids:
-        model.tell(start.request_id, ids=[token_id], logprobs=[-1.0])
+        model.tell(start.sequence_id, ids=[token_id], logprobs=[-1.0])
     if end:
-        model.tell(start.request_id, finish_reason=FINISH_REASON_LENGTH)
+        model.tell(start.sequence_id, finish_reason=FINISH_REASON_LENGTH)
 
 
-async def read(call: Any, count: int) -> list[TextCompleteStreamResponse]:
+async def read(call: Any, count: int) -> list[StreamEvent]:
     """The next events of either kind of call, fewer at its end."""
-    events: list[TextCompleteStreamResponse] = []
+    events: list[StreamEvent] = []
     while len(events) < count and (response := await call.read()) is not grpc.aio.EOF:
         # The time that an answer waited and took is all that may differ between two runs.
-        event = response.text if hasattr(response, "text") else response
+        event = response.event
         if event.HasField("finished"):
-            for name in ("queued", "total"):
+            for name in ("queue_time", "total_time"):
                 event.finished.usage.ClearField(name)
         events.append(event)
     return events
 
 
-def tokens(events: Sequence[TextCompleteStreamResponse]) -> list[Token]:
+def tokens(events: Sequence[StreamEvent]) -> list[Token]:
     """Of all deltas. What comes faster than it is read is joined: how many events there are, and
     which tokens each holds, depends on the machine.
     """
     return [token for event in events for token in event.delta.tokens]
 
 
-async def read_tokens(call: Any, count: int) -> list[TextCompleteStreamResponse]:
+async def read_tokens(call: Any, count: int) -> list[StreamEvent]:
     """The next events that hold so many tokens or more, fewer at its end."""
-    events: list[TextCompleteStreamResponse] = []
+    events: list[StreamEvent] = []
     while len(tokens(events)) < count and (more := await read(call, 1)):
         events += more
     return events
@@ -114,7 +116,7 @@ async def test_any_pattern_of_breaks_gives_the_undisturbed_answer(
     tell(model, start, ids[made:], end=True)
     seen += await read(call, 1000)
     assert seen == await read(resume(gateway, name, 0), 1000)
-    assert [event.sequence for event in seen] == [*range(1, len(seen) + 1)]
+    assert [event.event_number for event in seen] == [*range(1, len(seen) + 1)]
     assert tokens(seen) == tokens(expected)
     texts = ["".join(event.delta.text for event in events) for events in (seen, expected)]
     assert texts[0] == texts[1]
@@ -127,7 +129,7 @@ async def test_deadline_of_the_first_call_is_not_what_a_later_cancel_is_logged_a
     call = gateway.stub.TextCompleteStream(request("named"), timeout=0.3)
     await model.starts.get()
     assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await gateway.stub.Cancel(CancelRequest(request_id="named"))
+    await gateway.stub.CancelStream(CancelStreamRequest(stream_name="named"))
     assert (await log.wait_for("request finished"))["code"] == "CANCELLED"
 
 
@@ -141,19 +143,19 @@ async def test_stream_that_ended_unread_is_replayed_as_often_as_asked(
     tell(model, start, ids, end=True)
     first, second = [await read(resume(gateway, "ended", 0), 1000) for _ in range(2)]
     assert first == second
-    assert [event.sequence for event in first] == [*range(1, len(first) + 1)]
+    assert [event.event_number for event in first] == [*range(1, len(first) + 1)]
     assert [token.id for token in tokens(first)] == ids
 
 
-async def test_chat_streams_resume_as_chat_events(gateway: Any, model: Any) -> None:
+async def test_chat_streams_are_resumed_as_text_streams_are(gateway: Any, model: Any) -> None:
     dialog = Dialog(messages=[Message(role=ROLE_USER, content="Hello")])
     call = gateway.stub.ChatCompleteStream(
-        ChatCompleteStreamRequest(dialogs=[dialog], request_id="chat")
+        ChatCompleteStreamRequest(dialogs=[dialog], stream_name="chat")
     )
     started = await call.read()
     await model.starts.get()
     call.cancel()
-    assert (await resume(gateway, "chat", 0).read()).chat == started
+    assert (await resume(gateway, "chat", 0).read()).event == started.event
 
 
 async def test_second_reader_takes_the_stream_over(
@@ -175,7 +177,7 @@ async def test_name_of_a_known_stream_is_refused_and_accounted_for(
     await read(call, 1)
     code, message = await refusal(gateway.stub.TextCompleteStream(request("twice")))
     assert code is grpc.StatusCode.ALREADY_EXISTS
-    assert "there is a stream with the request_id 'twice'" in message
+    assert "there is a stream with the stream_name 'twice'" in message
     line = await log.wait_for("request finished")
     assert (line["code"], line["method"]) == ("ALREADY_EXISTS", "TextCompleteStream")
 
@@ -187,16 +189,16 @@ async def test_name_of_a_refused_stream_stays_free(gateway: Any, model: Any) -> 
 
 
 @pytest.mark.parametrize("name", ["", "a b", "ü", "x" * 129])
-@pytest.mark.parametrize("method", ["TextCompleteStream", "ResumeStream", "Cancel"])
+@pytest.mark.parametrize("method", ["TextCompleteStream", "ResumeStream", "CancelStream"])
 async def test_bad_name_is_refused_by_its_rule(gateway: Any, method: str, name: str) -> None:
     calls = {
         "TextCompleteStream": lambda: gateway.stub.TextCompleteStream(request(name or "-" * 129)),
         "ResumeStream": lambda: resume(gateway, name, 0),
-        "Cancel": lambda: gateway.stub.Cancel(CancelRequest(request_id=name)),
+        "CancelStream": lambda: gateway.stub.CancelStream(CancelStreamRequest(stream_name=name)),
     }
     code, message = await refusal(calls[method]())
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert message.startswith("request_id: must be 1 to 128 characters of A-Z, a-z, 0-9")
+    assert message.startswith("stream_name: must be 1 to 128 characters of A-Z, a-z, 0-9")
 
 
 async def test_stream_without_a_reader_is_cancelled_after_the_grace_time(
@@ -209,7 +211,7 @@ async def test_stream_without_a_reader_is_cancelled_after_the_grace_time(
     start = await model.starts.get()
     await read(call, 1)
     call.cancel()
-    assert await model.cancels.get() == start.request_id
+    assert await model.cancels.get() == start.sequence_id
     code, message = await refusal(resume(gateway, "left", 1))
     assert code is grpc.StatusCode.NOT_FOUND
     assert "had no reader for 0.1 seconds" in message
@@ -219,10 +221,10 @@ async def test_cancel_ends_the_stream_its_reader_and_its_sequence(gateway: Any, 
     call = gateway.stub.TextCompleteStream(request("stopped"))
     start = await model.starts.get()
     await read(call, 1)
-    await gateway.stub.Cancel(CancelRequest(request_id="stopped"))
-    assert await model.cancels.get() == start.request_id
+    await gateway.stub.CancelStream(CancelStreamRequest(stream_name="stopped"))
+    assert await model.cancels.get() == start.sequence_id
     assert await refusal(call) == (grpc.StatusCode.CANCELLED, "the stream was cancelled")
-    again = gateway.stub.Cancel(CancelRequest(request_id="stopped"))
+    again = gateway.stub.CancelStream(CancelStreamRequest(stream_name="stopped"))
     assert (await refusal(again))[0] is grpc.StatusCode.NOT_FOUND
 
 
@@ -242,18 +244,18 @@ async def test_sequences_of_a_named_stream_carry_the_request_id_of_its_first_cal
     gateway: Any, model: Any
 ) -> None:
     call = gateway.stub.TextCompleteStream(request("logged"), metadata=(("x-request-id", "abc"),))
-    assert (await model.starts.get()).request_id.startswith("abc.")
+    assert (await model.starts.get()).sequence_id.startswith("abc.")
     call.cancel()
 
 
 async def made(
     count: int, release: asyncio.Event | None = None
-) -> AsyncGenerator[TextCompleteStreamResponse, None]:
+) -> AsyncGenerator[StreamEvent, None]:
     """Events as the gateway makes them; the last waits for `release`."""
     for number in range(1, count + 1):
         if number == count and release is not None:
             await release.wait()
-        yield TextCompleteStreamResponse(sequence=number, delta=TextDelta(text="x"))
+        yield StreamEvent(event_number=number, delta=Delta(text="x"))
 
 
 def limits(**changed: Any) -> StreamLimits:
@@ -262,13 +264,13 @@ def limits(**changed: Any) -> StreamLimits:
 
 async def all_of(stream: AsyncGenerator[Any, None]) -> list[int]:
     async with aclosing(stream) as events:
-        return [event.sequence async for event in events]
+        return [event.event_number async for event in events]
 
 
 async def begin(streams: NamedStreams, name: str, events: AsyncGenerator[Any, None]) -> None:
     """Begins a stream and reads its first event alone."""
     async with aclosing(streams.open(name, events, None)) as reading:
-        assert (await anext(reading)).sequence == 1
+        assert (await anext(reading)).event_number == 1
 
 
 async def test_full_buffer_drops_the_oldest_events_while_nobody_reads() -> None:
@@ -280,7 +282,7 @@ async def test_full_buffer_drops_the_oldest_events_while_nobody_reads() -> None:
     with pytest.raises(RequestError, match="events up to 6 are no longer kept") as lost:
         streams.resume("a", 5)
     assert lost.value.code is grpc.StatusCode.OUT_OF_RANGE
-    with pytest.raises(RequestError, match="must be at most 10, the last event made, not 11"):
+    with pytest.raises(RequestError, match="must be at most 10, the last event, not 11"):
         streams.resume("a", 11)
 
 
@@ -292,7 +294,7 @@ async def test_slow_reader_loses_nothing_however_small_the_buffer(
     seen = []
     async with aclosing(streams.open("a", made(30), None)) as events:
         async for event in events:
-            seen.append(event.sequence)
+            seen.append(event.event_number)
             if pauses and pauses.pop():
                 await asyncio.sleep(0)
     assert seen == list(range(1, 31))
@@ -309,7 +311,7 @@ async def test_ended_streams_are_kept_up_to_a_bound_in_all() -> None:
     for name in ("first", "second"):
         assert await all_of(streams.open(name, made(3), None)) == [1, 2, 3]
     assert await all_of(streams.resume("second", 0)) == [1, 2, 3]
-    with pytest.raises(RequestError, match="there is no stream with the request_id 'first'"):
+    with pytest.raises(RequestError, match="there is no stream with the stream_name 'first'"):
         streams.resume("first", 0)
     await streams.close()
 

@@ -37,11 +37,11 @@ async def test_status_tells_services_load_and_what_runs(gateway: Any, model: Any
     [replica] = found.replicas
     assert found.tokenizer.state == replica.upstream.state == UPSTREAM_STATE_SERVING
     assert (replica.info.name, replica.upstream.reason) == ("scripted", "")
-    assert (replica.sequences, found.running_sequences, found.queued_sequences) == (2, 2, 0)
+    assert (replica.running_sequences, found.running_sequences, found.queued_sequences) == (2, 2, 0)
     assert replica.outstanding_tokens > sum(len(start.prompt_ids) for start in starts)
     assert found.uptime.ToTimedelta() > replica.load_age.ToTimedelta()
     for start in starts:
-        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+        model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
     await call
     assert (await status_when(gateway, lambda _: True)).running_sequences == 0
 
@@ -84,7 +84,7 @@ async def test_status_tells_why_a_replica_takes_no_work(
 
 
 async def test_status_counts_streams_whose_client_is_away(gateway: Any, model: Any) -> None:
-    request = TextCompleteStreamRequest(prompts=["Once"], request_id="kept")
+    request = TextCompleteStreamRequest(prompts=["Once"], stream_name="kept")
     call = gateway.stub.TextCompleteStream(request)
     await model.starts.get()
     assert (await status_when(gateway, lambda _: True)).detached_streams == 0

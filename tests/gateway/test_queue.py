@@ -65,7 +65,7 @@ async def test_next_in_the_queue_begins_when_the_running_one_ends(narrow: Any, m
     for _ in calls:
         start = await model.starts.get()
         assert model.starts.empty()
-        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+        model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
     await asyncio.gather(*calls)
 
 
@@ -75,8 +75,8 @@ async def test_time_in_the_gateways_queue_counts_as_queued(narrow: Any, model: A
     queued.queued.FromSeconds(3)
     for _ in range(2):
         start = await model.starts.get()
-        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP, timings=queued)
-    first, second = ((each.usage.queued.ToMicroseconds()) for each in (await call).predictions)
+        model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP, timings=queued)
+    first, second = ((each.usage.queue_time.ToMicroseconds()) for each in (await call).predictions)
     assert 3_000_000 <= first < second
 
 
@@ -87,7 +87,7 @@ async def test_cancelled_while_it_waits_never_reaches_a_replica(narrow: Any, mod
     await until_taken(narrow, sampling=sampling(3))
     waiting.cancel()
     await until_taken(narrow, sampling=sampling(4), n=2)  # as soon as the two are gone
-    model.tell(first.request_id, finish_reason=FINISH_REASON_STOP)
+    model.tell(first.sequence_id, finish_reason=FINISH_REASON_STOP)
     await running
     assert (await model.starts.get()).sampling.max_gen_len == 3
 
@@ -102,7 +102,7 @@ async def test_deadline_that_passes_in_the_queue_never_reaches_a_replica(
     assert expired.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     # A client's clock may be ahead of the gateway's: there is room for three when that one is gone.
     patient = await until_taken(narrow, sampling=sampling(3), n=3)
-    model.tell(first.request_id, finish_reason=FINISH_REASON_STOP)
+    model.tell(first.sequence_id, finish_reason=FINISH_REASON_STOP)
     await running
     assert (await model.starts.get()).sampling.max_gen_len == 3
     patient.cancel()

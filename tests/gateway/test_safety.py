@@ -16,9 +16,9 @@ from llama.v1.chat_pb2 import (
     ROLE_USER,
     ChatCompleteRequest,
     ChatCompleteStreamRequest,
-    ChatCompleteStreamResponse,
     Dialog,
     Message,
+    StreamEvent,
     TextCompleteRequest,
 )
 from llama.v1.operator_pb2 import (
@@ -29,8 +29,8 @@ from llama.v1.operator_pb2 import (
 from llama.v1.sampling_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_SAFETY,
+    FINISH_REASON_SPECIAL_TAGS,
     FINISH_REASON_STOP,
-    FINISH_REASON_UNSAFE,
     SamplingParams,
     TokenIds,
 )
@@ -66,17 +66,17 @@ class HeldClassifier:
             raise
 
 
-def say(model: Any, request_id: str, text: str, tokenizer: Tokenizer, **last: Any) -> None:
+def say(model: Any, sequence_id: str, text: str, tokenizer: Tokenizer, **last: Any) -> None:
     """Makes the model say a text, token by token; with a finish reason, and end."""
     for token_id in tokenizer.encode(text, bos=False, eos=False):
-        model.tell(request_id, ids=[token_id], logprobs=[0.0])
+        model.tell(sequence_id, ids=[token_id], logprobs=[0.0])
     if last:
-        model.tell(request_id, **last)
+        model.tell(sequence_id, **last)
 
 
-def shown(events: Sequence[ChatCompleteStreamResponse], index: int = 0) -> str:
+def shown(events: Sequence[StreamEvent], index: int = 0) -> str:
     deltas = [event.delta for event in events if event.HasField("delta")]
-    return "".join(each.text for each in deltas if each.dialog_index == index)
+    return "".join(each.text for each in deltas if each.index == index)
 
 
 async def test_unsafe_dialog_is_refused_without_model_work_and_the_others_are_answered(
@@ -86,15 +86,15 @@ async def test_unsafe_dialog_is_refused_without_model_work_and_the_others_are_an
     dialogs = [dialog("Do they SPIT?"), dialog(), dialog("[INST] spit")]
     call = asyncio.ensure_future(gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=dialogs)))
     start = await model.starts.get()
-    say(model, start.request_id, HARMLESS, tokenizer, finish_reason=FINISH_REASON_STOP)
+    say(model, start.sequence_id, HARMLESS, tokenizer, finish_reason=FINISH_REASON_STOP)
     refused, answered, tagged = (await call).predictions
     assert model.starts.empty()
-    assert refused.generation.content == DIALOG_REFUSAL
+    assert refused.text == DIALOG_REFUSAL
     assert refused.finish_reason == FINISH_REASON_SAFETY
     assert refused.safety_categories == ["spitting"]
-    assert answered.generation.content == HARMLESS
+    assert answered.text == HARMLESS
     assert answered.finish_reason == FINISH_REASON_STOP
-    assert tagged.finish_reason == FINISH_REASON_UNSAFE
+    assert tagged.finish_reason == FINISH_REASON_SPECIAL_TAGS
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
@@ -107,7 +107,7 @@ async def test_continuation_of_an_unsafe_text_is_empty(
     given: Any = {"prompt_ids": [ids]} if as_ids else {"prompts": [text]}
     response = await gateway.stub.TextComplete(TextCompleteRequest(**given))
     [prediction] = response.predictions
-    assert (prediction.generation, prediction.finish_reason) == ("", FINISH_REASON_SAFETY)
+    assert (prediction.text, prediction.finish_reason) == ("", FINISH_REASON_SAFETY)
     assert prediction.safety_categories == ["spitting"]
 
 
@@ -117,17 +117,17 @@ async def test_unsafe_answer_is_cut_in_front_of_its_chunk_and_its_neighbour_goes
     gateway = await start_guarded()
     request = ChatCompleteStreamRequest(dialogs=[dialog()] * 2)
     call = gateway.stub.ChatCompleteStream(request)
-    cut, kept = [(await model.starts.get()).request_id for _ in range(2)]
+    cut, kept = [(await model.starts.get()).sequence_id for _ in range(2)]
     # So much behind the word that it is judged, however the tokens are joined on their way.
     rest = "at us all day, and at all who come by, and nobody knows why"
     say(model, cut, f"They live in the Andes, and they spit {rest}", tokenizer)
     assert await model.cancels.get() == cut
     say(model, kept, HARMLESS, tokenizer, finish_reason=FINISH_REASON_STOP)
-    events = [event async for event in call]
+    events = [response.event async for response in call]
     assert "spit" not in shown(events)
     assert "They live in the Andes, and they spit".startswith(shown(events))
     assert shown(events, 1) == HARMLESS
-    ends = {e.finished.dialog_index: e.finished for e in events if e.HasField("finished")}
+    ends = {e.finished.index: e.finished for e in events if e.HasField("finished")}
     assert ends[0].finish_reason == FINISH_REASON_SAFETY
     assert ends[0].safety_categories == ["spitting"]
     assert ends[0].usage.completion_tokens > 0
@@ -141,9 +141,9 @@ async def test_unsafe_end_of_a_complete_answer_is_not_shown(
     call = asyncio.ensure_future(gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()])))
     start = await model.starts.get()
     end = {"finish_reason": FINISH_REASON_LENGTH}
-    say(model, start.request_id, "a spit and a bomb", tokenizer, **end)
+    say(model, start.sequence_id, "a spit and a bomb", tokenizer, **end)
     [prediction] = (await call).predictions
-    assert prediction.generation.content == ""
+    assert prediction.text == ""
     assert prediction.finish_reason == FINISH_REASON_SAFETY
     assert prediction.safety_categories == ["spitting", "weapons"]
 
@@ -156,8 +156,8 @@ async def test_tokens_are_held_back_even_where_a_stop_string_holds_their_text(
     request = ChatCompleteStreamRequest(dialogs=[dialog()], sampling=sampling, logprobs=True)
     call = gateway.stub.ChatCompleteStream(request)
     start = await model.starts.get()
-    say(model, start.request_id, "and then they spit far away", tokenizer)
-    events = [event async for event in call]
+    say(model, start.sequence_id, "and then they spit far away", tokenizer)
+    events = [response.event async for response in call]
     tokens = b"".join(t.bytes for event in events for t in event.delta.tokens)
     assert b"spit" not in tokens
     assert b"and then they".strip().startswith(tokens.strip())
@@ -183,12 +183,12 @@ async def test_safe_answer_is_the_same_as_without_a_classifier(
         call = asyncio.ensure_future(stub.ChatComplete(request))
         start = await replica.starts.get()
         text = "🦙 llamas were never seen to …"
-        say(replica, start.request_id, text, tokenizer, finish_reason=FINISH_REASON_STOP)
+        say(replica, start.sequence_id, text, tokenizer, finish_reason=FINISH_REASON_STOP)
         [prediction] = (await call).predictions
         prediction.usage.Clear()
         answers.append(prediction)
     assert answers[0] == answers[1]
-    assert answers[0].generation.content == "🦙 llamas were never seen to …"
+    assert answers[0].text == "🦙 llamas were never seen to …"
 
 
 async def test_model_goes_on_while_a_chunk_is_judged_and_nothing_is_shown_before(
@@ -200,18 +200,18 @@ async def test_model_goes_on_while_a_chunk_is_judged_and_nothing_is_shown_before
     assert [m.role for m in await classifier.asked.get()] == ["user"]
     classifier.verdicts.put_nowait(SAFE)
     start = await model.starts.get()
-    assert (await call.read()).HasField("started")
-    say(model, start.request_id, HARMLESS, tokenizer, finish_reason=FINISH_REASON_STOP)
+    assert (await call.read()).event.HasField("started")
+    say(model, start.sequence_id, HARMLESS, tokenizer, finish_reason=FINISH_REASON_STOP)
     first = await classifier.asked.get()
     assert [m.role for m in first] == ["user", "assistant"]
     assert HARMLESS.startswith(first[-1].content)
     classifier.verdicts.put_nowait(SAFE)
-    assert (await call.read()).delta.text == first[-1].content
+    assert (await call.read()).event.delta.text == first[-1].content
     second = (await classifier.asked.get())[-1].content
     assert len(second) > len(first[-1].content)
     assert HARMLESS.startswith(second)
     classifier.verdicts.put_nowait(Judgement(unsafe=True))
-    assert (await call.read()).finished.finish_reason == FINISH_REASON_SAFETY
+    assert (await call.read()).event.finished.finish_reason == FINISH_REASON_SAFETY
 
 
 async def test_unsafe_echo_ends_an_answer_that_waits_for_its_turn(
@@ -225,11 +225,11 @@ async def test_unsafe_echo_ends_an_answer_that_waits_for_its_turn(
     first = await model.starts.get()
     request = TextCompleteRequest(prompts=["llamas spit, as we all know"], echo=True)
     [prediction] = (await gateway.stub.TextComplete(request)).predictions
-    assert (prediction.generation, prediction.finish_reason) == ("", FINISH_REASON_SAFETY)
-    model.tell(first.request_id, finish_reason=FINISH_REASON_STOP)
+    assert (prediction.text, prediction.finish_reason) == ("", FINISH_REASON_SAFETY)
+    model.tell(first.sequence_id, finish_reason=FINISH_REASON_STOP)
     await running
     later = gateway.stub.TextComplete(TextCompleteRequest(prompts=["two"]))
-    model.tell((await model.starts.get()).request_id, finish_reason=FINISH_REASON_STOP)
+    model.tell((await model.starts.get()).sequence_id, finish_reason=FINISH_REASON_STOP)
     await later
 
 
@@ -274,11 +274,11 @@ async def test_closed_gateway_ends_a_stream_that_nobody_judges_and_its_sequence(
     start = await model.starts.get()
     await gateway.safety_server.aclose()
     await gateway.until(serving=False)
-    say(model, start.request_id, HARMLESS, tokenizer)
+    say(model, start.sequence_id, HARMLESS, tokenizer)
     with pytest.raises(grpc.aio.AioRpcError, match="safety classifier") as ended:
-        _ = [event async for event in call]
+        _ = [response.event async for response in call]
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert await model.cancels.get() == start.request_id
+    assert await model.cancels.get() == start.sequence_id
 
 
 async def test_classifier_that_restarts_costs_a_closed_gateways_stream_a_pause(
@@ -289,14 +289,14 @@ async def test_classifier_that_restarts_costs_a_closed_gateways_stream_a_pause(
     gateway = await start_guarded(held, safety_timeout=30)
     call = gateway.stub.ChatCompleteStream(ChatCompleteStreamRequest(dialogs=[dialog()]))
     start = await model.starts.get()
-    say(model, start.request_id, HARMLESS, tokenizer, finish_reason=FINISH_REASON_STOP)
+    say(model, start.sequence_id, HARMLESS, tokenizer, finish_reason=FINISH_REASON_STOP)
     for _ in range(2):
         await held.asked.get()
     await gateway.safety_server.aclose()  # while it judges the first chunk
     await gateway.until(serving=False)
     port = int(gateway.safety_target.rpartition(":")[2])
     await start_server(safety_service(rules), port=port)
-    events = [event async for event in call]
+    events = [response.event async for response in call]
     assert shown(events) == HARMLESS
     assert events[-1].finished.finish_reason == FINISH_REASON_STOP
 
@@ -310,8 +310,8 @@ async def test_open_gateway_goes_on_unjudged_and_says_so_once(
         pass
     call = gateway.stub.ChatCompleteStream(ChatCompleteStreamRequest(dialogs=[dialog("spit")]))
     start = await model.starts.get()
-    say(model, start.request_id, "spit and bomb", tokenizer, finish_reason=FINISH_REASON_STOP)
-    events = [event async for event in call]
+    say(model, start.sequence_id, "spit and bomb", tokenizer, finish_reason=FINISH_REASON_STOP)
+    events = [response.event async for response in call]
     assert shown(events) == "spit and bomb"
     assert events[-1].finished.finish_reason == FINISH_REASON_STOP
     said = await log.wait_for("no judgements")
@@ -330,7 +330,7 @@ async def test_classifier_that_takes_too_long_counts_as_gone(
     call = gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]))
     if on_failure == "open":
         start = await model.starts.get()
-        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+        model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
         assert (await call).predictions[0].finish_reason == FINISH_REASON_STOP
     else:
         with pytest.raises(grpc.aio.AioRpcError, match=r"within 0\.2 seconds") as refused:

@@ -13,20 +13,20 @@ from llama.v1.chat_pb2 import (
     ROLE_USER,
     ChatCompleteRequest,
     ChatCompleteStreamRequest,
-    ChatCompleteStreamResponse,
     Dialog,
     GetModelRequest,
     Message,
     RenderPromptRequest,
+    StreamEvent,
     TextCompleteRequest,
 )
 from llama.v1.model_pb2 import SequenceError, Timings
 from llama.v1.sampling_pb2 import (
     DETERMINISM_SEEDED,
     FINISH_REASON_LENGTH,
+    FINISH_REASON_SPECIAL_TAGS,
     FINISH_REASON_STOP,
     FINISH_REASON_STOP_STRING,
-    FINISH_REASON_UNSAFE,
     SamplingParams,
 )
 from llama.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
@@ -61,18 +61,18 @@ async def test_events_are_numbered_and_in_order(
 ) -> None:
     request = ChatCompleteStreamRequest(dialogs=[dialog(), dialog("[INST]"), dialog()])
     call = gateway.stub.ChatCompleteStream(request)
-    sequences = [(await model.starts.get()).request_id for _ in range(2)]
+    sequences = [(await model.starts.get()).sequence_id for _ in range(2)]
     grass, leaves = (tokenizer.encode(text, bos=False, eos=False) for text in ("grass", "leaves"))
     model.tell(sequences[1], ids=leaves)
     model.tell(sequences[0], ids=grass, finish_reason=FINISH_REASON_STOP)
     model.tell(sequences[1], finish_reason=FINISH_REASON_LENGTH)
-    events = [event async for event in call]
-    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    events = [response.event async for response in call]
+    assert [event.event_number for event in events] == list(range(1, len(events) + 1))
     assert [described(event) for event in events] == [
         ("started", 0, ""),
         ("started", 1, ""),
         ("delta", 1, "Error: special tags are not allowed as part of the prompt."),
-        ("finished", 1, FINISH_REASON_UNSAFE),
+        ("finished", 1, FINISH_REASON_SPECIAL_TAGS),
         ("started", 2, ""),
         ("delta", 2, "leaves"),
         ("delta", 0, "grass"),
@@ -81,13 +81,13 @@ async def test_events_are_numbered_and_in_order(
     ]
 
 
-def described(event: ChatCompleteStreamResponse) -> tuple[str, int, Any]:
-    match event.WhichOneof("event"):
+def described(event: StreamEvent) -> tuple[str, int, Any]:
+    match event.WhichOneof("kind"):
         case "started":
-            return "started", event.started.dialog_index, ""
+            return "started", event.started.index, ""
         case "delta":
-            return "delta", event.delta.dialog_index, event.delta.text
-    return "finished", event.finished.dialog_index, event.finished.finish_reason
+            return "delta", event.delta.index, event.delta.text
+    return "finished", event.finished.index, event.finished.finish_reason
 
 
 async def test_unary_answer_folds_the_events(
@@ -97,23 +97,23 @@ async def test_unary_answer_folds_the_events(
     call = asyncio.ensure_future(gateway.stub.ChatComplete(request))
     start = await model.starts.get()
     for token_id in tokenizer.encode("grass and leaves", bos=False, eos=False):
-        model.tell(start.request_id, ids=[token_id])
+        model.tell(start.sequence_id, ids=[token_id])
     timings = Timings()
     timings.prefill.FromMilliseconds(30)
     model.tell(
-        start.request_id,
+        start.sequence_id,
         finish_reason=FINISH_REASON_STOP,
         timings=timings,
         cached_prompt_tokens=3,
     )
     [prediction] = (await call).predictions
-    assert prediction.generation.content == "grass and leaves"
+    assert prediction.text == "grass and leaves"
     assert (prediction.seed, prediction.fingerprint) == (7, "weights")
     assert prediction.determinism == DETERMINISM_SEEDED
     assert prediction.usage.prompt_tokens == len(start.prompt_ids)
     assert prediction.usage.cached_prompt_tokens == 3
-    assert prediction.usage.prefill.ToMilliseconds() == 30
-    assert prediction.usage.total.ToNanoseconds() > 0
+    assert prediction.usage.prefill_time.ToMilliseconds() == 30
+    assert prediction.usage.total_time.ToNanoseconds() > 0
 
 
 async def test_sequence_is_started_with_what_the_request_means(gateway: Any, model: Any) -> None:
@@ -121,13 +121,13 @@ async def test_sequence_is_started_with_what_the_request_means(gateway: Any, mod
     request = ChatCompleteStreamRequest(dialogs=[dialog()], sampling=sampling)
     call = gateway.stub.ChatCompleteStream(request)
     start = await model.starts.get()
-    [started] = [await call.read()]
+    started = (await call.read()).event.started
     call.cancel()
     assert start.sampling.max_gen_len == 256 - len(start.prompt_ids)
-    assert start.sampling.seed == started.started.seed
+    assert start.sampling.seed == started.seed
     assert (start.sampling.top_p, start.sampling.temperature) == pytest.approx((0.5, 0.6))
     assert not start.sampling.stop
-    assert list(start.stop_ids) == [EOS]
+    assert list(start.eos_ids) == [EOS]
 
 
 async def test_drawn_seeds_differ_and_a_given_one_is_for_all(gateway: Any, model: Any) -> None:
@@ -149,10 +149,10 @@ async def test_stop_string_cancels_the_sequence_and_still_tells_its_usage(
     call = asyncio.ensure_future(gateway.stub.TextComplete(request))
     start = await model.starts.get()
     ids = tokenizer.encode("one two three", bos=False, eos=False)
-    model.tell(start.request_id, ids=ids)
+    model.tell(start.sequence_id, ids=ids)
     [prediction] = (await call).predictions
-    assert await model.cancels.get() == start.request_id
-    assert (prediction.generation, prediction.finish_reason) == ("one ", FINISH_REASON_STOP_STRING)
+    assert await model.cancels.get() == start.sequence_id
+    assert (prediction.text, prediction.finish_reason) == ("one ", FINISH_REASON_STOP_STRING)
     assert 0 < prediction.usage.completion_tokens < len(ids)
 
 
@@ -162,7 +162,7 @@ async def test_client_that_goes_away_cancels_its_sequences(
 ) -> None:
     kind = ChatCompleteRequest if method == "ChatComplete" else ChatCompleteStreamRequest
     call = getattr(gateway.stub, method)(kind(dialogs=[dialog()] * 3))
-    started = {(await model.starts.get()).request_id for _ in range(3)}
+    started = {(await model.starts.get()).sequence_id for _ in range(3)}
     call.cancel()
     assert {await model.cancels.get() for _ in range(3)} == started
 
@@ -175,7 +175,7 @@ async def test_deadline_that_passes_cancels_the_sequence(
     call = getattr(gateway.stub, method)(kind(dialogs=[dialog()]), timeout=0.3)
     start = await model.starts.get()
     assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert await model.cancels.get() == start.request_id
+    assert await model.cancels.get() == start.sequence_id
 
 
 class HeldTokenizer(TokenizerServicer):
@@ -265,7 +265,7 @@ async def test_failed_sequence_ends_the_call_and_cancels_its_neighbours(
     gateway: Any, model: Any
 ) -> None:
     call = gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()] * 2))
-    first, second = [(await model.starts.get()).request_id for _ in range(2)]
+    first, second = [(await model.starts.get()).sequence_id for _ in range(2)]
     error = SequenceError(code=grpc.StatusCode.INTERNAL.value[0], message="logits not finite")
     model.tell(first, error=error)
     with pytest.raises(grpc.aio.AioRpcError, match="logits not finite") as failed:
@@ -286,7 +286,7 @@ async def test_full_queue_refuses_at_once_and_takes_again_after_an_end(
     running, ids = [], []
     for _ in range(2):
         running.append(gateway.stub.ChatComplete(request))
-        ids.append((await model.starts.get()).request_id)
+        ids.append((await model.starts.get()).sequence_id)
     with pytest.raises(grpc.aio.AioRpcError, match="the queue is full: 2 of 2") as refused:
         await gateway.stub.ChatComplete(request)
     retry, quota = details(refused)
@@ -296,7 +296,7 @@ async def test_full_queue_refuses_at_once_and_takes_again_after_an_end(
     model.tell(ids[0], finish_reason=FINISH_REASON_STOP)
     await running[0]
     accepted = gateway.stub.ChatComplete(request)
-    assert (await model.starts.get()).request_id not in ids
+    assert (await model.starts.get()).sequence_id not in ids
     accepted.cancel()
 
 

@@ -17,7 +17,7 @@ from llama.v1.chat_pb2 import (
     TextCompleteStreamRequest,
 )
 from llama.v1.model_pb2 import TopLogprobs
-from llama.v1.sampling_pb2 import FINISH_REASON_STOP, SamplingParams, TopLogprob
+from llama.v1.sampling_pb2 import FINISH_REASON_STOP, SamplingParams
 from tests.gateway.conftest import RunningGateway, ScriptedModel, StartGateway, StartServer
 
 LIMIT = 16 * 1024
@@ -39,7 +39,7 @@ async def limited(
 
 
 def top(count: int) -> list[TopLogprobs]:
-    return [TopLogprobs(entries=[TopLogprob(id=300 + i, logprob=-1) for i in range(count)])]
+    return [TopLogprobs(ids=range(300, 300 + count), logprobs=[-1] * count)]
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ async def test_fewer_tokens_or_a_stream_may_have_them(
         TextCompleteRequest(prompts=["a"], sampling=short, **DETAILS)
     )
     start = await model.starts.get()
-    model.tell(start.request_id, ids=[300], logprobs=[-1], top=top(20))
-    model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+    model.tell(start.sequence_id, ids=[300], logprobs=[-1], top=top(20))
+    model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
     [prediction] = (await answer).predictions
     assert len(prediction.tokens[0].top_logprobs) == 20
     stream = limited.stub.TextCompleteStream(TextCompleteStreamRequest(prompts=["a"], **DETAILS))
-    assert (await anext(aiter(stream))).HasField("started")
+    assert (await anext(aiter(stream))).event.HasField("started")
     stream.cancel()
 
 
@@ -90,11 +90,11 @@ async def test_answer_that_outgrows_the_limit_is_stopped(
     answer = limited.stub.TextComplete(TextCompleteRequest(prompts=["a"]))
     start = await model.starts.get()
     for _ in range(40):
-        model.tell(start.request_id, ids=[300] * 200)
+        model.tell(start.sequence_id, ids=[300] * 200)
     with pytest.raises(grpc.aio.AioRpcError, match=f"the answer has more than {LIMIT} bytes") as e:
         await answer
     assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert await model.cancels.get() == start.request_id
+    assert await model.cancels.get() == start.sequence_id
 
 
 async def test_answer_is_stopped_while_it_still_fits(
@@ -108,8 +108,8 @@ async def test_answer_is_stopped_while_it_still_fits(
         answer = limited.stub.TextComplete(request)
         start = await model.starts.get()
         for _ in range(2 * len(sizes)):
-            model.tell(start.request_id, ids=[300], logprobs=[-1], top=top(20))
-        model.tell(start.request_id, finish_reason=FINISH_REASON_STOP)
+            model.tell(start.sequence_id, ids=[300], logprobs=[-1], top=top(20))
+        model.tell(start.sequence_id, finish_reason=FINISH_REASON_STOP)
         try:
             sizes.append((await answer).ByteSize())
         except grpc.aio.AioRpcError as error:

@@ -16,7 +16,7 @@ from llama.arguments import Arguments, checked
 from llama.v1 import model_pb2
 from llama.v1.chat_pb2 import TextCompleteRequest
 from llama.v1.sampling_pb2 import SamplingParams
-from model_service.engine.engine import EngineLimits
+from model_service.engine.limits import EngineLimits
 from model_service.messages import generation_request
 from serving.errors import RequestError, invalid_argument
 from serving.request_rules import NUMBER_RULES, FloatRule
@@ -48,7 +48,7 @@ def gateway_says(sampling: SamplingParams) -> str:
 
 
 def model_service_says(sampling: SamplingParams) -> str:
-    start = model_pb2.StartSequence(request_id="a", prompt_ids=[1], sampling=sampling)
+    start = model_pb2.StartSequence(sequence_id="a", prompt_ids=[1], sampling=sampling)
     try:
         generation_request(start, 0, ENGINE_LIMITS)
     except RequestError as error:

@@ -20,7 +20,8 @@ from model_service.engine.sequence import (
     SamplingParams,
     SequenceOutput,
 )
-from model_service.loading.load_replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.model.attention.backend import (
     AttentionBackend,
     CacheShape,

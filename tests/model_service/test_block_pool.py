@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from model_service.engine.kv_cache.block_content import BlockContent, extend_contents
+from model_service.engine.block_content import BlockContent, extend_contents
 from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.model.attention.backend import PROBE_BLOCK
 

@@ -9,8 +9,10 @@ import pytest
 
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest, SamplingParams
-from model_service.loading.load_replica import Replica, ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Determinism
+from model_service.loading.replica import Replica
 
 LENGTH = 48  # tokens of each answer
 SIXTEEN_BLOCKS = 16  # one sequence of full length: six that run at once must give way

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model_service.engine.engine import EngineLimits
+from model_service.engine.limits import EngineLimits
+from model_service.engine.sampling.columns import DrawColumns
 from model_service.engine.sampling.device_sampler import DeviceSampler
-from model_service.engine.sampling.device_truncation import Rules, draw, truncate
-from model_service.engine.sampling.result import StepResult, read_result
-from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
+from model_service.engine.sampling.device_truncation import draw, truncate
+from model_service.engine.sampling.host_sampler import HostSampler
+from model_service.engine.sampling.result import StepResult
+from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow
 from model_service.loading.warm_up import warm_up_sampling
 from model_service.model.pinned_transfer import upload_packed
@@ -74,15 +76,23 @@ def made_logits(data: st.DataObject, rows: int, vocab: int) -> torch.Tensor:
     return logits
 
 
-def logprobs(result: StepResult, rows: set[int]) -> dict[int, list[float]]:
+def values(entry: TokenLogprobs | None) -> list[float]:
     """Without the ids of alternatives: which of equal ones is named depends on other rows."""
-    scores = {i: entry for i, entry in result.scores.items() if i in rows}
-    return {i: [s.logprob, *(value for _, value in s.top)] for i, s in scores.items()}
+    return [] if entry is None else [entry.logprob, *(value for _, value in entry.top)]
+
+
+def made_of(result: StepResult) -> dict[Sequence, list[tuple[int, list[float]]]]:
+    return {s: [(t.id, values(t.logprobs)) for t in made] for s, made in result.tokens.items()}
+
+
+def prompts(result: StepResult) -> dict[Sequence, list[list[float]]]:
+    counting = {s: e for s, e in result.prompt_logprobs.items() if s not in result.failed}
+    return {sequence: [*map(values, entries)] for sequence, entries in counting.items()}
 
 
 def enter(result: StepResult) -> None:
     for sequence, made in result.tokens.items():
-        sequence.tokens.append(made[0][0])
+        sequence.tokens.append(made[0].id)
 
 
 def runs_on(sequence: Sequence, result: StepResult) -> bool:
@@ -100,12 +110,11 @@ def test_it_makes_what_the_sampler_on_the_host_makes(
     for step in range(3):
         rows = [row for sequence in batch for row in rows_of(sequence, first=step == 0)]
         logits = made_logits(data, len(rows), vocab)
-        expected = read_result(rows, logits.clone())
+        expected = HostSampler().launch(rows, logits.clone()).read()
         made = sampler.launch(rows, logits).read()
-        assert made.tokens == expected.tokens
         assert made.failed == expected.failed
-        counting = {i for i, row in enumerate(rows) if row.sequence not in made.failed}
-        assert logprobs(made, counting) == logprobs(expected, counting)
+        assert made_of(made) == made_of(expected)
+        assert prompts(made) == prompts(expected)
         enter(expected)
         batch = [sequence for sequence in batch if runs_on(sequence, made)]
         if not batch:
@@ -119,8 +128,8 @@ def test_nothing_is_decided_by_a_number_on_the_device(batch: list[Sequence], voc
     meta = torch.device("meta")
     rows = [row for sequence in batch for row in rows_of(sequence, first=True)]
     launched = DeviceSampler(vocab, meta).launch(rows, torch.empty(len(rows), vocab, device=meta))
-    assert launched.drawn.device.type == "meta"
-    assert launched.drawn.shape == (len(batch),)
+    assert launched.sampled.device.type == "meta"
+    assert launched.sampled.shape == (len(batch),)
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types
@@ -177,7 +186,7 @@ def test_a_forgotten_sequence_leaves_nothing_to_the_next_in_its_slot() -> None:
         drawn = []
         for _ in range(3):
             result = sampler.launch(rows_of(sequence, first=False), logits).read()
-            drawn.append(result.tokens[sequence][0][0])
+            drawn.append(result.tokens[sequence][0].id)
             enter(result)
         assert drawn == [1, 8, 7]
         sampler.forget(sequence)
@@ -193,7 +202,7 @@ def test_a_row_that_is_not_finite_gets_an_id_of_the_vocabulary(bad: float) -> No
         for i, (t, top_p) in enumerate(((0.0, 1.0), (0.8, 0.9), (0.8, 1.0)))
     ]
     launched = sampler.launch([row for s in batch for row in rows_of(s, first=False)], logits)
-    assert ((launched.drawn >= 0) & (launched.drawn < 40)).all()
+    assert ((launched.sampled >= 0) & (launched.sampled < 40)).all()
     assert launched.read().failed == dict.fromkeys(batch, 1)
 
 
@@ -211,7 +220,12 @@ def metas_set(probabilities: torch.Tensor, top_p: float) -> set[int]:
 )
 def test_top_p_keeps_exactly_metas_set(logits: list[float], top_p: float) -> None:
     probabilities = torch.softmax(torch.tensor([logits]), dim=-1)
-    rules = Rules(torch.tensor([[len(logits)]]), torch.zeros(1, 1), torch.tensor([[top_p]]))
+    rules = DrawColumns(
+        top_k=torch.tensor([[len(logits)]]),
+        min_p=torch.zeros(1, 1),
+        top_p=torch.tensor([[top_p]]),
+        uniform=torch.zeros(1, 1),
+    )
     kept = set(truncate(probabilities, rules)[0].nonzero().flatten().tolist())
     assert kept == metas_set(probabilities, top_p)
 

@@ -8,13 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.engine.sampling.host_sampler import (
-    SamplingRow,
-    adjust,
-    finite_rows,
-    sample,
-    score,
-)
+from model_service.engine.sampling.host_penalties import SamplingRow, apply_penalties
+from model_service.engine.sampling.host_sampler import finite_rows, sample, score
 from model_service.engine.sampling.philox import philox, uniforms
 from model_service.engine.sequence import SamplingParams
 
@@ -78,7 +73,7 @@ def test_a_stop_id_that_ends_earlier_turns_is_not_penalized() -> None:
     penalties: Any = {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.0}
     penalized = row((0, 1, 0), answer=2, temperature=0.0, **penalties, logit_bias={0: 0.5})
     exempt = dataclasses.replace(penalized, stop_ids=frozenset([0]))
-    assert adjust(logits, [exempt])[0, 0].item() == 1.5
+    assert apply_penalties(logits, [exempt])[0, 0].item() == 1.5
     assert sample(logits.repeat(2, 1), [penalized, exempt]) == [2, 0]
 
 
@@ -154,7 +149,7 @@ def test_penalties_are_those_of_counting_each_token(answers: list[list[int]]) ->
     logits = torch.randn(len(answers), 31)
     params: Any = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3}
     rows = [row((7, *answer), len(answer), **params) for answer in answers]
-    adjusted = adjust(logits, rows)
+    adjusted = apply_penalties(logits, rows)
     for index, answer in enumerate(answers):
         for token in range(31):
             logit, count = logits[index, token].item(), answer.count(token)

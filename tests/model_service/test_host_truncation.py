@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_service.engine.sampling.device_truncation import Rules, draw_truncated
+from model_service.engine.sampling.columns import DrawColumns
+from model_service.engine.sampling.device_truncation import draw_truncated
 from model_service.engine.sampling.host_truncation import (
-    Truncation,
+    Columns,
     choose,
     draw,
     keep,
@@ -23,23 +24,21 @@ VOCAB = 12
 VOCABS = 2, 12, 300, 1023, 1024, 1040, 1055, 3000, 8192, 9001, 20000
 
 
-def truncation(
-    top_k: int, min_p: float = 0.0, top_p: float = 1.0, uniform: float = 0.5
-) -> Truncation:
-    return Truncation(
-        np.array([[top_k]]),
-        np.array([[min_p]], dtype=np.float32),
-        np.array([[top_p]], dtype=np.float32),
-        np.array([[uniform]]),
+def truncation(top_k: int, min_p: float = 0.0, top_p: float = 1.0, uniform: float = 0.5) -> Columns:
+    return DrawColumns(
+        top_k=np.array([[top_k]]),
+        min_p=np.array([[min_p]], dtype=np.float32),
+        top_p=np.array([[top_p]], dtype=np.float32),
+        uniform=np.array([[uniform]]),
     )
 
 
-def stacked(rows: list[Truncation]) -> Truncation:
+def stacked(rows: list[Columns]) -> Columns:
     columns = ([row.top_k, row.min_p, row.top_p, row.uniform] for row in rows)
-    return Truncation(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    return DrawColumns(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
-def kept(probabilities: torch.Tensor, rules: Truncation) -> set[int]:
+def kept(probabilities: torch.Tensor, rules: Columns) -> set[int]:
     vocab = probabilities.shape[-1]
     candidates = most_probable(probabilities, vocab)
     weights, _ = keep(candidates, rules, vocab)
@@ -55,7 +54,7 @@ def metas_set(probabilities: torch.Tensor, top_p: float) -> set[int]:
     return {int(i) for i, p in zip(probs_idx[0], probs_sort[0], strict=True) if p > 0}
 
 
-def defined(probabilities: torch.Tensor, rules: Truncation) -> torch.Tensor:
+def defined(probabilities: torch.Tensor, rules: Columns) -> torch.Tensor:
     """The weights [1, vocab] that sorting all tokens gives."""
     ordered, ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     top_k, min_p, top_p = map(torch.from_numpy, (rules.top_k, rules.min_p, rules.top_p))
@@ -86,7 +85,7 @@ def distributions(choose_from: st.DrawFn) -> torch.Tensor:
 
 
 @st.composite
-def rules_for(choose_from: st.DrawFn, probabilities: torch.Tensor) -> Truncation:
+def rules_for(choose_from: st.DrawFn, probabilities: torch.Tensor) -> Columns:
     """Parameters, often right at the border of a token."""
     ordered = probabilities[0].sort(descending=True).values
     rank = choose_from(st.integers(0, min(len(ordered) - 1, 700)))
@@ -118,10 +117,10 @@ def test_candidates_give_the_draw_that_sorting_all_tokens_gives(data: st.DataObj
 def test_the_device_draws_what_candidates_give_without_looking_at_them(data: st.DataObject) -> None:
     probabilities = data.draw(distributions()).expand(3, -1).contiguous()
     rules = stacked([data.draw(rules_for(probabilities)) for _ in range(3)])
-    top_k, min_p, top_p, uniform = map(
-        torch.from_numpy, (rules.top_k, rules.min_p, rules.top_p, rules.uniform)
+    on_device = DrawColumns(
+        *map(torch.from_numpy, (rules.top_k, rules.min_p, rules.top_p, rules.uniform))
     )
-    drawn = draw_truncated(probabilities, Rules(top_k, min_p, top_p), uniform)
+    drawn = draw_truncated(probabilities, on_device)
     assert drawn.tolist() == choose(probabilities, rules).tolist()
 
 

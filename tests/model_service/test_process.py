@@ -85,10 +85,10 @@ def generate(
     target: grpc.Channel, case: dict[str, Any], **sampling: Any
 ) -> Iterator[model_pb2.TokenEvent]:
     start = model_pb2.StartSequence(
-        request_id="a",
+        sequence_id="a",
         prompt_ids=case["prompt_ids"],
         sampling=sampling_pb2.SamplingParams(**{"temperature": 0, "max_gen_len": 32, **sampling}),
-        stop_ids=[2],
+        eos_ids=[2],
     )
     requests = iter([model_pb2.GenerateRequest(start=start)])
     for response in model_pb2_grpc.ModelServiceStub(target).Generate(requests, timeout=60):

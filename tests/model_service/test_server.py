@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from model_service.loading.distributed import Shards
 from model_service.loading.load_replica import load_replica
 from model_service.model import cpu
 from model_service.rank import replica_options
-from model_service.server import ModelServicer
+from model_service.server import model_service
 from model_service.settings import ModelSettings
-from serving.server import channel, running
+from serving.server import Service, channel, running
+from serving.settings import ServerSettings
 
 Case = dict[str, Any]
 INVALID_ARGUMENT, ALREADY_EXISTS, UNAVAILABLE = 3, 6, 14
@@ -41,7 +41,7 @@ class Model:
         events: dict[str, list[Any]] = {}
         async for response in call:
             for event in response.events:
-                events.setdefault(event.request_id, []).append(event)
+                events.setdefault(event.sequence_id, []).append(event)
         return events
 
     async def until_idle(self) -> model_pb2.GetLoadResponse:
@@ -53,20 +53,20 @@ class Model:
                     return load
 
 
-def start(case: Case, request_id: str = "a", **changes: Any) -> model_pb2.GenerateRequest:
+def start(case: Case, sequence_id: str = "a", **changes: Any) -> model_pb2.GenerateRequest:
     fields = {
         "prompt_ids": case["prompt_ids"],
         "sampling": sampling_pb2.SamplingParams(temperature=0, max_gen_len=32),
-        "stop_ids": [2],
+        "eos_ids": [2],
         "logprobs": True,
     }
-    sequence = model_pb2.StartSequence(request_id=request_id, **(fields | changes))
+    sequence = model_pb2.StartSequence(sequence_id=sequence_id, **(fields | changes))
     return model_pb2.GenerateRequest(start=sequence)
 
 
-def endless(case: Case, request_id: str) -> model_pb2.GenerateRequest:
+def endless(case: Case, sequence_id: str) -> model_pb2.GenerateRequest:
     sampling = sampling_pb2.SamplingParams(temperature=0, ignore_eos=True)
-    return start(case, request_id, sampling=sampling)
+    return start(case, sequence_id, sampling=sampling)
 
 
 def ids(events: list[Any]) -> list[int]:
@@ -74,19 +74,14 @@ def ids(events: list[Any]) -> list[int]:
 
 
 @pytest.fixture
-async def server(golden: Path) -> AsyncIterator[ModelServicer]:
-    settings = ModelSettings(port=0, ckpt_dir=golden / "checkpoints" / "gqa-mp1", max_seq_len=256)
-    server = ModelServicer(load_replica(replica_options(settings)), "of-the-tokenizer", Shards(60))
-    async with AsyncExitStack() as stack:
-        stack.callback(server.stop)
-        up = await stack.enter_async_context(running(settings, server.service()))
-        server.address = up.address  # type: ignore[attr-defined]
-        yield server
+async def service(golden: Path) -> Service:
+    settings = ModelSettings(ckpt_dir=golden / "checkpoints" / "gqa-mp1", max_seq_len=256)
+    return model_service(load_replica(replica_options(settings)), "of-the-tokenizer", Shards(60))
 
 
 @pytest.fixture
-async def model(server: ModelServicer) -> AsyncIterator[Model]:
-    async with channel(server.address) as target:  # type: ignore[attr-defined]
+async def model(service: Service) -> AsyncIterator[Model]:
+    async with running(ServerSettings(), service) as server, channel(server.address) as target:
         yield Model(target)
 
 
@@ -99,7 +94,7 @@ async def test_requests_share_a_stream(model: Model, cases: Callable[[str], list
         assert events[case["id"]][-1].timings.compute.ToNanoseconds() > 0
 
 
-async def test_equal_request_ids_on_two_streams_do_not_meet(
+async def test_equal_sequence_ids_on_two_streams_do_not_meet(
     model: Model, cases: Callable[[str], list[Case]]
 ) -> None:
     first, second = cases("gqa")[:2]
@@ -112,7 +107,7 @@ async def test_a_cancelled_sequence_frees_its_blocks(
 ) -> None:
     call = await model.open(endless(cases("gqa")[0], "a"))
     await call.read()
-    cancel = model_pb2.CancelSequence(request_id="a")
+    cancel = model_pb2.CancelSequence(sequence_id="a")
     await call.write(model_pb2.GenerateRequest(cancel=cancel))
     reason = 0
     while not reason:
@@ -149,7 +144,7 @@ async def test_a_named_stop_token_ends_the_answer_before_itself(
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"request_id": ""}, "start.request_id"),
+        ({"sequence_id": ""}, "start.sequence_id"),
         ({"prompt_ids": []}, "prompt_ids: must not be empty"),
         (
             {"prompt_ids": [560]},
@@ -175,7 +170,7 @@ async def test_a_bad_start_fails_alone(
     field: str,
 ) -> None:
     good, other = cases("gqa")[:2]
-    bad = start(other, **({"request_id": "bad"} | changes))
+    bad = start(other, **({"sequence_id": "bad"} | changes))
     events = await model.finish(start(good, "good"), bad)
     assert ids(events.pop("good")) == good["ids"]
     ((event,),) = events.values()
@@ -183,7 +178,7 @@ async def test_a_bad_start_fails_alone(
     assert field in event.error.message
 
 
-async def test_a_request_id_that_runs_is_refused_and_runs_on(
+async def test_a_sequence_id_that_runs_is_refused_and_runs_on(
     model: Model, cases: Callable[[str], list[Case]]
 ) -> None:
     case = cases("gqa")[0]
@@ -194,17 +189,18 @@ async def test_a_request_id_that_runs_is_refused_and_runs_on(
 
 
 async def test_draining_finishes_what_runs_and_refuses_what_comes(
-    model: Model, server: ModelServicer, cases: Callable[[str], list[Case]]
+    model: Model, service: Service, cases: Callable[[str], list[Case]]
 ) -> None:
     call = await model.open(start(cases("gqa")[0], "running"))
     events = list((await call.read()).events)
-    drained = asyncio.create_task(server.service().drain())  # type: ignore[arg-type, misc]
+    assert service.drain is not None
+    drained = asyncio.ensure_future(service.drain())
     await call.write(start(cases("gqa")[0], "late"))
     while (response := await call.read()) is not grpc.aio.EOF:
         events += response.events
     await drained
-    assert ids([e for e in events if e.request_id == "running"]) == cases("gqa")[0]["ids"]
-    late = [e for e in events if e.request_id == "late"]
+    assert ids([e for e in events if e.sequence_id == "running"]) == cases("gqa")[0]["ids"]
+    late = [e for e in events if e.sequence_id == "late"]
     assert all(event.error.code == UNAVAILABLE for event in late)
 
 

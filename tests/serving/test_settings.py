@@ -1,4 +1,4 @@
-"""Flags, variables, and what a wrong one prints."""
+"""Flags, variables, and the lines that wrong ones print."""
 
 from typing import Annotated
 

@@ -8,7 +8,7 @@ handed out: the probe step writes there. When no sequence runs, all others are f
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from model_service.engine.kv_cache.block_content import BlockContent, ContentIndex
+from model_service.engine.block_content import BlockContent, ContentIndex
 from model_service.model.attention.backend import PROBE_BLOCK
 
 

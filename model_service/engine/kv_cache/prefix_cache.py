@@ -10,7 +10,7 @@ from another, or wait for it.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from model_service.engine.kv_cache.block_content import (
+from model_service.engine.block_content import (
     BlockContent,
     ContentIndex,
     extend_contents,

@@ -4,25 +4,15 @@ A sequence has a slot from its first draw to its end. Drawn tokens are entered w
 so no step needs to know on the host, or to upload, what came before it.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
+from model_service.engine.sampling.columns import PenaltyColumns
 from model_service.engine.sequence import Sequence
 from model_service.model.pinned_transfer import upload
 
 _LARGEST = torch.finfo(torch.float32).max
 _FIRST_SLOTS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class PenaltyColumns:
-    """One column per parameter, [rows, 1] float32; on the device."""
-
-    repetition: torch.Tensor
-    frequency: torch.Tensor
-    presence: torch.Tensor
 
 
 class PenaltyTables:
@@ -33,7 +23,7 @@ class PenaltyTables:
         self._device = device
         self._slots: dict[Sequence, int] = {}
         self._free: list[int] = []
-        self._stands = torch.empty(0, vocab, dtype=torch.bool, device=device)  # prompt or answer
+        self._present = torch.empty(0, vocab, dtype=torch.bool, device=device)  # prompt or answer
         self._counts = torch.empty(0, vocab, device=device)  # in the answer
         self._biases = torch.empty(0, vocab, device=device)
 
@@ -43,7 +33,7 @@ class PenaltyTables:
             if not self._free:
                 self._enlarge()
             slot = self._slots[sequence] = self._free.pop()
-            self._enter(slot, sequence)
+            self._fill(slot, sequence)
         return slot
 
     def forget(self, sequence: Sequence) -> None:
@@ -52,31 +42,31 @@ class PenaltyTables:
             self._free.append(slot)
 
     def apply(
-        self, logits: torch.Tensor, slots: torch.Tensor, penalties: PenaltyColumns
+        self, logits: torch.Tensor, slots: torch.Tensor, columns: PenaltyColumns[torch.Tensor]
     ) -> torch.Tensor:
-        """The adjusted logits, as `sampler.adjust` makes them.
+        """The adjusted logits, as `host_penalties.apply_penalties` makes them.
 
         Args:
             logits: [rows, vocab] float32.
             slots: [rows].
-            penalties: the rows' parameters.
+            columns: the rows' parameters.
         """
         counts = self._counts[slots]
-        divided, multiplied = logits / penalties.repetition, logits * penalties.repetition
+        divided, multiplied = logits / columns.repetition, logits * columns.repetition
         repeated = torch.where(logits > 0, divided, multiplied).clamp_(-_LARGEST, _LARGEST)
-        adjusted = torch.where(self._stands[slots], repeated, logits)
-        adjusted -= penalties.frequency * counts
-        adjusted -= penalties.presence * (counts > 0)
+        adjusted = torch.where(self._present[slots], repeated, logits)
+        adjusted -= columns.frequency * counts
+        adjusted -= columns.presence * (counts > 0)
         adjusted += self._biases[slots]
         return adjusted
 
-    def note(self, slots: torch.Tensor, drawn: torch.Tensor) -> None:
-        """Enters the tokens [rows] that were drawn for these slots [rows], all different."""
+    def record(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Adds the tokens [rows] that were sampled for these slots [rows], all different."""
         # Not `[...] = True`: a number from the host might be waited for.
-        self._stands.index_put_((slots, drawn), torch.ones_like(drawn, dtype=torch.bool))
-        self._counts.index_put_((slots, drawn), self._counts[slots, drawn] + 1.0)
+        self._present.index_put_((slots, tokens), torch.ones_like(tokens, dtype=torch.bool))
+        self._counts.index_put_((slots, tokens), self._counts[slots, tokens] + 1.0)
 
-    def _enter(self, slot: int, sequence: Sequence) -> None:
+    def _fill(self, slot: int, sequence: Sequence) -> None:
         request = sequence.request
         bias = request.sampling.logit_bias
         answer = sequence.tokens[len(request.prompt_ids) - request.offset :]
@@ -88,9 +78,9 @@ class PenaltyTables:
             np.array([*bias], dtype=np.int64),
             np.array([*bias.values()], dtype=np.float32),
         )
-        stands, counts, biases = self._stands[slot], self._counts[slot], self._biases[slot]
+        present, counts, biases = self._present[slot], self._counts[slot], self._biases[slot]
         # Stop ids are exempt from penalties; one that is drawn later ends the sequence.
-        stands.zero_().index_fill_(0, tokens, True).index_fill_(0, stops, False)
+        present.zero_().index_fill_(0, tokens, True).index_fill_(0, stops, False)
         counts.zero_().index_add_(0, answered, torch.ones_like(answered, dtype=torch.float32))
         counts.index_fill_(0, stops, 0.0)
         biases.zero_().index_copy_(0, biased, values)
@@ -100,7 +90,7 @@ class PenaltyTables:
         before = len(self._counts)
         added = max(before, _FIRST_SLOTS)
         self._free += range(before, before + added)
-        self._stands, self._counts, self._biases = (
+        self._present, self._counts, self._biases = (
             torch.cat((table, table.new_empty(added, self._vocab)))
-            for table in (self._stands, self._counts, self._biases)
+            for table in (self._present, self._counts, self._biases)
         )

@@ -1,13 +1,14 @@
-"""Top-k, min-p, top-p and the draw, on any device and without the host knowing a number.
+"""Top-k, min-p, top-p and the draw on the device, without the host seeing a number.
 
-The rules are those of `truncation.keep`, which has their sources, applied to all tokens: whether a
-few hundred candidates are enough would be the host's decision. In the same order and precision, so
-on a CPU every choice is the same to the last bit; on CUDA sums run in parallel, in float64.
+The rules are those of `host_truncation.keep`, which has their sources, applied to all tokens:
+whether a few hundred candidates are enough would be the host's decision. Order and precision are
+the same, so on a CPU every choice is equal to the last bit; on CUDA sums run in parallel, in
+float64.
 """
 
-from dataclasses import dataclass
-
 import torch
+
+from model_service.engine.sampling.columns import DrawColumns
 
 # Working memory of one pass: some 30 bytes per row and token of the vocabulary.
 _ROWS_AT_ONCE = 256
@@ -15,43 +16,33 @@ _HALF = 32
 _POSITIVE = 0x7FFFFFFF
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """One column per parameter, [rows, 1]; on the device."""
-
-    top_k: torch.Tensor  # int64; the vocabulary's size where it is off
-    min_p: torch.Tensor  # float32
-    top_p: torch.Tensor  # float32
-
-
-def draw_truncated(
-    probabilities: torch.Tensor, rules: Rules, uniform: torch.Tensor
-) -> torch.Tensor:
+def draw_truncated(probabilities: torch.Tensor, columns: DrawColumns[torch.Tensor]) -> torch.Tensor:
     """One token per row [rows], among those that the row's rules keep.
 
     Args:
         probabilities: [rows, vocab] float32.
-        rules: the rows' parameters.
-        uniform: [rows, 1] float64 in [0, 1 − 2⁻³²].
+        columns: the rows' parameters, on the device.
     """
-    columns = (probabilities, rules.top_k, rules.min_p, rules.top_p, uniform)
-    parts = zip(*(torch.split(column, _ROWS_AT_ONCE) for column in columns), strict=True)
-    drawn = [_draw(truncate(part, Rules(*rule)), numbers) for part, *rule, numbers in parts]
-    return torch.cat(drawn)
+    tokens = []
+    for begin in range(0, len(probabilities), _ROWS_AT_ONCE):
+        rows = slice(begin, begin + _ROWS_AT_ONCE)
+        part = columns.rows(rows)
+        tokens.append(_draw(truncate(probabilities[rows], part), part.uniform))
+    return torch.cat(tokens)
 
 
-def truncate(probabilities: torch.Tensor, rules: Rules) -> torch.Tensor:
+def truncate(probabilities: torch.Tensor, columns: DrawColumns[torch.Tensor]) -> torch.Tensor:
     """Weights [rows, vocab]: the probabilities, 0 where the rules drop a token."""
     vocab = probabilities.shape[-1]
     ordered, ids = _descending(probabilities)
     ranks = torch.arange(vocab, device=probabilities.device)
-    left = (ranks < rules.top_k) & (ordered >= rules.min_p * ordered[:, :1])
+    left = (ranks < columns.top_k) & (ordered >= columns.min_p * ordered[:, :1])
     weights = ordered.masked_fill_(~left, 0.0)
     total = weights.cumsum(dim=-1, dtype=torch.float64)[:, -1:].float()
-    renormalized = (rules.top_k < vocab) | (rules.min_p > 0)
+    renormalized = (columns.top_k < vocab) | (columns.min_p > 0)
     shares = torch.where(renormalized, weights / total, weights)
     mass_before = shares.cumsum(dim=-1, dtype=torch.float64).float().sub_(shares)
-    weights.masked_fill_((mass_before > rules.top_p) & (rules.top_p < 1), 0.0)
+    weights.masked_fill_((mass_before > columns.top_p) & (columns.top_p < 1), 0.0)
     return torch.empty_like(probabilities).scatter_(-1, ids, weights)
 
 

@@ -7,16 +7,19 @@ that sorting all tokens gives, to the last bit: sums run in float64 in one order
 probable token or from the lowest id, and what lies outside of the candidates comes after or adds 0.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model_service.engine.sampling.columns import DrawColumns
+
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ids = NDArray[np.int64]
+Columns = DrawColumns[NDArray[Any]]
 
 # A block is this many tokens, a fixed stride apart; the blocks with the largest maxima are looked
 # into. Most rows of a chat keep fewer than 60 tokens, almost all fewer than 500.
@@ -32,19 +35,6 @@ _HALF = np.int64(32)
 
 
 @dataclass(frozen=True, slots=True)
-class Truncation:
-    """One column per parameter, [rows, 1]."""
-
-    top_k: Ids  # the vocabulary's size where it is off
-    min_p: Floats
-    top_p: Floats
-    uniform: Doubles  # in [0, 1 − 2⁻³²], so that its product with a total stays below the total
-
-    def of(self, rows: NDArray[Any]) -> "Truncation":
-        return Truncation(*(getattr(self, entry.name)[rows] for entry in fields(self)))
-
-
-@dataclass(frozen=True, slots=True)
 class Candidates:
     """Most probable tokens of each row, descending; among equals the lowest id comes first."""
 
@@ -53,27 +43,27 @@ class Candidates:
     bound: Floats  # [rows, 1]; more probable tokens are all here, −1 where all tokens are
 
 
-def choose(probabilities: torch.Tensor, truncation: Truncation) -> Ids:
+def choose(probabilities: torch.Tensor, columns: Columns) -> Ids:
     """One token per row [rows], drawn among those that the row's rules keep.
 
     Args:
         probabilities: [rows, vocab] float32.
-        truncation: the rows' parameters.
+        columns: the rows' parameters.
     """
     vocab = probabilities.shape[-1]
     tokens = np.empty(len(probabilities), dtype=np.int64)
-    whole = (truncation.top_k >= vocab) & (truncation.min_p <= 0) & (truncation.top_p >= 1)
+    whole = (columns.top_k >= vocab) & (columns.min_p <= 0) & (columns.top_p >= 1)
     everything, undecided = np.flatnonzero(whole), np.flatnonzero(~whole)
     for rows in _slices(everything, vocab):
-        uniform = torch.from_numpy(truncation.uniform[rows]).to(probabilities.device)
+        uniform = torch.from_numpy(columns.uniform[rows]).to(probabilities.device)
         tokens[rows] = draw(_rows(probabilities, rows), uniform).cpu().numpy()
     for blocks in (*BLOCKS, vocab):
         left = []
         for rows in _slices(undecided, min(blocks * BLOCK, vocab)):
-            settings = truncation.of(rows)
+            own = columns.rows(rows)
             candidates = most_probable(_rows(probabilities, rows), blocks)
-            weights, certain = keep(candidates, settings, vocab)
-            tokens[rows] = _draw_by_id(candidates.ids, weights, settings.uniform)
+            weights, certain = keep(candidates, own, vocab)
+            tokens[rows] = _draw_by_id(candidates.ids, weights, own.uniform)
             left.append(rows[~certain])
         undecided = np.concatenate(left) if left else undecided
         if not len(undecided):
@@ -133,9 +123,7 @@ def in_highest_blocks(
     return values.gather(-1, ids), ids, peaks.gather(-1, starts).amin(dim=-1, keepdim=True)
 
 
-def keep(
-    candidates: Candidates, truncation: Truncation, vocab: int
-) -> tuple[Floats, NDArray[np.bool_]]:
+def keep(candidates: Candidates, columns: Columns, vocab: int) -> tuple[Floats, NDArray[np.bool_]]:
     """The rules: what each candidate weighs in the draw, 0 where it is dropped.
 
     Min-p drops tokens less probable than min_p × the most probable one (Nguyen et al., "Turning up
@@ -147,11 +135,11 @@ def keep(
         Weights [rows, n], and for which rows [rows] they are certainly those that all tokens as
         candidates would give.
     """
-    ordered, top_p = candidates.probabilities, truncation.top_p
-    least = truncation.min_p * ordered[:, :1]
-    left = (np.arange(ordered.shape[-1]) < truncation.top_k) & (ordered >= least)
+    ordered, top_p = candidates.probabilities, columns.top_p
+    least = columns.min_p * ordered[:, :1]
+    left = (np.arange(ordered.shape[-1]) < columns.top_k) & (ordered >= least)
     weights = np.where(left, ordered, np.float32(0))
-    renormalized = (truncation.top_k < vocab) | (truncation.min_p > 0)
+    renormalized = (columns.top_k < vocab) | (columns.min_p > 0)
     total = weights.cumsum(axis=-1, dtype=np.float64)[:, -1:].astype(np.float32)
     shares = np.where(renormalized, weights / total, weights)
     mass = shares.cumsum(axis=-1, dtype=np.float64)
@@ -160,7 +148,7 @@ def keep(
 
     ranked = ordered > candidates.bound  # their rank among all tokens is known
     count = ranked.sum(axis=-1, keepdims=True)
-    left_is_known = (truncation.top_k <= count) | (candidates.bound < least)
+    left_is_known = (columns.top_k <= count) | (candidates.bound < least)
     mass_ranked = np.max(mass, axis=-1, keepdims=True, where=ranked, initial=0.0)
     complete = ~renormalized & (top_p < 1) & (mass_ranked > top_p.astype(np.float64) + _ROUNDING)
     everything = candidates.bound < 0

@@ -1,11 +1,11 @@
 """Decides which tokens the next step computes.
 
-Running sequences come first, one token each, then chunks of prompts, up to a token budget: a long
-prompt never stalls running streams for longer than the pace allows. A sequence gets the blocks of
-its whole prompt when it is admitted and one more whenever decode fills the last; when none is left,
-the youngest running sequence gives up its blocks and is computed again later, from prompt and
-answer. Blocks of its beginning that are cached are taken as they are, and a beginning that another
-sequence is just computing is waited for, not computed twice.
+Running sequences come first, one token each, then chunks of prompts, up to the prefill budget: so a
+long prompt never stalls running streams for longer than allowed. A sequence gets the blocks of its
+whole prompt when it is admitted and one more whenever decode fills the last. When none is left, the
+youngest running sequence is preempted: it gives up its blocks and is computed again later, from
+prompt and answer. Cached blocks of a sequence's prefix are shared; if another sequence is computing
+that prefix right now, the sequence waits for it instead of computing it twice.
 """
 
 from collections.abc import Iterable
@@ -16,18 +16,20 @@ from model_service.engine.kv_cache.prefix_cache import CachedPrefix, PrefixCache
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.speculation import Speculation
 from model_service.engine.scheduling.waiting import WaitingQueue
-from model_service.engine.sequence import Sequence
+from model_service.engine.sequence import Sequence, Status
 from model_service.model.attention.backend import BlockCopy
 
-# A burst of arrivals with one beginning is looked at over several steps: streams run meanwhile.
-MAX_PARKED = 64  # sequences per step
+# Sequences parked per step: a burst of arrivals with one prefix is handled over several steps, so
+# that streams run meanwhile.
+MAX_PARKED = 64
 
 
 @dataclass(slots=True)  # not frozen: that makes it three times as slow to create, 256 times a step
 class Chunk:
-    """Tokens of one sequence that a step computes: from `begin`, in the cache so far, to `end`.
+    """Tokens of one sequence that a step computes: those from `begin` to `end`.
 
-    Behind the sequence's last token also `drafts`, guesses of what comes next.
+    The ones before `begin` are in the cache. Behind the sequence's last token, a chunk may hold
+    `drafts`, guesses of what comes next.
     """
 
     sequence: Sequence
@@ -91,27 +93,25 @@ class Scheduler:
 
     @property
     def outstanding_tokens(self) -> int:
-        """Tokens that may still be computed; what the cache will save waiting ones is not known."""
+        """Tokens that may still be computed; what the cache will save is not known before."""
         return self._waiting.tokens + sum([s.limit - s.num_computed for s in self._running])
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is; its blocks are free at once."""
+        """Ends a sequence, waiting or running; its blocks are free at once."""
         self._speculation.forget(sequence)
-        if sequence in self._running:
+        if sequence.is_running:
             self._release(sequence)
         else:
             self._waiting.remove(sequence)
+        sequence.status = Status.ENDED
 
     def invalidate(self, sequence: Sequence) -> None:
-        """Sees to it that nobody uses the keys and values of a running sequence again."""
+        """Keeps the keys and values of a running sequence from being used again."""
         self._pool.invalidate(sequence.block_table)
         sequence.num_computed = 0
-
-    def is_running(self, sequence: Sequence) -> bool:
-        return sequence in self._running
 
     @property
     def must_preempt(self) -> bool:
@@ -119,17 +119,17 @@ class Scheduler:
         return sum(map(self._missing, self._growing())) > self._pool.free_count
 
     def schedule(self) -> Schedule:
-        """The next step; without chunks when there is nothing to do.
+        """The next step; without chunks if there is nothing to do.
 
-        A step may be under way, unless the scheduler `must_preempt`: what a sequence gives up has
-        to be known.
+        Another step may be in flight, unless the scheduler `must_preempt`: the tokens of a
+        preempted sequence have to be cached.
         """
-        # First, as a sequence that needs a block may take all blocks of any other.
+        # First, because a sequence that needs a block may preempt any other.
         for sequence in self._growing():
             self._grow(sequence)
         decode, prompts = [], []
         for sequence in self._running:
-            if sequence.all_launched:
+            if sequence.status is Status.LAST_STEP:
                 continue
             length = len(sequence.tokens)
             if length - sequence.num_computed == 1:
@@ -144,7 +144,7 @@ class Scheduler:
         chunks, left = decode, budget
         for sequence in prompts:
             if left:
-                left -= self._take(sequence, left, chunks)
+                left -= self._append_chunk(sequence, left, chunks)
         left = self._admit(left, chunks)
         copies, self._copies = self._copies, []
         return Schedule(chunks, rows, drafted, budget - left, copies)
@@ -167,15 +167,15 @@ class Scheduler:
         return drafted
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
-        """Notes that the chunks' keys and values are in the cache, where others now find them."""
+        """Records that the chunks' keys and values are in the cache, where others find them."""
         for chunk in chunks:
             sequence = chunk.sequence
-            # The step that was launched behind this one may have taken it further.
+            # The step in flight may have taken it further.
             sequence.num_computed = max(sequence.num_computed, chunk.end)
             self._prefixes.computed(sequence, chunk.end)
 
     @staticmethod
-    def _take(sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+    def _append_chunk(sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Appends the sequence's next chunk of at most `budget` tokens; returns its length."""
         begin = sequence.num_computed
         end = min(begin + budget, len(sequence.tokens))
@@ -183,53 +183,55 @@ class Scheduler:
         return end - begin
 
     def _admit(self, budget: int, chunks: list[Chunk]) -> int:
-        """Lets waiting sequences run while there are places and blocks; returns the budget left."""
+        """Admits waiting sequences while batch and cache have room; returns the budget left."""
         parked = 0
         while budget and parked < MAX_PARKED and len(self._running) < self._max_batch_size:
             sequence = self._waiting.first()
             if sequence is None:
                 break
-            known = self._prefixes.find(sequence)
-            if known.waits_for is not None:
-                self._waiting.park(sequence, known.waits_for)
+            cached = self._prefixes.find(sequence)
+            if cached.waits_for is not None:
+                self._waiting.park(sequence, cached.waits_for)
                 parked += 1
                 continue
-            wanted = self._pool.blocks_for(len(sequence.tokens)) - len(known.blocks)
-            if wanted > self._pool.free_besides(known.blocks):
+            wanted = self._pool.blocks_for(len(sequence.tokens)) - len(cached.blocks)
+            if wanted > self._pool.free_besides(cached.blocks):
                 break
             self._waiting.remove(sequence)
-            self._start(sequence, known, wanted)
-            budget -= self._take(sequence, budget, chunks)
+            self._start(sequence, cached, wanted)
+            budget -= self._append_chunk(sequence, budget, chunks)
         return budget
 
-    def _start(self, sequence: Sequence, known: CachedPrefix, wanted: int) -> None:
-        self._pool.share(known.blocks)
+    def _start(self, sequence: Sequence, cached: CachedPrefix, wanted: int) -> None:
+        self._pool.share(cached.blocks)
         own = self._pool.allocate(wanted)
-        sequence.block_table = known.blocks + own
-        if known.copied is not None:
-            self._copies.append(BlockCopy(known.copied, own[0]))
-        sequence.num_computed = known.tokens
+        sequence.block_table = cached.blocks + own
+        if cached.copied is not None:
+            self._copies.append(BlockCopy(cached.copied, own[0]))
+        sequence.num_computed = cached.tokens
         if sequence.cached_at_start is None:
             sequence.cached_at_start = sequence.num_computed
         self.cached_prompt_tokens += min(sequence.num_computed, len(sequence.request.prompt_ids))
         self._running[sequence] = None
-        self._prefixes.start(sequence, known)
+        sequence.status = Status.RUNNING
+        self._prefixes.start(sequence, cached)
 
     def _growing(self) -> list[Sequence]:
-        """Running sequences whose next token has no place in their blocks."""
+        """Running sequences that need another block for their next token."""
         size = self._pool.block_size
         return [
             sequence
             for sequence in self._running
-            if len(sequence.tokens) > len(sequence.block_table) * size and not sequence.all_launched
+            if len(sequence.tokens) > len(sequence.block_table) * size
+            and sequence.status is not Status.LAST_STEP
         ]
 
     def _missing(self, sequence: Sequence) -> int:
         return self._pool.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
 
     def _grow(self, sequence: Sequence) -> None:
-        """Makes room for all tokens of a running sequence, unless it has to give way itself."""
-        if not sequence.block_table:  # an earlier turn of `schedule` preempted it
+        """Gives a running sequence blocks for all of its tokens, or preempts it."""
+        if not sequence.is_running:  # an earlier sequence of this step preempted it
             return
         missing = self._missing(sequence)
         while missing > self._pool.free_count:
@@ -241,6 +243,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
+        sequence.status = Status.WAITING
         self._waiting.push(sequence)
         self.preemptions += 1
 

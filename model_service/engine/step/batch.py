@@ -1,4 +1,4 @@
-"""From a schedule to the flat batch of a step, and what each row of its logits is for."""
+"""Turns a schedule into the flat batch of a step, and says what each row of its logits is for."""
 
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ def plan_step(schedule: Schedule, *, lookahead: bool = False) -> tuple[StepPlan,
 
     Args:
         schedule: the step's work.
-        lookahead: whether the next step takes the tokens that this one draws from the device.
+        lookahead: whether the next step takes the tokens that this one samples from the device.
     """
     # Most chunks are a last token: comprehensions, as there may be hundreds of them in each step.
     plain = schedule.chunks[: 0 if schedule.drafted_tokens else schedule.decode_rows]

@@ -8,6 +8,7 @@ step is only launched here: what it computes is there when somebody reads it.
 import numpy as np
 import torch
 
+from model_service.engine.pending_token import resolve_pending
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.model.attention.backend import PROBE_BLOCK, CachedAttention, SequenceSpan
@@ -20,16 +21,6 @@ PROBE = StepPlan(
     tokens=np.zeros(1, dtype=np.int32),
     logit_rows=np.zeros(1, dtype=np.int32),
 )
-
-
-def resolve_pending(tokens: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """`tokens` with every negative one, ~index, replaced by that entry of `sampled`.
-
-    Args:
-        tokens: [n].
-        sampled: [num_sampled], not empty.
-    """
-    return torch.where(tokens < 0, sampled[(~tokens).clamp_(min=0)], tokens)
 
 
 class ModelRunner:

@@ -1,30 +1,45 @@
-"""How long steps take, and how many sequences they serve. Noted in every step, so in the cheap
-histograms; whoever wants to know reads them from another thread, at no cost for the engine.
-"""
+"""How long the parts of steps take, and how many sequences steps serve, for Prometheus."""
 
-from serving.telemetry.histogram import Histogram
+from collections.abc import Iterator
+
+from prometheus_client import Histogram
+from prometheus_client.metrics_core import Metric
 
 SECONDS = (
     *(0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003),
     *(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
 )
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class StepTimes:
-    """All steps since the start. Only the engine writes."""
+    """All steps since the start. The engine observes; a scrape collects in a thread of its own."""
 
     def __init__(self) -> None:
-        # In seconds. With lookahead, forward is the time from one step's tokens to the next one's,
-        # and the other two pass on the host meanwhile. Without, on CUDA the forward ends with its
-        # logits on their way; what is left of it then is counted with what comes after.
-        self.parts = {name: Histogram(SECONDS) for name in ("schedule", "forward", "sample")}
-        self.rows = Histogram(ROWS)  # sequences in a step
-        self._schedule, self._forward, self._sample = self.parts.values()
+        self._seconds = Histogram(
+            "chasqui_model_step_seconds",
+            "Time of a step's parts. On CUDA, sample includes what is left of the forward; with "
+            "lookahead, forward is the time between two steps' tokens, which includes the others.",
+            ["part"],
+            buckets=SECONDS,
+            registry=None,
+        )
+        self._sequences = Histogram(
+            "chasqui_model_step_sequences",
+            "Sequences that a step serves.",
+            buckets=SEQUENCES,
+            registry=None,
+        )
+        self._schedule, self._forward, self._sample = (
+            self._seconds.labels(part) for part in ("schedule", "forward", "sample")
+        )
 
-    def note(self, rows: int, *, schedule: float, forward: float, sample: float) -> None:
-        """Takes a step of `rows` sequences."""
+    def observe(self, sequences: int, *, schedule: float, forward: float, sample: float) -> None:
         self._schedule.observe(schedule)
         self._forward.observe(forward)
         self._sample.observe(sample)
-        self.rows.observe(rows)
+        self._sequences.observe(sequences)
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._seconds.collect()
+        yield from self._sequences.collect()

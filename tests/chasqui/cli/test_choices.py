@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from chasqui.cli.chat import in_turn
 from client import Client, Delta, Event, Finished, FinishReason, Started
-from client.results import Usage
+from client.results import Determinism, Usage
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 USAGE = Usage(1, 0, 1, *[timedelta()] * 5)
@@ -20,9 +20,9 @@ USAGE = Usage(1, 0, 1, *[timedelta()] * 5)
 def test_interleaved_answers_come_one_after_the_other_and_whole(data: st.DataObject) -> None:
     answers: list[list[Event]] = [
         [
-            Started(0, choice, prompt_tokens=1, seed=choice, fingerprint=""),
+            Started(0, choice, 1, choice, 0, "", Determinism.UNSPECIFIED),
             *(Delta(0, choice, str(number), ()) for number in range(data.draw(st.integers(0, 4)))),
-            Finished(0, choice, FinishReason.STOP, USAGE),
+            Finished(0, choice, FinishReason.STOP, (), USAGE, failovers=0),
         ]
         for choice in range(data.draw(st.integers(1, 4)))
     ]

@@ -299,7 +299,7 @@ def test_safety_has_dialogs_judged_by_the_rules_that_ship(serve: Serve, run: Run
         process.communicate()
 
     assert asked.stderr == "(ended by the safety classifier: weapons)\n"
-    assert unsafe.content == "I apologize, but I cannot fulfill your request."
+    assert unsafe.text == "I apologize, but I cannot fulfill your request."
     assert (unsafe.finish_reason, unsafe.safety_categories) == (FinishReason.SAFETY, ("weapons",))
     assert unsafe.usage.completion_tokens == 0
     assert safe.usage.completion_tokens > 0

@@ -129,7 +129,8 @@ def test_ctrl_c_ends_the_run_and_reports_what_was_measured(spawn: Any, start_gat
             third.set()
             cancelled.wait()
         usage = chat_pb2.Usage(completion_tokens=1)
-        yield Response(finished=chat_pb2.TextFinished(usage=usage))
+        finished = chat_pb2.Finished(usage=usage)
+        yield Response(event=chat_pb2.StreamEvent(finished=finished))
 
     def get_model(*_: object) -> chat_pb2.GetModelResponse:
         return chat_pb2.GetModelResponse(name="stub", context_length=256, vocab_size=100)

@@ -15,6 +15,7 @@ from chasqui.loadtest.records import Failure, Success
 from chasqui.loadtest.sender import Sender, clock
 from chasqui.loadtest.workload import Work
 from llama.v1 import chat_pb2
+from llama.v1.chat_pb2 import StreamEvent
 from llama.v1.sampling_pb2 import TokenIds
 
 Response = chat_pb2.TextCompleteStreamResponse
@@ -30,10 +31,11 @@ def work() -> Iterator[Work]:
 
 
 def answer() -> Iterator[Response]:
-    yield Response(started=chat_pb2.TextStarted())
-    yield Response(delta=chat_pb2.TextDelta(text="two"))
-    yield Response(delta=chat_pb2.TextDelta(text="words"))
-    yield Response(finished=chat_pb2.TextFinished(usage=chat_pb2.Usage(completion_tokens=2)))
+    usage = chat_pb2.Usage(completion_tokens=2)
+    yield Response(event=StreamEvent(started=chat_pb2.Started()))
+    yield Response(event=StreamEvent(delta=chat_pb2.Delta(text="two")))
+    yield Response(event=StreamEvent(delta=chat_pb2.Delta(text="words")))
+    yield Response(event=StreamEvent(finished=chat_pb2.Finished(usage=usage)))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from chasqui.loadtest.lengths import Constant, LogNormal, Uniform
 from chasqui.loadtest.workload import Workload, read_dialogs, work
-from client import Dialog, Limits, Model
+from client import Determinism, Dialog, Limits, Model
 from llama.v1 import chat_pb2
 
 MODEL = Model(
@@ -23,6 +23,7 @@ MODEL = Model(
     dtype="float32",
     quantization="",
     fingerprint="",
+    determinism=Determinism.UNSPECIFIED,
     limits=Limits(1, 1, 1, 1, 1, 1, 1),
     sampling_defaults={},
 )
