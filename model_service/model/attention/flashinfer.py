@@ -23,7 +23,7 @@ from model_service.model.attention.backend import (
     narrowed,
 )
 from model_service.model.attention.page_tables import PageTables, leading_decodes, page_tables
-from model_service.model.attention.staging import Staging
+from model_service.model.pinned_transfer import Fence, pinned
 
 # Query heads per key head from which tensor cores compute faster than memory delivers the keys.
 # Fewer heads would leave most of a tile empty.
@@ -120,7 +120,8 @@ class FlashInferAttention:
             heads, shape.kv_heads, shape.head_dim, shape.block_size, dtype, kv_dtype
         )
         self._cache = _PagedCache(shape, kv_dtype, device)
-        self._staging = Staging(device)
+        # Plans copy from page-locked memory of FlashInfer's own, which the next plan overwrites.
+        self._planned = Fence(device)
         size = workspace_bytes(heads, shape, max_batch_size, _multiprocessors(device))
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -136,7 +137,7 @@ class FlashInferAttention:
         tables = page_tables(spans, self._heads.block_size)
         decodes = leading_decodes(spans)
         cut = tables.page_starts[decodes]
-        parts = self._staging.take(
+        arrays = (
             tables.slots,
             tables.page_starts[: decodes + 1],
             tables.pages[:cut],
@@ -147,18 +148,20 @@ class FlashInferAttention:
             tables.last_page_lengths[decodes:],
             tables.context_lengths,
         )
+        parts = pinned(self._device, arrays)
         slots, decode, prefill, lengths = parts[0], parts[1:4], parts[4:8], parts[8]
         if len(slots) > len(self._tables):
             self._tables = self._tables.new_zeros(len(slots))
         self._slots = _Slots(slots.to(self._device, non_blocking=True), self._tables[: len(slots)])
         dtypes = {"q_data_type": self._heads.dtype, "kv_data_type": self._heads.kv_dtype}
+        self._planned.wait()
         if decodes:
             self._decode.plan(*decode, *self._heads.for_plan, seq_lens=lengths[:decodes], **dtypes)
         if decodes < len(spans):
             self._prefill.plan(
                 *prefill, *self._heads.for_plan, causal=True, seq_lens=lengths[decodes:], **dtypes
             )
-        self._staging.sent()
+        self._planned.record()
         self._decodes = decodes
 
     def attend(
@@ -199,7 +202,7 @@ class FlashInferAttention:
             )
             # One vector on the device serves all sizes, because only one plan is valid at a time.
             wrapper.reset_workspace_buffer(self._workspace, integers)
-            batches[size] = _FixedDecode(self._heads, self._cache, self._staging, buffers, wrapper)
+            batches[size] = _FixedDecode(self._heads, self._cache, self._planned, buffers, wrapper)
         return batches
 
 
@@ -237,26 +240,26 @@ class _FixedDecode:
         self,
         heads: _Heads,
         cache: _PagedCache,
-        staging: Staging,
+        planned: Fence,
         buffers: _FixedBuffers,
         wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper,
     ) -> None:
         self._heads = heads
         self._cache = cache
-        self._staging = staging
+        self._planned = planned
         self._buffers = buffers
         self._wrapper = wrapper
-        self._planned = False
+        self._knows_kernel = False
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
         tables = page_tables(spans, self._heads.block_size)
-        image, starts, last = self._staging.take(
-            self._buffers.image(tables), tables.page_starts, tables.last_page_lengths
-        )
+        arrays = self._buffers.image(tables), tables.page_starts, tables.last_page_lengths
+        image, starts, last = pinned(self._buffers.vector.device, arrays)
         self._buffers.vector[: len(image)].copy_(image, non_blocking=True)
         dtypes = {"q_data_type": self._heads.dtype, "kv_data_type": self._heads.kv_dtype}
         pages = self._buffers.pages[: len(tables.pages)]
-        if self._planned:
+        self._planned.wait()
+        if self._knows_kernel:
             # Like `plan`, but with filled buffers and without a copy to the host.
             flashinfer.fast_decode_plan(
                 self._wrapper,
@@ -270,8 +273,8 @@ class _FixedDecode:
         else:
             # The first plan also finds the kernel that `fast_decode_plan` uses.
             self._wrapper.plan(starts, pages, last, *self._heads.for_plan, **dtypes)
-            self._planned = True
-        self._staging.sent()
+            self._knows_kernel = True
+        self._planned.record()
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

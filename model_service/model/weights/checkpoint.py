@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig, read_params
+from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.partition import is_linear, split_dimension
 from model_service.model.weights.quantization import FORMATS, QuantizedWeight
 from model_service.model.weights.shard_checks import (
@@ -28,7 +29,6 @@ from model_service.model.weights.shard_files import (
     open_tensors,
     shard_files,
 )
-from model_service.model.weights.upload import Upload
 
 StoredWeight = torch.Tensor | QuantizedWeight
 
@@ -63,7 +63,7 @@ class Checkpoint:
         Raises:
             CheckpointError: after the last parameter, if any is not finite in `dtype`.
         """
-        upload = Upload(device)
+        upload = WeightUpload(device)
         found: dict[str, torch.Tensor] = {}  # checked at the end, so that no copy waits
         for name, shape in self.config.parameter_shapes().items():
             dimension = split_dimension(name)
@@ -81,7 +81,7 @@ class Checkpoint:
         check_finite(self.folder, found)
 
     def _read(
-        self, name: str, dimension: int, start: int, weight: torch.Tensor, upload: Upload
+        self, name: str, dimension: int, start: int, weight: torch.Tensor, upload: WeightUpload
     ) -> None:
         """Fills `weight` with a parameter's elements from `start` on along `dimension`."""
         end = start + weight.shape[dimension]
