@@ -269,7 +269,7 @@ def _parser(device: str | None) -> argparse.ArgumentParser:
         many = {"nargs": "+"} if name in ("streams", "contexts") else {}
         add(f"--{name}", type=int, help=text, **many)  # type: ignore[arg-type]
     add("--threads", type=int, help="default: as the engine chooses")
-    add("--seconds", type=float, default=3600.0, help="no case begins later (default: an hour)")
+    add("--seconds", type=float, default=float("inf"), help="no case begins later; default: no end")
     add("--work_dir", type=Path, default=WORK_DIR, help="keeps checkpoints between runs")
     add("--results", type=Path, default=RESULTS, help="folder of all results")
     return parser
