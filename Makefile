@@ -8,10 +8,10 @@ TORCH_INDEX ?=
 PROTOS := $(wildcard protos/llama/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help env chat test lint format proto bench bench-baselines up down
+.PHONY: help env chat test lint format proto sync-client bench bench-baselines up down
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chasqui needs Python 3.11 or newer; name one with PYTHON=python3.11")'
@@ -38,6 +38,7 @@ lint: env ## formatting, types, import rules, protos, and the house's rooms and 
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/python deploy/generate_protos.py --check
+	$(BIN)/python deploy/generate_sync_client.py --check
 	-$(BIN)/python .ci/check_rooms.py
 	-$(BIN)/python .ci/check_reading_list.py
 	-$(BIN)/python .ci/check_language.py
@@ -49,6 +50,9 @@ format: env ## rewrite the sources in house format
 
 proto: env ## regenerate llama/v1 from protos
 	$(BIN)/python deploy/generate_protos.py
+
+sync-client: env ## regenerate the synchronous client from the asyncio one
+	$(BIN)/python deploy/generate_sync_client.py
 
 bench: env ## measure the engine; ARGS="--shapes 1.1B" passes flags on
 	$(BIN)/python -m bench.engine $(ARGS)

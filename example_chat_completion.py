@@ -34,7 +34,7 @@ DIALOGS: list[Dialog] = [
 @click.option("--ckpt_dir", required=True, help="folder with params.json and consolidated.*.pth")
 @click.option("--tokenizer_path", required=True, help="the checkpoint's tokenizer.model")
 @click.option("--temperature", default=0.6, show_default=True, help="0 is greedy")
-@click.option("--top_p", default=0.9, show_default=True, help="mass of the tokens that are kept")
+@click.option("--top_p", default=0.9, show_default=True, help="probability mass to sample from")
 @click.option("--max_seq_len", default=512, show_default=True, help="tokens, prompt and answer")
 @click.option("--max_batch_size", default=8, show_default=True, help="dialogs that run at once")
 @click.option("--max_gen_len", type=int, help="most tokens of an answer")

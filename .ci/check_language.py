@@ -22,8 +22,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parent.parent
-# Both are generated, from protos/ and by benchmarks; the changelog names what has changed.
-EXEMPT = re.compile(r"llama/v1/|bench/results/|CHANGELOG\.md")
+# Generated from protos/ and by benchmarks; history; and training text, which the weights depend on.
+EXEMPT = re.compile(r"llama/v1/|bench/results/|CHANGELOG\.md|demo/text/")
 
 # Regular expressions for names, or `file:name`, beside what to say instead.
 RETIRED_NAMES = {
@@ -31,7 +31,7 @@ RETIRED_NAMES = {
     r"_?take|_?note": "on_event, feed, append_chunk, record or observe",
     r"_?[Pp]ace|\w+Pace": "ThroughputEstimator or PrefillBudget",
     r"Placement": "routing",
-    r"\w*[Uu]nread\w*": "send_buffer",
+    r"\w*[Uu]nread(?!able)\w*": "send_buffer",
     r"_?held_answer|HeldAnswer": "moderation_buffer",
     r"gateway/.*:_?(coming|judged|due)": "in_progress, on_verdict or next_chunk",
     r"gateway/.*:class (Replica|Tokenizer)": "ReplicaClient or TokenizerClient",

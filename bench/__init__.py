@@ -1,1 +1,1 @@
-"""Benchmarks of the engine and comparisons with its peers; README.md says how to read them."""
+"""Benchmarks; README.md says how to run and read them, RESULTS.md what was measured."""

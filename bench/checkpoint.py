@@ -1,20 +1,24 @@
-"""Writes a shape's random weights once, as a checkpoint in Meta's format.
+"""Random weights: as a checkpoint in Meta's format, or made on the device as they are loaded.
 
 Weights are rounded to bfloat16 before anything sees them, so every export to a wider type holds
-exactly the same numbers and contenders can be compared token by token.
+exactly the same numbers, and engines can be compared token by token.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bench.shapes import Shape
 from model_service.model.config import ModelConfig
+from model_service.model.weights.partition import is_linear, split_dimension
 
 SEED = 2023
 CPU = torch.device("cpu")
@@ -54,16 +58,13 @@ def write_checkpoint(config: ModelConfig, folder: Path, device: torch.device) ->
 
 
 def random_weight(
-    name: str,
-    size: tuple[int, ...],
-    config: ModelConfig,
-    device: torch.device = CPU,
+    name: str, size: tuple[int, ...], config: ModelConfig, device: torch.device = CPU
 ) -> torch.Tensor:
     """A parameter in bfloat16 on `device`, for each kind of device a function of its name alone.
 
-    Matrices have a standard deviation of 1 / √inputs, so that each keeps the size of what it is
-    given; those that add to the residual stream share it among all layers (Radford et al., 2019),
-    so that it stays of order one from the first layer to the last.
+    Matrices have a standard deviation of 1 / √inputs, so that each keeps the size of its input;
+    those that add to the residual stream share it among all layers (Radford et al., 2019), so that
+    it stays of order one from the first layer to the last.
     """
     if len(size) == 1:
         return torch.ones(size, dtype=torch.bfloat16, device=device)
@@ -73,3 +74,43 @@ def random_weight(
         deviation /= math.sqrt(2 * config.n_layers)
     drawn = torch.randn(size, generator=generator, device=device)
     return drawn.mul_(deviation).to(torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomWeights:
+    """A WeightSource without files: each parameter is made on the device when it is read.
+
+    Nothing is copied, so a shape of 70 billion weights that are quantized as they come takes no
+    more memory than its quantized form and one matrix beside it.
+    """
+
+    config: ModelConfig
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the network."""
+        return self.shard_parameters(1)
+
+    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
+        """Number of weights that one of `shards` ranks holds; `linear` counts those or the rest."""
+        return sum(
+            math.prod(size) // (1 if split_dimension(name) is None else shards)
+            for name, size in self.config.parameter_shapes().items()
+            if linear is None or is_linear(name) is linear
+        )
+
+    def read_shard(
+        self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights of `rank` among `shards`, one parameter at a time, in the network's order."""
+        for name, size in self.config.parameter_shapes().items():
+            weight = random_weight(name, size, self.config, device)
+            dimension = split_dimension(name)
+            if dimension is not None and shards > 1:
+                length = size[dimension] // shards
+                weight = weight.narrow(dimension, rank * length, length).contiguous()
+            yield name, weight.to(dtype)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the weights are a function of, hexadecimal."""
+        return hashlib.sha256(f"random {SEED} {self.config!r}".encode()).hexdigest()

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from bench.engine.session import FIRST_ORDINARY_ID
 from bench.report import RESULTS, Row, make_report, result_folder, write_report
+from bench.shapes import FIRST_ORDINARY_ID
 from chasqui.cli.serve.deployment import demonstration
 from chasqui.cli.serve.supervisor import in_background
 from chasqui.loadtest.summary import distribution

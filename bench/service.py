@@ -1,38 +1,56 @@
-"""What the way through gRPC costs: python -m bench.service
+"""The cost of the way through gRPC: python -m bench.service
 
-The same prompts go to an engine in a process of its own and, through the gateway's
-TextCompleteStream, to services on the same machine; in turn, round after round. Only one of the two
-exists at a time: a second set of weights in memory slows the first. Compared are tokens per second
-while all streams decode, and answer tokens over the time from the first request to the last token.
-The second has the prompts in it, which an engine takes in one step when all are there at once, and
-bit by bit when they arrive one after the other.
+The same requests go to an engine in a process of its own and, through the gateway, to services on
+the same machine; in turn, round after round. Only one of the two exists at a time, because a second
+set of weights in memory slows the first. Two rates are compared: tokens per second while all
+streams decode, and answer tokens over the time from the first request to the last token. The second
+includes the prompts, which an engine computes in one step when all are there at once, and in parts
+when they arrive one after the other. Both sides read the same checkpoint of random weights.
+
+With --shares, `chasqui bench` measures the services, too: a closed loop for the capacity, then
+Poisson arrivals at these shares of it.
 """
 
 import argparse
 import asyncio
-import multiprocessing
+import json
 import random
+import statistics
 import struct
+import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any
+
+import torch
 
 from bench.checkpoint import ensure_checkpoint
-from bench.engine.session import FIRST_ORDINARY_ID, Session, Variant, session
-from bench.report import RESULTS, Row, make_report, result_folder, write_report
-from bench.shapes import SHAPES
-from bench.summary import summarize
+from bench.engine.driver import QUANTIZED, Job, in_own_process, loaded
+from bench.report import RESULTS, WORK_DIR, Recorder, Row, Value, spread
+from bench.shapes import FIRST_ORDINARY_ID, SHAPES, Shape
+from chasqui import AsyncClient, Delta, Finished
+from chasqui.cli.main import main as chasqui
 from chasqui.cli.serve.deployment import Deployment
 from chasqui.cli.serve.supervisor import in_background
-from client.connection.channel import open_aio_channel
 from demo.checkpoint import CHECKPOINT, TOKENIZER
-from llama.v1 import chat_pb2, chat_pb2_grpc, sampling_pb2
+from model_service.loading.precision import DTYPES
 
-Prompts = Sequence[tuple[int, ...]]
 KNOWN_PIECES = 1920  # of the demonstration's tokenizer
+PROMPT_TAGS = 12  # tokens of a dialog's format around its one message
+CALLS = ("text", "chat")
+CONNECTIONS = 4  # of the load generator, which share the streams
+LATENCIES = ("time_to_first_token_ms", "inter_token_latency_ms", "end_to_end_latency_ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """When the first and the last of an answer's tokens came, by time.perf_counter."""
+
+    first: float
+    last: float
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,73 +60,193 @@ class Rates:
     decode: float  # while all of them decode
     overall: float  # from the first request to the last token
 
-    @classmethod
-    def of(cls, started: float, arrivals: Sequence[Sequence[float]]) -> Self:
-        """`arrivals` holds the time of each token, by stream."""
-        begin = max(times[0] for times in arrivals)
-        end = min(times[-1] for times in arrivals)
-        if begin >= end:
-            raise RuntimeError("the streams never decoded all at once: ask for longer answers")
-        amid = sum(begin < time <= end for times in arrivals for time in times)
-        last = max(times[-1] for times in arrivals)
-        return cls(amid / (end - begin), sum(map(len, arrivals)) / (last - started))
+
+def rates(started: float, answers: Sequence[Answer]) -> Rates:
+    """The tokens of an answer are spread evenly between its first and its last.
+
+    Raises:
+        RuntimeError: there was no time at which all streams decoded.
+    """
+    begin, end = max(each.first for each in answers), min(each.last for each in answers)
+    if begin >= end:
+        raise RuntimeError("the streams never decoded all at once: ask for longer answers")
+    per_second = sum((each.tokens - 1) / (each.last - each.first) for each in answers)
+    last = max(each.last for each in answers)
+    return Rates(per_second, sum(each.tokens for each in answers) / (last - started))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.service", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="1.1B")
-    parser.add_argument("--quantize", choices=["none", "int8", "int4"], default="int8")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=32, help="tokens")
-    parser.add_argument("--answer", type=int, default=128, help="tokens")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--work_dir", type=Path, default=Path.home() / ".cache/chasqui-bench")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    shape = SHAPES[args.shape]
-    folder = ensure_checkpoint(shape, args.work_dir)
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    device = torch.device(args.device)
+    shape = with_vocabulary(SHAPES[args.shape], KNOWN_PIECES)
+    job = Job(
+        shape,
+        args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+        device,
+        step_tokens=2048,
+        precision=None if args.quantize == "none" else args.quantize,
+        ckpt_dir=ensure_checkpoint(shape, args.work_dir, device),
+    ).sized(max(args.streams), args.prompt + args.answer)
+    recorder = Recorder(
+        "service",
+        args.results,
+        {"shape": shape.name, "weights": job.weights},
+        part=args.shape,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+    )
     tokenizer = args.work_dir / f"tokenizer-{shape.config.vocab_size}.model"
     tokenizer.write_bytes(made_up_tokenizer(shape.config.vocab_size))
-    length, most = args.prompt + args.answer, max(args.streams)
-    # On the CPU `auto` may be bfloat16; both sides get the same.
-    variant = Variant(folder, "float32", None, None if args.quantize == "none" else args.quantize)
-    services = Deployment(
-        folder,
-        tokenizer,
-        model_settings={
-            "max_seq_len": length,
-            "max_batch_size": most,
-            "quantize": args.quantize,
-            "dtype": "float32",
-            "draft_tokens": 0,
-        },
-    )
-    source = random.Random(0)
-    prompts = [
-        _prompts(source, each, args.prompt, shape.config.vocab_size) for each in args.streams
-    ]
-    engine: list[list[Rates]] = []
-    service: list[list[Rates]] = []
+    recorder.attempt("service", lambda: compare(job, tokenizer, args))
+    print(recorder.write() / "result.md")
+    if recorder.failed:
+        raise SystemExit(1)
+
+
+def compare(job: Job, tokenizer: Path, args: argparse.Namespace) -> Iterator[Row]:
+    """Engine and services in turn, then the services under load."""
+    services = Deployment(job.ckpt_dir or Path(), tokenizer, model_settings=job.replica_settings())
+    found: dict[tuple[str, int], list[tuple[list[Rates], list[Rates]]]] = {}
+    load: list[Row] = []
     for number in range(args.rounds):
-        engine.append(in_a_process(variant, prompts, args.answer))
+        engine = in_own_process(
+            engine_rates, job, args.streams, args.prompt, args.answer, args.trials
+        )
         with in_background(services, log=lambda _name, _line: None) as address:
-            service.append(asyncio.run(_through_grpc(address, prompts, args.answer)))
-        print(f"round {number + 1}: engine {engine[-1]}, service {service[-1]}", flush=True)
-    rows = [
-        _compared(streams, args, [each[i] for each in engine], [each[i] for each in service])
-        for i, streams in enumerate(args.streams)
+            for call in args.calls:
+                for streams, direct in zip(args.streams, engine, strict=True):
+                    through = asyncio.run(service_rates(address, call, streams, job, args))
+                    found.setdefault((call, streams), []).append((direct, through))
+            if number == args.rounds - 1 and args.shares:
+                load = list(under_load(address, job.sequences, args))
+    for (call, streams), rounds in found.items():
+        settings: dict[str, Value] = {
+            "call": call,
+            "streams": streams,
+            "prompt_tokens": args.prompt,
+        }
+        yield Row("service", {**settings, "answer_tokens": args.answer}, _compared(rounds))
+    yield from load
+
+
+def _compared(rounds: Sequence[tuple[list[Rates], list[Rates]]]) -> dict[str, Value]:
+    """Each of the services' trials over the engine's median of the same round."""
+    decode, overall = [], []
+    for engine, service in rounds:
+        decode += [each.decode / statistics.median(e.decode for e in engine) for each in service]
+        overall += [each.overall / statistics.median(e.overall for e in engine) for each in service]
+    medians = [
+        statistics.median(each.decode for pair in rounds for each in pair[side]) for side in (0, 1)
     ]
-    report = make_report("service", rows, (), {"shape": args.shape, "quantize": args.quantize})
-    result = result_folder(report, args.results) / args.shape
-    write_report(report, result)
-    print(*rows, result / "result.md", sep="\n")
+    return {
+        "engine_tokens_per_s": medians[0],
+        "service_tokens_per_s": medians[1],
+        **spread("ratio", decode),
+        "ratio_with_prompts": statistics.median(overall),
+    }
+
+
+def engine_rates(
+    job: Job, streams: Sequence[int], prompt: int, answer: int, trials: int
+) -> list[list[Rates]]:
+    """The rates of each number of streams, after one trial that does not count."""
+    found = []
+    with loaded(job) as driver:
+        for count in streams:
+            rated = []
+            for _ in range(trials + 1):
+                trial = driver.answer(driver.prompts([prompt] * count), answer)
+                times = [Answer(each[0], each[-1], len(each)) for each in trial.arrivals()]
+                rated.append(rates(trial.started, times))
+            found.append(rated[1:])
+    return found
+
+
+async def service_rates(
+    address: str, call: str, streams: int, job: Job, args: argparse.Namespace
+) -> list[Rates]:
+    """As `engine_rates`, for one number of streams, each prompt on a stream of its own."""
+    source, found = random.Random(streams), []
+    ordinary = range(FIRST_ORDINARY_ID, job.shape.config.vocab_size)
+    async with AsyncClient(address) as client:
+        for _ in range(args.trials + 1):
+            started = time.perf_counter()
+            answers = await asyncio.gather(
+                *(
+                    _answer(client, call, source.choices(ordinary, k=args.prompt), args.answer)
+                    for _ in range(streams)
+                )
+            )
+            found.append(rates(started, answers))
+    return found[1:]
+
+
+async def _answer(client: AsyncClient, call: str, prompt: list[int], answer: int) -> Answer:
+    """Asks for one answer. A few tokens are no text of their own, so the server counts them."""
+    if call == "chat":
+        # Each digit is a token of its own.
+        digits = "".join(str(token % 10) for token in prompt[PROMPT_TAGS:]) or "0"
+        stream = client.chat_stream(
+            [{"role": "user", "content": digits}],
+            temperature=0.0,
+            max_gen_len=answer,
+            ignore_eos=True,
+        )
+    else:
+        stream = client.complete_stream(
+            prompt, temperature=0.0, max_gen_len=answer, ignore_eos=True
+        )
+    first, usage = 0.0, None
+    async for event in stream:
+        if isinstance(event, Delta):
+            first = first or time.perf_counter()
+        elif isinstance(event, Finished):
+            usage = event.usage
+    if usage is None or usage.completion_tokens != answer or not first:
+        raise RuntimeError(f"an answer of another length than {answer} tokens")
+    return Answer(first, time.perf_counter(), answer)
+
+
+def under_load(address: str, at_once: int, args: argparse.Namespace) -> Iterator[Row]:
+    """Throughput and latencies at capacity, and at each share of it: `chasqui bench`."""
+    full = _load(address, ["--concurrency", str(at_once)], args)
+    yield _load_row("capacity", full)
+    for share in args.shares:
+        rate = share * full["requests_per_second"]
+        yield _load_row(f"{share:.0%}", _load(address, ["--rate", str(rate)], args))
+
+
+def _load(address: str, loop: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "load.json"
+        lengths = ["--prompt_tokens", args.load_prompts, "--answer_tokens", args.load_answers]
+        ends = [f"--duration={args.load_seconds}", f"--connections={CONNECTIONS}"]
+        command = ["bench", "--target", address, *loop, *lengths, *ends, "--json", str(file)]
+        chasqui(command, standalone_mode=False)
+        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["summary"]
+        return summary
+
+
+def _load_row(load: str, summary: dict[str, Any]) -> Row:
+    names = ("requests_per_second", "output_tokens_per_second", "failed")
+    values: dict[str, Value] = {name: summary[name] for name in names}
+    for name in LATENCIES:
+        if found := summary[name]:
+            values |= {f"{name}_{each}": found[each] for each in ("p50", "p95", "p99")}
+    return Row("under load", {"load": load}, values)
+
+
+def with_vocabulary(shape: Shape, least: int) -> Shape:
+    """The shape, or one with as many tokens as the tokenizer has pieces."""
+    if shape.config.vocab_size >= least:
+        return shape
+    return Shape(f"{shape.name}-{least}", replace(shape.config, vocab_size=least))
 
 
 def made_up_tokenizer(vocab_size: int) -> bytes:
     """The demonstration's tokenizer with pieces without meaning added up to `vocab_size`.
 
-    A SentencePiece file is a protocol buffer whose pieces are a repeated field, and what is put
-    behind such a message is appended to its repeated fields.
+    A SentencePiece file is a protocol buffer whose pieces are a repeated field, and bytes behind
+    such a message are appended to its repeated fields.
     """
     model = bytearray((CHECKPOINT / TOKENIZER).read_bytes())
     for number in range(KNOWN_PIECES, vocab_size):
@@ -118,94 +256,30 @@ def made_up_tokenizer(vocab_size: int) -> bytes:
     return bytes(model)
 
 
-def _prompts(source: random.Random, count: int, length: int, vocab_size: int) -> Prompts:
-    return [
-        tuple(source.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(length))
-        for _ in range(count)
-    ]
-
-
-def _compared(
-    streams: int, args: argparse.Namespace, engine: Sequence[Rates], service: Sequence[Rates]
-) -> Row:
-    rounds = list(zip(engine, service, strict=True))
-    ratios = summarize([b.decode / a.decode for a, b in rounds])
-    return Row(
-        "service",
-        {"streams": streams, "prompt_tokens": args.prompt, "answer_tokens": args.answer},
-        {
-            "engine_tokens_per_s": summarize([a.decode for a in engine]).median,
-            "service_tokens_per_s": summarize([b.decode for b in service]).median,
-            "ratio": ratios.median,
-            "low": ratios.low,
-            "high": ratios.high,
-            "ratio_with_prompts": summarize([b.overall / a.overall for a, b in rounds]).median,
-        },
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.service",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def in_a_process(variant: Variant, prompts: Sequence[Prompts], answer: int) -> list[Rates]:
-    """`through_engine` in a process that ends with it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(through_engine, variant, prompts, answer).result()
-
-
-def through_engine(variant: Variant, prompts: Sequence[Prompts], answer: int) -> list[Rates]:
-    """The rates of each group of prompts, after one uncounted pass of all."""
-    most, length = max(map(len, prompts)), len(prompts[0][0]) + answer
-    with session(variant.options(most, length)) as direct:
-        for each in prompts:
-            _through_session(direct, each, answer)
-        return [_through_session(direct, each, answer) for each in prompts]
-
-
-def _through_session(direct: Session, prompts: Prompts, answer: int) -> Rates:
-    started = time.perf_counter()
-    arrivals: dict[int, list[float]] = {
-        direct.add(prompt, answer, logprobs=True): [] for prompt in prompts
-    }
-    while direct.engine.has_work:
-        step = direct.step()
-        now = time.perf_counter()
-        for request, tokens in step.tokens.items():
-            arrivals[request] += [now] * tokens
-    return Rates.of(started, [*arrivals.values()])
-
-
-async def _through_grpc(address: str, prompts: Sequence[Prompts], answer: int) -> list[Rates]:
-    """As `through_engine`, each prompt on a stream of its own."""
-    async with open_aio_channel(address, None) as channel:
-        await channel.channel_ready()
-        stub = chat_pb2_grpc.ChatServiceStub(channel)
-        for each in prompts:
-            await _through_streams(stub, each, answer)
-        return [await _through_streams(stub, each, answer) for each in prompts]
-
-
-async def _through_streams(
-    stub: "chat_pb2_grpc.ChatServiceAsyncStub", prompts: Prompts, answer: int
-) -> Rates:
-    started = time.perf_counter()
-    arrivals = await asyncio.gather(*(_stream(stub, prompt, answer) for prompt in prompts))
-    if {len(times) for times in arrivals} != {answer}:
-        raise RuntimeError(f"answers of other lengths than {answer} tokens")
-    return Rates.of(started, arrivals)
-
-
-async def _stream(
-    stub: "chat_pb2_grpc.ChatServiceAsyncStub", prompt: tuple[int, ...], answer: int
-) -> list[float]:
-    """When each token arrived; they are counted by their logprobs, as some are no text."""
-    request = chat_pb2.TextCompleteStreamRequest(
-        prompt_ids=[sampling_pb2.TokenIds(ids=prompt)],
-        sampling=sampling_pb2.SamplingParams(temperature=0, max_gen_len=answer, ignore_eos=True),
-        logprobs=True,
-    )
-    arrivals: list[float] = []
-    async for response in stub.TextCompleteStream(request):
-        arrivals += [time.perf_counter()] * len(response.event.delta.tokens)
-    return arrivals
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="1.1B")
+    add("--quantize", choices=["none", *QUANTIZED], default="int8")
+    add("--device", choices=["cuda", "cpu"], default="cpu")
+    add("--dtype", choices=DTYPES, help="of activations; default: float32, bfloat16 on CUDA")
+    add("--streams", type=int, nargs="+", default=[1, 8])
+    add("--prompt", type=int, default=32, help="tokens")
+    add("--answer", type=int, default=128, help="tokens")
+    add("--calls", nargs="+", choices=CALLS, default=["text"], help="RPCs to measure")
+    add("--rounds", type=int, default=5, help="starts of engine and services")
+    add("--trials", type=int, default=1, help="measurements after each start")
+    add("--shares", type=float, nargs="+", default=[], help="loads in parts of the capacity")
+    add("--load_seconds", type=float, default=15.0, help="duration of each load")
+    add("--load_prompts", default="lognormal:200,0.6", help="lengths under load")
+    add("--load_answers", default="lognormal:100,0.6", help="lengths under load")
+    add("--work_dir", type=Path, default=WORK_DIR, help="keeps checkpoints between runs")
+    add("--results", type=Path, default=RESULTS)
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Clients of Chasqui's gateway: `Client`, `AsyncClient`, and the types they take and return."""
 
-from client import _grpc  # noqa: F401  # before anything else imports gRPC
+from client.connection import quiet_grpc  # noqa: F401, I001  # before any other import of gRPC
 from client.aio import AsyncClient
 from client.connection.channel import DEFAULT_TARGET, Tls
 from client.errors import (

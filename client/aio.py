@@ -1,25 +1,25 @@
-"""The asyncio client. `client/sync.py` is the same without asyncio: change both together.
+"""The asyncio client. `client/sync.py` is generated from this file by `make sync-client`.
 
-A stream is a generator that owns its call, or its calls where connections break. Python closes one
-that a loop has left a little later, when the event loop gets to it; `contextlib.aclosing` cancels
-the stream there and then.
+A stream is a generator that owns its call, and further calls after the connection was lost. If a
+loop leaves the generator early, Python closes it only when the event loop gets to it;
+`contextlib.aclosing` closes it, and so cancels the stream, at once.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Protocol, Self, Unpack
 
 import grpc
 
 from client import requests, results, status
+from client.connection.cancel import cancel_streams_aio
 from client.connection.channel import DEFAULT_TARGET, Tls, open_aio_channel, with_key
-from client.connection.diagnosis import explained
+from client.connection.diagnosis import explained_aio
 from client.errors import ChasquiError, UnreachableError, from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import Event, Model, Prediction, RenderedPrompt
 from client.resumption import (
-    CANCEL_SECONDS,
     RESUME_SECONDS,
     ResumableStream,
     StreamRequest,
@@ -41,13 +41,20 @@ class Call(Protocol):
 
 
 class AsyncClient:
-    """Talks to a gateway, in the event loop it is made in. Use it in `async with`, or close it.
+    """A client of a gateway, for the event loop that it is made in. Use it in `async with`.
 
-    A method whose call fails raises a ChasquiError. Options are keyword arguments, spelled out in
-    `client.requests`. Without `tls` it talks plaintext; the key then, too, is for all to read. A
-    stream whose connection breaks is tried to go on with for `resume_seconds`; 0 lets it fail.
+    Options of the methods are keyword arguments: the TypedDicts of `client.requests` list them. A
+    method whose call fails raises a ChasquiError.
 
-    ValueError: `target` is neither host:port nor another of gRPC's forms.
+    Args:
+        target: the gateway's address, host:port or one of gRPC's own forms.
+        tls: without it the connection is plaintext, and the API key can be read on the way.
+        api_key: a key for gateways that ask for one.
+        resume_seconds: how long a stream tries to go on after its connection broke, which the
+            logger "chasqui" reports as a warning. 0: the stream fails at once.
+
+    Raises:
+        ValueError: an argument cannot be used. OSError: a file of `tls` cannot be read.
     """
 
     def __init__(
@@ -61,7 +68,7 @@ class AsyncClient:
         self.target = target
         self._tls = tls
         self._resume_seconds = resume_limit(resume_seconds)
-        self._streams: set[ResumableStream] = set()  # that are being read
+        self._streams: set[ResumableStream] = set()  # being read
         self._channel = open_aio_channel(target, tls)
         channel = with_key(self._channel, api_key)
         self._stub = ChatServiceStub(channel)
@@ -80,7 +87,8 @@ class AsyncClient:
 
     async def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> Prediction:
         """Answers one dialog."""
-        return (await self.chat_choices(dialog, 1, **options))[0]
+        [prediction] = await self.chat_choices(dialog, 1, **options)
+        return prediction
 
     async def chat_choices(
         self, dialog: Dialog, n: int, **options: Unpack[ChatOptions]
@@ -115,7 +123,8 @@ class AsyncClient:
 
     async def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Prediction:
         """Continues one text, or one sequence of token ids."""
-        return (await self.complete_choices(prompt, 1, **options))[0]
+        [prediction] = await self.complete_choices(prompt, 1, **options)
+        return prediction
 
     async def complete_choices(
         self, prompt: Prompt, n: int, **options: Unpack[TextOptions]
@@ -179,12 +188,12 @@ class AsyncClient:
                 call = self._call(stream)
                 try:
                     async for response in call:
-                        if (event := stream.take(response)) is not None:
+                        if (event := stream.on_response(response)) is not None:
                             yield event
                     stream.end()
                 except grpc.RpcError as error:
-                    pause = await self._pause_after(stream, from_rpc_error(error, self.target))
-                    await asyncio.sleep(pause)
+                    failure = from_rpc_error(error, self.target)
+                    await asyncio.sleep(await self._pause_after(stream, failure))
                 finally:
                     call.cancel()
         finally:
@@ -195,7 +204,7 @@ class AsyncClient:
         try:
             return stream.pause_after(error)
         except UnreachableError as final:
-            raise await self._explained(final) from final.__cause__
+            raise await explained_aio(final, self.target, self._tls) from final.__cause__
 
     def _call(self, stream: ResumableStream) -> Call:
         request, timeout = stream.next_request(), stream.time_left()
@@ -208,23 +217,14 @@ class AsyncClient:
                 return self._stub.ResumeStream(request, timeout=timeout)
 
     async def _cancel(self, streams: Iterable[ResumableStream]) -> None:
-        """Ends streams at the gateway, which would else wait for their reader for a while."""
+        """Cancels streams at the gateway, which would otherwise wait for their reader to return."""
         names = [stream.name for stream in streams if stream.wants_cancel]
-        with suppress(grpc.aio.UsageError):  # the channel is closed
-            requests = [chat_pb2.CancelStreamRequest(stream_name=name) for name in names]
-            calls = [
-                self._stub.CancelStream(request, timeout=CANCEL_SECONDS) for request in requests
-            ]
-            await asyncio.gather(*calls, return_exceptions=True)
+        await cancel_streams_aio(self._stub, names)
 
     @asynccontextmanager
     async def _readable_errors(self) -> AsyncIterator[None]:
         try:
             yield
         except grpc.RpcError as error:
-            raise await self._explained(from_rpc_error(error, self.target)) from error
-
-    async def _explained(self, error: ChasquiError) -> ChasquiError:
-        if not isinstance(error, UnreachableError):
-            return error
-        return await asyncio.to_thread(explained, error, self.target, self._tls)
+            failure = from_rpc_error(error, self.target)
+            raise await explained_aio(failure, self.target, self._tls) from error

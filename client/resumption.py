@@ -32,8 +32,6 @@ from llama.v1 import chat_pb2
 RESUME_SECONDS = 30.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 1.0
-# The time that a CancelStream may take: the reader has left and does not wait for it.
-CANCEL_SECONDS = 2.0
 
 StreamRequest = chat_pb2.ChatCompleteStreamRequest | chat_pb2.TextCompleteStreamRequest
 NextRequest = StreamRequest | chat_pb2.ResumeStreamRequest
@@ -107,7 +105,7 @@ class ResumableStream:
         """Seconds that the next call may take."""
         return None if self._deadline is None else max(0.0, self._deadline - self._clock())
 
-    def take(self, response: StreamResponse) -> Event | None:
+    def on_response(self, response: StreamResponse) -> Event | None:
         """The event in what arrived, as far as it is new to the reader."""
         number = response.event.event_number
         if number != self._last + 1:
@@ -116,7 +114,7 @@ class ResumableStream:
         self._known = True
         self._lost_at, self._pause = None, FIRST_PAUSE
         try:
-            return self._answers.take(results.event(response.event))
+            return self._answers.new_part(results.event(response.event))
         except _DifferentAnswerError as difference:
             raise self._lost(str(difference)) from None
 
@@ -220,8 +218,8 @@ class _Answers:
         self.delivered_events = 0
         self._answers: dict[tuple[int, int], _Answer] = {}
 
-    def take(self, event: Event) -> Event | None:
-        """What is new in an event; raises where the rest differs from what was delivered."""
+    def new_part(self, event: Event) -> Event | None:
+        """The part that is new; raises if the rest differs from what was delivered."""
         answer = self._answers.get((event.index, event.choice_index))
         new: Event | None
         match event:

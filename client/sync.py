@@ -1,25 +1,26 @@
-"""The synchronous client. `client/aio.py` is the same for asyncio: change both together.
+# Generated from client/aio.py by `make sync-client`. Do not edit.
+"""The synchronous client.
 
-A stream is a generator that owns its call, or its calls where connections break: leaving the loop
-closes the generator, which cancels the stream, and the servers free what it held within one step of
-the engine.
+A stream is a generator that owns its call, and further calls after the connection was lost. Leaving
+its loop closes the generator, which cancels the stream, and the servers free what it held within
+one step of the engine.
 """
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Protocol, Self, Unpack
 
 import grpc
 
 from client import requests, results, status
+from client.connection.cancel import cancel_streams
 from client.connection.channel import DEFAULT_TARGET, Tls, open_channel, with_key
 from client.connection.diagnosis import explained
 from client.errors import ChasquiError, UnreachableError, from_rpc_error
 from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
 from client.results import Event, Model, Prediction, RenderedPrompt
 from client.resumption import (
-    CANCEL_SECONDS,
     RESUME_SECONDS,
     ResumableStream,
     StreamRequest,
@@ -30,24 +31,31 @@ from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.operator_pb2_grpc import OperatorServiceStub
 
-Stream = Generator[Event, None, None]
+Stream = Generator[Event, None]
 
 
 class Call(Protocol):
-    """A running call that streams its responses; gRPC's own type for it is private."""
+    """A running call that streams its responses."""
 
     def __iter__(self) -> Iterator[StreamResponse]: ...
     def cancel(self) -> object: ...
 
 
 class Client:
-    """Talks to a gateway; threads may share one. Use it in a `with` statement, or close it.
+    """A client of a gateway, which threads may share. Use it in `with`.
 
-    A method whose call fails raises a ChasquiError. Options are keyword arguments, spelled out in
-    `client.requests`. Without `tls` it talks plaintext; the key then, too, is for all to read. A
-    stream whose connection breaks is tried to go on with for `resume_seconds`; 0 lets it fail.
+    Options of the methods are keyword arguments: the TypedDicts of `client.requests` list them. A
+    method whose call fails raises a ChasquiError.
 
-    ValueError: `target` is neither host:port nor another of gRPC's forms.
+    Args:
+        target: the gateway's address, host:port or one of gRPC's own forms.
+        tls: without it the connection is plaintext, and the API key can be read on the way.
+        api_key: a key for gateways that ask for one.
+        resume_seconds: how long a stream tries to go on after its connection broke, which the
+            logger "chasqui" reports as a warning. 0: the stream fails at once.
+
+    Raises:
+        ValueError: an argument cannot be used. OSError: a file of `tls` cannot be read.
     """
 
     def __init__(
@@ -61,7 +69,7 @@ class Client:
         self.target = target
         self._tls = tls
         self._resume_seconds = resume_limit(resume_seconds)
-        self._streams: set[ResumableStream] = set()  # that are being read
+        self._streams: set[ResumableStream] = set()  # being read
         self._channel = open_channel(target, tls)
         channel = with_key(self._channel, api_key)
         self._stub = ChatServiceStub(channel)
@@ -80,7 +88,8 @@ class Client:
 
     def chat(self, dialog: Dialog, **options: Unpack[ChatOptions]) -> Prediction:
         """Answers one dialog."""
-        return self.chat_choices(dialog, 1, **options)[0]
+        [prediction] = self.chat_choices(dialog, 1, **options)
+        return prediction
 
     def chat_choices(
         self, dialog: Dialog, n: int, **options: Unpack[ChatOptions]
@@ -115,7 +124,8 @@ class Client:
 
     def complete(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Prediction:
         """Continues one text, or one sequence of token ids."""
-        return self.complete_choices(prompt, 1, **options)[0]
+        [prediction] = self.complete_choices(prompt, 1, **options)
+        return prediction
 
     def complete_choices(
         self, prompt: Prompt, n: int, **options: Unpack[TextOptions]
@@ -177,11 +187,12 @@ class Client:
                 call = self._call(stream)
                 try:
                     for response in call:
-                        if (event := stream.take(response)) is not None:
+                        if (event := stream.on_response(response)) is not None:
                             yield event
                     stream.end()
                 except grpc.RpcError as error:
-                    time.sleep(self._pause_after(stream, from_rpc_error(error, self.target)))
+                    failure = from_rpc_error(error, self.target)
+                    time.sleep(self._pause_after(stream, failure))
                 finally:
                     call.cancel()
         finally:
@@ -205,20 +216,14 @@ class Client:
                 return self._stub.ResumeStream(request, timeout=timeout)
 
     def _cancel(self, streams: Iterable[ResumableStream]) -> None:
-        """Ends streams at the gateway, which would else wait for their reader for a while."""
+        """Cancels streams at the gateway, which would otherwise wait for their reader to return."""
         names = [stream.name for stream in streams if stream.wants_cancel]
-        with suppress(ValueError):  # the channel is closed
-            requests = [chat_pb2.CancelStreamRequest(stream_name=name) for name in names]
-            calls = [
-                self._stub.CancelStream.future(request, timeout=CANCEL_SECONDS)
-                for request in requests
-            ]
-            for call in calls:
-                call.exception()  # waits
+        cancel_streams(self._stub, names)
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
         try:
             yield
         except grpc.RpcError as error:
-            raise explained(from_rpc_error(error, self.target), self.target, self._tls) from error
+            failure = from_rpc_error(error, self.target)
+            raise explained(failure, self.target, self._tls) from error

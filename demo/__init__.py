@@ -1,1 +1,1 @@
-"""The demonstration checkpoint, and the program and text that it was trained from."""
+"""The demonstration checkpoint, with the program and the text of its training."""

@@ -1,7 +1,7 @@
-"""Reading and writing the checkpoint: Meta's files, and a manifest of what they were made from.
+"""Reads and writes the checkpoint: Meta's files, and a manifest of their sources.
 
-The manifest binds weights to text: its digest covers every file that training reads and every
-setting, and a test compares it, so that nobody edits the text and forgets to train again.
+The manifest ties weights to text. It holds a digest of every file that training reads and all
+settings, and a test compares them, so that an edit of the text without new training is found.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Training dialogs, drawn from the text: topics in random order, follow-ups, styles, small changes.
 
-Every dialog is a function of the random generator alone, so that a seed is a training set. The
-shares below decide what the model is good at; they are part of the manifest.
+Every dialog depends only on the random generator, so that a seed stands for a training set. The
+shares below decide the strengths of the model; they are part of the manifest.
 """
 
 import re
@@ -11,6 +11,7 @@ from random import Random
 
 from demo.text import Corpus, Question, Style, Topic, expand
 from demo.wordings import Habits, vary
+from llama.prompt_format.dialog import with_system
 
 NONSENSE = "<nonsense>"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -52,17 +53,24 @@ class Dialog:
     system: str | None
     turns: tuple[Turn, ...]
 
+    def pairs(self) -> list[tuple[str, Turn]]:
+        """Each turn behind its user message, the first one with the system message in it."""
+        users = [turn.user for turn in self.turns]
+        if self.system is not None:
+            users[0] = with_system(self.system, users[0])
+        return [*zip(users, self.turns, strict=True)]
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What was last spoken of, and the answer before any style was applied to it."""
+    """The last topic, and the answer before any style was applied to it."""
 
     topic: Topic
     answer: str
 
 
 def plain(question: str) -> str:
-    """The words alone, by which two questions are compared."""
+    """The words alone, for comparing two questions."""
     return re.sub(r"\W+", " ", question.lower()).strip()
 
 
@@ -123,9 +131,9 @@ class Composer:
         return system.lower() if self.random.random() < 0.1 else system
 
     def passage(self) -> tuple[str, ...]:
-        """A passage, at times without its first sentences, at times broken after a space.
+        """A passage, sometimes without its first sentences, sometimes cut in two after a space.
 
-        Broken, because people end what is to be completed with a space, and that is a token.
+        People often end the text to complete with a space, which is a token of its own.
         """
         text = self.random.choice(self.corpus.passages)
         if "\n" not in text and self.random.random() < self.shares.headless:
@@ -201,7 +209,7 @@ class Composer:
         return Topic("sum", "first_words", (wording,), (f"{a} + {b} = {a + b}.",))
 
     def _nonsense(self) -> str:
-        """A word that does not exist, so that what has never been met is taken for unknown."""
+        """A word that does not exist, so that the model learns to decline unknown words."""
         syllables = [
             self.random.choice("bcdfgjklmnprstvwz")
             + self.random.choice(("a", "e", "i", "o", "u", "ar", "on", "ix", "um", "el"))

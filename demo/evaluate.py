@@ -1,7 +1,7 @@
 """Asks a checkpoint questions and scores the answers: python -m demo.evaluate
 
-Held-out questions are wordings that training never saw; an answer counts if it stops by itself
-and holds one of the expected words. All questions are answered at once, in float32.
+Held-out questions are wordings that training never saw. An answer counts if it stops by itself and
+holds one of the expected words. All questions are answered at once, in float32.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from demo.tokenizer import Tokenizer
 from llama import Llama
 
 CONTEXT_LENGTH = 512
-ANSWER_LENGTH = 256  # tokens; a good answer is over long before
+ANSWER_LENGTH = 256  # tokens; good answers are much shorter
 AT_ONCE = 64  # questions that run at once
 
 
@@ -63,7 +63,7 @@ def is_sensible(question: Question, answer: Answer) -> bool:
 
 
 def topic_prompts(tokenizer: Tokenizer, topics: Sequence[Topic]) -> list[list[int]]:
-    """The first wording of every topic, asked without anything before it."""
+    """The first wording of every topic, as the first question of a dialog."""
     wordings = [expand(topic.ask[0])[0].replace(NONSENSE, "Zorblax") for topic in topics]
     return [tokenizer.prompt([wording]) for wording in wordings]
 

@@ -1,8 +1,8 @@
 """The training text as data: topics, styles, unknown questions and passages, read from text/.
 
 A wording may hold alternatives, `{Hi|Hello} there{, friend|}`, so that a few lines stand for many
-ways to ask; README.md describes the files. Nothing here is random: what is drawn from these
-records, and how often, is decided in dialogs.py.
+ways to ask; README.md describes the files. Nothing here is random: dialogs.py decides how often it
+draws which of these records.
 """
 
 import re
@@ -21,7 +21,7 @@ _CHOICE = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """Questions that deserve the same answer, and what may be asked after it."""
+    """Questions with the same answer, and the questions that may follow it."""
 
     name: str
     group: str
@@ -35,7 +35,7 @@ class Topic:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """A way to answer, the system messages that ask for it, and what it makes of an answer."""
+    """A way to answer, the system messages that ask for it, and its effect on an answer."""
 
     name: str
     system: tuple[str, ...]
@@ -88,7 +88,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A held-out question: what was said before it, and words of which the answer needs one."""
+    """A held-out question, the turns before it, and words of which the answer needs one."""
 
     ask: str
     says: tuple[str, ...]

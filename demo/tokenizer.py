@@ -1,10 +1,11 @@
-"""The demonstration tokenizer: SentencePiece with Llama 2's settings, and Meta's prompt format.
+"""The demonstration tokenizer: SentencePiece with Llama 2's settings, for prompts in Meta's format.
 
-The tags of the prompt are plain text and no special symbols, as in Llama 2. A finished turn is
-encoded as one segment, of which the open turn's tokens are a prefix; training relies on that to
-know where the answer begins.
+As in Llama 2, the tags of the prompt are plain text and not special symbols. A finished turn is
+encoded as one segment that begins with the tokens of the open turn, so that training knows where
+the answer begins.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -12,13 +13,22 @@ from pathlib import Path
 import sentencepiece
 
 from demo.dialogs import Dialog
+from llama.prompt_format.dialog import (
+    ASSISTANT,
+    SYSTEM,
+    USER,
+    Message,
+    finished_turn,
+    open_turn,
+    render,
+)
 
 Example = tuple[list[int], list[bool]]
 """The tokens of a training sequence, and for each whether the model is to learn it."""
 
 
 def train(lines: Iterable[str], vocab_size: int) -> bytes:
-    """A SentencePiece model; newlines are never in `lines`, so they become bytes, as in Llama 2."""
+    """A SentencePiece model. `lines` hold no newlines, so these become bytes, as in Llama 2."""
     model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -40,11 +50,6 @@ def train(lines: Iterable[str], vocab_size: int) -> bytes:
         minloglevel=1,
     )
     return model.getvalue()
-
-
-def fold(system: str | None, user: str) -> str:
-    """The first user message with the system message in front of it, as Meta folds them."""
-    return user if system is None else f"<<SYS>>\n{system}\n<</SYS>>\n\n{user}"
 
 
 class Tokenizer:
@@ -73,21 +78,19 @@ class Tokenizer:
             messages: user, assistant, user, ...; an odd number.
             system: the system message, if there is one.
         """
-        users = [fold(system, messages[0]), *messages[2::2]]
+        dialog = [] if system is None else [Message(SYSTEM, system)]
+        dialog += map(Message, itertools.cycle((USER, ASSISTANT)), messages)
         ids: list[int] = []
-        for user, assistant in zip(users, messages[1::2], strict=False):
-            segment = f"[INST] {user.strip()} [/INST] {assistant.strip()} "
-            ids += [self.bos, *self.encode(segment), self.eos]
-        return [*ids, self.bos, *self.encode(f"[INST] {users[-1].strip()} [/INST]")]
+        for segment in render(dialog):
+            ids += [self.bos, *self.encode(segment.text), *[self.eos] * segment.eos]
+        return ids
 
     def example(self, dialog: Dialog) -> Example:
         ids: list[int] = []
         learn: list[bool] = []
-        for i, turn in enumerate(dialog.turns):
-            user = fold(dialog.system, turn.user) if i == 0 else turn.user
-            asked = [self.bos, *self.encode(f"[INST] {user.strip()} [/INST]")]
-            segment = self.encode(f"[INST] {user.strip()} [/INST] {turn.assistant.strip()} ")
-            whole = [self.bos, *segment, self.eos]
+        for user, turn in dialog.pairs():
+            asked = [self.bos, *self.encode(open_turn(user))]
+            whole = [self.bos, *self.encode(finished_turn(user, turn.assistant)), self.eos]
             if whole[: len(asked)] != asked:
                 raise ValueError(f"the tokens of an open turn change when it is answered: {turn}")
             ids += whole

@@ -1,7 +1,7 @@
 """Trains the demonstration checkpoint from text/: python -m demo.train
 
-The run is a function of the text and the settings: the same seed, library versions and processor
-give the same weights, other processors give weights that answer alike.
+The run depends only on the text and the settings: the same seed, library versions and processor
+give the same weights. Other processors give weights with similar answers.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from demo.checkpoint import CHECKPOINT, text_digest, write
 from demo.dialogs import Composer, Shares
 from demo.network import Llama, Shape
 from demo.text import read_corpus, read_questions
-from demo.tokenizer import Example, Tokenizer, fold
+from demo.tokenizer import Example, Tokenizer
+from llama.prompt_format.tags import B_INST, E_INST
 
 IGNORED = -100
 
@@ -64,7 +65,7 @@ class Batch:
 
 
 def manifest_settings(settings: Settings) -> dict[str, Any]:
-    """What the manifest records, in the types that JSON gives back."""
+    """The settings and shares for the manifest, in the types that JSON returns."""
     recorded: dict[str, Any] = json.loads(
         json.dumps({"settings": asdict(settings), "shares": asdict(Shares())})
     )
@@ -75,9 +76,8 @@ def train_tokenizer(composer: Composer, vocab_size: int) -> bytes:
     lines: list[str] = []
     for _ in range(12000):
         dialog = composer.dialog()
-        for i, turn in enumerate(dialog.turns):
-            user = fold(dialog.system, turn.user) if i == 0 else turn.user
-            lines += f"[INST] {user} [/INST] {turn.assistant} ".split("\n")
+        for user, turn in dialog.pairs():
+            lines += f"{B_INST} {user} {E_INST} {turn.assistant} ".split("\n")
     for passage in composer.corpus.passages * 10:
         lines += passage.split("\n")
     return sentencepiece.train((line for line in lines if line), vocab_size)
@@ -109,8 +109,8 @@ def batches(composer: Composer, tokenizer: Tokenizer, settings: Settings) -> Ite
 def shorten(example: Example, keep: int) -> Example:
     """The dialog up to the first `keep` tokens of its last answer.
 
-    What is hard is to choose the answer, and that is done in its first tokens; to recite the rest
-    is easy, and learned from fewer examples.
+    The first tokens choose the answer, which is hard. The rest is easy to recite, and learned from
+    fewer examples.
     """
     ids, learn = example
     answer = len(learn) - learn[::-1].index(False)  # no answer is learned in part
@@ -118,7 +118,7 @@ def shorten(example: Example, keep: int) -> Example:
 
 
 def collate(examples: list[Example]) -> Batch:
-    # Few different lengths mean few different shapes, and memory that is used again.
+    # With few different shapes, memory is used again.
     longest = -(-max(len(ids) for ids, _ in examples) // 16) * 16
     tokens = torch.zeros(len(examples), longest, dtype=torch.long)
     targets = torch.full((len(examples), longest), IGNORED)
@@ -172,7 +172,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 def train(settings: Settings, folder: Path) -> None:
     started, busy = time.monotonic(), time.process_time()
     torch.manual_seed(settings.seed)
-    # Taken before training, so that an edit meanwhile is not mistaken for learned.
+    # Read before training, so that the digest does not cover later edits.
     manifest = manifest_settings(settings) | {"text": text_digest()}
     composer = Composer(read_corpus(), read_questions(), Shares(), Random(settings.seed))
     pieces = train_tokenizer(composer, settings.vocab_size)

@@ -1,8 +1,8 @@
-"""The same question as somebody else would have typed it: other words, case, greetings, slips.
+"""Variations of a question: other words, case, greetings, typing errors.
 
-The topics hold what people mean; this module multiplies how they say it, for all topics alike, so
-that a question in new words is met with habits that the model already knows. The words themselves
-stand in text/wordings.toml.
+The topics hold the meaning of questions. This module varies their wording, alike for all topics, so
+that a new question comes in habits that the model already knows. The words are in
+text/wordings.toml.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Habits:
 
 
 def vary(question: str, wordings: Wordings, habits: Habits, random: Random, *, framed: bool) -> str:
-    """The question in other clothes; only if `framed` may words be put before and after it."""
+    """A variation of the question; only if `framed`, with words before and after it."""
     if random.random() < habits.rewrite:
         question = rewrite(question, wordings, random)
     if random.random() < habits.bare:
@@ -44,7 +44,7 @@ def vary(question: str, wordings: Wordings, habits: Habits, random: Random, *, f
 
 
 def rewrite(question: str, wordings: Wordings, random: Random) -> str:
-    """The same in another construction, if it has one that is known here."""
+    """The question in another construction, if one is known."""
     for pattern, forms in wordings.rewrites:
         if match := pattern.match(question):
             parts = match.groupdict()
@@ -56,7 +56,7 @@ def rewrite(question: str, wordings: Wordings, random: Random) -> str:
 
 
 def omit(question: str, random: Random) -> str:
-    """Without one of its short words, which seldom carry the meaning."""
+    """The question without one of its short words, which rarely carry the meaning."""
     words = question.split(" ")
     short = [i for i, word in enumerate(words) if word.isalpha() and len(word) < 4]
     if len(words) > 3 and short:

@@ -1,7 +1,7 @@
-"""Generates `llama/v1/` from `protos/`, or with --check reports where the two differ.
+"""Generates `llama/v1/` from `protos/`; with --check reports differences instead.
 
-Run through `make proto`: the generators' versions are pinned in constraints.txt, and other versions
-give other text.
+Run it with `make proto`: constraints.txt pins the versions of the generators, because others
+generate other code.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def generate(target: Path) -> list[Path]:
 
 
 def stale_files() -> list[Path]:
-    """Generated files that are missing, differ from what `protos/` gives, or have no source."""
+    """Generated files that are missing, outdated, or without a source in `protos/`."""
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch)
         expected = generate(fresh)
@@ -61,7 +61,11 @@ def stale_files() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only report files that differ, and fail if there are any",
+    )
     if not parser.parse_args().check:
         generate(ROOT)
         return

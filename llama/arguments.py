@@ -1,29 +1,31 @@
-"""The arguments of `Llama`'s methods, checked before anything runs.
+"""The check of the arguments of `Llama`'s methods, before anything runs.
 
-`Llama.build` and `Llama.connect` both ask here, so they refuse the same arguments with the same
-words. The rules themselves are those of the services.
+`Llama.build` and `Llama.connect` both use it, so they refuse the same arguments with the same
+words. The rules are those of the services.
 """
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import SupportsIndex, cast
+from typing import SupportsIndex, TypeVar, cast
 
 from llama.prompt_format.dialog import Message
 from llama.prompt_format.dialog import violations as order_violations
 from serving.errors import Violation, invalid_argument
 from serving.request_rules import IntegerRule, as_float32, as_integer, number_violations
 
+T = TypeVar("T")
+
 _TOKEN_ID = IntegerRule(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose tokens."""
+    """The sampling arguments of a call."""
 
     temperature: float
     top_p: float
-    max_gen_len: int | None  # None: as many as the context leaves
+    max_gen_len: int | None  # None for as many as the context leaves
 
 
 def refuse(violations: Iterable[Violation]) -> None:
@@ -32,11 +34,30 @@ def refuse(violations: Iterable[Violation]) -> None:
         raise ValueError(invalid_argument(broken).message)
 
 
+def checked(
+    read: "Callable[[Arguments, object], list[T]]",
+    prompts: object,
+    temperature: object,
+    top_p: object,
+    max_gen_len: object,
+) -> tuple[list[T], Sampling]:
+    """The arguments of one call, with the prompts as `read` returns them.
+
+    Raises:
+        ValueError: an argument breaks a rule; the message names each with its path.
+    """
+    arguments = Arguments()
+    found = read(arguments, prompts)
+    sampling = arguments.sampling(temperature, top_p, max_gen_len)
+    refuse(arguments.violations)
+    return found, sampling
+
+
 class Arguments:
-    """Takes the arguments of one call, and gathers what is wrong with them."""
+    """Reads the arguments of one call and collects the violations of rules."""
 
     def __init__(self) -> None:
-        self._violations: list[Violation] = []
+        self.violations: list[Violation] = []
 
     def dialogs(self, dialogs: object) -> list[list[Message]]:
         found = self._list(dialogs, "dialogs", "dialogs")
@@ -58,35 +79,31 @@ class Arguments:
         values: dict[str, object] = {"temperature": temperature, "top_p": top_p}
         if max_gen_len is not None:
             values["max_gen_len"] = max_gen_len
-        self._violations += number_violations(values)
+        self.violations += number_violations(values)
         return Sampling(
             as_float32(temperature) or 0.0,
             as_float32(top_p) or 0.0,
             None if max_gen_len is None else as_integer(max_gen_len),
         )
 
-    def refuse(self) -> None:
-        """Raises what is wrong with them, if anything is."""
-        refuse(self._violations)
-
     def _add(self, path: str, problem: str) -> None:
-        self._violations.append(Violation(path, problem))
+        self.violations.append(Violation(path, problem))
 
     def _list(self, value: object, path: str, items: str) -> list[object]:
-        """A text and a dictionary are sequences, too, but never meant as one here."""
+        """A text or a dictionary is iterable, too, but here it is a mistake."""
         if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
             return list(value)
         self._add(path, f"must be a list of {items}, not {_kind(value)}")
         return []
 
     def _dialog(self, value: object, path: str) -> list[Message]:
-        before = len(self._violations)
+        before = len(self.violations)
         messages = [
             self._message(each, f"{path}.messages[{index}]")
             for index, each in enumerate(self._list(value, path, "messages"))
         ]
-        if len(self._violations) == before:
-            self._violations += order_violations(messages, path)
+        if len(self.violations) == before:
+            self.violations += order_violations(messages, path)
         return messages
 
     def _message(self, value: object, path: str) -> Message:
@@ -114,14 +131,14 @@ class Arguments:
         return value
 
     def _ids(self, value: object, path: str) -> list[int]:
-        before = len(self._violations)
+        before = len(self.violations)
         found = self._list(value, path, "token ids")
-        if not found and len(self._violations) == before:
+        if not found and len(self.violations) == before:
             self._add(path, "must not be empty")
         for index, each in enumerate(found):
             if problem := _TOKEN_ID.problem(each):
                 self._add(f"{path}[{index}]", problem)
-                return []  # one says enough
+                return []  # one violation is enough
         return [operator.index(cast("SupportsIndex", each)) for each in found]
 
 

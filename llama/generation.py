@@ -1,8 +1,8 @@
 """`Llama`: the methods of Meta's llama/generation.py, on Chasqui's engine.
 
-This is the one place that composes the project's rooms in one process. Under torchrun every rank
-calls the same methods with the same arguments, as with Meta's code; rank 0 leads the engine, and
-its results are what every rank returns. docs/clients/llama.md lists what differs from Meta's.
+Only this module composes tokenizer and engine in one process. Under torchrun every rank calls the
+same methods with the same arguments, as with Meta's code. Rank 0 leads the engine, and every rank
+returns its results. docs/clients/llama.md lists the differences from Meta's code.
 """
 
 import itertools
@@ -15,28 +15,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.arguments import Arguments, Sampling, refuse
+from llama.arguments import Arguments, Sampling, checked, refuse
 from llama.prompt_format.dialog import UNSAFE_ERROR, has_special_tags, render
 from llama.prompt_format.dialog import Message as DialogMessage
 from llama.rank import Rank
 from llama.turns import Turns
-from llama.types import ChatPrediction, CompletionPrediction, Dialog, Generation
+from llama.types import (
+    ChatPrediction,
+    CompletionPrediction,
+    Dialog,
+    Generation,
+    chat_prediction,
+    completion_prediction,
+)
 from serving.request_rules import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, prompt_violations
 
 if TYPE_CHECKING:
     from client import Tls
     from llama.remote import RemoteLlama
-    from model_service.loading.load_replica import Replica
+    from model_service.loading.replica import Replica
     from tokenizer_service.tokenizer import Tokenizer
+
+# The text of an answer, its tokens' texts, and with `logprobs` their logprobs.
+_Decoded = tuple[str, list[str], list[float] | None]
 
 
 class Llama:
-    """A model in this process (and the other ranks' under torchrun).
+    """A model in this process, and under torchrun in the processes of all ranks.
 
-    Threads may share one object: their calls take turns, in the order in which they come. Under
-    torchrun that order must be the same on all ranks, so there only one thread may call. Ctrl-C
-    ends a call after the running step, on all ranks if it reaches rank 0; a rank that it reaches
-    alone leaves its call to the others and makes its next one with them.
+    Threads may share one object: their calls take turns in the order in which they arrive. Under
+    torchrun only one thread may call, because that order must be the same on all ranks. Ctrl-C on
+    rank 0 ends a call after the running step, on all ranks. Ctrl-C on another rank ends the call
+    there alone: the other ranks finish it, and the next call is made together.
     """
 
     @staticmethod
@@ -56,15 +66,16 @@ class Llama:
             max_seq_len: most tokens of a prompt and its answer together, 2 to 4096.
             max_batch_size: most sequences that run at once, 1 to 1024; further prompts of a call
                 wait.
-            model_parallel_size: shards; must be the number of processes, which is the default.
+            model_parallel_size: number of shards, equal to the number of processes (the default).
             seed: makes the samplings of this object repeatable; must be equal on all ranks.
 
         Raises:
-            ValueError: max_seq_len or max_batch_size is out of its range, or the tokenizer's file
-                is none. Nothing has been loaded then.
+            ValueError: max_seq_len or max_batch_size is out of range, or tokenizer_path is not a
+                tokenizer's file. Nothing has been loaded then.
             StartError: the checkpoint, the tokenizer or the machine does not allow it.
         """
-        from model_service.loading.load_replica import ReplicaOptions, load_replica
+        from model_service.loading.load_replica import load_replica
+        from model_service.loading.options import ReplicaOptions
         from model_service.settings import ModelSettings
         from serving.errors import StartError
         from serving.settings import check_value
@@ -92,7 +103,7 @@ class Llama:
                 f"{replica.info.vocab_size} rows: name the tokenizer that belongs to it"
             )
         if not replica.is_leader:
-            # As in Meta's build: a script under torchrun prints once.
+            # As in Meta's code, a script under torchrun prints once.
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         print(f"Loaded in {time.monotonic() - started:.2f} seconds")
         return Llama(replica, tokenizer, seed)
@@ -109,9 +120,9 @@ class Llama:
 
         Args:
             target: host:port.
-            timeout: seconds that a call may take; None is without limit.
-            tls: encryption, a `client.Tls`; None is plaintext.
-            api_key: for a gateway that asks for one; by default the variable CHASQUI_API_KEY's.
+            timeout: seconds that a call may take; None for no limit.
+            tls: encryption, a `client.Tls`; None for plaintext.
+            api_key: for a gateway that asks for one; by default the value of CHASQUI_API_KEY.
         """
         from llama.remote import RemoteLlama
 
@@ -139,12 +150,12 @@ class Llama:
 
         Args:
             prompt_tokens: the prompts, BOS included.
-            max_gen_len: most tokens of an answer; each prompt gets its own budget. 0 gives empty
-                answers: with `logprobs` and `echo`, it scores the prompts.
+            max_gen_len: most tokens of each answer. With 0, `logprobs` and `echo`, this scores the
+                prompts.
             temperature: divides the logits; 0 and below are greedy.
-            top_p: mass of the most probable tokens that are kept.
+            top_p: probability mass of the tokens to choose from.
             logprobs: whether to return logprobs.
-            echo: whether the prompt is part of what is returned.
+            echo: whether to return the prompt in front of the answer.
 
         Returns:
             Token ids per prompt, and with `logprobs` their logprobs, else None.
@@ -153,15 +164,14 @@ class Llama:
             ValueError: an argument breaks a rule; the message names each with its path. Nothing
                 has run then.
             RuntimeError: the network gave logits that are not finite, or a step failed.
-            KeyboardInterrupt: Ctrl-C, also where it was pressed on rank 0 alone. The call is
-                cancelled, and the next one works.
+            KeyboardInterrupt: Ctrl-C, on this rank or on rank 0. The call is cancelled, and the
+                next one works.
         """
 
         def call(abandoned: threading.Event) -> Generation:
-            arguments = Arguments()
-            prompts = arguments.token_ids(prompt_tokens)
-            sampling = arguments.sampling(temperature, top_p, max_gen_len)
-            arguments.refuse()
+            prompts, sampling = checked(
+                Arguments.token_ids, prompt_tokens, temperature, top_p, max_gen_len
+            )
             return self._generate(
                 {f"prompt_tokens[{i}]": prompt for i, prompt in enumerate(prompts)},
                 sampling,
@@ -183,21 +193,17 @@ class Llama:
     ) -> list[CompletionPrediction]:
         """Continues each prompt.
 
-        Arguments and errors are as in `generate`; `max_gen_len` is by default what the context
-        leaves.
+        Arguments and errors are as in `generate`. By default an answer may fill the context.
         """
 
         def call(abandoned: threading.Event) -> list[CompletionPrediction]:
-            arguments = Arguments()
-            texts = arguments.texts(prompts)
-            sampling = arguments.sampling(temperature, top_p, max_gen_len)
-            arguments.refuse()
+            texts, sampling = checked(Arguments.texts, prompts, temperature, top_p, max_gen_len)
             encoded = {
                 f"prompts[{i}]": self.tokenizer.encode(text, bos=True, eos=False)
                 for i, text in enumerate(texts)
             }
-            ids, scores = self._generate(encoded, sampling, abandoned, logprobs=logprobs, echo=echo)
-            return self._completions(ids, scores)
+            generation = self._generate(encoded, sampling, abandoned, logprobs=logprobs, echo=echo)
+            return [completion_prediction(*each) for each in self._decoded(generation)]
 
         return self._turns.run(call)
 
@@ -211,24 +217,19 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answers each dialog; arguments and errors are as in `text_completion`.
 
-        A dialog with a special tag is answered with the refusal text, as in Meta's code, but
-        without being run: its tokens and logprobs are empty. A dialog whose roles are out of order
-        is a ValueError that names the message: `dialogs[0].messages[1].role`.
+        As in Meta's code, the answer to a dialog with a special tag is a refusal, but the dialog
+        does not run: its tokens and logprobs are empty. Roles out of order are a ValueError that
+        names the message: `dialogs[0].messages[1].role`.
         """
 
         def call(abandoned: threading.Event) -> list[ChatPrediction]:
-            arguments = Arguments()
-            messages = arguments.dialogs(dialogs)
-            sampling = arguments.sampling(temperature, top_p, max_gen_len)
-            arguments.refuse()
-            safe = [i for i, dialog in enumerate(messages) if not has_special_tags(dialog)]
-            encoded = {f"dialogs[{i}]": _encode(messages[i], self.tokenizer) for i in safe}
-            ids, scores = self._generate(encoded, sampling, abandoned, logprobs=logprobs)
-            answers = iter(self._completions(ids, scores))
-            return [
-                _refusal(logprobs=logprobs) if has_special_tags(each) else _answer(next(answers))
-                for each in messages
-            ]
+            read, sampling = checked(Arguments.dialogs, dialogs, temperature, top_p, max_gen_len)
+            safe = [i for i, dialog in enumerate(read) if not has_special_tags(dialog)]
+            encoded = {f"dialogs[{i}]": _encode(read[i], self.tokenizer) for i in safe}
+            generation = self._generate(encoded, sampling, abandoned, logprobs=logprobs)
+            refusal: _Decoded = (UNSAFE_ERROR, [], [] if logprobs else None)
+            answers = dict(zip(safe, self._decoded(generation), strict=True))
+            return [chat_prediction(*answers.get(i, refusal)) for i in range(len(read))]
 
         return self._turns.run(call)
 
@@ -241,10 +242,10 @@ class Llama:
         logprobs: bool,
         echo: bool = False,
     ) -> Generation:
-        """What `generate` returns, for prompts by their paths."""
+        """The result of `generate` for prompts by their paths."""
         from model_service.engine.sequence import GenerationRequest, SamplingParams
 
-        # On every rank before any of them waits for another: all fail, or none.
+        # Every rank checks before it waits for another, so that all of them fail, or none.
         vocab_size, context_length = self._limits.vocab_size, self._limits.context_length
         refuse(
             violation
@@ -276,18 +277,13 @@ class Llama:
         begun = prompts.values() if echo else [[] for _ in prompts]
         return [[*p, *ids] for p, ids in zip(begun, results.ids, strict=True)], None
 
-    def _completions(
-        self, ids: list[list[int]], logprobs: list[list[float]] | None
-    ) -> list[CompletionPrediction]:
+    def _decoded(self, generation: Generation) -> "list[_Decoded]":
+        ids, logprobs = generation
         decode = self.tokenizer.decode
         if logprobs is None:
-            return [{"generation": decode(tokens)} for tokens in ids]
+            return [(decode(tokens), [], None) for tokens in ids]
         return [
-            {
-                "generation": decode(tokens),
-                "tokens": [decode(token) for token in tokens],
-                "logprobs": values,
-            }
+            (decode(tokens), [decode(token) for token in tokens], values)
             for tokens, values in zip(ids, logprobs, strict=True)
         ]
 
@@ -298,17 +294,3 @@ def _encode(dialog: "Sequence[DialogMessage]", tokenizer: "Tokenizer") -> list[i
         for segment in render(dialog)
         for token in tokenizer.encode(segment.text, bos=segment.bos, eos=segment.eos)
     ]
-
-
-def _answer(completion: CompletionPrediction) -> ChatPrediction:
-    content = completion["generation"]
-    answer: ChatPrediction = {"generation": {"role": "assistant", "content": content}}
-    if "tokens" in completion:
-        answer["tokens"], answer["logprobs"] = completion["tokens"], completion["logprobs"]
-    return answer
-
-
-def _refusal(*, logprobs: bool) -> ChatPrediction:
-    if logprobs:
-        return _answer({"generation": UNSAFE_ERROR, "tokens": [], "logprobs": []})
-    return _answer({"generation": UNSAFE_ERROR})

@@ -1,7 +1,7 @@
-"""One process's part in a call: rank 0 runs the engine, the others follow its steps.
+"""The part of one process in a call: rank 0 runs the engine, the other ranks follow its steps.
 
-A call ends on all ranks together, whatever ends it: the leader releases the others and tells them
-what came of it, also when it was interrupted.
+A call ends on all ranks together, even if it fails or is interrupted: rank 0 releases the other
+ranks and broadcasts the results.
 """
 
 import threading
@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from model_service.engine.engine import Engine
     from model_service.engine.sequence import GenerationRequest
-    from model_service.loading.load_replica import Replica
+    from model_service.loading.replica import Replica
 
 
 @dataclass(slots=True)
 class Results:
-    """What came of a call: ids and logprobs for each request, in order."""
+    """The results of a call: ids and logprobs for each request, in order."""
 
     ids: list[list[int]]
     logprobs: list[list[float]]
-    errors: list[str]  # what failed
+    errors: list[str]
     interrupted: bool = False
 
     @classmethod
@@ -38,7 +38,7 @@ class Rank:
         self._broken: str | None = None  # why no further call can run
 
     def use_device(self) -> None:
-        """Prepares the thread that is going to call `run`."""
+        """Prepares the thread that will call `run`."""
         device = self._replica.runner.device
         if device.type == "cuda":
             import torch
@@ -49,12 +49,12 @@ class Rank:
         """The results of rank 0, on every rank.
 
         Args:
-            requests: with ids that no other request has had.
-            abandoned: ends the call after the running step, once it is set on rank 0.
+            requests: with ids that no earlier request had.
+            abandoned: ends the call after the running step, if it is set on rank 0.
 
         Raises:
             KeyboardInterrupt: the call was abandoned on rank 0.
-            RuntimeError: an earlier call broke off within a step, with other ranks in it.
+            RuntimeError: an earlier call failed within a step that other ranks took part in.
         """
         if self._broken:
             raise RuntimeError(f"an earlier call failed ({self._broken}): build the model again")
@@ -64,7 +64,7 @@ class Rank:
             else:
                 results = self._lead(self._engine, requests, abandoned)
         except Exception as error:
-            if self._replica.info.shards > 1:  # the ranks may be within different steps
+            if self._replica.info.shards > 1:  # the ranks may be in different steps
                 self._broken = str(error)
             raise
         if results.interrupted:
@@ -85,7 +85,7 @@ class Rank:
         try:
             results.interrupted = not _generate(engine, requests, results, abandoned)
         except Exception as error:
-            # The step has left its engine half changed.
+            # The failed step has left the engine half changed.
             self._engine = self._replica.engine()
             results.errors.append(f"rank 0 failed: {error}")
             raise
@@ -102,7 +102,7 @@ def _generate(
     results: Results,
     abandoned: threading.Event,
 ) -> bool:
-    """Fills `results`, and returns whether it got to the end before the call was abandoned."""
+    """Fills `results`; returns whether all requests ended before the call was abandoned."""
     indexes = {request.request_id: index for index, request in enumerate(requests)}
     for request in requests:
         engine.add(request)
@@ -116,7 +116,7 @@ def _generate(
     complete = not engine.has_work
     for request in requests:
         engine.cancel(request.request_id)
-    while engine.has_work:  # a step that was launched is still to be read
+    while engine.has_work:  # reads the step that was launched
         engine.step()
     return complete
 

@@ -1,45 +1,60 @@
-"""The methods of `Llama` over gRPC: what `Llama.connect` returns.
+"""The methods of `Llama` over gRPC: the result of `Llama.connect`.
 
-The server draws the seed of every sampling, so unlike `Llama.build` there is no seed to give.
+Unlike `Llama.build` it has no seed, because the server draws the seed of every sampling.
 """
 
 import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Self, TypeVar, cast
+from dataclasses import asdict, dataclass, field
+from typing import Self, cast
 
 from client import Client, Delta, InvalidRequestError, Tls, Token, Violation
 from client.errors import invalid_request
 from client.sync import Stream
-from llama.arguments import Arguments, Sampling
+from llama.arguments import Arguments, Sampling, checked
 from llama.prompt_format.dialog import Message as DialogMessage
-from llama.types import ChatPrediction, CompletionPrediction, Dialog, Generation, Message
+from llama.types import (
+    ChatPrediction,
+    CompletionPrediction,
+    Dialog,
+    Generation,
+    Message,
+    chat_prediction,
+    completion_prediction,
+)
 from serving.request_rules import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 
-T = TypeVar("T")
-
-# The field that a rule of the server is about: which prompt of the request, and which of its ids.
+# The path of a prompt, or of one of its ids, in an error of the server.
 _PROMPT = re.compile(r"(dialogs|prompts|prompt_ids)\[(\d+)\](?:\.ids)?")
 
 
 @dataclass(slots=True)
 class _Answer:
-    """What came of one prompt."""
+    """The answer to one prompt, as far as it has arrived."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+
+    def decoded(self, *, logprobs: bool) -> tuple[str, list[str], list[float] | None]:
+        """The text, the tokens' texts, and with `logprobs` their logprobs."""
+        return self.text, [token.text for token in self.tokens], self.logprobs if logprobs else None
+
+    @property
+    def logprobs(self) -> list[float]:
+        return [token.logprob for token in self.tokens]
 
 
 class RemoteLlama:
     """A model behind a gateway. Use it in a `with` statement, or close it.
 
-    Methods take and return what those of `Llama.build` do, and refuse the same arguments with the
-    same ValueError. A `client.ChasquiError` says why a call failed; where a rule was broken that
-    the gateway alone can tell, it is an InvalidRequestError, which is a ValueError, too.
+    The methods have the arguments and results of those of `Llama.build`, and refuse the same
+    arguments with the same ValueError. A call that fails raises a `client.ChasquiError`. If it
+    breaks a rule that only the gateway can check, that is an InvalidRequestError, which is also a
+    ValueError.
 
-    A call with more prompts than the gateway takes at once (`GetModel` tells how many) is several,
+    A call with more prompts than a request may hold (a limit in `GetModel`) sends several requests,
     one after the other. Threads may share one object; their calls run at the same time.
     """
 
@@ -53,7 +68,7 @@ class RemoteLlama:
     ) -> None:
         self._client = Client(target, tls=tls, api_key=api_key)
         self._timeout = timeout
-        self._max_prompts: int | None = None  # in one request; not known yet
+        self._max_prompts: int | None = None  # of one request; None until it is known
 
     def __enter__(self) -> Self:
         return self
@@ -74,15 +89,15 @@ class RemoteLlama:
         logprobs: bool = False,
         echo: bool = False,
     ) -> Generation:
-        """As `Llama.generate`."""
-        arguments = Arguments()
-        prompts = arguments.token_ids(prompt_tokens)
-        sampling = arguments.sampling(temperature, top_p, max_gen_len)
-        arguments.refuse()
-        # Ids come with the logprobs.
-        answers = self._complete(prompts, sampling, logprobs=True, echo=echo)
+        """Like `Llama.generate`."""
+        prompts, sampling = checked(
+            Arguments.token_ids, prompt_tokens, temperature, top_p, max_gen_len
+        )
+        # The gateway sends ids only with logprobs.
+        stream = self._client.complete_stream_many
+        answers = self._ask(stream, prompts, sampling, logprobs=True, echo=bool(echo))
         ids = [[token.id for token in answer.tokens] for answer in answers]
-        return ids, [*map(_logprobs, answers)] if logprobs else None
+        return ids, [answer.logprobs for answer in answers] if logprobs else None
 
     def text_completion(
         self,
@@ -93,18 +108,11 @@ class RemoteLlama:
         logprobs: bool = False,
         echo: bool = False,
     ) -> list[CompletionPrediction]:
-        """As `Llama.text_completion`."""
-        arguments = Arguments()
-        texts = arguments.texts(prompts)
-        sampling = arguments.sampling(temperature, top_p, max_gen_len)
-        arguments.refuse()
-        answers = self._complete(texts, sampling, logprobs=logprobs, echo=echo)
-        if not logprobs:
-            return [{"generation": each.text} for each in answers]
-        return [
-            {"generation": each.text, "tokens": _texts(each), "logprobs": _logprobs(each)}
-            for each in answers
-        ]
+        """Like `Llama.text_completion`."""
+        texts, sampling = checked(Arguments.texts, prompts, temperature, top_p, max_gen_len)
+        stream = self._client.complete_stream_many
+        answers = self._ask(stream, texts, sampling, logprobs=bool(logprobs), echo=bool(echo))
+        return [completion_prediction(*each.decoded(logprobs=logprobs)) for each in answers]
 
     def chat_completion(
         self,
@@ -114,57 +122,23 @@ class RemoteLlama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
     ) -> list[ChatPrediction]:
-        """As `Llama.chat_completion`."""
-        arguments = Arguments()
-        messages = [_dialog(each) for each in arguments.dialogs(dialogs)]
-        sampling = arguments.sampling(temperature, top_p, max_gen_len)
-        arguments.refuse()
+        """Like `Llama.chat_completion`."""
+        read, sampling = checked(Arguments.dialogs, dialogs, temperature, top_p, max_gen_len)
+        messages = [_dialog(each) for each in read]
+        stream = self._client.chat_stream_many
+        answers = self._ask(stream, messages, sampling, logprobs=bool(logprobs))
+        return [chat_prediction(*each.decoded(logprobs=logprobs)) for each in answers]
 
-        def call(part: Sequence[Dialog], timeout: float | None) -> Stream:
-            return self._client.chat_stream_many(
-                part,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_gen_len=sampling.max_gen_len,
-                logprobs=bool(logprobs),
-                timeout=timeout,
-            )
-
-        answers = self._in_parts(messages, call)
-        if not logprobs:
-            return [{"generation": _message(each)} for each in answers]
-        return [
-            {"generation": _message(each), "tokens": _texts(each), "logprobs": _logprobs(each)}
-            for each in answers
-        ]
-
-    def _complete(
+    def _ask(
         self,
-        prompts: Sequence[str | list[int]],
+        stream: Callable[..., Stream],
+        prompts: Sequence[object],
         sampling: Sampling,
-        *,
-        logprobs: bool,
-        echo: bool,
+        **options: bool,
     ) -> list[_Answer]:
-        def call(part: Sequence[str | list[int]], timeout: float | None) -> Stream:
-            return self._client.complete_stream_many(
-                part,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_gen_len=sampling.max_gen_len,
-                logprobs=bool(logprobs),
-                echo=bool(echo),
-                timeout=timeout,
-            )
+        """The answers to all prompts, in as many requests as the gateway's limit needs.
 
-        return self._in_parts(prompts, call)
-
-    def _in_parts(
-        self, prompts: Sequence[T], call: Callable[[Sequence[T], float | None], Stream]
-    ) -> list[_Answer]:
-        """The answers to all prompts, by as many requests as the gateway's limit makes it.
-
-        They are streams, because the gateway bounds the bytes of a unary answer.
+        The requests are streams, because the gateway limits the bytes of a unary answer.
         """
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
 
@@ -176,8 +150,10 @@ class RemoteLlama:
         size = self._max_prompts or 1
         answers = [_Answer() for _ in prompts]
         for begin in range(0, len(prompts), size):
+            part = prompts[begin : begin + size]
+            arguments = {**asdict(sampling), **options, "timeout": left()}
             try:
-                with closing(call(prompts[begin : begin + size], left())) as events:
+                with closing(stream(part, **arguments)) as events:
                     for event in events:
                         if isinstance(event, Delta):
                             answer = answers[begin + event.index]
@@ -189,7 +165,7 @@ class RemoteLlama:
 
 
 def _in_the_calls_terms(error: InvalidRequestError, begin: int) -> InvalidRequestError:
-    """`error` of the request whose first prompt is the call's number `begin`, from 0."""
+    """The error of a request whose first prompt has the index `begin` in the call."""
     if not error.violations:
         return error
 
@@ -206,17 +182,5 @@ def _in_the_calls_terms(error: InvalidRequestError, begin: int) -> InvalidReques
 
 
 def _dialog(messages: Sequence[DialogMessage]) -> Dialog:
-    # Checked: a role is one of three.
+    # The arguments were checked, so each role is one of three.
     return [cast("Message", {"role": each.role, "content": each.content}) for each in messages]
-
-
-def _message(answer: _Answer) -> Message:
-    return {"role": "assistant", "content": answer.text}
-
-
-def _texts(answer: _Answer) -> list[str]:
-    return [token.text for token in answer.tokens]
-
-
-def _logprobs(answer: _Answer) -> list[float]:
-    return [token.logprob for token in answer.tokens]

@@ -1,6 +1,6 @@
 """One rank of a replica, from loading to its end.
 
-Rank 0 leads: it alone serves gRPC. The others run its steps until it lets them go.
+Rank 0 is the leader and serves gRPC. The others run its steps until it releases them.
 """
 
 import asyncio
@@ -12,9 +12,11 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from model_service.loading import distributed
-from model_service.loading.load_replica import Replica, ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import choose_device
-from model_service.server import ModelServicer
+from model_service.loading.replica import Replica
+from model_service.server import model_service
 from model_service.settings import ModelSettings
 from serving.errors import StartError
 from serving.server import serve
@@ -62,7 +64,7 @@ def load(options: ReplicaOptions) -> Replica:
     def run() -> None:
         try:
             loaded.set_result(load_replica(options))
-        except BaseException as error:  # the main thread has to hear of all of it
+        except BaseException as error:  # the main thread raises all of them
             loaded.set_exception(error)
 
     thread = threading.Thread(target=run, name="loading", daemon=True)
@@ -74,9 +76,7 @@ def load(options: ReplicaOptions) -> Replica:
 async def lead(settings: ModelSettings, replica: Replica, shards: distributed.Shards) -> None:
     path = settings.tokenizer_path
     fingerprint = "" if path is None else tokenizer_fingerprint(path)
-    server = ModelServicer(replica, fingerprint, shards)
-    await serve(settings, server.service())
-    server.stop()
+    await serve(settings, model_service(replica, fingerprint, shards))
 
 
 def follow(replica: Replica, shards: distributed.Shards) -> None:

@@ -1,11 +1,12 @@
-"""The leader's servicer: the engine behind gRPC.
+"""ModelService over gRPC: the engine of one replica, behind the servicer of its leader.
 
-The engine's thread makes outputs; here, on the event loop, they are sorted to the streams that
-asked, one message per stream and step. The engine knows a request as (stream, sequence_id), so that
-streams need not know of each other.
+The engine's thread makes outputs. On the event loop they are sorted by the streams that asked for
+them, into one message per stream and step. The engine knows a sequence as (stream, sequence_id), so
+streams may use the same ids.
 """
 
 import asyncio
+import dataclasses
 import itertools
 import time
 from collections import defaultdict
@@ -20,8 +21,7 @@ from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.engine.sequence import SequenceOutput
 from model_service.engine.thread import EngineThread
 from model_service.loading.distributed import Shards
-from model_service.loading.load_replica import Replica
-from model_service.loading.precision import Determinism
+from model_service.loading.replica import Replica
 from model_service.messages import generation_request, token_event
 from model_service.telemetry.metrics import EngineMetrics
 from model_service.telemetry.spans import SequenceSpans
@@ -35,11 +35,6 @@ SERVICE_NAME = "llama.v1.ModelService"
 # SERVING means that a token went through all shards lately; an idle engine sends one every 5 s.
 STALL_LIMIT = 30.0  # seconds
 HEALTH_INTERVAL = 1.0  # seconds
-
-_DETERMINISM = {
-    Determinism.SEEDED: sampling_pb2.DETERMINISM_SEEDED,
-    Determinism.BATCH_INVARIANT: sampling_pb2.DETERMINISM_BATCH_INVARIANT,
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -59,8 +54,24 @@ class _Stream:
             self.responses.put_nowait(None)
 
 
+def model_service(replica: Replica, tokenizer_fingerprint: str, shards: Shards) -> Service:
+    """The service as `serving` runs it, on the current event loop."""
+    servicer = ModelServicer(replica, tokenizer_fingerprint, shards)
+
+    def register(server: grpc.aio.Server) -> None:
+        model_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server)
+
+    return Service(
+        names=[SERVICE_NAME],
+        register=register,
+        run=servicer.run,
+        drain=servicer.drain,
+        collectors=[servicer.metrics],
+    )
+
+
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Serves one replica; `service` plugs it into a gRPC server."""
+    """Serves one replica."""
 
     def __init__(self, replica: Replica, tokenizer_fingerprint: str, shards: Shards) -> None:
         self._replica = replica
@@ -74,19 +85,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self._failure: asyncio.Future[Exception] = self._loop.create_future()
         self._engine = EngineThread(replica.engine(), self._deliver, self._fail)
         self._spans = SequenceSpans()
-
-    def stop(self) -> None:
-        """Ends the engine's thread; call when no RPC is left."""
-        self._engine.stop()
-
-    def service(self) -> Service:
-        return Service(
-            names=[SERVICE_NAME],
-            register=lambda server: model_pb2_grpc.add_ModelServiceServicer_to_server(self, server),
-            run=self._run,
-            drain=self._drain,
-            collectors=[EngineMetrics(self._engine, self._replica.info)],
-        )
+        self.metrics = EngineMetrics(self._engine, replica.info)
 
     async def Generate(
         self,
@@ -113,43 +112,21 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         context: Context,
     ) -> model_pb2.GetModelInfoResponse:
         info = self._replica.info
-        return model_pb2.GetModelInfoResponse(
-            name=info.name,
-            parameters=info.parameters,
-            vocab_size=info.vocab_size,
-            context_length=info.context_length,
-            shards=info.shards,
-            dtype=info.dtype,
-            quantization="" if info.quantization == "none" else info.quantization,
-            device=info.device,
-            fingerprint=info.fingerprint,
-            determinism=_DETERMINISM[info.determinism],
-            tokenizer_fingerprint=self._tokenizer_fingerprint,
-            max_batch_size=info.max_batch_size,
-        )
+        on_the_wire = {
+            "determinism": sampling_pb2.Determinism.Value(f"DETERMINISM_{info.determinism.name}"),
+            "quantization": "" if info.quantization == "none" else info.quantization,
+            "tokenizer_fingerprint": self._tokenizer_fingerprint,
+        }
+        return model_pb2.GetModelInfoResponse(**(dataclasses.asdict(info) | on_the_wire))
 
     async def GetLoad(
         self,
         request: model_pb2.GetLoadRequest,
         context: Context,
     ) -> model_pb2.GetLoadResponse:
-        load = self._engine.load
-        return model_pb2.GetLoadResponse(
-            running_sequences=load.running_sequences,
-            waiting_sequences=load.waiting_sequences,
-            total_blocks=load.total_blocks,
-            free_blocks=load.free_blocks,
-            block_size=self._replica.limits.block_size,
-            outstanding_tokens=load.outstanding_tokens,
-            steps=load.steps,
-            preemptions=load.preemptions,
-            cached_blocks=load.cached_blocks,
-            prompt_tokens=load.prompt_tokens,
-            cached_prompt_tokens=load.cached_prompt_tokens,
-            completion_tokens=load.completion_tokens,
-            drafted_tokens=load.drafted_tokens,
-            accepted_tokens=load.accepted_tokens,
-        )
+        block_size = self._engine.limits.block_size
+        load = dataclasses.asdict(self._engine.load)
+        return model_pb2.GetLoadResponse(block_size=block_size, **load)
 
     async def _read(
         self, stream: _Stream, requests: AsyncIterator[model_pb2.GenerateRequest]
@@ -193,10 +170,10 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     def _dispatch(self, outputs: list[SequenceOutput]) -> None:
         events = defaultdict(list)
         for output in outputs:
-            self._spans.note(output)
+            self._spans.on_output(output)
             number, sequence_id = cast(tuple[int, str], output.request_id)  # as `_start` made it
             stream = self._streams.get(number)
-            if stream is None:  # its caller has gone, and its sequences are cancelled
+            if stream is None:  # the call has ended, and its sequences are cancelled
                 continue
             events[stream].append(token_event(sequence_id, output))
             if output.finish_reason is not None:
@@ -208,15 +185,21 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             self._idle.set()
 
     def _fail(self, error: Exception) -> None:
-        """Called in the engine's thread, as its last act."""
+        """Called at the end of the engine's thread."""
         self._loop.call_soon_threadsafe(self._failure.set_result, error)
 
-    async def _run(self, health: Health) -> None:
-        """Runs the engine and keeps the health true; raises when the engine has failed."""
+    async def run(self, health: Health) -> None:
+        """Runs the engine and updates the health until it is cancelled, when no RPC is left.
+
+        Raises if the engine has failed.
+        """
         self._engine.run()
-        while not self._failure.done():
-            await health.set_serving(self._engine.answered and not self._stalled())
-            await asyncio.wait({self._failure}, timeout=HEALTH_INTERVAL)
+        try:
+            while not self._failure.done():
+                await health.set_serving(self._engine.answered and not self._stalled())
+                await asyncio.wait({self._failure}, timeout=HEALTH_INTERVAL)
+        finally:
+            self._engine.stop()
         await health.set_serving(False)
         for stream in self._streams.values():
             stream.responses.put_nowait(unavailable("the replica has failed"))
@@ -225,7 +208,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     def _stalled(self) -> bool:
         return time.monotonic() - self._engine.last_step_at > STALL_LIMIT
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
         """Lets running sequences finish, then ends the streams."""
         self._draining = True
         if any(stream.running for stream in self._streams.values()):

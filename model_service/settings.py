@@ -1,11 +1,19 @@
 """The model service's settings; each is a flag and a CHASQUI_* variable."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from model_service.engine.probe import PROBE_INTERVAL
+from model_service.engine import PROBE_INTERVAL
+from model_service.loading.options import (
+    CacheDtype,
+    Device,
+    Dtype,
+    Quantize,
+    ReplicaOptions,
+    Switch,
+)
 from serving.settings import Port, ServerSettings
 
 MAX_CONTEXT = 4096  # what Llama 2 was trained on
@@ -24,21 +32,21 @@ class ModelSettings(ServerSettings):
         int | None,
         Field(
             ge=1,
-            description="processes on this machine to cut the model over; default 1, or as many "
+            description="processes on this machine to split the model over; default 1, or as many "
             "as torchrun has started",
         ),
     ] = None
     max_seq_len: Annotated[
         int,
         Field(ge=2, le=MAX_CONTEXT, description="most tokens of a prompt and its answer together"),
-    ] = 512
+    ] = ReplicaOptions.max_seq_len
     max_batch_size: Annotated[
         int, Field(ge=1, le=1024, description="most sequences that run at once; others wait")
-    ] = 8
+    ] = ReplicaOptions.max_batch_size
     max_step_tokens: Annotated[
         int,
-        Field(ge=1, le=65536, description="most tokens of one step; long prompts are cut to it"),
-    ] = 512
+        Field(ge=1, le=65536, description="most tokens of one step; longer prompts take several"),
+    ] = ReplicaOptions.max_step_tokens
     max_stall: Annotated[
         float,
         Field(
@@ -46,58 +54,57 @@ class ModelSettings(ServerSettings):
             allow_inf_nan=False,
             description="longest step while streams run, as a multiple of a step without prompts",
         ),
-    ] = 1.7
+    ] = ReplicaOptions.max_stall
     kv_cache_tokens: Annotated[
         int | None,
         Field(ge=1, description="tokens in the KV cache; default what free memory allows"),
-    ] = None
+    ] = ReplicaOptions.kv_cache_tokens
     prefix_cache: Annotated[
-        bool, Field(description="do not compute again what begins like an earlier prompt or answer")
-    ] = True
+        bool, Field(description="reuse keys and values of earlier prompts and answers")
+    ] = ReplicaOptions.prefix_cache
     draft_tokens: Annotated[
         int,
         Field(
             ge=0,
             le=64,
             description="most tokens to guess ahead in a step, for sequences that repeat their "
-            "text; changes logits by their rounding alone; 0 turns it off; none with lookahead",
+            "text; moves logits by rounding only; 0 turns it off; has no effect with lookahead",
         ),
-    ] = 8
+    ] = ReplicaOptions.draft_tokens
     lookahead: Annotated[
-        Literal["auto", "on", "off"],
+        Switch,
         Field(
-            description="launch a step before the last one's tokens are read; changes logits "
-            "by their rounding alone; auto is on for CUDA"
+            description="launch a step before the last one's tokens are read; moves logits by "
+            "rounding only; auto is on for CUDA"
         ),
-    ] = "auto"
+    ] = ReplicaOptions.lookahead
     block_size: Annotated[
         int, Field(ge=1, le=256, description="tokens per block of the KV cache")
-    ] = 16
+    ] = ReplicaOptions.block_size
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        Dtype,
         Field(
-            description="auto is float16 on CUDA, as in Meta's code, and bfloat16 around int4 and "
-            "fp8 weights; on the CPU bfloat16 where it computes in it, else float32"
+            description="auto is float16 on CUDA, as in Meta's code, and bfloat16 with int4 and "
+            "fp8 weights; on a CPU it is bfloat16 if the CPU has instructions for it, else float32"
         ),
-    ] = "auto"
+    ] = ReplicaOptions.dtype
     quantize: Annotated[
-        Literal["auto", "none", "int8", "int4", "fp8"],
+        Quantize,
         Field(
-            description="weights of linear layers; auto is as the checkpoint stores them; on the "
-            "CPU the arithmetic around them is then float32"
+            description="format of the linear layers' weights; auto is as the checkpoint stores "
+            "them; on a CPU, everything around quantized weights is then float32"
         ),
-    ] = "auto"
+    ] = ReplicaOptions.quantize
     kv_cache_dtype: Annotated[
-        Literal["auto", "fp8"],
+        CacheDtype,
         Field(
-            description="keys and values in the cache; auto is as they are computed, fp8 takes "
+            description="format of cached keys and values; auto is as they are computed, fp8 takes "
             "half or a quarter of the memory and rounds them"
         ),
-    ] = "auto"
+    ] = ReplicaOptions.kv_cache_dtype
     device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        Field(description="auto is cuda where PyTorch finds a device"),
-    ] = "auto"
+        Device, Field(description="auto is cuda if PyTorch finds a CUDA device, else cpu")
+    ] = ReplicaOptions.device
     shard_timeout: Annotated[
         float,
         Field(
@@ -107,15 +114,11 @@ class ModelSettings(ServerSettings):
         ),
     ] = 20.0
     threads: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="CPU threads per shard; default its share of the cores",
-        ),
-    ] = None
+        int | None, Field(ge=1, description="CPU threads per shard; default its share of the cores")
+    ] = ReplicaOptions.threads
     verify_checkpoint: Annotated[
         bool, Field(description="compare all weights with their checksums before loading")
-    ] = True
+    ] = ReplicaOptions.verify_checkpoint
     model_name: Annotated[
         str | None, Field(description="name that clients see; default the folder's name")
-    ] = None
+    ] = ReplicaOptions.model_name

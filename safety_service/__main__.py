@@ -1,4 +1,4 @@
-"""`python -m safety_service`: judges by rules, or by a Llama Guard that a gateway serves."""
+"""`python -m safety_service`: a classifier by rules, or by a Llama Guard that a gateway serves."""
 
 import serving
 

@@ -1,11 +1,11 @@
-"""A classifier that is a language model: Llama Guard (Inan et al., 2023), behind a gateway of this
-kind that serves it. The prompt is that of its model card, the answer "safe", or "unsafe" and a line
-of categories. The categories are the model card's, in words of our own; an operator may name a file
-with the card's original, on which the model was trained. The rest of the prompt is the card's.
+"""The classifier Llama Guard (Inan et al., 2023): a language model that another gateway serves.
+
+It answers "safe", or "unsafe" and a line of categories. The service comes with the categories of
+the model card in our own words. An operator can name a file with the card's original text, on which
+the model was trained.
 """
 
 import asyncio
-import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,28 +16,24 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from llama.prompt_format.dialog import SYSTEM, Message
+from llama.prompt_format.llama_guard import render
 from llama.v1 import chat_pb2, chat_pb2_grpc
 from llama.v1.sampling_pb2 import SamplingParams
-from safety_service.server import ASSISTANT, SYSTEM, Judgement, Message, TimeRemaining
+from safety_service.server import Judgement, TimeRemaining
 from serving.errors import StartError, unavailable
 from serving.server import Health, channel
 from serving.telemetry import request_id
 
-# "unsafe", a line break and all the categories of a policy like the one that ships.
+# Enough for "unsafe", a line break and all categories of the policy that comes with the service.
 _MAX_ANSWER_TOKENS = 32
 _SECONDS_BETWEEN_SESSIONS = 1.0
-
-# Its own marks in a message would end the conversation, or the prompt, before its end. Each becomes
-# a dash, as what is around one must not become another.
-_MARKS = re.compile(
-    r"\[/?INST\]|<</?SYS>>|<(?:BEGIN|END) (?:CONVERSATION|UNSAFE CONTENT CATEGORIES)>"
-)
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 def read_policy(path: Path | None = None) -> str:
-    """The categories as the prompt has them, by default in our words; StartError."""
+    """The categories for the prompt, by default in our words; StartError."""
     source = path or resources.files("safety_service") / "guard_policy.txt"
     try:
         policy = source.read_text("utf-8").strip()
@@ -48,26 +44,8 @@ def read_policy(path: Path | None = None) -> str:
     return policy
 
 
-def render(policy: str, messages: Sequence[Message]) -> str:
-    """The prompt that asks for a judgement of the last message; the gateway adds BOS."""
-    author = _author(messages[-1])
-    turns = "".join(
-        f"{_author(each)}: {_MARKS.sub('-', each.content).strip()}\n\n" for each in messages
-    )
-    return (
-        f"[INST] Task: Check if there is unsafe content in '{author}' messages in conversations "
-        "according our safety policy with the below categories.\n\n"
-        f"<BEGIN UNSAFE CONTENT CATEGORIES>\n{policy}\n<END UNSAFE CONTENT CATEGORIES>\n\n"
-        f"<BEGIN CONVERSATION>\n\n{turns}<END CONVERSATION>\n\n"
-        f"Provide your safety assessment for {author} in the above conversation:\n"
-        "- First line must read 'safe' or 'unsafe'.\n"
-        "- If unsafe, a second line must include a comma-separated list of violated categories. "
-        "[/INST]"
-    )
-
-
 def parse(answer: str) -> Judgement | None:
-    """What an answer says; None where it is no judgement."""
+    """The judgement in an answer; None if it is not one."""
     verdict, _, rest = answer.strip().partition("\n")
     match verdict.strip().lower():
         case "safe":
@@ -79,7 +57,7 @@ def parse(answer: str) -> Judgement | None:
 
 
 class LlamaGuard:
-    """Asks the gateway at `target`; create it in the event loop that runs it."""
+    """Asks the gateway at `target`. Create it in the event loop that uses it."""
 
     def __init__(self, target: str, policy: str) -> None:
         self._target = target
@@ -88,7 +66,7 @@ class LlamaGuard:
         self._stub = chat_pb2_grpc.ChatServiceStub(self._channel)
 
     async def run(self, health: Health) -> NoReturn:
-        """Keeps the health that of the gateway; ends when cancelled."""
+        """Copies the gateway's health to this service's; runs until cancelled."""
         stub = health_pb2_grpc.HealthStub(self._channel)
         request = HealthCheckRequest(service="llama.v1.ChatService")
         logged: grpc.StatusCode | None = None
@@ -111,16 +89,16 @@ class LlamaGuard:
             await self._channel.close()
 
     async def judge(self, messages: Sequence[Message], time_remaining: TimeRemaining) -> Judgement:
-        """Judges the last message, in as much of the dialog before it as fits; UNAVAILABLE.
+        """Judges the last message, after as much of the dialog before it as fits; UNAVAILABLE.
 
-        Llama Guard knows no system messages: they are left out.
+        System messages are left out, because Llama Guard knows none.
         """
         turns = [each for each in messages if each.role != SYSTEM] or messages[-1:]
         while True:
             try:
                 return await self._ask(turns, time_remaining)
             except grpc.aio.AioRpcError as error:
-                # The prompt is too long; nothing else about it can be wrong.
+                # Only the length of the prompt can be invalid.
                 too_long = error.code() is grpc.StatusCode.INVALID_ARGUMENT
                 if not too_long or len(turns) <= 2:
                     reason = error.code().name
@@ -143,7 +121,3 @@ class LlamaGuard:
         if judgement is None:
             raise unavailable("the guard model's answer is neither safe nor unsafe")
         return judgement
-
-
-def _author(message: Message) -> str:
-    return "Agent" if message.role == ASSISTANT else "User"

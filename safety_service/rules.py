@@ -1,9 +1,9 @@
-"""A classifier of words: it finds what a rules file names, and understands nothing. A floor under a
-model's own judgement, not a replacement for a classifier that reads.
+"""A classifier by rules: it finds the words that a rules file names, without understanding them.
 
-A rules file is TOML, a table per category with `terms`, which are found as whole words, and
-`patterns`, regular expressions. Both are matched against the text that `normalization.py` makes;
-punctuation and white space hide no term, and none but the end of a sentence hides a pattern.
+It complements the model's own judgement and does not replace a classifier that reads. A rules file
+is TOML with a table per category, which holds `terms`, found as whole words, and `patterns`, which
+are regular expressions. Both are matched against the normalized text of `normalization.py`:
+punctuation and white space hide no term, and only the end of a sentence hides a pattern.
 """
 
 import re
@@ -16,8 +16,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from llama.prompt_format.dialog import Message
 from safety_service.normalization import comparable, normalized, spellings
-from safety_service.server import Judgement, Message, TimeRemaining
+from safety_service.server import Judgement, TimeRemaining
 from serving.errors import StartError
 
 _Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -35,7 +36,7 @@ _FILE = TypeAdapter(dict[str, _CategoryRules])
 
 @dataclass(frozen=True, slots=True)
 class _Category:
-    """What is looked for under one name."""
+    """The expressions of one category."""
 
     words: re.Pattern[str] | None  # terms of one word
     phrases: re.Pattern[str] | None  # terms of several
@@ -44,7 +45,7 @@ class _Category:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is looked for, by category."""
+    """The expressions of all categories, by name."""
 
     categories: Mapping[str, _Category]
 
@@ -73,7 +74,7 @@ class Rules:
         return Judgement(bool(found), found)
 
     def find(self, text: str) -> tuple[str, ...]:
-        """The categories of which a text holds something."""
+        """The categories of the terms and patterns that a text holds."""
         joined, parted = normalized(text), normalized(text, " ")
         for_words, for_phrases = comparable(joined), comparable(parted)
         for_patterns = spellings(joined)
@@ -113,10 +114,10 @@ def _any_of(expressions: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def _expression(written: str, words: Sequence[str]) -> str:
-    """A regular expression for a term, made of these words, for a `comparable` text.
+    """A regular expression that finds a term with these words in a `comparable` text.
 
-    Of the term's own punctuation, what stands between words is as good as any other, and what
-    stands at an end, as in "c++", must be there.
+    Punctuation at an end of the term, as in "c++", must be in the text. Between words, any other
+    punctuation will do.
     """
     if words:
         before = re.escape(written[: written.index(words[0])])
@@ -124,19 +125,19 @@ def _expression(written: str, words: Sequence[str]) -> str:
         expressions = [f"{before}{each}{after}" for each in _expressions(words)]
     else:
         expressions = [re.escape(written)]
-    # What comes before is looked at behind the first character, as `re` quickly skips whatever
-    # cannot begin a match only where the expression begins with a character. Not by \b, which
-    # would never match in front of a term that begins with a sign.
+    # `re` skips quickly to the next possible match only if the expression begins with a character,
+    # so the look-behind stands after the first one. \b would never match before a term that begins
+    # with a sign.
     first = re.escape(written[0])
     rest = "|".join(each.removeprefix(first) for each in expressions)
     return rf"{first}(?<!\w.)(?:{rest})(?!\w)"
 
 
 def _expressions(words: Sequence[str]) -> list[str]:
-    """Expressions for words in a row, whatever punctuation and white space is put into them.
+    """Expressions for words in a row, with any punctuation and white space inside them.
 
-    In a single word white space may stand between all characters or none: "c sam" is two words of
-    another meaning, "c s a m" is not. Several words make a phrase that nothing else looks like.
+    In a single word, white space may separate all characters or none: "c s a m" is the word "csam",
+    but "c sam" is two other words. No other text looks like a phrase of several words.
     """
     if len(words) > 1:
         return [r"\W+".join(_characters(word, r"\W*") for word in words)]

@@ -1,4 +1,4 @@
-"""SafetyService over gRPC, around whichever classifier judges. What is judged is never logged."""
+"""SafetyService over gRPC, around any classifier. Its texts are never logged."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -6,13 +6,12 @@ from typing import Any, Protocol
 
 import grpc
 
+from llama.prompt_format.dialog import ASSISTANT, SYSTEM, USER, Message
 from llama.v1 import chat_pb2, safety_pb2, safety_pb2_grpc
 from serving.errors import Violation, invalid_argument
 from serving.server import Health, Service
 
 SERVICE_NAME = safety_pb2.DESCRIPTOR.services_by_name["SafetyService"].full_name
-
-USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 
 _ROLES = {
     chat_pb2.ROLE_SYSTEM: SYSTEM,
@@ -24,16 +23,8 @@ TimeRemaining = Callable[[], float | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One message; `role` is `system`, `user` or `assistant`."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
 class Judgement:
-    """What was found; `categories` are the classifier's own words, none where nothing was found."""
+    """The result of a classifier; `categories` are in its own words."""
 
     unsafe: bool
     categories: tuple[str, ...] = ()
@@ -43,7 +34,7 @@ SAFE = Judgement(unsafe=False)
 
 
 class Classifier(Protocol):
-    """Judges the last of a dialog's messages, or a text as one message of a user."""
+    """Judges the last message of a dialog, or a text as the only message of a user."""
 
     async def judge(
         self, messages: Sequence[Message], time_remaining: TimeRemaining
@@ -53,7 +44,7 @@ class Classifier(Protocol):
 def safety_service(
     classifier: Classifier, run: Callable[[Health], Awaitable[None]] | None = None
 ) -> Service:
-    """The service as `serving` runs it; `run` keeps its health where that depends on another."""
+    """The service as `serving` runs it; `run` updates its health if that depends on others."""
 
     def register(server: grpc.aio.Server) -> None:
         servicer = SafetyServicer(classifier)
@@ -80,7 +71,7 @@ class SafetyServicer(safety_pb2_grpc.SafetyServiceServicer):
 
 
 def _messages(request: safety_pb2.ClassifyRequest) -> list[Message]:
-    """What the request holds, or INVALID_ARGUMENT."""
+    """The messages of a request; INVALID_ARGUMENT."""
     if request.HasField("text"):
         return [Message(USER, request.text)]
     if not request.HasField("dialog"):

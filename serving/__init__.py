@@ -1,4 +1,4 @@
-"""What all four services share: server, settings, errors, telemetry, security.
+"""Shared by all four services: server, settings, errors, telemetry, security.
 
 Import it before `grpc`, which reads the variable set here when it is imported.
 """

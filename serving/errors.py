@@ -1,7 +1,7 @@
-"""How a request is refused: raise `RequestError` where the fault is found, with all a client needs.
+"""Errors that refuse a request: raise `RequestError` where the fault is found, with all details.
 
-`to_status` is the one place where it becomes a google.rpc.Status. That travels in HTTP/2 trailers,
-message and details both, and clients may refuse more than 8 KiB of those: hence the limits on size.
+`to_status` alone makes a google.rpc.Status from it. Its message and details are sent in HTTP/2
+trailers, and clients may refuse more than 8 KiB of those, so their size is limited.
 """
 
 import traceback
@@ -20,21 +20,21 @@ MAX_DESCRIPTION_BYTES = 224
 
 
 class StartError(Exception):
-    """The service cannot run. Ends the process with this one line, so say what to do about it."""
+    """The service cannot run. The process ends with this one line, which says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One field of a request that breaks a rule, by its path: `dialogs[1].messages[0].role`."""
+    """A field of a request that breaks a rule, by its path: `dialogs[1].messages[0].role`."""
 
     field: str
     description: str
 
 
 class RequestError(Exception):
-    """The answer to one request is this status.
+    """Ends a call with this status.
 
-    `retry_after` is in seconds; `quota` names what ran out.
+    `retry_after` is in seconds; `quota` names the exhausted limit.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RequestError(Exception):
 
 
 def invalid_argument(violations: Sequence[Violation]) -> RequestError:
-    """The request breaks these rules; the message names each field with its rule."""
+    """INVALID_ARGUMENT; the message names each field with the rule that it breaks."""
     named = [f"{each.field}: {each.description}" for each in violations[:MAX_VIOLATIONS]]
     if len(violations) > MAX_VIOLATIONS:
         named.append(f"and {len(violations) - MAX_VIOLATIONS} more")
@@ -62,15 +62,16 @@ def invalid_argument(violations: Sequence[Violation]) -> RequestError:
 
 
 def unavailable(message: str, retry_after: float = 1.0) -> RequestError:
-    """Nothing is wrong with the request, and the same one may succeed later."""
+    """UNAVAILABLE: the request is valid, and the same one may succeed later."""
     return RequestError(grpc.StatusCode.UNAVAILABLE, message, retry_after=retry_after)
 
 
 def resource_exhausted(
     message: str, quota_subject: str, retry_after: float | None = 1.0
 ) -> RequestError:
-    """A bound was reached; `quota_subject` names it. The same request may succeed after
-    `retry_after` seconds; None: never.
+    """RESOURCE_EXHAUSTED: the limit named by `quota_subject` is reached.
+
+    The same request may succeed after `retry_after` seconds; None: never.
     """
     return RequestError(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -81,10 +82,10 @@ def resource_exhausted(
 
 
 def clear_frames(error: BaseException | None) -> None:
-    """Clears the frames that an error and what led to it came through.
+    """Clears the frames in the tracebacks of an error and its causes.
 
-    A traceback refers to its frames and they often to their error: what they hold, such as the
-    request, would stay in that cycle until the next full garbage collection.
+    A traceback refers to its frames, and they often to their error. The locals of those frames,
+    such as the request, would stay in that cycle until the next full garbage collection.
     """
     seen: set[int] = set()  # an error may be among its own causes
     while error is not None and id(error) not in seen:
@@ -95,7 +96,7 @@ def clear_frames(error: BaseException | None) -> None:
 
 
 def to_status(error: RequestError) -> Status:
-    """The status as it goes over the wire: code, message, and google.rpc details."""
+    """The status as it is sent: code, message, and google.rpc details."""
     message = _shorten(error.message, MAX_MESSAGE_BYTES)
     status = Status(code=error.code.value[0], message=message)
     if error.violations:

@@ -1,7 +1,7 @@
-"""`python -m serving.healthcheck HOST:PORT`: what a container's healthcheck runs in it.
+"""`python -m serving.healthcheck HOST:PORT`: the healthcheck that runs inside a container.
 
-Exit status 0 if the server there is SERVING, 1 if not, 2 for wrong usage; one line says what it
-found. It runs every few seconds beside the service, so it imports next to nothing.
+Prints the state in one line. Exit status 0 if the server is SERVING, 1 if not, 2 for wrong usage.
+It runs every few seconds beside the service, so it imports very little.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-_ENDLESS = 1e9  # seconds, 31 years
+_MAX_SECONDS = 1e9  # 31 years
 
 SERVING = HealthCheckResponse.ServingStatus.Name(HealthCheckResponse.SERVING)
 
@@ -21,14 +21,14 @@ SERVING = HealthCheckResponse.ServingStatus.Name(HealthCheckResponse.SERVING)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m serving.healthcheck",
-        description="Asks a gRPC server for its health; exit status 0 if it is SERVING, else 1.",
+        description="Checks the health of a gRPC server: exit status 0 if it is SERVING, else 1.",
     )
     parser.add_argument("target", type=_target, metavar="HOST:PORT", help="address of the server")
     parser.add_argument(
         "--timeout",
         type=_seconds,
         default=5.0,
-        help="seconds it has to answer; inf: any number (default: 5)",
+        help="seconds to wait for the reply; inf waits for ever (default: 5)",
     )
     arguments = parser.parse_args(argv)
     state = health(arguments.target, arguments.timeout)
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def health(target: str, timeout: float | None) -> str:
-    """The state of the server as a whole, or why it did not tell."""
-    # Docker hands its client's proxy settings to containers; this must not leave the container.
+    """The state of the server as a whole, or the error of the call."""
+    # Docker passes its client's proxy settings to containers; this call must not use a proxy.
     with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             stub = HealthStub(channel)
@@ -56,14 +56,14 @@ def _target(text: str) -> str:
 
 
 def _seconds(text: str) -> float | None:
-    """None for more than gRPC can count, which it would take for no time at all."""
+    """None for more seconds than gRPC can count, because it would treat those as 0."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not seconds >= 0:
         raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
-    return None if seconds > _ENDLESS else seconds
+    return None if seconds > _MAX_SECONDS else seconds
 
 
 if __name__ == "__main__":

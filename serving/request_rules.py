@@ -1,8 +1,8 @@
-"""The rules for a generation request, and the defaults of its fields: one table for all who check.
+"""The rules for a generation request, and the defaults of its fields.
 
-The gateway, the model service and `llama.Llama` refuse the same values with the same words because
-they ask here. Fractions are compared as 32-bit floats, which is what the contract carries. NaN
-passes any `x < low or x > high`: ranges are written the other way round, `low <= x <= high`.
+The gateway, the model service and `llama.Llama` use these, so they refuse the same values with the
+same words. Fractions are compared as 32-bit floats, the type of the contract's fields. Ranges are
+written `low <= x <= high`, because `x < low or x > high` is false for NaN.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ class FloatRule:
     above_low: bool = False
 
     def problem(self, value: object) -> str | None:
-        """What is wrong with `value`, if anything is."""
+        """The rule that `value` breaks, or None."""
         number = as_float32(value)
         if number is None:
             return f"must be a number, not {reprlib.repr(value)}"
@@ -57,14 +57,14 @@ class FloatRule:
 
 @dataclass(frozen=True, slots=True)
 class IntegerRule:
-    """An integer of at least `low` that the contract's field can hold."""
+    """An integer from `low` to the largest that the contract's field can hold."""
 
     low: int
     high: int = MAX_UINT32
     advice: str = ""
 
     def problem(self, value: object) -> str | None:
-        """What is wrong with `value`, if anything is."""
+        """The rule that `value` breaks, or None."""
         number = as_integer(value)
         if number is None:
             return f"must be an integer, not {reprlib.repr(value)}"
@@ -73,7 +73,7 @@ class IntegerRule:
         return f"must be at most {self.high}, not {number}" if number > self.high else None
 
 
-# The fields of SamplingParams that hold one number, `seed` apart, which may be any.
+# The fields of SamplingParams that hold one number, except `seed`, for which any is valid.
 NUMBER_RULES: Mapping[str, FloatRule | IntegerRule] = {
     "temperature": FloatRule(0, 100),
     "top_p": FloatRule(0, 1),
@@ -89,7 +89,7 @@ _LOGIT_BIAS = FloatRule(-100, 100)
 
 
 def as_float32(value: object) -> float | None:
-    """`value` as a field of 32 bits holds it; None where it is no number."""
+    """`value` rounded to 32 bits; None if it is not a number."""
     if isinstance(value, str | bytes):  # float() would read it
         return None
     try:
@@ -101,7 +101,7 @@ def as_float32(value: object) -> float | None:
 
 
 def as_integer(value: object) -> int | None:
-    """`value` as an integer; None where it is none, 5.0 included."""
+    """`value` as an integer; None if it is not one, and 5.0 is not."""
     try:
         return operator.index(value)  # type: ignore[arg-type]  # what it refuses is None
     except TypeError:
@@ -109,7 +109,7 @@ def as_integer(value: object) -> int | None:
 
 
 def number_violations(values: Mapping[str, object], path: str = "") -> list[Violation]:
-    """The rules of NUMBER_RULES that `values`, by field name, break."""
+    """The violations of NUMBER_RULES by `values`, which are given by field name."""
     return [
         Violation(path + name, problem)
         for name, rule in NUMBER_RULES.items()
@@ -120,8 +120,8 @@ def number_violations(values: Mapping[str, object], path: str = "") -> list[Viol
 def sampling_violations(
     sampling: SamplingParams, vocab_size: int, path: str = "sampling."
 ) -> list[Violation]:
-    """Every rule that the present fields of `sampling` break; `path` stands before their names."""
-    # The names are the fields', which the type of HasField lists one by one.
+    """All violations by the present fields of `sampling`; `path` prefixes their names."""
+    # The type of HasField lists the field names as literals.
     present = {
         name: getattr(sampling, name)
         for name in NUMBER_RULES
@@ -139,7 +139,7 @@ def sampling_violations(
 
 
 def top_logprobs_violations(top_logprobs: int, path: str = "top_logprobs") -> list[Violation]:
-    """The rule for the number of alternatives per token."""
+    """The violation of the rule for the number of alternatives per token."""
     if 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
         return []
     return [Violation(path, f"must be 0 to {MAX_TOP_LOGPROBS}, not {top_logprobs}")]
@@ -153,7 +153,7 @@ def logprob_token_ids_violations(
 
 
 def count_violations(path: str, count: int, limit: int) -> list[Violation]:
-    """The rule for a list that must hold something, but not more than `limit`."""
+    """The violation of the rule for a list of 1 to `limit` entries."""
     if count == 0:
         return [Violation(path, "must not be empty")]
     if count > limit:
@@ -162,7 +162,7 @@ def count_violations(path: str, count: int, limit: int) -> list[Violation]:
 
 
 def token_id_problem(token_id: int, vocab_size: int) -> str | None:
-    """What is wrong with a token id, if anything is."""
+    """The rule that a token id breaks, or None."""
     if token_id < 0:
         return f"must be at least 0, not {token_id}"
     if token_id >= vocab_size:
@@ -171,7 +171,7 @@ def token_id_problem(token_id: int, vocab_size: int) -> str | None:
 
 
 def token_id_violations(token_ids: Sequence[int], vocab_size: int, path: str) -> list[Violation]:
-    """The first id that is wrong. One says enough: a hostile list could hold millions."""
+    """The first invalid id only, because a hostile list could have millions."""
     wrong = (index for index, each in enumerate(token_ids) if not 0 <= each < vocab_size)
     return [
         Violation(f"{path}[{index}]", problem)
@@ -183,7 +183,7 @@ def token_id_violations(token_ids: Sequence[int], vocab_size: int, path: str) ->
 def prompt_violations(
     ids: Sequence[int], vocab_size: int, context_length: int, path: str
 ) -> list[Violation]:
-    """The rules for a prompt's token ids; `path` is the prompt's own."""
+    """The violations of the rules for a prompt's token ids; `path` is the prompt's own."""
     if not ids:
         return [Violation(path, "must not be empty")]
     if len(ids) > context_length:
@@ -192,7 +192,7 @@ def prompt_violations(
 
 
 def too_long(tokens: int | str, context_length: int) -> str:
-    """What is wrong with a prompt of more tokens than the context has."""
+    """The text for a prompt with more tokens than the context length."""
     return f"the prompt has {tokens} tokens, the context length is {context_length}"
 
 

@@ -1,9 +1,9 @@
-"""Starts a gRPC server with all that every service here has, and ends it without dropping a call.
+"""Starts the gRPC server of a service, and stops it without dropping a call.
 
-The order of the end matters: health first, so that callers go elsewhere, and with it what the
-service refuses at once (`begin_drain`); then the service's own long-lived streams (`drain`); then
-health's Watch streams; then the listener, and whatever still runs. The service's background task
-outlives them all, because running calls may depend on it.
+The order of the stop matters: first health becomes NOT_SERVING, so that callers use another server,
+and the service refuses new long-lived streams (`begin_drain`); then its own long-lived streams end
+(`drain`); then health's Watch streams; then the listener, and the calls that still run. The
+service's background task ends last, because running calls may depend on it.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ from serving.telemetry.metrics import CallMetrics, exposed, registry_of
 
 __all__ = ["Health", "Running", "Service", "channel", "running", "serve"]
 
-# Seconds from NOT_SERVING to the end of the listener: gRPC's core cancels a call that arrives while
-# it shuts down before any handler sees it, so whoever follows health gets the time to leave.
+# Seconds from NOT_SERVING to the end of the listener. gRPC's core cancels calls that arrive during
+# its shutdown before a handler sees them, so clients that watch health get this time to leave.
 DRAIN_DELAY = 0.5
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -44,16 +44,19 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What a service brings along.
+    """The service's own parts of a server.
 
-    `names` are its full gRPC names, for health and reflection. `run` is a task beside the server
-    that sets the health and watches upstreams; its failure ends the server, its return does not.
-    `begin_drain` is called as soon as health says NOT_SERVING, for new work that may not begin any
-    more; other work is still taken for a moment. `drain` then lets the service's own long-lived
-    streams finish. `authorize` says who makes a call, or
-    refuses it; without it everybody may call everything. `options` are more of gRPC's, for its own
-    kind of callers. `collectors` are its own metrics. `trusts_traceparent` is whether callers
-    decide which of their calls are traced.
+    names: its full gRPC names, for health and reflection.
+    register: adds its servicers to the server.
+    run: a background task that sets the health and watches upstreams; the server ends if it fails,
+        not if it returns. Without it the service is SERVING as soon as it listens.
+    begin_drain: called when health becomes NOT_SERVING, to refuse calls that could last; others
+        are accepted a moment longer.
+    drain: then waits until the service's own long-lived streams have ended.
+    authorize: returns the caller of a call, or refuses it; without it every call is allowed.
+    options: further gRPC options.
+    collectors: its own metrics.
+    trusts_traceparent: whether callers decide which of their calls are traced.
     """
 
     names: Sequence[str]
@@ -69,26 +72,26 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that listens. `background` ends only by failing."""
+    """A server that listens. `background` ends only if it fails."""
 
     address: str
     background: asyncio.Task[None]
 
 
 async def serve(settings: ServerSettings, service: Service) -> None:
-    """Serves until SIGTERM or SIGINT, drains, returns. A second signal ends the process at once.
+    """Serves until SIGTERM or SIGINT, drains and returns. A second signal ends the process at once.
 
-    What keeps the service from starting, or its background task from going on, ends the process
-    with status 1 and is logged: a `StartError` as one line, anything else with its traceback.
+    If the service cannot start or its background task fails, the process ends with status 1. The
+    error is logged: a `StartError` as one line, any other with its traceback.
     """
     signalled = asyncio.create_task(_stop_signal())
     spans = tracing.exporting(settings, service.names[0], trusts_callers=service.trusts_traceparent)
     try:
-        async with spans, running(settings, service) as on:
+        async with spans, running(settings, service) as server:
             freeze_gc()
-            await asyncio.wait({signalled, on.background}, return_when=asyncio.FIRST_COMPLETED)
-            if on.background.done():
-                on.background.result()
+            await asyncio.wait({signalled, server.background}, return_when=asyncio.FIRST_COMPLETED)
+            if server.background.done():
+                server.background.result()
     except StartError as error:
         exit_with_error(str(error))
     except Exception:
@@ -99,9 +102,9 @@ async def serve(settings: ServerSettings, service: Service) -> None:
 
 @contextlib.asynccontextmanager
 async def running(settings: ServerSettings, service: Service) -> AsyncIterator[Running]:
-    """The server, listening; drained at the end of the block. Leaves signals alone."""
-    held = StreamLimiter()
-    state = Health(service.names, serving=service.run is None, held=held)
+    """The server, which listens until the end of the block and then drains. Handles no signals."""
+    limiter = StreamLimiter()
+    state = Health(service.names, serving=service.run is None, limiter=limiter)
     registry = registry_of(state, service.collectors)
     calls = CallMetrics(registry)
     server = grpc.aio.server(
@@ -111,7 +114,7 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
     service.register(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     names = (*service.names, health.SERVICE_NAME)
-    reflection.enable(server, names, held, settings.receive_timeout)
+    reflection.enable(server, names, limiter, settings.receive_timeout)
     address = _bind(server, settings.host, settings.port, _credentials(settings, service))
     with exposed(settings, registry):
         health_server = await _health_server(settings, state, calls)
@@ -121,7 +124,7 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
         try:
             yield Running(address, background)
         finally:
-            # With its background task the service has lost what its calls would need to finish.
+            # Without the background task, running calls could not finish.
             grace = 0.0 if background.done() else settings.grace_period
             await _stop(server, service, state, grace)
             if health_server is not None:
@@ -131,7 +134,7 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
 
 
 def channel(target: str, certificates: UpstreamCertificates | None = None) -> grpc.aio.Channel:
-    """A channel to another service: notices a dead server within 15 seconds, tries again within 2.
+    """A channel to another service; detects a dead server in 15 seconds, reconnects within 2.
 
     Plaintext without `certificates`, which are read again for each channel.
     """
@@ -142,9 +145,9 @@ def channel(target: str, certificates: UpstreamCertificates | None = None) -> gr
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
-        # The services of a deployment see each other; a proxy is for the way out.
+        # The services of a deployment reach each other directly, without a proxy.
         ("grpc.enable_http_proxy", 0),
-        # Vocabularies and logprobs of our own services; requests are what needs a limit.
+        # No limit for vocabularies and logprobs of our own services; only requests need one.
         ("grpc.max_receive_message_length", -1),
     ]
     if certificates is None:
@@ -195,7 +198,7 @@ def _is_loopback(host: str) -> bool:
 async def _health_server(
     settings: ServerSettings, state: Health, calls: CallMetrics
 ) -> grpc.aio.Server | None:
-    """Health by itself, for orchestrators whose probes know neither TLS nor keys."""
+    """A second server for health alone, for probes that cannot use TLS or keys."""
     if settings.health_port is None:
         return None
     interceptors = [CallInterceptor(calls, Receiver(settings))]
@@ -215,7 +218,7 @@ def _bind(
 ) -> str:
     host = f"[{name}]" if ":" in name else name
     try:
-        # gRPC keeps the reason of a failure to itself, so a socket of our own finds it first.
+        # gRPC does not report the reason of a failure, so a socket of our own finds it first.
         family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -243,7 +246,7 @@ async def _stop(server: grpc.aio.Server, service: Service, state: Health, grace:
             async with asyncio.timeout_at(deadline):
                 await service.drain()
     except TimeoutError:
-        _log.warning("streams were cut off at the end of the grace period")
+        _log.warning("streams cut off at the end of the grace period")
     finally:
         await state.close()
         await server.stop(max(deadline - loop.time(), 0))

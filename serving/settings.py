@@ -35,11 +35,12 @@ Port = Annotated[
 class ServerSettings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
-        # Compose and Kubernetes pass variables that are not set as empty ones.
+        # Compose and Kubernetes pass unset variables as empty ones.
         env_ignore_empty=True,
         frozen=True,
         cli_avoid_json=True,
         cli_hide_none_type=True,
+        cli_parse_none_str="unset",  # what --help shows as the default of an optional setting
         cli_implicit_flags=True,
         cli_show_env_vars=True,
     )
@@ -47,38 +48,40 @@ class ServerSettings(BaseSettings):
     host: Annotated[str, Field(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Port = 0
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Field(description="least level to log")
+        Literal["debug", "info", "warning", "error"],
+        Field(description="lowest level that is logged"),
     ] = "info"
     log_format: Annotated[
         Literal["auto", "text", "json"],
-        Field(description="auto is text on a terminal and else JSON"),
+        Field(description="format of the logs; auto: text on a terminal, otherwise JSON"),
     ] = "auto"
     grace_period: Annotated[
-        float, Field(ge=0, description="seconds that running requests get after SIGTERM")
+        float, Field(ge=0, description="seconds for running requests to finish after SIGTERM")
     ] = 30.0
     max_request_bytes: Annotated[
-        int, Field(ge=1, le=2**31 - 1, description="bytes of the largest request message")
+        int, Field(ge=1, le=2**31 - 1, description="maximum bytes of a request message")
     ] = 4 * 1024 * 1024
     max_request_fields: Annotated[
         int,
         Field(
             ge=1,
-            description="fields of the largest request message, in all of its parts; eight numbers "
-            "in a list count as one",
+            description="maximum fields of a request message, nested ones included; eight numbers "
+            "in a list count as one field",
         ),
     ] = 100_000
     receive_timeout: Annotated[
-        float, Field(gt=0, description="seconds that a request may take to arrive")
+        float, Field(gt=0, description="seconds for a request to arrive after its call began")
     ] = 30.0
     max_concurrent_streams: Annotated[
-        int, Field(ge=1, le=2**31 - 1, description="calls that one connection may have at once")
+        int, Field(ge=1, le=2**31 - 1, description="maximum simultaneous calls of a connection")
     ] = 1024
     max_connections: Annotated[
         int | None,
         Field(
             ge=1,
             le=2**31 - 1,
-            description="connections at once; default what the limit of open files has room for",
+            description="maximum simultaneous connections; unset: as many as the limit of open "
+            "files allows",
         ),
     ] = None
     max_connection_idle: Annotated[
@@ -90,39 +93,41 @@ class ServerSettings(BaseSettings):
         ),
     ] = 300.0
     tls_cert: Annotated[
-        Path | None, Field(description="PEM file with the server's certificate chain; turns TLS on")
+        Path | None, Field(description="PEM file with the server's certificate chain; enables TLS")
     ] = None
     tls_key: Annotated[
         Path | None, Field(description="PEM file with the certificate's private key")
     ] = None
     tls_client_ca: Annotated[
         Path | None,
-        Field(description="PEM file; callers must show a certificate that one of these signed"),
+        Field(
+            description="PEM file of CA certificates; clients need a certificate from one of them"
+        ),
     ] = None
     health_port: Annotated[
         int | None,
         Field(
             ge=0,
             le=65535,
-            description="further port, without TLS, that serves health alone; default none",
+            description="additional port, without TLS, for health checks only",
         ),
     ] = None
     metrics_host: Annotated[
-        str, Field(min_length=1, description="address of the HTTP port for Prometheus")
+        str, Field(min_length=1, description="address to serve Prometheus metrics on")
     ] = "127.0.0.1"
     metrics_port: Annotated[
         int | None,
         Field(
             ge=0,
             le=65535,
-            description="HTTP port for Prometheus; 0 lets the system choose; default none",
+            description="HTTP port for Prometheus metrics; 0 lets the system choose",
         ),
     ] = None
     otlp_endpoint: Annotated[
         str | None,
         Field(
             pattern=r"^https?://[^\s/]+$",
-            description="OTLP collector for traces, as http://HOST:4317; default none",
+            description="OTLP collector for traces, for example http://HOST:4317",
         ),
     ] = None
     trace_ratio: Annotated[
@@ -130,13 +135,13 @@ class ServerSettings(BaseSettings):
         Field(
             ge=0,
             le=1,
-            description="part of the requests to trace; none of those that their caller does not "
-            "sample. Services behind a gateway keep to its decision",
+            description="fraction of the requests to trace, except those that the caller marks as "
+            "not sampled; services behind a gateway follow its decision",
         ),
     ] = 1.0
 
     @model_validator(mode="after")
-    def _tls_is_whole(self) -> Self:
+    def _tls_is_complete(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls_cert and --tls_key belong together: give both")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -148,9 +153,9 @@ S = TypeVar("S", bound=ServerSettings)
 
 
 def parse(settings_class: type[S], prog: str, argv: Sequence[str] | None = None) -> S:
-    """Reads the settings from `argv` (by default the process's own) and the environment.
+    """Reads the settings from `argv` (default: the process's own) and the environment.
 
-    Wrong values end the process with status 2 and one line for each on stderr.
+    If values are invalid, the process ends with status 2 and one line for each on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -184,7 +189,7 @@ def misspelt_variables(
 
 
 def check_value(settings_class: type[ServerSettings], name: str, value: object) -> None:
-    """Raises ValueError where `value` would not do for the setting `name`, with the same rule."""
+    """Raises ValueError with the broken rule if `value` is not valid for the setting `name`."""
     adapter = TypeAdapter(settings_class.model_fields[name].rebuild_annotation())
     try:
         adapter.validate_python(value, strict=True)

@@ -1,9 +1,9 @@
 """TokenizerService over gRPC: limits and field-level errors around a `Tokenizer`.
 
-SentencePiece runs in worker threads (it releases the interpreter lock), because a request of the
-largest size takes most of a second and health checks must not wait for it. What is encoded or
-decoded at once is bounded in bytes, because SentencePiece takes some 70 bytes of memory for each,
-and callers take turns.
+SentencePiece runs in worker threads (it releases the interpreter lock), because the largest request
+takes most of a second and health checks must not wait for it. The bytes that are encoded or decoded
+at once are bounded, because SentencePiece needs about 70 bytes of memory for each. Callers take
+turns.
 """
 
 import asyncio
@@ -29,18 +29,18 @@ from serving.server import Service
 from tokenizer_service.tokenizer import TokenIdError, Tokenizer
 
 MAX_SEGMENTS = 4096
-# A caller is an API key by its name.
+# The caller is the name of an API key.
 MAX_CALLER_CHARACTERS = 64
-# In work at once; a larger request runs alone.
+# The limit for all requests that run at once; a larger request runs alone.
 MAX_BYTES_AT_ONCE = 1024 * 1024
-# What a call costs beyond its bytes, so that tiny ones are bounded, too.
+# Added to the bytes of each call, so that the number of tiny calls is bounded, too.
 CALL_BYTES = 1024
 ResponseT = TypeVar("ResponseT")
 SERVICE_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 
 
 def tokenizer_service(tokenizer: Tokenizer) -> Service:
-    """The service as `serving` runs it: healthy as soon as it listens, it waits for nobody."""
+    """The service as `serving` runs it: healthy as soon as it listens."""
     servicer = TokenizerServicer(tokenizer)
 
     def register(server: grpc.aio.Server) -> None:
@@ -113,8 +113,9 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
 
 async def _to_its_end(work: Coroutine[None, None, ResponseT]) -> ResponseT:
-    """The result of work in a thread, which cannot be interrupted: a cancelled call keeps its turn
-    until the thread is done.
+    """The result of work in a thread.
+
+    A thread cannot be interrupted, so a cancelled call keeps its turn until the thread is done.
     """
     task = asyncio.create_task(work)
     try:

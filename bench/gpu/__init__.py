@@ -1,1 +1,1 @@
-"""The engine on one GPU, against what the card can do: `python -m bench.gpu`."""
+"""The engine's benchmark in the sizes of a GPU."""

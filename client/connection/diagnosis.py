@@ -4,6 +4,7 @@ gRPC says "OK" or "Socket closed" there. So after a call that reached nothing, t
 more by itself, with the TLS of Python's standard library, and reads what the other side answers.
 """
 
+import asyncio
 import socket
 import ssl
 from contextlib import suppress
@@ -40,6 +41,13 @@ def explained(error: ChasquiError, target: str, tls: "Tls | None") -> ChasquiErr
         if problem is not None:
             return ConnectionSettingsError(f"{target} {problem}")
     return error
+
+
+async def explained_aio(error: ChasquiError, target: str, tls: "Tls | None") -> ChasquiError:
+    """The same in a thread, so that the event loop is not blocked."""
+    if not isinstance(error, UnreachableError):
+        return error
+    return await asyncio.to_thread(explained, error, target, tls)
 
 
 def _problem(address: targets.Address, tls: "Tls | None") -> str | None:

@@ -1,4 +1,4 @@
-// Asks one question and prints the answer while it is made.
+// Asks one question and prints the answer while it is generated.
 // npm install && node chat.js "What do llamas eat?" [host:port]
 import grpc from "@grpc/grpc-js";
 import loader from "@grpc/proto-loader";
@@ -15,7 +15,7 @@ const definition = loader.loadSync("llama/v1/chat.proto", {
 });
 const { ChatService } = grpc.loadPackageDefinition(definition).llama.v1;
 
-// Without the option, an http_proxy in the environment is asked for this machine, too.
+// Without this option gRPC would use an http_proxy of the environment even for this machine.
 const direct = { "grpc.enable_http_proxy": 0 };
 const client = new ChatService(target, grpc.credentials.createInsecure(), direct);
 const stream = client.ChatCompleteStream({

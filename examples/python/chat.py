@@ -1,28 +1,21 @@
-"""Asks one question and prints the answer while it is made, with nothing but the generated stubs.
+"""Asks one question and prints the answer while it is generated.
 
 python examples/python/chat.py "What do llamas eat?" [host:port]
 
-The `client` package does the same with typed results and readable errors:
-see docs/clients/python.md.
+docs/clients/python.md describes the client. stubs.py does the same with the generated stubs alone.
 """
 
 import sys
 
-import grpc
-
-from llama.v1 import chat_pb2, chat_pb2_grpc, sampling_pb2
+from chasqui import DEFAULT_TARGET, Client, Delta, Message
 
 
-def main(question: str = "What do llamas eat?", target: str = "127.0.0.1:50051") -> None:
-    user = chat_pb2.Message(role=chat_pb2.ROLE_USER, content=question)
-    request = chat_pb2.ChatCompleteStreamRequest(
-        dialogs=[chat_pb2.Dialog(messages=[user])],
-        sampling=sampling_pb2.SamplingParams(temperature=0),
-    )
-    # Without the option, an http_proxy in the environment is asked for this machine, too.
-    with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
-        for response in chat_pb2_grpc.ChatServiceStub(channel).ChatCompleteStream(request):
-            print(response.event.delta.text, end="", flush=True)
+def main(question: str = "What do llamas eat?", target: str = DEFAULT_TARGET) -> None:
+    dialog: list[Message] = [{"role": "user", "content": question}]
+    with Client(target) as client:
+        for event in client.chat_stream(dialog, temperature=0):
+            if isinstance(event, Delta):
+                print(event.text, end="", flush=True)
     print()
 
 

@@ -1,1 +1,1 @@
-"""How a dialog becomes a prompt."""
+"""Dialog rules and prompt formats, as pure functions that gateway, services and `Llama` share."""

@@ -1,6 +1,7 @@
-"""Meta's dialog rules and prompt format as pure functions: which dialogs are allowed, what text
-each becomes, which are refused. The model was trained on every space here: the text must equal that
-of `chat_completion` in Meta's llama/generation.py to the byte.
+"""Meta's dialog rules and prompt format: the dialogs that are allowed, and the text of each.
+
+The model was trained on every space here: the text must equal that of `chat_completion` in Meta's
+llama/generation.py to the byte.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
-# Who may write the message after one of this author; `None` is the beginning of the dialog.
+# The roles that may follow a role; `None` stands for the beginning of the dialog.
 _NEXT: dict[str | None, tuple[str, ...]] = {
     None: (SYSTEM, USER),
     SYSTEM: (USER,),
@@ -24,7 +25,7 @@ _NEXT: dict[str | None, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message; `role` is `system`, `user` or `assistant`, anything else breaks the rules."""
+    """One message. Any `role` but `system`, `user` and `assistant` breaks the rules."""
 
     role: str
     content: str
@@ -32,7 +33,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A text that is encoded on its own, between control tokens that are no part of the text."""
+    """A text that is encoded on its own, with control tokens before and after it."""
 
     text: str
     bos: bool
@@ -42,8 +43,8 @@ class Segment:
 def violations(dialog: Sequence[Message], path: str) -> list[Violation]:
     """Every rule of order that the dialog breaks; `path` is the dialog's own field path.
 
-    A role is judged by the message before it, so that one misplaced message is one violation and
-    not one for each message after it.
+    Each role is compared with the message before it, so that one misplaced message is one violation
+    and not one for each message after it.
     """
     if not dialog:
         return [Violation(f"{path}.messages", "must not be empty")]
@@ -61,7 +62,7 @@ def _misplaced(role: str, before: str | None, *, last: bool) -> str | None:
         return "must be system, user or assistant"
     if role == SYSTEM and before is not None:
         return "only the first message may be from the system"
-    # After a role that is none, nothing more is known to be wrong.
+    # After an unknown role, only a second system message would certainly be wrong.
     allowed = _NEXT.get(before, (USER, ASSISTANT))
     if role not in allowed:
         place = "the first message" if before is None else f"the message after one by the {before}"
@@ -78,21 +79,38 @@ def has_special_tags(dialog: Sequence[Message]) -> bool:
 
 
 def render(dialog: Sequence[Message]) -> list[Segment]:
-    """The segments of a dialog without violations: its finished turns, then the open one."""
+    """The segments of a valid dialog: its finished turns, then the open one."""
     if dialog[0].role == SYSTEM:
         system, first, *rest = dialog
-        # Stripped only when put together, as Meta does: the user's leading white space stays.
-        dialog = [Message(USER, f"{B_SYS}{system.content}{E_SYS}{first.content}"), *rest]
-    contents = [message.content.strip() for message in dialog]
+        dialog = [Message(USER, with_system(system.content, first.content)), *rest]
+    contents = [message.content for message in dialog]
     finished = zip(contents[:-1:2], contents[1::2], strict=True)
     return [
-        *(Segment(f"{B_INST} {user} {E_INST} {answer} ", True, True) for user, answer in finished),
-        Segment(f"{B_INST} {contents[-1]} {E_INST}", True, False),
+        *(Segment(finished_turn(user, answer), bos=True, eos=True) for user, answer in finished),
+        Segment(open_turn(contents[-1]), bos=True, eos=False),
     ]
 
 
+def with_system(system: str, user: str) -> str:
+    """The first user message with the system message in front of it.
+
+    As in Meta's code, it is stripped afterwards, so the user's leading white space stays.
+    """
+    return f"{B_SYS}{system}{E_SYS}{user}"
+
+
+def open_turn(user: str) -> str:
+    """The text of a turn that waits for its answer."""
+    return f"{B_INST} {user.strip()} {E_INST}"
+
+
+def finished_turn(user: str, answer: str) -> str:
+    """The text of a turn with its answer, up to EOS."""
+    return f"{open_turn(user)} {answer.strip()} "
+
+
 def system_bytes(dialog: Sequence[Message]) -> int:
-    """The least that a system message adds to the first turn, in bytes; 0 without one."""
+    """The fewest bytes that a system message adds to the first turn; 0 without one."""
     if dialog[0].role != SYSTEM:
         return 0
     return len(f"{B_SYS}{dialog[0].content}{E_SYS.rstrip()}".encode())

@@ -1,6 +1,6 @@
 """The shape of a Llama 2 network, as `params.json` states it.
 
-Sizes that Meta's code derives (head and hidden dimension) are derived here and nowhere else.
+Sizes that Meta's code derives (head and hidden dimension) are derived only here.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Quantization = Literal["none", "int8", "int4", "fp8"]
 
 ROPE_THETA = 10000.0
 VOCAB_SIZE_FROM_EMBEDDING = -1
-# Far beyond any Llama 2; a number above it is a mistake, and computing with it could overflow.
+# Far above any Llama 2: a larger number is a mistake, and computing with it could overflow.
 MAX_SIZE = 2**20
 _FRACTION_LIMITS = {"norm_eps": 0.1, "ffn_dim_multiplier": 64.0}
 
@@ -27,7 +27,7 @@ _FRACTION_LIMITS = {"norm_eps": 0.1, "ffn_dim_multiplier": 64.0}
 class ModelConfig:
     """Meta's `ModelArgs` (llama/model.py), without the run-time limits.
 
-    `quantization` is ours: how the checkpoint stores the weights of its linear layers.
+    Chasqui adds `quantization`: how the checkpoint stores the weights of its linear layers.
     """
 
     dim: int = 4096
@@ -81,7 +81,7 @@ class ModelConfig:
 
     @property
     def divided_sizes(self) -> dict[str, int]:
-        """What is cut into equal parts, one for each shard."""
+        """The sizes that are cut into equal parts, one for each shard."""
         return {
             "n_heads": self.n_heads,
             "n_kv_heads": self.kv_heads,
@@ -91,7 +91,7 @@ class ModelConfig:
         }
 
     def indivisible_by(self, shards: int) -> list[str]:
-        """What cannot be cut into `shards` equal parts, each as `name value`."""
+        """The sizes that cannot be cut into `shards` equal parts, each as `name value`."""
         return [f"{name} {size}" for name, size in self.divided_sizes.items() if size % shards]
 
     def shard_counts(self) -> list[int]:
@@ -149,7 +149,7 @@ def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:
 
 
 def _broken_rule(name: str, value: object) -> str:
-    """What `value` ought to be; empty if it may stand for the setting `name`."""
+    """The rule that `value` breaks as the setting `name`; empty if it breaks none."""
     if name == "quantization":
         names = get_args(Quantization)
         return "" if value in names else " or ".join(names)

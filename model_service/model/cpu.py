@@ -1,8 +1,8 @@
-"""Which instructions the CPU's kernels use in this process.
+"""The instructions that the CPU's kernels use in this process.
 
-The processor's own flags do not answer that: each library can be held to older instructions by an
-environment variable (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, FBGEMM_ENABLE_INSTRUCTIONS). So the
-kernels are asked, and where they do not tell, tried out. This is the only module that asks.
+The processor's flags do not tell, because an environment variable can hold each library to older
+instructions (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, FBGEMM_ENABLE_INSTRUCTIONS). So this module
+asks the kernels, and tries out those that do not tell. No other module does.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 
 
 def instructions() -> str:
-    """What the kernels use, such as `avx512 vnni bf16 amx`: equal only if they round alike."""
+    """The instructions, such as `avx512 vnni bf16 amx`. Equal ones round alike, others do not."""
     vectors = torch.backends.cpu.get_cpu_capability().lower()
     extensions = {
         "vnni": adds_products_exactly(),
@@ -25,7 +25,7 @@ def instructions() -> str:
 
 @functools.cache
 def computes_in_bfloat16() -> bool:
-    """Whether the CPU has instructions for it; without them it is slower than float32."""
+    """Whether the CPU has bfloat16 instructions; without them it is slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() and has_packed_kernels(torch.bfloat16)  # noqa: SLF001
 
 
@@ -56,6 +56,6 @@ def adds_products_exactly() -> bool:
 
 def _uses_tiles() -> bool:
     """Whether oneDNN multiplies bfloat16 with AMX, whose sums are rounded in another order."""
-    # No function of PyTorch tells the limit that oneDNN was given.
+    # PyTorch has no function for the limit that oneDNN was given.
     allowed = "AMX" in os.environ.get("ONEDNN_MAX_CPU_ISA", "AMX").upper()
     return allowed and computes_in_bfloat16() and torch.cpu._is_amx_tile_supported()  # noqa: SLF001

@@ -1,9 +1,9 @@
 """Decode steps as CUDA graphs: one launch instead of hundreds, at fixed batch sizes.
 
 A step whose sequences each have one token is padded to the next larger size that was recorded.
-Padding rows are sequences of one token in the probe block, which no sequence owns: they write and
-read there alone, and nobody looks at their logits. Whatever changes from step to step is read from
-buffers that stay where they are; the recorded kernels never change.
+A padding row is a sequence of one token in the probe block, which no sequence owns; its logits are
+never read. The recorded kernels read all that changes from step to step from buffers whose
+addresses stay the same.
 """
 
 import atexit
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 PADDING = SequenceSpan(query_length=1, context_length=1, block_table=(PROBE_BLOCK,))
 
 Run = Callable[[], object]
-# Makes of a run something that repeats it: the only part that needs a CUDA device.
+# Turns a run into a function that repeats it. Only this needs a CUDA device.
 Record = Callable[[Run], Run]
 
 
@@ -37,13 +37,13 @@ class FixedBatchAttention(Protocol):
     ) -> dict[int, AttentionBackend]:
         """A backend for decode steps of each of `sizes` sequences, on the same cache.
 
-        Their `attend` reads what `plan` left in buffers that stay where they are. Only one of
-        them may be planned at a time.
+        Their `attend` reads the plan from buffers that all of them share. So only one of them may
+        be planned at a time.
         """
 
 
 def bucket_sizes(max_batch_size: int) -> list[int]:
-    """The batch sizes to record, from the smallest: steps of at most an eighth from 64 on."""
+    """The batch sizes to record, ascending; from 64 on each is at most an eighth larger."""
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, max_batch_size, 32)]
     return [size for size in sizes if size < max_batch_size] + [max_batch_size]
 
@@ -63,10 +63,10 @@ class DecodeGraphs:
     ) -> None:
         """Records all sizes, the largest first, so that the others fit into its memory.
 
-        Every rank must do so at the same time: the all-reduces are part of what is recorded.
+        All ranks must do so at the same time, because all-reduces are part of the recording.
 
         Args:
-            network: this rank's.
+            network: of this rank.
             attention: owns the cache.
             max_batch_size: most sequences of a step.
             context_length: most tokens of a sequence.
@@ -105,8 +105,8 @@ class DecodeGraphs:
             logit_rows: ascending indices of the tokens whose logits are wanted [num_logits].
 
         Returns:
-            Logits [num_logits, vocab] in float32, to be used up on the current stream before the
-            next call writes over them; None when no recorded size serves this step.
+            Logits [num_logits, vocab] in float32, which the next call overwrites: work on the
+            current stream must have read them. None if no recorded size fits this step.
         """
         count = len(spans)
         if count > self._sizes[-1] or any(span.query_length != 1 for span in spans):
@@ -115,7 +115,7 @@ class DecodeGraphs:
         self._attention[size].plan([*spans, *[PADDING] * (size - count)])
         for buffer, values in ((self._tokens, tokens), (self._positions, positions)):
             buffer[:count].copy_(values, non_blocking=True)
-            # What an earlier step left there would do no harm, but equal rows write equal values.
+            # Values of an earlier step would do no harm, but equal rows write equal values.
             buffer[count:size].zero_()
         self._repeat[size]()
         if len(logit_rows) == count:
@@ -144,19 +144,20 @@ class GraphRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # Who replays a graph keeps it. A communicator is only taken down once no graph holds its
-        # kernels: handlers run in reverse order, so these go before the process group does.
+        # The function that replays a graph keeps it alive. NCCL takes a communicator down only if
+        # no graph holds its kernels. Exit handlers run in reverse order, so this one releases the
+        # graphs before the process group ends.
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         atexit.register(_release, self._graphs)
 
     def __call__(self, run: Run) -> Run:
-        # Once outside of the graph: kernels are compiled and loaded, libraries make their handles.
+        # One run outside of the graph compiles and loads kernels and makes libraries' handles.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog asks for events in a thread of its own, which must not end the capture.
+        # NCCL's watchdog queries events in its own thread, which must not end the capture.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
@@ -178,7 +179,7 @@ def record_decode(
     context_length: int,
     device: torch.device,
 ) -> DecodeGraphs | None:
-    """Records the decode steps of this rank; None where device or backend allow none."""
+    """Records the decode steps of this rank; None if device or backend do not allow it."""
     if device.type != "cuda" or not isinstance(attention, FixedBatchAttention):
         return None
     return DecodeGraphs(

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint; every message names the file and the fix."""
+"""The error of a bad checkpoint; its message names the file and the fix."""
 
 from pathlib import Path
 

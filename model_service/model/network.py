@@ -1,11 +1,10 @@
-"""The Llama 2 network on fairscale's tensor-parallel layers, with the arithmetic of Meta's.
+"""The Llama 2 network on fairscale's tensor-parallel layers, with the arithmetic of Meta's code.
 
-It sees one flat batch of tokens from many sequences, without padding and without knowing which
-token belongs to whom: only attention does, and that is the backend's part. Every rank runs the same
-forward on its shard; fairscale's layers do the all-reduces.
+A step is one flat batch of tokens from many sequences, without padding. Only the attention backend
+knows which token belongs to which sequence. Every rank runs the same forward pass on its shard, and
+all-reduces add up the parts.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,21 +23,16 @@ from torch.nn import functional as F
 
 from model_service.model.attention.backend import AttentionBackend
 from model_service.model.config import ModelConfig
-from model_service.model.operations import Operations, make_operations
-from model_service.model.weights.matrices import Pack
-
-# Weights that multiply the same input stand in one matrix, one below the other, and need one pass
-# over it.
-_JOINED = {"wq": "wqkv", "wk": "wqkv", "wv": "wqkv", "w1": "w13", "w3": "w13"}
+from model_service.model.operations import Operations
 
 
 def _uninitialized(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _column_parallel(inputs: int, outputs: int) -> nn.Module:
+def _column_parallel(inputs: int, outputs: int, *, gather_output: bool = False) -> nn.Module:
     layer: nn.Module = ColumnParallelLinear(
-        inputs, outputs, bias=False, gather_output=False, init_method=_uninitialized
+        inputs, outputs, bias=False, gather_output=gather_output, init_method=_uninitialized
     )
     return layer
 
@@ -51,12 +45,12 @@ def _row_parallel(inputs: int, outputs: int) -> nn.Module:
 
 
 def _multiply(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """What a fairscale layer computes of its own; around it they wrap only what training needs."""
+    """The product of a fairscale layer, without the parts that only training needs."""
     return F.linear(x, layer.weight)  # type: ignore[arg-type]  # nn.Module knows no attributes
 
 
 def _sum_over_shards(x: torch.Tensor) -> torch.Tensor:
-    """The whole product of a row-parallel layer, on every rank; in place."""
+    """Adds up, in place, the parts of a row-parallel layer's product on all ranks."""
     group = get_model_parallel_group()
     if group.size() > 1:
         dist.all_reduce(x, group=group)
@@ -64,7 +58,7 @@ def _sum_over_shards(x: torch.Tensor) -> torch.Tensor:
 
 
 class RMSNorm(nn.Module):
-    """The weight of a norm; operations compute it."""
+    """The weight of a norm, which the operations compute."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -74,15 +68,15 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What every layer of a step takes beside its input."""
+    """The arguments of every layer in a step beside its input."""
 
-    rotation: torch.Tensor  # of the operations, for the step's positions
+    rotation: torch.Tensor  # from `Operations.rotation`, for the step's positions
     operations: Operations
     backend: AttentionBackend
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the paged cache; this rank's heads only."""
+    """Grouped-query attention over the paged cache, for this rank's heads."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -128,9 +122,9 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer adds to the residual stream, and the stream up to there.
+        """The block's output, and the residual stream to which it is still to be added.
 
-        The sum is left to the next norm, which reads both anyway.
+        The next norm adds them, because it reads both anyway.
         """
         x, residual = _normed(self.attention_norm, x, residual, step)
         x, residual = _normed(self.ffn_norm, self.attention(x, step), residual, step)
@@ -140,14 +134,14 @@ class TransformerBlock(nn.Module):
 def _normed(
     norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, step: Step
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of the residual stream with x added, and the stream; x alone is its beginning."""
+    """The norm of residual + x, and that sum; without a residual, x begins the stream."""
     if residual is None:
         return step.operations.norm(x, norm.weight, norm.eps), x
     return step.operations.add_norm(x, residual, norm.weight, norm.eps)
 
 
 class Transformer(nn.Module):
-    """One rank's shard of the network; its weights are loaded, never initialized."""
+    """One rank's shard of the network. `load_network` fills in the weights."""
 
     def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
@@ -160,7 +154,7 @@ class Transformer(nn.Module):
             _on_meta(TransformerBlock(config, layer)) for layer in range(config.n_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = _on_meta(_output_layer(config))
+        self.output = _on_meta(_column_parallel(config.dim, config.vocab_size, gather_output=True))
 
     @torch.inference_mode()
     def forward(
@@ -177,10 +171,10 @@ class Transformer(nn.Module):
         Args:
             tokens: token ids [num_tokens], sequence after sequence.
             positions: position of each token in its own sequence [num_tokens].
-            logit_rows: indices into the batch of the tokens whose logits are wanted [num_logits];
-                None: all of them.
-            backend: holds the cache, and the plan of this step.
-            out: where the logits go, instead of into memory of their own.
+            logit_rows: indices into the batch of the tokens whose logits are wanted [num_logits],
+                or None for all.
+            backend: holds the cache and the plan of this step.
+            out: receives the logits, instead of new memory.
 
         Returns:
             Logits [num_logits, vocab] in float32, equal on all ranks.
@@ -199,65 +193,6 @@ class Transformer(nn.Module):
         return logits.float() if out is None else out.copy_(logits)
 
 
-def _output_layer(config: ModelConfig) -> nn.Module:
-    layer: nn.Module = ColumnParallelLinear(
-        config.dim, config.vocab_size, bias=False, init_method=_uninitialized
-    )
-    return layer
-
-
 def _on_meta(module: nn.Module) -> nn.Module:
-    """Gives back the memory of a fresh layer: fairscale allocates it on the default device."""
+    """Frees the memory of a new layer, which fairscale allocates on the default device."""
     return module.to("meta")
-
-
-def load_network(
-    config: ModelConfig,
-    context_length: int,
-    weights: Iterable[tuple[str, torch.Tensor]],
-    *,
-    pack: Pack,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Transformer:
-    """The network with `weights` in place, ready for `forward`.
-
-    Args:
-        config: the network's shape.
-        context_length: most tokens of a sequence.
-        weights: Meta's names and this rank's part of each parameter, in the order of
-            `ModelConfig.parameter_shapes`; taken one by one, so none is held twice.
-        pack: brings the weight of a linear layer into its format.
-        dtype: of everything else.
-        device: where it runs.
-    """
-    network = Transformer(config, make_operations(config, context_length, dtype, device))
-    for name, weight in _join(network, weights):
-        layer = network.get_submodule(name)
-        del layer.weight
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-            layer.weight = pack(weight)
-        else:
-            layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    return network.eval().to(device)
-
-
-def _join(
-    network: Transformer, weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights by the names of this network's layers; a joined one is allocated once."""
-    joined: torch.Tensor | None = None
-    filled = 0
-    for parameter, weight in weights:
-        layer, _, name = parameter.removesuffix(".weight").rpartition(".")
-        if name not in _JOINED:
-            yield f"{layer}.{name}".lstrip("."), weight
-            continue
-        target = f"{layer}.{_JOINED[name]}"
-        if joined is None:
-            joined = weight.new_empty(network.get_parameter(f"{target}.weight").shape)
-        joined[filled : filled + len(weight)] = weight
-        filled += len(weight)
-        if filled == len(joined):
-            yield target, joined
-            joined, filled = None, 0

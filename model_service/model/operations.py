@@ -1,8 +1,8 @@
-"""What stands between the matrix products and attention: norms, rotary embedding, SwiGLU's gate.
+"""The operations between matrix products and attention: norms, rotary embedding, SwiGLU's gate.
 
-`PlainOperations` is Meta's arithmetic in PyTorch and runs everywhere; `FusedOperations` does the
-same in one FlashInfer kernel each, in float32 inside, and writes over its inputs. The network does
-not know which it has.
+`PlainOperations` is Meta's arithmetic in PyTorch and runs everywhere. `FusedOperations` computes
+each in one FlashInfer kernel, in float32 inside, and overwrites its inputs. The network does not
+know which of them it has.
 """
 
 from typing import Protocol
@@ -21,15 +21,15 @@ class Operations(Protocol):
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x + residual, both [tokens, dim], and that sum; may use up both."""
+        """The norm of x + residual, both [tokens, dim], and that sum; may overwrite both."""
 
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        """What `rotate` needs for tokens at these positions [tokens]; once per step."""
+        """The angles that `rotate` needs at these positions [tokens]; called once per step."""
 
     def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of heads [tokens, heads, head_dim], neighbouring features in pairs.
 
-        The first `queries` heads are queries, the others keys. May use up `heads`.
+        The first `queries` heads are queries, the others keys. May overwrite `heads`.
         """
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,10 +39,10 @@ class Operations(Protocol):
 def make_operations(
     config: ModelConfig, context_length: int, dtype: torch.dtype, device: torch.device
 ) -> Operations:
-    """The fastest that compute in `dtype` on `device`, for positions below `context_length`."""
+    """The fastest operations in `dtype` on `device`, for positions below `context_length`."""
     if dtype == torch.float32:
-        # Whoever asks for float32 wants what Meta's code gives: no product may round its factors
-        # to TF32, which keeps 10 bits of 23, wherever in the process that was allowed.
+        # float32 stands for the results of Meta's code. So no product may round its factors to
+        # TF32, which keeps 10 bits of 23, even if other code in this process has allowed it.
         torch.set_float32_matmul_precision("highest")
     rotary = rotary_frequencies(config.head_dim, context_length)
     if can_use_flashinfer(dtype, device, config.head_dim):
@@ -84,7 +84,7 @@ class PlainOperations:
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
         return self._rotary[positions]
 
-    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # the others need it
+    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # FusedOperations needs it
         return apply_rotary(heads, rotation)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,7 @@ class FusedOperations:
         return positions
 
     def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:
-        # Not "neox": that rotates halves of a head, Meta's neighbours.
+        # "neox" would rotate the halves of a head; Meta rotates neighbours.
         self._kernels.apply_rope_with_cos_sin_cache_inplace(
             rotation,
             heads[:, :queries],

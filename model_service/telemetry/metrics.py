@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 
 from model_service.engine.thread import EngineThread
-from model_service.loading.load_replica import ModelInfo
+from model_service.loading.replica import ModelInfo
 
 # By the fields of EngineLoad. A metric is called chasqui_model_ and the field, without "total_".
 _GAUGES = {

@@ -1,5 +1,6 @@
-"""A span for each sequence whose caller sent a trace along: all sequences share one call, so the
-call's own span would tell nothing.
+"""A span for each sequence whose caller sent a traceparent.
+
+All sequences of a gateway share one call, so the call's own span would say nothing about them.
 """
 
 from collections.abc import Hashable
@@ -41,8 +42,8 @@ class SequenceSpans:
         if span.is_recording():
             self._running[key] = _Traced(span, prompt if start.prompt_logprobs else 0)
 
-    def note(self, output: SequenceOutput) -> None:
-        """Takes what a step made for a sequence; its last output ends its span."""
+    def on_output(self, output: SequenceOutput) -> None:
+        """Adds the output of a step to its sequence's span; the last one ends the span."""
         traced = self._running.get(output.request_id) if self._running else None
         if traced is None:
             return

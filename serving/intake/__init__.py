@@ -1,1 +1,1 @@
-"""What every RPC passes: bounds on connections, messages and turns, and the interceptor."""
+"""The way of a call into a service: limits of connections and requests, then the interceptor."""

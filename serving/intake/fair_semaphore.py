@@ -1,8 +1,8 @@
-"""A bound on work of known cost that runs at once, with fair turns between callers beyond it.
+"""A semaphore for work of known cost, which callers who wait for it share fairly.
 
 Start-time fair queueing (Goyal, Vin and Cheng, 1996): each piece of work starts, in virtual time,
 where its caller's last one ended, and the earliest start goes first. A caller that was idle starts
-at the present, so it keeps no credit. The cost is known in advance here;
+at the current virtual time, so it keeps no credit. The cost must be known in advance;
 `gateway.admission.fair_queue` is for generations, whose cost is only known at their end.
 """
 
@@ -14,28 +14,28 @@ from contextlib import asynccontextmanager
 
 
 class FairSemaphore:
-    """Turns for work of at most `capacity` together, or for one larger piece alone.
+    """Admits work that costs at most `capacity` together, or one larger piece alone.
 
-    Belongs to one event loop.
+    Not thread-safe: belongs to one event loop.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._running = 0
-        self._now = 0.0  # virtual time: the start of the last turn that was granted
-        self._ends: dict[str, float] = {}  # of each caller's last piece of work
+        self._now = 0.0  # virtual time: the start of the last work admitted
+        self._ends: dict[str, float] = {}  # by caller: where its last piece of work ends
         self._order = itertools.count()
         self._waiting: list[tuple[float, int, int, asyncio.Future[None]]] = []  # a heap
-        self._cancelled = 0  # entries of the heap that were given up
+        self._cancelled = 0  # entries of the heap
 
     @property
     def running(self) -> int:
-        """The cost of what runs now."""
+        """The cost of the work that runs now."""
         return self._running
 
     @asynccontextmanager
     async def acquire(self, caller: str, cost: int, weight: float = 1.0) -> AsyncIterator[None]:
-        """Waits for a turn, and holds it while the context lasts."""
+        """Waits until the work may run, and counts its cost until the end of the block."""
         start = max(self._now, self._ends.get(caller, 0.0))
         self._ends[caller] = start + cost / weight
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -50,11 +50,11 @@ class FairSemaphore:
             else:
                 granted.cancel()
                 self._cancelled += 1
-                self._sweep()
+                self._drop_cancelled()
             self._grant()
 
-    def _sweep(self) -> None:
-        """Keeps given-up entries from piling up behind long work."""
+    def _drop_cancelled(self) -> None:
+        """Keeps cancelled entries from accumulating while long work runs."""
         if 2 * self._cancelled > len(self._waiting):
             self._waiting = [each for each in self._waiting if not each[3].cancelled()]
             heapq.heapify(self._waiting)
@@ -67,7 +67,7 @@ class FairSemaphore:
                 self._cancelled -= 1
             else:
                 if self._running and self._running + cost > self._capacity:
-                    return  # smaller work does not pass it, or it might wait for ever
+                    return  # smaller work must not overtake it, or it might never run
                 self._now = start
                 self._running += cost
                 granted.set_result(None)

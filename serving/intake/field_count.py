@@ -1,9 +1,10 @@
-"""How much a serialized message holds, told before it is parsed.
+"""Counts the fields of a serialized message before it is parsed.
 
-Parsing costs by the field and not by the byte: 4 MiB of empty messages take 60 MB of memory and a
-tenth of a second of the event loop, 4 MiB of one text next to nothing. So the fields of a large
-message are counted first, in steps between which others run, up to the number that is allowed. A
-number in a packed list costs much less and counts as the eighth part of a field.
+The cost of parsing depends on the number of fields, not of bytes: 4 MiB of empty messages take
+60 MB of memory and a tenth of a second of the event loop, 4 MiB of one text next to nothing. The
+fields of a large message are therefore counted first, up to the allowed number, and the event loop
+runs other tasks meanwhile. A number in a packed list costs much less: eight of them count as one
+field.
 """
 
 import functools
@@ -15,24 +16,27 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from serving.intake.time_slice import TimeSlice
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types that have a value
-_GROUP = (3, 4)  # the wire types of a group's begin and end
-_CONTINUES = bytes(range(128, 256))  # bytes of a varint that are not its last
+# Wire types, the lowest three bits of a tag.
+_VARINT, _LENGTH_DELIMITED = 0, 2
+_FIXED_SIZE = {1: 8, 5: 4}
+_GROUP = (3, 4)  # start and end
+
+_MAX_VARINT_BYTES = 10
+_NOT_LAST = bytes(range(128, 256))  # the bytes of a varint that another one follows
 _NUMBERS_PER_FIELD = 8
-# Fields from one look at the clock to the next.
-_STRIDE = 2048
+_FIELDS_PER_CHECK = 2048  # fields from one look at the clock to the next
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The fields of a message type that hold others, by their tags."""
+    """The fields of a message type that contain others, by their tags."""
 
     messages: Mapping[int, "_Layout"]
     packed: frozenset[int]  # lists of numbers
 
 
 async def has_more_fields_than(limit: int, serialized: bytes, descriptor: Descriptor) -> bool:
-    """Whether a message of this type has more fields than `limit`."""
+    """Whether a message of this type has more than `limit` fields, nested ones included."""
     if len(serialized) <= limit:
         return False
     time_slice = TimeSlice()
@@ -44,82 +48,73 @@ async def has_more_fields_than(limit: int, serialized: bytes, descriptor: Descri
 
 
 def _counts(data: bytes, layout: _Layout) -> Iterator[int]:
-    """The fields up to here, again and again, and in the end those of the whole message.
+    """Yields the number of fields so far: every `_FIELDS_PER_CHECK` fields, and at the end.
 
-    Ends where the message is malformed: whoever parses it will say so.
+    Stops early if the message is malformed, because the parser will report that.
     """
-    count, position, next_look = 0, 0, _STRIDE
-    ends = [(len(data), layout)]
+    count, position, next_check = 0, 0, _FIELDS_PER_CHECK
+    open_messages = [(len(data), layout)]  # each with its end
     try:
-        while ends:
-            end, layout = ends[-1]
+        while open_messages:
+            end, layout = open_messages[-1]
             if position >= end:
-                ends.pop()
+                open_messages.pop()
                 continue
-            tag = data[position]
-            position += 1
-            if tag >= 128:
-                tag, position = _varint(data, position - 1)
-            kind = tag & 7
+            tag, position = _varint(data, position)
+            wire_type = tag & 7
             count += 1
-            if kind in _GROUP:
-                # The parser reads no fields in it, and no message of ours has one.
-                yield sys.maxsize
-                return
-            if kind == _BYTES:
-                size = data[position]
-                position += 1
-                if size >= 128:
-                    size, position = _varint(data, position - 1)
-                if tag in layout.messages and size:
-                    ends.append((min(position + size, end), layout.messages[tag]))
+            if wire_type == _LENGTH_DELIMITED:
+                size, position = _varint(data, position)
+                if size and tag in layout.messages:
+                    open_messages.append((min(position + size, end), layout.messages[tag]))
                 else:
                     if tag in layout.packed:
-                        numbers = data[position : position + size].translate(None, _CONTINUES)
+                        numbers = data[position : position + size].translate(None, _NOT_LAST)
                         count += len(numbers) // _NUMBERS_PER_FIELD
                     position += size
+            elif wire_type == _VARINT:
+                _, position = _varint(data, position)
+            elif wire_type in _GROUP:
+                # The contract has no groups. The parser skips one as a whole, but what is in it
+                # would be counted here as fields, so no count would be right.
+                yield sys.maxsize
+                return
             else:
-                position = _behind_number(data, position, kind)
-            if count >= next_look:
-                next_look = count + _STRIDE
+                position += _FIXED_SIZE[wire_type]
+            if count >= next_check:
+                next_check = count + _FIELDS_PER_CHECK
                 yield count
-    except IndexError:
+    except LookupError:  # the data end within a field, a varint is too long, or no such wire type
         return
     yield count
 
 
-def _behind_number(data: bytes, position: int, kind: int) -> int:
-    if kind == _VARINT:
-        return _varint(data, position)[1]
-    return position + {_FIXED32: 4, _FIXED64: 8}.get(kind, 0)
-
-
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """The number that begins there, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        shift += 7
+    """The number at `position`, and the position after it."""
+    value = data[position]
+    if value < 128:
+        return value, position + 1
+    value &= 127
+    for index in range(1, _MAX_VARINT_BYTES):
+        byte = data[position + index]
+        value |= (byte & 127) << 7 * index
         if byte < 128:
-            return value, position
-        if shift > 63:
-            raise IndexError
+            return value, position + index + 1
+    raise LookupError("a varint of more than 10 bytes")
 
 
 @functools.cache
 def _layout(descriptor: Descriptor) -> _Layout:
-    """Of a message type, none of which holds itself."""
+    """The layout of a message type; no type of the contract contains itself."""
     fields = descriptor.fields
     return _Layout(
         messages={
-            field.number << 3 | _BYTES: _layout(field.message_type)
+            field.number << 3 | _LENGTH_DELIMITED: _layout(field.message_type)
             for field in fields
             if field.message_type is not None
         },
         packed=frozenset(
-            field.number << 3 | _BYTES
+            field.number << 3 | _LENGTH_DELIMITED
             for field in fields
             if field.is_repeated and field.cpp_type == FieldDescriptor.CPPTYPE_UINT32
         ),

@@ -1,11 +1,10 @@
-"""What every call of every service passes through: who calls, request id, errors to statuses, one
-log line, metrics and trace.
+"""The interceptor around every call: caller, request id, errors to statuses, log, metrics, trace.
 
-gRPC calls `intercept_service` before it reads the request; the work is in the handler that it
-puts in the place of the service's own. That one is always a coroutine, also where the service's is
-an async generator, so that a cancelled stream closes its generator at once, and not only when it is
-garbage-collected. It always takes a stream of requests, because gRPC calls such a handler before
-the first has arrived: a stranger is refused at once, and nobody holds a call without a request.
+gRPC calls `intercept_service` before it reads the request; it returns a handler that wraps the
+service's own. That handler is always a coroutine, also if the service's is an async generator, so
+that a cancelled stream closes its generator at once and not only when it is garbage-collected. It
+always takes a stream of requests, because gRPC calls such a handler before the first one arrives: a
+caller without a key is refused at once, and a request that does not arrive can time out.
 """
 
 import asyncio
@@ -21,7 +20,7 @@ import grpc
 import structlog
 
 from serving.errors import RequestError, clear_frames, to_status
-from serving.intake.receive_budget import Take
+from serving.intake.receive_budget import Reserve
 from serving.intake.receiver import Parse, Receiver, checked
 from serving.security import caller
 from serving.telemetry import request_id, tracing
@@ -33,31 +32,31 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _log = structlog.stdlib.get_logger(__name__)
 
-# Where gRPC's libraries look for a google.rpc.Status.
+# The metadata in which gRPC's libraries expect a google.rpc.Status.
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
-# From which gRPC's own retries take how many milliseconds to wait: "gRPC Retry Design", A6.
+# Milliseconds that gRPC's own retries wait: "gRPC Retry Design", A6.
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
-# Asked for every few seconds by orchestrators and gateways; logged at debug level only.
+# Called every few seconds by orchestrators and gateways; logged at debug level only.
 _INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.", "/llama.v1.ModelService/GetLoad")
 
-# How a caller without a key, or without the permission, is refused.
+# The statuses for a caller without a key or permission.
 _REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
-# As go-grpc-prometheus calls the kinds.
+# The names of go-grpc-prometheus.
 _KINDS = {
     (False, False): "unary",
     (False, True): "server_stream",
     (True, False): "client_stream",
     (True, True): "bidi_stream",
 }
-# Calls that end before their request has arrived: one log line stands for all within this time.
+# Calls that end before their request arrives: at most one log line in this time.
 _EARLY_END_LOG_SECONDS = 10.0
-# What a refusal may wait for a caller that does not read; gRPC then keeps it without us.
+# The wait for a caller that does not read its refusal; after it gRPC alone keeps the refusal.
 _ABORT_SECONDS = 5.0
 
-# Who makes this call, given its method and metadata; raises RequestError where it may not.
+# Returns the caller, given method and metadata; raises RequestError if the call is not allowed.
 Authorize = Callable[[str, Iterable[tuple[str, str | bytes]]], caller.Caller]
 
 
@@ -66,15 +65,15 @@ class _Call:
     method: str
     id: str
     metrics: MethodMetrics
-    early_ends: RateLimitedLog | None  # None where an early end is normal
-    # Whether its caller may make it and its first request is here. Only such a call has a log line
-    # of its own: to begin calls and to reset them costs a client next to nothing, and needs no key.
+    early_ends: RateLimitedLog | None  # None if an early end is normal
+    # True once the caller is authorized and the first request has arrived. Only such a call has a
+    # log line of its own, because beginning and resetting calls costs a client little and no key.
     accepted: bool = field(default=False, init=False)
 
 
 @dataclass(frozen=True, slots=True)
 class _Requests:
-    """A call's stream of requests; the first makes it an accepted one."""
+    """A call's stream of requests; the first one marks the call as accepted."""
 
     requests: AsyncIterator[object]
     call: _Call
@@ -110,9 +109,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metadata = handler_call_details.invocation_metadata
         call_id = request_id.from_metadata(metadata)
         metrics = self._metrics.method(method, _KINDS[streams])
-        # A session that ends before its first request is nothing to warn of.
+        # A session may end before its first request; that needs no warning.
         call = _Call(method, call_id, metrics, None if streams[0] else self._early_ends)
-        # A stream of requests is a session: what comes over it has traces of its own.
+        # A stream of requests is a session, and its requests have traces of their own.
         traced = not (handler.request_streaming or method.startswith(_INFRASTRUCTURE))
         parse = cast("Parse", handler.request_deserializer)
 
@@ -124,18 +123,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 async with _answering(call, context):
                     if self._authorize is not None:
                         caller.identify(self._authorize(method, metadata))
-                    if traced:  # a stranger's traceparent would add to others' traces
+                    if traced:  # after authorization: a traceparent can add to others' traces
                         during_call.enter_context(tracing.call(method, metadata))
                     if handler.request_streaming:
                         return await _call(handler, _Requests(requests, call), context)
-                    take = during_call.enter_context(self._receiver.holding())
-                    # Not in a variable: this frame outlives the call in the traceback of an error.
+                    reserve = during_call.enter_context(self._receiver.reservation())
+                    # Not in a variable: in an error's traceback this frame outlives the call.
                     return await _call(
-                        handler, await self._received(call, parse, context, take), context
+                        handler, await self._received(call, parse, context, reserve), context
                     )
 
-        # A request that does not parse must fail inside of `respond`. A single one arrives there as
-        # bytes; of a stream, each is parsed while the service reads.
+        # A malformed request must fail within `respond`. A single one arrives there as bytes; those
+        # of a stream are parsed while the service reads.
         factory = (
             grpc.stream_stream_rpc_method_handler
             if handler.response_streaming
@@ -147,19 +146,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    async def _received(self, call: _Call, parse: Parse, context: Context, take: Take) -> object:
+    async def _received(
+        self, call: _Call, parse: Parse, context: Context, reserve: Reserve
+    ) -> object:
         serialized = await self._receiver.read(context)
         call.accepted = True
-        return await self._receiver.parse(serialized, parse, take)
+        return await self._receiver.parse(serialized, parse, reserve)
 
 
 async def _call(handler: Handler, request: object, context: Context) -> object:
     behavior = (
         handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     )
-    # The types of grpcio know only the handlers of its synchronous servers.
+    # The types of grpcio have only the handlers of its synchronous servers.
     result = cast("Callable[[object, Context], Any]", behavior)(request, context)
-    # A service need not hold its request until its answer ends, so this frame does not either.
+    # A service may drop its request before its answer ends, so this frame must not keep it.
     del request
     if not inspect.isasyncgen(result):
         return await result
@@ -171,7 +172,7 @@ async def _call(handler: Handler, request: object, context: Context) -> object:
 
 @contextlib.asynccontextmanager
 async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
-    """Around the service's own work: ids out first, then errors to statuses, and the log line."""
+    """Around the service's own code: sends the ids, turns errors to statuses, logs the end."""
     started = time.monotonic()
     call.metrics.begin()
     identity = ((request_id.METADATA_KEY, call.id),)
@@ -186,7 +187,7 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         expired = context.time_remaining() == 0
         code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
         raise
-    except grpc.aio.BaseError as error:  # gRPC's own: the service called abort, the client is gone
+    except grpc.aio.BaseError as error:  # the service called abort, or the client is gone
         clear_frames(error)
         code = _code_set_on(context) or grpc.StatusCode.CANCELLED
         raise
@@ -209,7 +210,7 @@ async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
         infrastructure = call.method.startswith(_INFRASTRUCTURE)
         log = _log.info if call.accepted and not infrastructure else _log.debug
         log("call finished", method=call.method, code=code.name, seconds=round(seconds, 6))
-        # Refusals are logged where they are decided.
+        # `authorize` logs its refusals itself.
         if call.early_ends and not (call.accepted or infrastructure or code in _REFUSED):
             event = "calls end before their request arrives"
             call.early_ends.warn(_log, event, method=call.method, code=code.name)
@@ -221,7 +222,7 @@ async def _abort(
     message: str,
     trailing_metadata: tuple[tuple[str, str | bytes], ...],
 ) -> None:
-    """Ends the call by raising, as gRPC's own does, but waits only so long for it to be read."""
+    """Ends the call by raising, like gRPC's own, but does not wait for ever until it is read."""
     try:
         async with asyncio.timeout(_ABORT_SECONDS):
             await context.abort(code, message, trailing_metadata)
@@ -236,4 +237,4 @@ def _pushback(error: RequestError) -> tuple[tuple[str, str], ...]:
 
 
 def _code_set_on(context: Context) -> grpc.StatusCode | None:
-    return cast("grpc.StatusCode | None", context.code())  # None where nobody set one
+    return cast("grpc.StatusCode | None", context.code())  # None if the service has set none

@@ -1,4 +1,4 @@
-"""A bound on the bytes of large requests that a server holds at once, shared by callers."""
+"""A limit on the bytes of the large requests that a server holds, shared fairly by callers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -6,33 +6,33 @@ from contextlib import contextmanager
 
 from serving.errors import resource_exhausted
 
-# Of all callers together, as serialized.
+# Serialized bytes of all callers together.
 MAX_BYTES = 64 * 1024 * 1024
 
-Take = Callable[[int], None]
+Reserve = Callable[[int], None]
 
 
 class ReceiveBudget:
-    """Bytes by caller. Lives on the event loop.
+    """The reserved bytes of each caller. Not thread-safe: belongs to the event loop.
 
-    A caller may hold the bound divided by the number of callers that hold anything, itself
-    included, so none can keep another out. One request may always be held, however large it is.
+    A caller's share is MAX_BYTES divided by the number of callers with a reservation, itself
+    included, so no caller can keep another out. A caller's only request always fits.
     """
 
     def __init__(self) -> None:
         self._by_caller: Counter[str] = Counter()
 
     @contextmanager
-    def holding(self, caller: str) -> Iterator[Take]:
-        """A function that takes a number of bytes for the caller, until the block ends.
+    def reservation(self, caller: str) -> Iterator[Reserve]:
+        """A function that reserves bytes for the caller until the end of the block.
 
         Raises:
             RequestError: RESOURCE_EXHAUSTED, by that function, beyond the caller's share.
         """
-        taken = 0
+        reserved = 0
 
-        def take(size: int) -> None:
-            nonlocal taken
+        def reserve(size: int) -> None:
+            nonlocal reserved
             held = self._by_caller[caller]
             share = MAX_BYTES // len(self._by_caller.keys() | {caller})
             if held and held + size > share:
@@ -42,11 +42,11 @@ class ReceiveBudget:
                 )
                 raise resource_exhausted(message, "bytes of requests")
             self._by_caller[caller] += size
-            taken += size
+            reserved += size
 
         try:
-            yield take
+            yield reserve
         finally:
-            self._by_caller[caller] -= taken
+            self._by_caller[caller] -= reserved
             if not self._by_caller[caller]:
                 del self._by_caller[caller]

@@ -1,8 +1,8 @@
-"""From a call to its request: in time, and so that no request keeps the event loop from all others.
+"""Reads and parses requests, so that no client can block the event loop or fill the memory.
 
-A large one counts against its caller's bytes until its call ends. It has its fields counted before
-it is parsed, is parsed while no other large one is, and then leaves as much time for everything
-else as that took.
+A request must arrive in time. A large one counts against its caller's budget of bytes until its
+call ends, and its fields are counted before it is parsed. Only one large request is parsed at a
+time, and the event loop then has as much time for other tasks as that took.
 """
 
 import asyncio
@@ -17,43 +17,44 @@ from google.protobuf.message import DecodeError
 from serving.errors import RequestError, resource_exhausted
 from serving.intake.fair_semaphore import FairSemaphore
 from serving.intake.field_count import has_more_fields_than
-from serving.intake.receive_budget import ReceiveBudget, Take
+from serving.intake.receive_budget import ReceiveBudget, Reserve
 from serving.security import caller
 from serving.settings import ServerSettings
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Parse: TypeAlias = Callable[[bytes], object]
 
-# Bytes that are parsed within a millisecond, whatever they hold.
+# A message of this many bytes is parsed within a millisecond, whatever its fields.
 _SMALL = 32 * 1024
-# Calls whose request has not arrived yet, of a server in all; each takes some 30 KB.
+# Calls of a server whose request has not arrived yet; each takes some 30 KB.
 MAX_AWAITED_REQUESTS = 8192
 
 
 class Receiver:
-    """Takes the single requests of a server's calls."""
+    """Receives the requests of a server's calls that have one request each."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._timeout = settings.receive_timeout
         self._max_fields = settings.max_request_fields
-        self._large = FairSemaphore(capacity=1)
-        self._held = ReceiveBudget()
-        # By caller, each in order of arrival.
+        self._parsing = FairSemaphore(capacity=1)
+        self._budget = ReceiveBudget()
+        # The timeouts of those calls by caller, in order of arrival.
         self._awaited: dict[str, dict[asyncio.Timeout, None]] = {}
 
-    def holding(self) -> AbstractContextManager[Take]:
-        """For as long as the current caller's call lasts; what it yields is for `parse`."""
-        return self._held.holding(caller.current().name)
+    def reservation(self) -> AbstractContextManager[Reserve]:
+        """Frees the current caller's bytes when its call ends; yields the argument of `parse`."""
+        return self._budget.reservation(caller.current().name)
 
     async def read(self, context: Context) -> bytes:
-        """The call's request, as it arrived.
+        """The serialized request of a call.
 
-        When too many calls wait for theirs, the caller with the most loses the one that has waited
-        for longest: most requests arrive with their call, so late ones cannot keep others out.
+        If too many calls wait for their requests, the caller with the most of them loses the one
+        that has waited longest: most requests arrive with their call, so late ones cannot keep
+        other callers out.
         """
         name = caller.current().name
         if sum(map(len, self._awaited.values())) >= MAX_AWAITED_REQUESTS:
-            self._give_up_longest()
+            self._expire_longest()
         limit = asyncio.timeout(self._timeout)
         awaited = self._awaited.setdefault(name, {})
         awaited[limit] = None
@@ -74,12 +75,12 @@ class Receiver:
             raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
         return cast("bytes", request)
 
-    async def parse(self, serialized: bytes, parse: Parse, take: Take) -> object:
-        """The request as a message."""
+    async def parse(self, serialized: bytes, parse: Parse, reserve: Reserve) -> object:
+        """The request as a message; `reserve` comes from `reservation`."""
         if len(serialized) <= _SMALL:
             return checked(parse)(serialized)
-        take(len(serialized))
-        async with self._large.acquire(caller.current().name, len(serialized)):
+        reserve(len(serialized))
+        async with self._parsing.acquire(caller.current().name, len(serialized)):
             began = time.monotonic()
             try:
                 await self._require_few_fields(serialized, parse)
@@ -87,7 +88,7 @@ class Receiver:
             finally:
                 await asyncio.sleep(time.monotonic() - began)
 
-    def _give_up_longest(self) -> None:
+    def _expire_longest(self) -> None:
         most = max(self._awaited.values(), key=len)
         longest = next(iter(most))
         del most[longest]
@@ -95,7 +96,7 @@ class Receiver:
             longest.reschedule(asyncio.get_running_loop().time())
 
     async def _require_few_fields(self, serialized: bytes, parse: Parse) -> None:
-        # A generated message's own `FromString`.
+        # `parse` is the method FromString of a generated message class.
         descriptor = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
         if descriptor is None:
             return
@@ -105,7 +106,7 @@ class Receiver:
 
 
 def checked(deserialize: Parse) -> Parse:
-    """The deserializer, with a fault of the request's bytes reported as the caller's fault."""
+    """The deserializer, but a malformed message becomes INVALID_ARGUMENT."""
 
     def parse(serialized: bytes) -> object:
         try:

@@ -1,20 +1,20 @@
-"""Lets the event loop go on during work that takes long in one piece."""
+"""Yields to the event loop during long work that does not wait for anything."""
 
 import asyncio
 import time
 
-# Seconds: little beside the gap between two tokens of a stream.
-_STEP = 0.004
+# Short compared with the gap between two tokens of a stream.
+_SECONDS = 0.004
 
 
 class TimeSlice:
-    """Counts the time of one piece of work that asks for `breathe` between its steps."""
+    """The time that one piece of work has run since the event loop last ran other tasks."""
 
     def __init__(self) -> None:
-        self._since = time.monotonic()
+        self._began = time.monotonic()
 
     async def yield_if_over(self) -> None:
-        """Others run now, if this work has gone on for a step without them."""
-        if time.monotonic() - self._since > _STEP:
+        """Lets other tasks run if this work has used up its slice; call between its steps."""
+        if time.monotonic() - self._began > _SECONDS:
             await asyncio.sleep(0)
-            self._since = time.monotonic()
+            self._began = time.monotonic()

@@ -1,1 +1,1 @@
-"""Who calls: TLS and API keys."""
+"""TLS and API keys: certificates, and the identity of a caller."""

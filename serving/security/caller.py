@@ -1,7 +1,7 @@
-"""Who makes the call that a task serves: one of the configured keys, or nobody in particular.
+"""The caller of the call that a task serves: the owner of a configured key, or anonymous.
 
-It lives in a context variable, set once per call before the service's own code runs, so that limits
-and logs can ask for it wherever they are.
+It is a context variable, set once per call before the service's own code runs, so that limits and
+logs can read it anywhere.
 """
 
 from contextvars import ContextVar
@@ -13,25 +13,25 @@ Permission = Literal["generate", "operate"]
 
 @dataclass(frozen=True, slots=True)
 class CallerLimits:
-    """What one key may have of a gateway; None is without a bound of its own."""
+    """A key's limits in a gateway; None is no limit beyond the gateway's own."""
 
-    max_sequences: int | None = None  # generations that run or wait at once
-    max_tokens: int | None = None  # prompt and answer tokens of those together
+    max_sequences: int | None = None  # running and queued generations
+    max_tokens: int | None = None  # their prompt and answer tokens together
     max_priority: int = 0
-    weight: float = 1.0  # its share where keys compete, relative to the others'
+    weight: float = 1.0  # its share if keys compete, relative to the others'
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A key's owner. `name` is what logs and metrics may show; the key itself is nowhere."""
+    """A key's owner. Logs and metrics show its `name`; the key itself is not kept."""
 
     name: str
     permissions: frozenset[Permission]
     limits: CallerLimits = field(default_factory=CallerLimits)
-    cache_scope: str = ""  # whose prompts it shares cached beginnings with
+    cache_scope: str = ""  # callers of the same scope share cached prefixes
 
 
-# Where no keys are configured, everybody is this one caller, and may do everything.
+# All callers if no keys are configured; it may do everything.
 ANONYMOUS = Caller("", frozenset({"generate", "operate"}), CallerLimits(max_priority=100))
 
 _current: ContextVar[Caller] = ContextVar("caller", default=ANONYMOUS)
@@ -43,5 +43,5 @@ def current() -> Caller:
 
 
 def identify(caller: Caller) -> None:
-    """Sets the caller for the rest of this task, and for what it starts."""
+    """Sets the caller for the rest of this task and for the tasks that it starts."""
     _current.set(caller)

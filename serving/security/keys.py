@@ -1,7 +1,8 @@
-"""API keys: who may call what, from a TOML file that holds only the keys' digests.
+"""API keys and their permissions, from a TOML file that contains only the keys' digests.
 
-The file is looked at again while calls come, at most once a second; a broken new one is logged and
-the keys in use stay. A key is 256 random bits, so that a plain digest of it cannot be guessed from.
+The file is checked for changes while calls arrive, at most once a second. If a changed file is
+faulty, that is logged and the keys in use stay. A key is 256 random bits, so it cannot be guessed
+from a plain digest.
 """
 
 import hashlib
@@ -24,13 +25,13 @@ from serving.telemetry.rate_limited_log import RateLimitedLog
 METADATA_KEY = "authorization"
 SCHEME = "Bearer "
 CHECK_SECONDS = 1.0
-# Refusals come as fast as a stranger sends them; the log tells of them no faster than this.
+# A client without a key causes refusals at any rate; they are logged at most this often.
 LOG_SECONDS = 10.0
 
 NAME = r"^[A-Za-z0-9._-]{1,64}$"
 
 _PUBLIC = ("/grpc.health.v1.Health/",)
-# What needs no more than any key.
+# Methods that every key may call.
 _ANY_KEY = ("/grpc.reflection.",)
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -73,7 +74,7 @@ class _File(BaseModel):
 
 
 class KeyRing:
-    """The keys of a file, as it is now. `needs` tells the permission for a service's methods.
+    """The current keys of a file. `needs` has the permission for each service's methods.
 
     Raises:
         StartError: the file cannot be read, or breaks a rule.
@@ -91,11 +92,11 @@ class KeyRing:
             raise StartError(str(error)) from error
 
     def authorize(self, method: str, metadata: Metadata) -> Caller:
-        """Who calls `method`, given the call's metadata.
+        """The caller of `method`, given the call's metadata.
 
         Raises:
-            RequestError: UNAUTHENTICATED without a known key, PERMISSION_DENIED where the key
-                lacks the permission.
+            RequestError: UNAUTHENTICATED without a known key, PERMISSION_DENIED if the key lacks
+                the permission.
         """
         if method.startswith(_PUBLIC):
             return ANONYMOUS
@@ -116,7 +117,7 @@ class KeyRing:
             raise RequestError(grpc.StatusCode.UNAUTHENTICATED, f"this service {rule}")
         digest = key_digest(sent[len(SCHEME) :].strip())
         found = None
-        # All are compared, each in constant time: how long it takes tells nothing.
+        # All are compared, each in constant time, so that the duration reveals nothing.
         for known, caller in self._callers.items():
             if hmac.compare_digest(known, digest):
                 found = caller
@@ -149,18 +150,18 @@ class KeyRing:
 
 
 def key_digest(key: str) -> str:
-    """What the file holds in the key's place."""
+    """The digest by which the file names a key."""
     return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Caller]:
-    """Callers by their keys' digests; ValueError, with the name of the file, where it is wrong."""
+    """Callers by their keys' digests; ValueError with the file's name if the file is faulty."""
     try:
         content = _File.model_validate(tomllib.loads(path.read_text("utf-8")))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        # Not the values: what stands in the wrong place may be a key.
+        # Without the values, because a misplaced one may be a key.
         problems = (
             f"{'.'.join(map(str, each['loc']))}: {each['msg']}".lstrip(": ")
             for each in error.errors(include_input=False, include_url=False)

@@ -1,8 +1,8 @@
-"""Certificates of servers and callers, read from PEM files, and again when the files change.
+"""Certificates of servers and clients, read from PEM files, and again when the files change.
 
-A server looks at its files at every new connection, a caller whenever it makes a channel. A
-changed set of files is used only if it fits together: a half-written or mismatched one is logged,
-and the certificates in use stay.
+A server checks its files at every new connection, a client whenever it makes a channel. Changed
+files are used only if certificate and key match: if they are incomplete or do not match, that is
+logged and the certificates in use stay.
 """
 
 import copy
@@ -24,7 +24,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """PEM files. `cert` is a chain, its own certificate first; `ca` is whom to trust."""
+    """PEM files. `cert` is a chain, its own certificate first; `ca` has the trusted ones."""
 
     cert: Path | None
     key: Path | None
@@ -36,7 +36,7 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True)
 class _Pem:
-    """What is in the files."""
+    """The contents of the files."""
 
     cert: bytes | None
     key: bytes | None
@@ -44,10 +44,10 @@ class _Pem:
 
 
 class ServerCertificates:
-    """What a server shows; with `ca`, callers must show a certificate signed by one of those.
+    """A server's certificate. With `ca`, clients need a certificate that one of those signed.
 
     Raises:
-        StartError: a file cannot be read, or is not what it should be.
+        StartError: a file cannot be read, or is not of the right kind.
     """
 
     def __init__(self, files: TlsFiles) -> None:
@@ -67,19 +67,19 @@ class ServerCertificates:
 
 
 class UpstreamCertificates:
-    """What a caller trusts and, where a server asks for it, shows.
+    """The certificates that a client trusts, and its own for servers that ask for one.
 
     Raises:
-        StartError: a file cannot be read, or is not what it should be.
+        StartError: a file cannot be read, or is not of the right kind.
     """
 
     def __init__(self, files: TlsFiles, name: str | None = None) -> None:
         self._files = _CurrentPem(files)
-        # The name that certificates must have, in place of the address that is connected to.
+        # The name that a server's certificate must have, instead of the connected address.
         self.options = () if name is None else (("grpc.ssl_target_name_override", name),)
 
     def expecting(self, name: str | None) -> "UpstreamCertificates":
-        """The same for a server found under a name, which its certificate must have then."""
+        """The same for a server that was found by its name: its certificate must have that name."""
         if name is None or self.options:
             return self
         expecting = copy.copy(self)
@@ -87,14 +87,14 @@ class UpstreamCertificates:
         return expecting
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Of the files as they are now."""
+        """Credentials from the current files."""
         self._files.refresh()
         pem = self._files.pem
         return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
 
 
 class _CurrentPem:
-    """The last contents of the files that fitted together."""
+    """The last valid contents of the files."""
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
@@ -106,7 +106,7 @@ class _CurrentPem:
             raise StartError(str(error)) from error
 
     def refresh(self) -> bool:
-        """Reads the files if they changed since the last look; True if `pem` is new."""
+        """Reads the files if they have changed since the last check; True if `pem` is new."""
         with self._lock:
             if not self._watched.changed():
                 return False
@@ -125,29 +125,29 @@ def _configuration(pem: _Pem) -> grpc.ServerCertificateConfiguration:
 
 
 def _read(files: TlsFiles) -> _Pem:
-    """ValueError, with the name of the file, unless gRPC could use them."""
-    with _blaming(files.cert, files.key):
+    """The contents; ValueError with the file's name if gRPC could not use them."""
+    with _errors_naming(files.cert, files.key):
         if files.cert and files.key:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            # Without a password of its own, OpenSSL would ask for one on the terminal.
+            # Without this, OpenSSL would ask for a password on the terminal.
             context.load_cert_chain(files.cert, files.key, password=_no_password)
-    with _blaming(files.ca):
+    with _errors_naming(files.ca):
         if files.ca:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(files.ca)
     contents = []
     for path in files:
-        with _blaming(path):
+        with _errors_naming(path):
             contents.append(path.read_bytes() if path else None)
     return _Pem(*contents)
 
 
 @contextmanager
-def _blaming(*paths: Path | None) -> Iterator[None]:
+def _errors_naming(*paths: Path | None) -> Iterator[None]:
     names = " and ".join(str(path) for path in paths if path)
     try:
         yield
     except ssl.SSLError as error:
-        # Plain numbers of OpenSSL's where it has no words.
+        # OpenSSL has no reason for some errors, only numbers.
         reason = (error.reason or "no PEM file of the right kind").replace("_", " ").lower()
         raise ValueError(f"{names}: not usable as certificate or key: {reason}") from error
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Files that are used again when they change.
+"""Detects changes of files by their contents.
 
-Their contents are compared, not their time stamps: an editor, `cp -p` or rsync can put another
-content under an old time. The files are small, and each look costs some 20 µs a file.
+Time stamps are not enough: an editor, `cp -p` or rsync can change a file and keep its old time. The
+files are small: a check takes some 20 µs a file.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ class WatchedFiles:
         self._seen = self._contents()
 
     def changed(self) -> bool:
-        """Whether a content differs from what it was at the last look, or at the start."""
+        """Whether any content has changed since the last check, or since the start."""
         contents = self._contents()
         if contents == self._seen:
             return False

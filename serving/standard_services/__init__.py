@@ -1,1 +1,1 @@
-"""Health and reflection, as gRPC defines them."""
+"""The services that gRPC defines for every server: health and reflection."""

@@ -1,9 +1,8 @@
-"""grpc.health.v1 for one service: a single state under all of its names, and one name more, which
-is SERVING as long as anybody answers.
+"""grpc.health.v1 for one service: the same state under all of its names, and a liveness name.
 
-Our own servicer, because the one of grpcio-health-checking forgets all watchers of a name as soon
-as one of them leaves, and its Watch streams outlive a drain, which would then always take the whole
-grace period.
+This is not the servicer of grpcio-health-checking, because that one forgets all watchers of a name
+as soon as one of them leaves, and its Watch streams outlive a drain, which would then always take
+the whole grace period.
 """
 
 import asyncio
@@ -18,19 +17,19 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from serving.errors import RequestError, unavailable
 from serving.standard_services.stream_limiter import StreamLimiter
 
-# For whoever restarts what hangs: a gateway without a model is NOT_SERVING, and a restart would not
-# bring it one.
+# Always SERVING, for orchestrators that restart a server that hangs. A gateway without a model is
+# NOT_SERVING under the other names, and a restart would not help it.
 LIVENESS = "liveness"
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """`held` bounds the Watch streams."""
+    """`limiter` bounds the number of Watch streams."""
 
-    def __init__(self, names: Iterable[str], serving: bool, held: StreamLimiter) -> None:
+    def __init__(self, names: Iterable[str], serving: bool, limiter: StreamLimiter) -> None:
         self._names = {"", LIVENESS, *names}
-        self._held = held
+        self._limiter = limiter
         self._serving = serving
         self._draining = False
         self._closed = False
@@ -41,7 +40,7 @@ class Health(health_pb2_grpc.HealthServicer):
         return self._serving
 
     async def set_serving(self, serving: bool) -> None:
-        """For all names at once. Without effect once the server drains."""
+        """Sets the state of all names; has no effect once the server drains."""
         async with self._changed:
             if self._draining or serving == self._serving:
                 return
@@ -50,12 +49,12 @@ class Health(health_pb2_grpc.HealthServicer):
         _log.info("health changed", serving=serving)
 
     async def drain(self) -> None:
-        """NOT_SERVING from now on, whatever else is set."""
+        """Sets NOT_SERVING for good."""
         await self.set_serving(False)
         self._draining = True
 
     async def close(self) -> None:
-        """Ends all Watch streams, after each has told its last state."""
+        """Ends all Watch streams, after each has sent its last state."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -76,20 +75,20 @@ class Health(health_pb2_grpc.HealthServicer):
         request: HealthCheckRequest,
         context: "grpc.aio.ServicerContext[Any, Any]",
     ) -> AsyncIterator[HealthCheckResponse]:
-        told: int | None = None
+        sent: int | None = None
 
-        def news() -> bool:
-            return self._closed or self._status(request.service) != told
+        def has_news() -> bool:
+            return self._closed or self._status(request.service) != sent
 
-        with self._held.hold(context):
+        with self._limiter.acquire(context):
             while True:
                 async with self._changed:
-                    await self._changed.wait_for(news)
+                    await self._changed.wait_for(has_news)
                 status = self._status(request.service)
-                if status == told:
+                if status == sent:
                     raise unavailable("the server is shutting down")
                 yield HealthCheckResponse(status=status)
-                told = status
+                sent = status
 
     def _status(self, name: str) -> int:
         if name not in self._names:

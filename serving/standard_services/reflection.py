@@ -1,7 +1,7 @@
-"""Server reflection, in version v1 and in v1alpha, for which older tools ask.
+"""Server reflection, in version v1 and in v1alpha, which older tools use.
 
-grpcio-reflection serves v1alpha alone, and does not find a method by its full name. The versions
-differ in the package's name alone, so one servicer answers for both.
+grpcio-reflection serves v1alpha only, and does not find a method by its full name. The versions
+differ only in the package's name, so one servicer serves both.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def enable(
-    server: grpc.aio.Server, names: Iterable[str], held: StreamLimiter, receive_timeout: float
+    server: grpc.aio.Server, names: Iterable[str], limiter: StreamLimiter, receive_timeout: float
 ) -> None:
-    """Lets callers look up the services of these full names, and reflection itself.
+    """Lets clients look up the services of these full names, and reflection itself.
 
-    `receive_timeout` is in seconds, for each request of a stream to arrive.
+    Each request of a stream must arrive within `receive_timeout` seconds.
     """
-    _describe_v1()
-    servicer = _Servicer([*names, *SERVICE_NAMES], held, receive_timeout)
+    _add_v1_descriptors()
+    servicer = _Servicer([*names, *SERVICE_NAMES], limiter, receive_timeout)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo, Request.FromString, Response.SerializeToString
     )
@@ -42,18 +42,20 @@ def enable(
 
 
 class _Servicer(reflection.aio.ReflectionServicer):
-    def __init__(self, names: Iterable[str], held: StreamLimiter, receive_timeout: float) -> None:
+    def __init__(
+        self, names: Iterable[str], limiter: StreamLimiter, receive_timeout: float
+    ) -> None:
         super().__init__(names)
-        self._held = held
+        self._limiter = limiter
         self._receive_timeout = receive_timeout
 
     async def ServerReflectionInfo(  # type: ignore[override]  # the stubs type it as a coroutine
         self, requests: AsyncIterator[Request], context: Context
     ) -> AsyncIterator[Response]:
-        with self._held.hold(context):
+        with self._limiter.acquire(context):
             while (request := await self._next(requests)) is not None:
-                asked = _alone(_findable(request))
-                responses: Any = super().ServerReflectionInfo(asked, context)
+                rewritten = _single(_by_service(request))
+                responses: Any = super().ServerReflectionInfo(rewritten, context)
                 async for response in responses:
                     response.original_request.CopyFrom(request)
                     yield response
@@ -67,20 +69,20 @@ class _Servicer(reflection.aio.ReflectionServicer):
             raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
 
 
-def _describe_v1() -> None:
-    """Adds v1's file to the descriptors that are known here, made from v1alpha's."""
+def _add_v1_descriptors() -> None:
+    """Adds v1's file, made from v1alpha's, to the descriptor pool."""
     file = FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
     text = text_format.MessageToString(file).replace("v1alpha", "v1")
     descriptor_pool.Default().Add(text_format.Parse(text, FileDescriptorProto()))
 
 
-async def _alone(request: Request) -> AsyncIterator[Request]:
+async def _single(request: Request) -> AsyncIterator[Request]:
     yield request
 
 
-def _findable(request: Request) -> Request:
-    """The request; where it asks for a method, then for that method's service."""
+def _by_service(request: Request) -> Request:
+    """The request; if it asks for a method, one for that method's service instead."""
     name = request.file_containing_symbol
     try:
         method = descriptor_pool.Default().FindMethodByName(name)

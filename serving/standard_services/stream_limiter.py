@@ -1,6 +1,6 @@
-"""A bound on streams that a caller may hold open without end: health watches and reflection.
+"""A limit on streams that a client may hold open for ever: health watches and reflection.
 
-Each costs the server some 30 KB for as long as its caller likes, and health needs no API key.
+Each costs the server some 30 KB while it is open, and health needs no API key.
 """
 
 import contextlib
@@ -12,28 +12,28 @@ import grpc
 
 from serving.errors import resource_exhausted
 
-# A caller needs one stream for each service that it watches.
+# A client needs one stream for each service that it watches.
 MAX_PER_CONNECTION = 16
 MAX_PER_ADDRESS = 256
-# Of a server in all: together they take some 30 MB.
+# All streams of a server together take some 30 MB.
 MAX_IN_ALL = 1024
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class StreamLimiter:
-    """Counts the open streams of a server. Lives on the event loop."""
+    """Counts the open streams of a server. Not thread-safe: belongs to the event loop."""
 
     def __init__(self) -> None:
         self._by_connection: Counter[str] = Counter()
         self._by_address: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def hold(self, context: Context) -> Iterator[None]:
-        """Counts a call for as long as the block lasts.
+    def acquire(self, context: Context) -> Iterator[None]:
+        """Counts a call until the end of the block.
 
         Raises:
-            RequestError: RESOURCE_EXHAUSTED at any bound.
+            RequestError: RESOURCE_EXHAUSTED at any of the limits.
         """
         connection = context.peer()  # address and port
         address, _, _port = connection.rpartition(":")
@@ -55,13 +55,13 @@ class StreamLimiter:
                 "the most; Health/Check always answers",
                 "streams of the server",
             )
-        held = ((self._by_connection, connection), (self._by_address, address))
-        for counter, key in held:
+        counters = ((self._by_connection, connection), (self._by_address, address))
+        for counter, key in counters:
             counter[key] += 1
         try:
             yield
         finally:
-            for counter, key in held:
+            for counter, key in counters:
                 counter[key] -= 1
                 if not counter[key]:
                     del counter[key]

@@ -1,6 +1,6 @@
-"""Structured logs on stderr, of this project and of its libraries alike, one event per line.
+"""Structured logs on stderr, one event per line, for this project and its libraries.
 
-Never log what users wrote or what the model answered: ids, sizes and times only.
+Logs contain ids, sizes and times; never log prompts or answers.
 """
 
 import logging
@@ -14,7 +14,7 @@ from serving.settings import ServerSettings
 
 
 def configure(settings: ServerSettings) -> None:
-    """Call once, first thing in `__main__`."""
+    """Sets up the logs of the process; call once."""
     as_text = settings.log_format == "text" or (
         settings.log_format == "auto" and sys.stderr.isatty()
     )
@@ -45,7 +45,7 @@ def configure(settings: ServerSettings) -> None:
         )
     )
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_departure)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_departed_client)
 
 
 def exit_with_error(message: str) -> NoReturn:
@@ -54,15 +54,16 @@ def exit_with_error(message: str) -> NoReturn:
     raise SystemExit(1)
 
 
-def _is_no_departure(record: logging.LogRecord) -> bool:
-    """An answer that finds its client gone is no error, and gRPC says nothing of it, unless it
-    hears of both at once: then it reports one.
+def _is_no_departed_client(record: logging.LogRecord) -> bool:
+    """False for an error that gRPC logs if a client leaves just as its answer is sent.
+
+    That a client leaves is no error, and at any other moment gRPC does not log it.
     """
     return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
 
 
 def _text() -> list[Processor]:
-    # Not rich's tracebacks: those print local variables, and with them what users wrote.
+    # Not rich's tracebacks, because they print local variables, which may contain prompts.
     return [
         structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback

@@ -1,13 +1,14 @@
-"""What a server tells Prometheus: its calls, its health, its process, and what its service adds,
-over HTTP on a port of its own. Calls are named as go-grpc-prometheus names them, so that existing
-dashboards fit; what is our own begins with `chasqui_`. Scrapes run in threads of their own: what a
-collector reads there must be immutable, or a single value.
+"""The metrics of a server: its calls, its health, its process, and those of its service.
+
+Prometheus reads them over HTTP on a separate port. Calls have the metric names of
+go-grpc-prometheus, so that existing dashboards fit; our own names begin with `chasqui_`. Scrapes
+run in separate threads, so a collector must read only immutable objects or single values.
 """
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import grpc
 import structlog
@@ -20,13 +21,11 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from serving.errors import RequestError, StartError
 from serving.settings import ServerSettings
 from serving.standard_services.health import Health
-from serving.telemetry.histogram import Snapshot
 from serving.telemetry.metrics_port import MetricsServer, serve_metrics
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -44,36 +43,36 @@ class CallMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._started = Counter(
-            "grpc_server_started_total", "Calls begun.", _METHOD, registry=registry
+            "grpc_server_started_total", "Calls started.", _METHOD, registry=registry
         )
         self._handled = Counter(
             "grpc_server_handled_total",
-            "Calls ended, by their status.",
+            "Calls ended, by status.",
             (*_METHOD, "grpc_code"),
             registry=registry,
         )
         self._seconds = Histogram(
             "grpc_server_handling_seconds",
-            "Time from a call's begin to its end.",
+            "Time from the start of a call to its end.",
             _METHOD,
             buckets=DURATIONS,
             registry=registry,
         )
         self._in_flight = Gauge(
-            "chasqui_calls_in_flight", "Calls that run now.", _METHOD, registry=registry
+            "chasqui_calls_in_flight", "Calls that are running.", _METHOD, registry=registry
         )
         self._refusals = Counter(
             "chasqui_refusals_total",
-            "Calls refused, by status and reason: the quota that ran out, else the status again.",
+            "Calls refused, by status and reason: the exhausted limit, or else the status again.",
             (*_METHOD, "grpc_code", "reason"),
             registry=registry,
         )
         self._methods: dict[str, MethodMetrics] = {}
 
     def method(self, path: str, kind: str) -> "MethodMetrics":
-        """Of the method at `path`, such as /llama.v1.ChatService/GetModel.
+        """The metrics of the method at `path`, for example /llama.v1.ChatService/GetModel.
 
-        `kind` is go-grpc-prometheus's grpc_type, such as server_stream.
+        `kind` is go-grpc-prometheus's grpc_type, for example server_stream.
         """
         known = self._methods.get(path)
         if known is None:
@@ -90,49 +89,43 @@ class CallMetrics:
         return known
 
 
+@dataclass(slots=True)
 class MethodMetrics:
-    """Counts the calls of one method."""
+    """Counts the calls of one method, whose `labels` are kind, service and method."""
 
-    def __init__(
-        self,
-        labels: tuple[str, str, str],
-        *,
-        started: Counter,
-        in_flight: Gauge,
-        seconds: Histogram,
-        handled: Counter,
-        refusals: Counter,
-    ) -> None:
-        self._labels = labels
-        self._started, self._in_flight, self._seconds = started, in_flight, seconds
-        self._handled, self._refusals = handled, refusals
-        self._ended: dict[grpc.StatusCode, Counter] = {}
+    labels: tuple[str, str, str]
+    started: Counter
+    in_flight: Gauge
+    seconds: Histogram
+    handled: Counter
+    refusals: Counter
+    _ended: dict[grpc.StatusCode, Counter] = field(default_factory=dict, init=False)
 
     def begin(self) -> None:
-        self._started.inc()
-        self._in_flight.inc()
+        self.started.inc()
+        self.in_flight.inc()
 
     def refuse(self, error: RequestError) -> None:
         """Counts the reason; `end` still follows."""
         reason = error.quota or error.code.name.lower()
-        self._refusals.labels(*self._labels, go_name(error.code), reason).inc()
+        self.refusals.labels(*self.labels, go_name(error.code), reason).inc()
 
     def end(self, code: grpc.StatusCode, seconds: float) -> None:
-        self._in_flight.dec()
-        self._seconds.observe(seconds)
+        self.in_flight.dec()
+        self.seconds.observe(seconds)
         ended = self._ended.get(code)
         if ended is None:
-            ended = self._ended[code] = self._handled.labels(*self._labels, go_name(code))
+            ended = self._ended[code] = self.handled.labels(*self.labels, go_name(code))
         ended.inc()
 
 
 def go_name(code: grpc.StatusCode) -> str:
-    """The status as Go, and so go-grpc-prometheus, writes it: OK, Canceled, InvalidArgument."""
+    """The status as go-grpc-prometheus writes it: OK, Canceled, InvalidArgument."""
     return _GO_NAMES[code]
 
 
 def registry_of(health: Health, collectors: Iterable[Collector]) -> CollectorRegistry:
-    """The registry of one server; not the process's, as tests run several servers in one."""
+    """The registry of one server; not the process's, because tests run several servers in one."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
@@ -162,22 +155,10 @@ def exposed(settings: ServerSettings, registry: CollectorRegistry) -> Iterator[N
     try:
         yield
     finally:
-        # Its loop looks up twice a second; nobody needs to wait for that.
+        # In a thread, because it takes up to half a second.
         threading.Thread(target=_close, args=(server,), daemon=True).start()
 
 
 def _close(server: MetricsServer) -> None:
     server.shutdown()
     server.server_close()
-
-
-def histogram_family(
-    name: str, documentation: str, snapshots: Iterable[tuple[Sequence[str], Snapshot]], *labels: str
-) -> HistogramMetricFamily:
-    """For Prometheus; each snapshot comes with the values of `labels`."""
-    family = HistogramMetricFamily(name, documentation, labels=labels)
-    for values, snapshot in snapshots:
-        bounds = [*map(str, snapshot.bounds), "+Inf"]
-        buckets = [*zip(bounds, accumulate(snapshot.counts), strict=True)]
-        family.add_metric(values, buckets, snapshot.sum)
-    return family

@@ -1,6 +1,4 @@
-"""The HTTP port for Prometheus. It knows neither TLS nor keys, so what a connection may cost is
-bounded: threads, and how long one waits for its request.
-"""
+"""The HTTP port for Prometheus. It has no TLS and no keys, so threads and times are limited."""
 
 import contextlib
 import socket
@@ -13,7 +11,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-# Each takes a thread. Prometheus itself needs one.
+# Each takes a thread. Prometheus needs one connection.
 MAX_CONNECTIONS = 16
 
 Request: TypeAlias = socket.socket | tuple[bytes, socket.socket]
@@ -23,7 +21,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class MetricsServer(ThreadingMixIn, WSGIServer):
-    """Closes connections beyond the bound at once."""
+    """Closes connections beyond the limit at once."""
 
     daemon_threads = True
     request_queue_size = 4 * MAX_CONNECTIONS  # with Python's 5, a burst waits a second for TCP
@@ -48,15 +46,15 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
             self._free.release()
 
     def handle_error(self, request: Request, client_address: Address) -> None:  # noqa: ARG002
-        """In place of a traceback on stderr: what is sent to the port is the sender's affair."""
+        """Logs a line instead of a traceback on stderr, because any client can cause errors."""
         _log.debug("scrape failed", reason=repr(sys.exception()))
 
 
 class Handler(WSGIRequestHandler):
-    timeout = 10.0  # seconds for a connection, however slowly it sends and takes something
+    timeout = 10.0  # seconds for a connection, regardless of how slowly it sends and reads
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002  # inherited
-        """Says nothing."""
+        """Logs nothing."""
 
 
 def _shut_down(request: Request) -> None:
@@ -66,7 +64,11 @@ def _shut_down(request: Request) -> None:
 
 
 def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> MetricsServer:
-    """Serves the registry from threads of its own until the server is shut down; OSError."""
+    """Serves the registry in separate threads until the server is shut down.
+
+    Raises:
+        OSError: the port cannot be used.
+    """
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     server_class = type("_Server", (MetricsServer,), {"address_family": family})
     server: MetricsServer = make_server(

@@ -1,4 +1,4 @@
-"""Log lines that others can cause at will: told at once, and then no faster than a pace."""
+"""Warnings that a client can cause at will, limited in rate so that they cannot fill the disk."""
 
 import threading
 import time
@@ -8,20 +8,23 @@ import structlog
 
 
 class RateLimitedLog:
-    """Tells the first of its kind, and after each pause how many more there were; thread-safe."""
+    """Logs the first warning, then at most one every `seconds`, with the number of those between.
+
+    Thread-safe.
+    """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
         self._lock = threading.Lock()
         self._next = -float("inf")
-        self._untold = 0
+        self._suppressed = 0
 
     def warn(self, log: structlog.stdlib.BoundLogger, event: str, **values: str) -> None:
         with self._lock:
             if self._clock() < self._next:
-                self._untold += 1
+                self._suppressed += 1
                 return
-            suppressed, self._untold = self._untold, 0
+            suppressed, self._suppressed = self._suppressed, 0
             self._next = self._clock() + self._seconds
         log.warning(event, **values, suppressed=suppressed)

@@ -1,6 +1,6 @@
-"""The id that ties a call's log lines, on every server it passes, to what its client was told.
+"""The request id: in the log lines of a call on every server, and in its reply's metadata.
 
-It lives in structlog's context variables, so that it is in every log line without being passed on.
+It is one of structlog's context variables, so every log line has it without passing it on.
 """
 
 import re
@@ -22,7 +22,7 @@ def current() -> str | None:
 
 
 def from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """The caller's id if it sent one that is safe to log and to send back, else a new one."""
+    """The caller's id if it sent one that is safe to log and to return, otherwise a new one."""
     for key, value in metadata:
         if key == METADATA_KEY and isinstance(value, str) and _ACCEPTED.fullmatch(value):
             return value

@@ -1,22 +1,27 @@
 """The tiny shape on disk, and workers to start."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench.baselines.comparison import Plan
-from bench.baselines.environments import own_environment
-from bench.baselines.fleet import Post
-from bench.baselines.rounds import parse_case
+from bench.baselines.environments import Environment
+from bench.baselines.fleet import WorkerSpec
 from bench.checkpoint import ensure_checkpoint
-from bench.engine.session import Variant
-from bench.host import read_host
+from bench.engine import roofline
+from bench.engine.driver import Job
+from bench.engine.roofline import Effort
 from bench.shapes import SHAPES
 
-MakePost = Callable[..., Post]
+MakeSpec = Callable[..., WorkerSpec]
+
+
+@pytest.fixture(autouse=True)
+def small_effort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures this machine's rates on little data: a test needs them to be there, not exact."""
+    monkeypatch.setitem(roofline.EFFORTS, "cpu", Effort(2**22, 64, 1))
 
 
 @pytest.fixture(scope="session")
@@ -30,41 +35,28 @@ def tiny(work_dir: Path) -> Path:
     return ensure_checkpoint(SHAPES["tiny"], work_dir)
 
 
-@pytest.fixture(scope="session")
-def variant(tiny: Path) -> Variant:
-    return Variant(tiny, "float32", threads=1)
+@pytest.fixture
+def job(tiny: Path) -> Job:
+    """An engine of four sequences on the tiny shape."""
+    wanted = Job(SHAPES["tiny"], "float32", torch.device("cpu"), ckpt_dir=tiny)
+    return wanted.sized(4, 64, threads=1)
 
 
 @pytest.fixture
-def plan(tiny: Path, work_dir: Path) -> Plan:
-    """A comparison small enough for a test."""
-    return Plan(
-        shape=SHAPES["tiny"],
-        ckpt_dir=tiny,
-        work_dir=work_dir,
-        host=dataclasses.replace(read_host(), cores=1, features=("avx2",)),
-        cases=(parse_case("prefill-32"), parse_case("decode-2")),
-        rounds=2,
-        context=8,
-        steps=2,
-        memory=2**32,
-    )
+def make_spec() -> MakeSpec:
+    """How to start the worker in echo_worker.py."""
 
-
-@pytest.fixture
-def make_post() -> MakePost:
-    """A post for the worker in echo_worker.py."""
-
-    def make(name: str, **changes: Any) -> Post:
+    def make(name: str, **changes: Any) -> WorkerSpec:
         job = {
             "model": name,
             "precision": "float32",
+            "device": "cpu",
             "threads": 1,
             "sequences": 1,
             "length": 1,
             "tokens": 1,
             "options": {},
         }
-        return Post(name, "tests.bench.echo_worker", own_environment(), job | changes, bytes=100)
+        return WorkerSpec(name, "tests.bench.echo_worker", Environment(), job | changes, bytes=100)
 
     return make

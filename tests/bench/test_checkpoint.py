@@ -1,10 +1,11 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.checkpoint import ensure_checkpoint, random_weight
-from bench.engine.session import Variant, session
+from bench.checkpoint import RandomWeights, ensure_checkpoint, random_weight
+from bench.engine.driver import Job, loaded
 from bench.shapes import SHAPES
 from model_service.engine.sequence import GenerationRequest
 from model_service.model.config import read_params
@@ -49,12 +50,35 @@ def test_weights_depend_on_the_name_alone() -> None:
     assert not torch.equal(first, other)
 
 
-def test_logits_are_of_order_one(variant: Variant) -> None:
-    with session(variant.options(1, 64)) as run:
-        prompt = run.prompt(48)
+def test_logits_are_of_order_one(job: Job) -> None:
+    with loaded(job) as driver:
+        (prompt,) = driver.prompts([48])
         request = GenerationRequest(0, prompt, 0, prompt_logprobs=True, top_logprobs=2)
-        run.engine.add(request)
-        (output,) = run.engine.step()
-    # Of 512 tokens: neither all alike nor one that always wins.
+        driver.engine.add(request)
+        (output,) = driver.engine.step()
+    # One of 512 tokens: neither all alike nor one that always wins.
     best = [entry.top[0][1] for entry in output.logprobs[1:]]
     assert -5.0 < sum(best) / len(best) < -0.5
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_random_shards_join_to_the_whole(shards: int) -> None:
+    source = RandomWeights(SHAPES["tiny"].config)
+    whole = dict(source.read_shard(0, 1, torch.float32, torch.device("cpu")))
+    parts = [
+        dict(source.read_shard(rank, shards, torch.float32, torch.device("cpu")))
+        for rank in range(shards)
+    ]
+    name = "layers.1.feed_forward.w2.weight"
+    assert torch.equal(torch.cat([part[name] for part in parts], dim=1), whole[name])
+    assert sum(weight.numel() for weight in parts[0].values()) == source.shard_parameters(shards)
+    assert source.parameters == SHAPES["tiny"].parameters
+
+
+def test_engine_answers_the_same_from_a_file_and_from_weights_made_as_they_load(job: Job) -> None:
+    answers = []
+    for each in (job, dataclasses.replace(job, ckpt_dir=None)):
+        with loaded(each) as driver:
+            trial = driver.answer(driver.prompts([8]), 6)
+            answers.append(driver.answers[next(iter(trial.prompts))])
+    assert answers[0] == answers[1]

@@ -1,49 +1,240 @@
+"""Baselines: rounds, the check for the same function, exports, and a comparison for real."""
+
 import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from bench.baselines.__main__ import baselines_report
-from bench.baselines.comparison import Comparison, Plan
+from bench.baselines.__main__ import main
+from bench.baselines.comparison import (
+    ANSWER_TOKENS,
+    Case,
+    check_precision,
+    parse_case,
+    rate_rows,
+    same_function,
+    schedule,
+)
 from bench.baselines.contenders import CONTENDERS, REFERENCE, default_names
-from bench.baselines.environments import UnavailableError
-from bench.baselines.same_function import ANSWER_TOKENS, judge
+from bench.baselines.environments import RECIPES, UnavailableError, prepare
+from bench.baselines.exports import (
+    ensure_model,
+    export_gguf,
+    export_hf,
+    halves_from_pairs,
+    hf_weight,
+    model_bytes,
+)
+from bench.engine.driver import Job, loaded
+from bench.report import read_host
+from bench.shapes import SHAPES
+from model_service.model.operations import apply_rotary, rotary_frequencies
+from model_service.model.weights.checkpoint import open_checkpoint
+
+NAMES = st.lists(st.text("abc", min_size=1), min_size=1, max_size=6, unique=True)
+CASES = st.lists(
+    st.builds(Case, st.sampled_from(["prefill", "decode"]), st.integers(1, 512)),
+    min_size=1,
+    max_size=3,
+    unique=True,
+)
+NARROW = dataclasses.replace(read_host(), features=("avx2",))
+WIDE = dataclasses.replace(NARROW, features=("avx512", "bf16"))
+HEADS, HEAD_DIM, DIM = 4, 8, 16
 
 
-def test_comparison_measures_who_can_run_and_names_who_cannot(plan: Plan) -> None:
-    comparison = Comparison(plan)
-    comparison.run([REFERENCE, "llama.cpp-bfloat16"])
-    assert comparison.absent == {
-        "llama.cpp-bfloat16": "the processor does not multiply bfloat16 in hardware"
-    }
-    assert {key: len(rates) for key, rates in comparison.rates.items()} == {
-        ("prefill-32", REFERENCE): 2,
-        ("decode-2", REFERENCE): 2,
-    }
-    assert [verdict.same for verdict in comparison.verdicts] == [True]
-    cases = [row.case for row in baselines_report(comparison).rows]
-    assert cases[:4] == ["prefill-32", "decode-2", "same function", "not measured"]
+def test_comparison_measures_who_can_run_and_names_who_cannot(
+    tmp_path: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # without a compiler
+    small = ["--shapes", "tiny", "--rounds", "2", "--context", "8", "--steps", "2"]
+    cases = ["--cases", "prefill-32", "decode-2", "--memory", "4"]
+    folders = ["--work_dir", str(work_dir), "--results", str(tmp_path)]
+    main([*small, *cases, *folders, "--contenders", REFERENCE, "llama.cpp-float32"])
+    (file,) = tmp_path.glob("*/baselines/tiny/result.json")
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    absent, same = rows[:2]
+    assert absent["settings"] == {"contender": "llama.cpp-float32"}
+    assert absent["values"]["reason"] == "building it needs cmake and g++"
+    assert same["values"]["same"] is True
+    rates = {row["case"]: row["values"] for row in rows if "rounds" in row["values"]}
+    assert rates.keys() == {"prefill-32", "decode-2"}
+    assert all(each["rounds"] == 2 and each["over_chasqui"] == 1 for each in rates.values())
 
 
-def test_default_contenders_suit_the_processor(plan: Plan) -> None:
-    narrow = default_names(plan.host)
+def test_default_contenders_suit_the_processor() -> None:
+    narrow = default_names(NARROW, "cpu")
     assert "transformers-float32" in narrow
     assert "transformers-bfloat16" not in narrow
-    wide = default_names(dataclasses.replace(plan.host, features=("avx512", "bf16")))
+    wide = default_names(WIDE, "cpu")
     assert {"chasqui-bfloat16", "vllm-eager-bfloat16", "llama.cpp-q8_0"} <= set(wide)
 
 
-def test_bfloat16_needs_the_hardware(plan: Plan) -> None:
+def test_bfloat16_needs_the_hardware() -> None:
+    check_precision(CONTENDERS["chasqui-bfloat16"], WIDE, "cpu")
     with pytest.raises(UnavailableError, match="bfloat16"):
-        CONTENDERS["chasqui-bfloat16"].check(plan.host)
+        check_precision(CONTENDERS["chasqui-bfloat16"], NARROW, "cpu")
+    with pytest.raises(UnavailableError, match="built for the CPU"):
+        check_precision(CONTENDERS["llama.cpp-q8_0"], WIDE, "cuda")
 
 
 def test_improbable_token_shows_another_function() -> None:
-    answer, good = [5] * ANSWER_TOKENS, [0.0] * ANSWER_TOKENS
-    assert judge("peer", "float32", answer, good).same
-    assert not judge("peer", "float32", answer, [*good[1:], 0.5]).same
-    assert judge("peer", "Q4_0", answer, [*good[1:], 0.5]).same
-
-
-def test_answer_of_wrong_length_is_not_judged() -> None:
+    good = [0.0] * ANSWER_TOKENS
+    assert same_function("other", "float32", good)
+    assert same_function("other", "float32", [*good[1:], 0.5]) is False
+    assert same_function("other", "Q4_0", [*good[1:], 0.5]) is None
     with pytest.raises(ValueError, match="answered 1 tokens"):
-        judge("peer", "float32", [5], [0.0])
+        same_function("other", "float32", [0.0])
+
+
+@given(NAMES, CASES, st.integers(1, 4), st.integers())
+def test_each_round_asks_every_contender_every_case_once(
+    names: list[str], cases: list[Case], rounds: int, seed: int
+) -> None:
+    turns = list(schedule(names, cases, rounds, seed))
+    for number in range(rounds):
+        asked = [(turn.case, turn.contender) for turn in turns if turn.round == number]
+        assert sorted(asked, key=str) == sorted(itertools.product(cases, names), key=str)
+    assert [turn.round for turn in turns] == sorted(turn.round for turn in turns)
+    # Contenders of a round and case get the same prompts.
+    seeds = {(turn.round, turn.case, turn.seed) for turn in turns}
+    assert len(seeds) == rounds * len(cases)
+
+
+def test_order_of_contenders_changes_from_round_to_round() -> None:
+    turns = list(schedule("abcdefgh", [Case("decode", 1)], 4, seed=1))
+    orders = {tuple(t.contender for t in turns if t.round == number) for number in range(4)}
+    assert len(orders) == 4
+
+
+@pytest.mark.parametrize("name", ["decode", "decode-0", "decode-x", "train-1", ""])
+def test_unknown_case_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="name a case as"):
+        parse_case(name)
+
+
+def test_rate_counts_all_sequences_of_a_step() -> None:
+    assert parse_case("prefill-512").rate([2.0]) == 256
+    assert parse_case("decode-8").rate([0.5, 1.5]) == 8
+
+
+def test_ratio_is_of_medians_and_missing_without_reference() -> None:
+    ours, other = "chasqui-int8", "llama.cpp-q8_0"
+    rates = {("decode-1", ours): [1.0, 2.0, 30.0], ("decode-1", other): [8.0, 6.0, 9.0]}
+    found = list(rate_rows(rates))
+    assert [row.values["over_chasqui"] for row in found] == [1.0, 4.0]
+    assert [row.values["tokens_per_s_high"] for row in found] == [30.0, 9.0]
+    (alone,) = rate_rows({("decode-1", other): [8.0]})
+    assert alone.values["over_chasqui"] is None
+
+
+def test_every_baseline_has_an_environment_with_exact_versions() -> None:
+    assert {each.engine for each in CONTENDERS.values()} - {"chasqui"} == RECIPES.keys()
+    assert all("==" in package for each in RECIPES.values() for package in each.packages)
+
+
+def test_baseline_that_cannot_be_built_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnavailableError, match=r"building it needs cmake and g\+\+"):
+        prepare("llama_cpp", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def weights(tiny: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint, by Meta's names."""
+    return dict(open_checkpoint(tiny).read_shard(0, 1, torch.float32, torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint in Hugging Face's format."""
+    pytest.importorskip("safetensors")
+    folder = tmp_path_factory.mktemp("exports") / "hf"
+    export_hf(tiny, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("F32", 0.0), ("Q8_0", 0.02), ("Q4_0", 0.3)])
+def test_gguf_holds_the_checkpoints_numbers(
+    tiny: Path, tmp_path: Path, weights: dict[str, torch.Tensor], kind: str, tolerance: float
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    export_gguf(tiny, tmp_path / "model.gguf", kind)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert len(tensors) == len(weights)
+    found = tensors["blk.1.attn_q.weight"]
+    values = torch.tensor(gguf.dequantize(found.data, found.tensor_type))
+    expected = weights["layers.1.attention.wq.weight"].float()
+    atol = tolerance * float(expected.abs().max())
+    torch.testing.assert_close(values, expected, rtol=0, atol=atol)
+
+
+def test_hugging_face_files_hold_the_checkpoints_numbers(
+    hf_folder: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    found = safetensors.load_file(hf_folder / "model.safetensors")
+    assert len(found) == len(weights)
+    expected = weights["layers.0.feed_forward.w3.weight"]
+    assert torch.equal(found["model.layers.0.mlp.up_proj.weight"], expected)
+    assert json.loads((hf_folder / "config.json").read_text())["intermediate_size"] == 352
+    assert model_bytes(hf_folder) > 2 * SHAPES["tiny"].parameters
+
+
+def test_transformers_continues_as_the_engine(hf_folder: Path, job: Job) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
+    prompt = (300, 400, 500, 301, 402)
+    ids: tuple[int, ...] = prompt
+    for _ in range(8):
+        ids = (*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    with loaded(job) as driver:
+        assert max(driver.shortfalls(prompt, ids[len(prompt) :])) < 1e-4
+
+
+def test_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="export to F32 failed"):
+        ensure_model("F32", tmp_path / "no-checkpoint", tmp_path)
+    assert not list((tmp_path / "exports" / "no-checkpoint").iterdir())
+
+
+def rotate_halves(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """As transformers' apply_rotary_pos_emb: x [tokens, heads, head_dim]."""
+    cos, sin = (part.repeat(1, 2).unsqueeze(1) for part in (rotary.real, rotary.imag))
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def test_rotated_halves_score_as_rotated_pairs() -> None:
+    torch.manual_seed(0)
+    query, key, x = torch.randn(32, DIM), torch.randn(32, DIM), torch.randn(6, DIM)
+    rotary = rotary_frequencies(HEAD_DIM, 6)
+
+    def project(weight: torch.Tensor) -> torch.Tensor:
+        return (x @ weight.T).view(6, HEADS, HEAD_DIM)
+
+    ours = [apply_rotary(project(weight), rotary) for weight in (query, key)]
+    theirs = [
+        rotate_halves(project(halves_from_pairs(weight, HEADS)), rotary) for weight in (query, key)
+    ]
+    scores, their_scores = (torch.einsum("qhd,khd->hqk", *pair) for pair in (ours, theirs))
+    torch.testing.assert_close(scores, their_scores)
+
+
+def test_only_queries_and_keys_are_reordered() -> None:
+    config = SHAPES["tiny"].config
+    moved = set()
+    for name, shape in config.parameter_shapes().items():
+        weight = torch.arange(torch.Size(shape).numel()).view(shape)
+        if not torch.equal(hf_weight(name, weight, config), weight):
+            moved.add(name.split(".")[-2])
+    assert moved == {"wq", "wk"}

@@ -1,75 +1,123 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from bench.engine import shards
 from bench.engine.__main__ import main
-from bench.engine.session import Variant, session
-from bench.engine.throughput import decode, weight_bytes
+from bench.engine.arrivals import NEAREST, over_decode_only
+from bench.engine.driver import Job, Step, Trial, loaded
+from bench.engine.roofline import measure_rates
+from bench.engine.throughput import Load, Loaded, decode
 from bench.shapes import SHAPES
 
 
-def test_streams_of_a_decode_step_all_advance(variant: Variant) -> None:
-    with session(variant.options(3, 24)) as run:
-        run.fill(run.prompts(3, 8), 12)
-        step = run.step()
-        assert list(step.tokens.values()) == [1, 1, 1]
-        assert 0 < step.forward < step.seconds
-        run.clear()
-        load = run.engine.load()
-        assert load.running_sequences == load.waiting_sequences == 0
+def run(folder: Path, work_dir: Path, *arguments: str) -> dict[str, Any]:
+    """The result of a command on the tiny shape."""
+    small = ["--device", "cpu", "--sizes", "tiny", "--shapes", "tiny"]
+    main([*small, "--work_dir", str(work_dir), "--results", str(folder), *arguments])
+    (file,) = folder.glob("*/engine/tiny/result.json")
+    return dict(json.loads(file.read_text()))
 
 
-def test_answers_too_short_for_all_to_run_at_once_are_told(variant: Variant) -> None:
-    with (
-        session(variant.options(3, 40, settings={"max_step_tokens": 16})) as run,
-        pytest.raises(RuntimeError, match="longer answers"),
-    ):
-        run.fill(run.prompts(3, 32), 3)
+def test_cases_of_a_gpu_run_on_the_cpu(tmp_path: Path, work_dir: Path) -> None:
+    cases = ["one_stream", "batch", "prefill", "first_token", "profile", "crowd", "blocks"]
+    found = run(tmp_path, work_dir, "--precisions", "float32", "--cases", *cases, "formats")
+    assert found["notes"] == []
+    names = dict.fromkeys(row["case"] for row in found["rows"])
+    traced = ["device idle", "kernels", "gaps"]
+    assert list(names) == [*cases[:4], *traced, "crowd", "device", "formats", "blocks"]
+    formats = [row["settings"]["variant"] for row in found["rows"] if row["case"] == "formats"]
+    assert formats == ["float32", "int8", "int4", "fp8", "fp8 cache"]
 
 
-def test_greedy_answer_falls_short_of_nothing(variant: Variant) -> None:
-    with session(variant.options(1, 32)) as run:
-        prompt = run.prompt(8)
-        request = run.add(prompt, 6)
-        while run.engine.has_work:
-            run.step()
-        answer = run.answers[request]
-        assert max(run.shortfalls(prompt, answer)) < 1e-4
-        wrong = tuple((token + 1) % 512 for token in answer)
-        assert min(run.shortfalls(prompt, wrong)) > 0.01
-
-
-def test_decode_limit_counts_the_weights_that_a_step_reads() -> None:
-    shape = SHAPES["110M"]
-    matrices = shape.parameters - 32000 * 768
-    assert weight_bytes(shape, "float32") == 4 * matrices
-    assert weight_bytes(shape, "int4") == matrices // 2
-
-
-def test_decode_row_states_rate_and_share_of_the_limit(variant: Variant) -> None:
-    streams = 24  # whose prompts are more than a step takes by default
-    (row,) = decode(SHAPES["tiny"], variant, [streams], context=32, steps=2, rounds=1)
-    assert row.settings == {"precision": "float32", "streams": streams, "context": 32}
-    rate, step = row.values["tokens_per_s"], row.values["step_ms"]
-    assert isinstance(rate, float)
-    assert isinstance(step, float)
-    assert rate * step == pytest.approx(1000 * streams, rel=0.01)
-
-
-def test_shards_run_in_processes_of_their_own(variant: Variant) -> None:
-    (row,) = shards.shard_sweep(variant, [2], batch=2, context=8, steps=2)
-    assert row.settings["shards"] == 2
-
-
-def test_command_writes_a_result(work_dir: Path, tiny: Path, tmp_path: Path) -> None:
-    sizes = ["--rounds", "1", "--prompt", "64", "--long_prompt", "128", "--threads", "1"]
-    cases = ["--cases", "load", "prefill", "dialog", "stall", "kv_cache"]
-    folders = ["--work_dir", str(work_dir), "--results", str(tmp_path), "--no-plots"]
-    main(["--shapes", "tiny", "--precisions", "float32", *sizes, *cases, *folders])
-    (file,) = tmp_path.glob("*/engine/tiny/result.json")
-    rows = json.loads(file.read_text())["rows"]
-    assert list(dict.fromkeys(row["case"] for row in rows)) == cases[1:]
+def test_cases_of_the_cpu_write_a_result(tmp_path: Path, work_dir: Path) -> None:
+    cases = ["decode", "context", "load", "dialog", "stall", "kv_cache", "shards"]
+    found = run(tmp_path, work_dir, "--precisions", "float32", "--cases", *cases)
+    assert found["notes"] == []
+    rows = found["rows"]
+    assert set(cases) <= {row["case"] for row in rows}
     turns = [row["settings"]["turn"] for row in rows if row["case"] == "dialog"]
     assert turns[:10] == list(range(1, 11))
+    assert max(row["settings"].get("shards", 0) for row in rows) > 1
+    assert (tmp_path / next(iter(tmp_path.iterdir())) / "engine/tiny/result.md").exists()
+
+
+def test_streams_of_a_decode_step_all_advance(job: Job) -> None:
+    with loaded(job) as driver:
+        contexts = driver.fill(driver.prompts([8] * 3), [40] * 3)
+        assert min(contexts.values()) >= 9
+        step = driver.step()
+        assert list(step.tokens.values()) == [1, 1, 1]
+        assert step.forward > 0
+        driver.cancel(next(iter(contexts)))
+        driver.clear()
+        load = driver.engine.load()
+        assert (load.running_sequences, load.free_blocks) == (0, load.total_blocks)
+
+
+def test_answers_too_short_for_all_to_run_at_once_are_told(job: Job) -> None:
+    short = job.sized(3, 40, max_step_tokens=16)
+    with loaded(short) as driver, pytest.raises(RuntimeError, match="longer answers"):
+        driver.fill(driver.prompts([32] * 3), [3] * 3)
+    with loaded(short) as driver, pytest.raises(RuntimeError, match="longer answers"):
+        driver.answer(driver.prompts([32] * 3), 2).all_decode()
+
+
+def test_greedy_answer_falls_short_of_nothing(job: Job) -> None:
+    with loaded(job) as driver:
+        (prompt,) = driver.prompts([8])
+        (request,) = driver.answer([prompt], 6).prompts
+        answer = tuple(driver.answers[request])
+        assert max(driver.shortfalls(prompt, answer)) < 1e-4
+        wrong = tuple((token + 1) % 512 for token in answer)
+        assert min(driver.shortfalls(prompt, wrong)) > 0.01
+
+
+def test_decode_row_states_rate_and_share_of_the_limit(job: Job) -> None:
+    with loaded(job) as driver:
+        device = torch.device("cpu")
+        engine = Loaded(job, driver, lambda: measure_rates(device, "float32"), rounds=1)
+        row = decode("decode", engine, Load(4, 8, 5))
+    assert row.settings["streams"] == 4
+    rate, share = row.values["tokens_per_s"], row.values["share_of_limit"]
+    assert isinstance(rate, float)
+    assert isinstance(share, float)
+    assert rate > 0
+    assert share > 0
+
+
+def test_a_batch_is_seen_from_its_first_prompt_to_its_last_token(job: Job) -> None:
+    with loaded(job) as driver:
+        trial = driver.answer(driver.prompts([8, 8, 8]), 6)
+    assert [len(times) for times in trial.arrivals()] == [6, 6, 6]
+    works = trial.works()
+    assert sum(work.tokens for work in works) == 3 * (8 + 5)
+    assert all(work.tokens == 3 for work in works[trial.all_decode()])
+    assert sum(trial.seconds()) == pytest.approx(trial.steps[-1].ended - trial.started)
+
+
+def test_contexts_grow_with_the_answer() -> None:
+    steps = [Step(1.0, {}, 4), Step(2.0, {7: 1}, 4), Step(3.0, {7: 1}, 0), Step(4.0, {7: 1}, 0)]
+    trial = Trial({7: 8}, 0.0, steps)
+    assert [work.context for work in trial.works()] == [0, 0, 9, 10]
+    assert [work.tokens for work in trial.works()] == [4, 4, 1, 1]
+    assert trial.decode_rate() == 1.0
+    network = Job(SHAPES["tiny"], "float32", torch.device("cpu")).network
+    cached = network.bytes(trial.works()[2]) + network.bytes(trial.works()[3])
+    assert trial.decode_bandwidth(network) == cached / 2
+
+
+def test_a_machine_that_slows_down_makes_no_stall() -> None:
+    """Steps with prompt tokens need twice as long as others; later all need three times that."""
+    fast = [(0, 1.0)] * 8 + [(13, 2.0), (13, 2.0), (0, 1.0)] * 8
+    slow = [(tokens, 3 * seconds) for tokens, seconds in fast]
+    ratios = over_decode_only(fast + slow)
+    settled = ratios[: len(fast) - NEAREST] + ratios[len(fast) + NEAREST :]
+    assert set(settled) == {1.0, 2.0}
+
+
+def test_one_strange_step_stands_out() -> None:
+    steps = [(0, 1.0)] * 5 + [(13, 2.0), (0, 1.0), (13, 9.0), (0, 7.0), (13, 2.0)]
+    assert max(over_decode_only(steps)) == pytest.approx(9.0)

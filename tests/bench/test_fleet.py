@@ -4,79 +4,79 @@ from pathlib import Path
 import pytest
 
 from bench.baselines.fleet import Fleet, WorkerError
-from tests.bench.conftest import MakePost
+from tests.bench.conftest import MakeSpec
 
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    """Has memory for two workers of make_post."""
+    """Has memory for two workers of make_spec."""
     with Fleet(250, tmp_path, cores=1) as opened:
         yield opened
 
 
-def test_worker_answers_what_it_was_asked(fleet: Fleet, make_post: MakePost) -> None:
-    post = make_post("one")
-    assert fleet.call(post, "prefill", tokens=5, seed=1) == [5.0]
-    assert fleet.call(post, "decode", batch=1, context=2, steps=3, seed=4) == [7.0] * 3
-    assert fleet.call(post, "greedy", prompt=[7, 8, 9], count=2) == [7, 8]
+def test_worker_answers_what_it_was_asked(fleet: Fleet, make_spec: MakeSpec) -> None:
+    spec = make_spec("one")
+    assert fleet.call(spec, "prefill", tokens=5, seed=1) == [5.0]
+    assert fleet.call(spec, "decode", batch=1, context=2, steps=3, seed=4) == [7.0] * 3
+    assert fleet.call(spec, "greedy", prompt=[7, 8, 9], count=2) == [7, 8]
 
 
-def test_worker_stays_loaded_while_there_is_memory(fleet: Fleet, make_post: MakePost) -> None:
-    one, two = make_post("one"), make_post("two")
+def test_worker_stays_loaded_while_there_is_memory(fleet: Fleet, make_spec: MakeSpec) -> None:
+    one, two = make_spec("one"), make_spec("two")
     first = fleet.info(one)
     assert fleet.info(two) != first
     assert fleet.info(one) == first
 
 
-def test_worker_not_called_for_longest_makes_room(fleet: Fleet, make_post: MakePost) -> None:
-    posts = [make_post(name) for name in ("one", "two", "three")]
-    first, second, _ = [fleet.info(post) for post in posts]
-    assert fleet.info(posts[1]) == second
-    assert fleet.info(posts[0]) != first
+def test_worker_not_called_for_longest_makes_room(fleet: Fleet, make_spec: MakeSpec) -> None:
+    specs = [make_spec(name) for name in ("one", "two", "three")]
+    first, second, _ = [fleet.info(spec) for spec in specs]
+    assert fleet.info(specs[1]) == second
+    assert fleet.info(specs[0]) != first
 
 
 def test_all_workers_but_the_one_that_is_asked_are_stopped(
-    fleet: Fleet, make_post: MakePost
+    fleet: Fleet, make_spec: MakeSpec
 ) -> None:
-    posts = [make_post("one"), make_post("two")]
-    for post in (*posts, posts[0]):
-        assert fleet.call(post, "prefill", tokens=5, seed=1) == [5.0]
-    for post in posts:
-        status = Path(f"/proc/{fleet.info(post)['process']}/status").read_text()
+    specs = [make_spec("one"), make_spec("two")]
+    for spec in (*specs, specs[0]):
+        assert fleet.call(spec, "prefill", tokens=5, seed=1) == [5.0]
+    for spec in specs:
+        status = Path(f"/proc/{fleet.info(spec)['process']}/status").read_text()
         assert "State:\tT (stopped)" in status
 
 
-def test_stopped_worker_ends_when_asked_to(fleet: Fleet, make_post: MakePost) -> None:
-    post = make_post("one")
-    process = fleet.info(post)["process"]
+def test_stopped_worker_ends_when_asked_to(fleet: Fleet, make_spec: MakeSpec) -> None:
+    spec = make_spec("one")
+    process = fleet.info(spec)["process"]
     fleet.stop("one")
     assert not Path(f"/proc/{process}").exists()
 
 
-def test_new_process_is_to_be_warmed_up_again(fleet: Fleet, make_post: MakePost) -> None:
-    post = make_post("one")
-    assert [fleet.warmed(post, "decode-1") for _ in range(2)] == [False, True]
+def test_new_process_is_to_be_warmed_up_again(fleet: Fleet, make_spec: MakeSpec) -> None:
+    spec = make_spec("one")
+    assert [fleet.warmed(spec, "decode-1") for _ in range(2)] == [False, True]
     fleet.stop("one")
-    assert not fleet.warmed(post, "decode-1")
+    assert not fleet.warmed(spec, "decode-1")
 
 
-def test_error_of_a_worker_is_reported_with_its_message(fleet: Fleet, make_post: MakePost) -> None:
+def test_error_of_a_worker_is_reported_with_its_message(fleet: Fleet, make_spec: MakeSpec) -> None:
     with pytest.raises(WorkerError, match="prefill: RuntimeError: out of tokens"):
-        fleet.call(make_post("one"), "prefill", tokens=1, seed=-1)
+        fleet.call(make_spec("one"), "prefill", tokens=1, seed=-1)
     with pytest.raises(WorkerError, match="load: ValueError: precision unknown"):
-        fleet.info(make_post("two", precision="unknown"))
+        fleet.info(make_spec("two", precision="unknown"))
 
 
 def test_death_of_a_worker_is_reported_with_its_last_words(
-    fleet: Fleet, make_post: MakePost
+    fleet: Fleet, make_spec: MakeSpec
 ) -> None:
     with pytest.raises(WorkerError, match="greedy: ended, libraries print to stdout"):
-        fleet.call(make_post("one"), "greedy", prompt=[], count=1)
-    assert fleet.call(make_post("one"), "prefill", tokens=5, seed=1) == [5.0]
+        fleet.call(make_spec("one"), "greedy", prompt=[], count=1)
+    assert fleet.call(make_spec("one"), "prefill", tokens=5, seed=1) == [5.0]
 
 
-def test_worker_that_cannot_load_leaves_no_process(fleet: Fleet, make_post: MakePost) -> None:
-    post = make_post("one", precision="unknown")
+def test_worker_that_cannot_load_leaves_no_process(fleet: Fleet, make_spec: MakeSpec) -> None:
+    spec = make_spec("one", precision="unknown")
     for _ in range(2):
         with pytest.raises(WorkerError):
-            fleet.info(post)
+            fleet.info(spec)

@@ -1,9 +1,27 @@
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from bench.host import Host, features
-from bench.report import SCHEMA, Report, Row, make_report, result_folder, table, write_report
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.report import (
+    SCHEMA,
+    Host,
+    Recorder,
+    Report,
+    Row,
+    SkippedError,
+    features,
+    make_report,
+    ratio,
+    result_folder,
+    spread,
+    table,
+    write_report,
+)
 
 ROWS = (
     Row("decode", {"streams": 1}, {"tokens_per_s": 12.5}),
@@ -58,3 +76,52 @@ def test_features_are_read_from_flags_of_both_architectures() -> None:
 def test_wide_type_is_bfloat16_only_in_hardware() -> None:
     assert HOST.wide_dtype == "bfloat16"
     assert dataclasses.replace(HOST, features=("avx2",)).wide_dtype == "float32"
+
+
+def test_a_failing_case_is_noted_and_keeps_what_it_had(tmp_path: Path) -> None:
+    def failing() -> Iterator[Row]:
+        yield Row("first", {}, {"value": 1.0})
+        raise RuntimeError("out of memory\nand so on")
+
+    recorder = Recorder("engine", tmp_path, part="7B", device="NVIDIA H200")
+    recorder.attempt("some", failing)
+    assert recorder.failed
+    (file,) = tmp_path.glob("*-nvidia-h200/engine/7B/result.json")
+    found = json.loads(file.read_text())
+    assert [row["case"] for row in found["rows"]] == ["first"]
+    assert found["notes"] == ["some: failed: RuntimeError: out of memory"]
+
+
+def test_a_case_that_cannot_be_measured_is_no_failure(tmp_path: Path) -> None:
+    def skipped() -> Iterator[Row]:
+        raise SkippedError("needs CUDA")
+
+    recorder = Recorder("engine", tmp_path)
+    recorder.attempt("some", skipped)
+    assert not recorder.failed
+    assert recorder.notes == ["some: skipped: needs CUDA"]
+
+
+def test_no_case_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
+    late = Recorder("engine", tmp_path, deadline=0.0)
+    late.attempt("some", lambda: pytest.fail("begun"))
+    assert "the time of this run was over" in late.notes[0]
+
+
+VALUES = st.lists(st.floats(1e-6, 1e6), min_size=1)
+
+
+@given(VALUES)
+def test_median_lies_between_lowest_and_highest(values: list[float]) -> None:
+    columns = spread("ms", values)
+    assert columns.keys() == {"ms", "ms_low", "ms_high"}
+    assert min(values) == columns["ms_low"] <= columns["ms"] <= columns["ms_high"] == max(values)  # type: ignore[operator]
+
+
+@given(VALUES, st.floats(0.1, 10))
+def test_ratio_to_a_scaled_copy_is_the_scale(values: list[float], scale: float) -> None:
+    assert ratio([scale * value for value in values], values) == pytest.approx(scale)
+
+
+def test_one_outlier_moves_no_median() -> None:
+    assert spread("ms", [1.0, 2.0, 3.0])["ms"] == spread("ms", [1.0, 2.0, 3000.0])["ms"]

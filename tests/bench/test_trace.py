@@ -23,7 +23,7 @@ def test_gaps_lie_where_nothing_runs() -> None:
     ]
     assert trace.seconds == pytest.approx(120e-6)
     assert trace.idle_share() == pytest.approx(6 / 120)
-    assert trace.between_steps_share() == pytest.approx(5 / 120)
+    assert trace.idle_share(trace.steps - 1) == pytest.approx(5 / 120)
 
 
 def test_tables_name_kernels_with_their_time_per_step() -> None:

@@ -59,7 +59,7 @@ class Reader:
         self.request = self.stream.next_request()
 
     def take(self, response: TextCompleteStreamResponse) -> None:
-        event = self.stream.take(response)
+        event = self.stream.on_response(response)
         self.events += [] if event is None else [event]
 
     def fails(self, error: ChasquiError) -> float:
@@ -217,7 +217,7 @@ def test_restarted_gateway_is_waited_for_until_it_takes_the_stream() -> None:
 def test_resumed_events_are_unpacked() -> None:
     reader = Reader()
     [started, *_] = run_of([ANSWER])
-    reader.stream.take(ResumeStreamResponse(event=started.event))
+    reader.stream.on_response(ResumeStreamResponse(event=started.event))
     assert reader.stream.next_request() == ResumeStreamRequest(
         stream_name=reader.stream.name, after_event_number=1
     )

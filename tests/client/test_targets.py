@@ -140,10 +140,19 @@ def test_a_proxy_that_lets_nothing_through_is_named(monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_the_python_example_asks_no_proxy(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_give_one_answer_and_ask_no_proxy(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    example = Path(__file__).parents[2] / "examples" / "python" / "chat.py"
-    done = subprocess.run(
-        [sys.executable, example, "Hello", target], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    folder = Path(__file__).parents[2] / "examples" / "python"
+    answers = [
+        subprocess.run(
+            [sys.executable, folder / name, "Hello", target],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for name in ("chat.py", "stubs.py")
+    ]
+    assert [(each.returncode, each.stderr) for each in answers] == [(0, "")] * 2
+    assert answers[0].stdout == answers[1].stdout != "\n"

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
-# What a component builds on.
+# The components that a component needs.
 NEEDS = {"safety-security": ["safety", "security"]}
 
 SERVICES: dict[str, type[ServerSettings]] = {

@@ -1,6 +1,6 @@
-"""As much of kustomize as deploy/kubernetes uses, as PyPI does not have it: resources, components,
-generated ConfigMaps, strategic merge patches, images and the namespace. What it does not know it
-refuses, so that nothing passes by being overlooked.
+"""The part of kustomize that deploy/kubernetes uses, because PyPI does not have it: resources,
+components, generated ConfigMaps, strategic merge patches, images and the namespace. It refuses
+everything else, so that nothing is overlooked.
 """
 
 import json
@@ -25,7 +25,7 @@ CLUSTER_WIDE = {"Namespace"}
 
 
 def build(folder: Path) -> list[Manifest]:
-    """What `kubectl kustomize FOLDER` prints, but for the hashes in names."""
+    """The manifests that `kubectl kustomize FOLDER` prints, without the hashes in names."""
     manifests: list[Manifest] = []
     _apply(folder, manifests)
     return manifests

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs t
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands of the page leave."""
+    """A folder with the files that the commands of the page make."""
     made = tmp_path_factory.mktemp("certificates")
     page = (ROOT / "docs" / "operations" / "kubernetes.md").read_text()
     [commands] = [

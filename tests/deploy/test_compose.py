@@ -1,6 +1,7 @@
-"""docker-compose.yml against what the services are; `docker compose` itself is not in CI."""
+"""docker-compose.yml fits the services; `docker compose` itself is not in CI."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from serving.settings import ENV_PREFIX
 from tests.deploy.conftest import ROOT, SERVICES
 
 DOCUMENT = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-# What a deployment does not change, or changes by a further file, as files need mounts.
+# Settings that a deployment does not change, or changes in another file because they need mounts.
 COMPOSES_OWN = {"CHASQUI_HOST", "CHASQUI_PORT", "CHASQUI_DEVICE", "CHASQUI_HEALTH_PORT"}
 FILES = {
     *("CHASQUI_TLS_CERT", "CHASQUI_TLS_KEY", "CHASQUI_TLS_CLIENT_CA", "CHASQUI_API_KEYS"),
@@ -22,8 +23,8 @@ FILES = {
     ),
     *("CHASQUI_RULES", "CHASQUI_GUARD_POLICY"),
 }
-# Bounds on what strangers cost; they reach the gateway alone.
-OF_STRANGERS = {
+# Limits for untrusted clients, which can reach only the gateway.
+OF_UNTRUSTED = {
     *("CHASQUI_MAX_CONNECTIONS", "CHASQUI_MAX_CONCURRENT_STREAMS", "CHASQUI_RECEIVE_TIMEOUT"),
     "CHASQUI_MAX_CONNECTION_IDLE",
 }
@@ -47,7 +48,7 @@ def test_variables_are_settings_of_the_service(name: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_every_setting_passes_through_that_is_not_composes_own(name: str) -> None:
     known = {ENV_PREFIX + field.upper() for field in SERVICES[name].model_fields}
-    left_out = COMPOSES_OWN | FILES | (set() if name == "gateway" else OF_STRANGERS)
+    left_out = COMPOSES_OWN | FILES | (set() if name == "gateway" else OF_UNTRUSTED)
     assert known - left_out <= OURS[name]["environment"].keys()
 
 
@@ -64,3 +65,16 @@ def test_service_comes_back_and_gets_its_grace_period(name: str) -> None:
 def test_healthcheck_asks_the_port_that_the_service_listens_on(name: str) -> None:
     port = SERVICES[name].model_fields["port"].default
     assert OURS[name]["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("", "chasqui-demo"), ("/data/llama-2-13b-chat", "llama-2-13b-chat"), ("../7b/", "7b")],
+)
+def test_model_has_the_name_of_its_folder(folder: str, name: str) -> None:
+    service: dict[str, Any] = OURS["model"]
+    mounted = re.sub(
+        r"\$\{CHASQUI_CKPT_DIR:-(.*)\}", folder or r"\1", service["volumes"][0]["target"]
+    )
+    assert service["environment"]["CHASQUI_CKPT_DIR"] == service["volumes"][0]["target"]
+    assert Path(mounted).name == name

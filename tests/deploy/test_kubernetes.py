@@ -122,6 +122,13 @@ def test_gateway_without_a_model_is_not_restarted(pods: list[Pod]) -> None:
     assert "service" not in gateway.container["readinessProbe"]["grpc"]
 
 
+def test_model_has_a_proper_name(pods: list[Pod], read_settings: ReadSettings) -> None:
+    for pod in pods:
+        if pod.service == "model":
+            settings: Any = read_settings(pod.service, pod.environment)
+            assert (settings.model_name or settings.ckpt_dir.name) != "checkpoint"
+
+
 def test_model_may_take_half_an_hour_to_load(pods: list[Pod]) -> None:
     [model] = [pod for pod in pods if pod.component == "model"]
     probe = model.container["startupProbe"]

@@ -1,4 +1,4 @@
-"""The services that pages take for granted, and readers of pages."""
+"""Fixtures: the services that pages assume to run, and a reader of pages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,7 +15,7 @@ StartReading = Callable[[list[Block]], Reader]
 
 @pytest.fixture(scope="session")
 def services() -> Iterator[dict[int, ServiceProcess]]:
-    """What runs while a page is read, by the ports that pages name."""
+    """The services that run while a page is read, by the ports that pages name."""
     checkpoint = ROOT / "demo" / "checkpoint"
     files = {"tokenizer_path": checkpoint / "tokenizer.model"}
     with ExitStack() as stack:
@@ -34,13 +34,13 @@ def services() -> Iterator[dict[int, ServiceProcess]]:
 
 @pytest.fixture(scope="session")
 def ports(services: dict[int, ServiceProcess]) -> dict[int, int]:
-    """The ports that pages name, and those that the services have here."""
+    """For each port that pages name, the port that the service has here."""
     return {port: int(each.address.rpartition(":")[2]) for port, each in services.items()}
 
 
 @pytest.fixture
 def start_reading(tmp_path: Path, ports: dict[int, int]) -> Iterator[StartReading]:
-    """A reader for a page; what its blocks have started ends with the test."""
+    """Makes the reader of a page; processes that its blocks started end with the test."""
     with ExitStack() as stack:
 
         def start(page: list[Block]) -> Reader:

@@ -1,4 +1,4 @@
-"""How blocks that hold settings are read by what they are written for."""
+"""Loads blocks of settings with the programs that they are written for."""
 
 import tempfile
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def load_rules(text: str) -> None:
 
 
 def load_compose(text: str) -> None:
-    """A further file for docker compose: known services, and settings that they have."""
+    """An additional file for docker compose; its services and their settings must exist."""
     known: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     for name, service in yaml.safe_load(text)["services"].items():
         assert name in known
@@ -31,7 +31,7 @@ def load_compose(text: str) -> None:
 
 
 def load_kustomization(text: str) -> None:
-    """What is added to an overlay that has the model, here the demonstration's."""
+    """An addition to an overlay that has the model, here the demonstration's."""
     demo = KUBERNETES / "overlays" / "demo"
     added: dict[str, list[str]] = yaml.safe_load(text)
     paths = {kind: [str(demo / name) for name in names] for kind, names in added.items()}

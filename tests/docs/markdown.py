@@ -1,7 +1,7 @@
 """The code blocks of the Markdown pages.
 
-The first word behind a block's fence is its language, which is all that a reader of the rendered
-page gets to see; further words are marks for the tests: `serves=50051`, `needs=docker`.
+The first word after a block's fence is its language. Further words are marks for the tests, which a
+rendered page does not show: `serves=50051`, `needs=docker`.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
-# Results of benchmarks are generated, and hold no blocks.
+# Results of benchmarks are generated, and have no blocks.
 WITHOUT_PAGES = {"build", "dist", "node_modules", "results"}
 
 

@@ -1,8 +1,8 @@
-"""A reader who does what a page says, block by block, in one terminal.
+"""Executes the blocks of a page, one after the other, in one terminal.
 
-The text is taken as it stands, but for `OTHERWISE` and for port numbers that begin with 50: each
-stands for a port that is free here, as tests run side by side. Programs that use a default port
-are told of it by the variables of `Reader.environment`.
+The text is executed as it is, except for `OTHERWISE` and for port numbers that begin with 50: each
+is replaced by a free port, because tests run side by side. Programs that use a default port get it
+from the variables of `Reader._environment`.
 """
 
 import os
@@ -10,15 +10,15 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from tests.docs.loaders import LOADERS
 from tests.docs.markdown import ROOT, Block
 from tests.docs.terminal import Result, Server, Terminal, is_serving, listens
 
-# What a block may need that is not here, as the mark `needs=…`. DOCS_HAVE=npm,docker in the
-# environment says what there is; then such blocks are run, too.
+# The things that a block may need and a test does not have, as the mark `needs=…`. With
+# DOCS_HAVE=npm,docker in the environment such blocks are run, too.
 NEEDS = {
     "cluster": "a Kubernetes cluster, or services on several machines",
     "docker": "Docker's daemon",
@@ -32,16 +32,19 @@ HAVE = set(os.environ.get("DOCS_HAVE", "").split(",")) | ({"jq"} if shutil.which
 
 MARKS = {
     "console": {"needs"},
+    # Lines to put in and to take out of a file.
+    "diff": {"file"},
     "js": {"needs"},
-    "python": {"needs"},
+    # A program, or with `file` the contents of a new file.
+    "python": {"file", "needs"},
     "sh": {"needs", "serves", "tls"},
-    # What the block before has printed, in which `figures` may differ; what a test of its own
+    # The output of the block before, in which `figures` may differ; a text that a test of its own
     # compares; a picture.
     "text": {"checked-by", "figures", "needs", "output", "picture"},
     **{language: set(kinds) for language, kinds in LOADERS.items()},
 }
 
-# What a block says, and what is done instead.
+# Parts of blocks, and their replacements.
 OTHERWISE = {
     "0.0.0.0": "127.0.0.1",
     "chat.example.org": "localhost",
@@ -54,14 +57,14 @@ INTERPRETERS = {
     "python": ("python", "py"),
 }
 FIGURE = re.compile(r"\d+(?:[.,]\d+)*(?:e-\d+)?")
-# Weights of Meta's and its tokenizer, for which the demonstration checkpoint stands in.
+# Names of Meta's weights, for which the demonstration checkpoint stands in.
 STAND_INS = ("llama-2-7b-chat", "llama-2-13b-chat", "LlamaGuard-7b")
-# Readers of this page have not activated the environment yet: it says how.
+# On this page the environment is not activated yet: the page says how.
 FIRST_PAGE = "README.md"
 
 
 class Reader:
-    """Works in a folder with links to all that the repository has, and an environment made."""
+    """Works in a folder that looks like the repository after `make env`."""
 
     def __init__(self, page: list[Block], folder: Path, ports: Mapping[int, int]) -> None:
         self._page = page
@@ -70,17 +73,19 @@ class Reader:
         self._ports = {port: there for port, there in ports.items() if port not in served}
         self._server: Server | None = None
         self._last: Result | None = None  # of the block before, if it could be run
-        lay_out(folder)
+        lay_out(
+            folder, {Path(block.marks["file"]).parts[0] for block in page if "file" in block.marks}
+        )
         activated = page[0].page != FIRST_PAGE
         self._terminal = Terminal(folder, self._environment(activated))
 
     def read(self) -> None:
-        """Does what the blocks say; fails with what one printed when that is something else."""
+        """Executes the blocks; fails if one fails or prints something else than the page says."""
         for block in self._page:
             self._do(block)
 
     def close(self) -> None:
-        """Ends what still runs."""
+        """Ends the processes that still run."""
         try:
             if self._terminal.alive:
                 self._interrupt()
@@ -91,7 +96,9 @@ class Reader:
         if block.marks.get("needs", "") not in HAVE | {""}:
             self._last = None
             return
-        if block.language in LOADERS:
+        if "file" in block.marks:
+            self._edit(block)
+        elif block.language in LOADERS:
             [kind] = block.marks
             LOADERS[block.language][kind](block.text)
         elif block.language == "text":
@@ -103,6 +110,19 @@ class Reader:
         else:
             self._run(block, self._command(block))
 
+    def _edit(self, block: Block) -> None:
+        """Writes a new file, or changes one, in the page's own copy of the sources."""
+        path = self._folder / block.marks["file"]
+        assert path.exists() == (block.language == "diff"), f"{block}: {path.name}"
+        text = block.text
+        if block.language == "diff":
+            source = path.read_text("utf-8")
+            before = "".join(line[1:] for line in text.splitlines(True) if line[0] in " -")
+            after = "".join(line[1:] for line in text.splitlines(True) if line[0] in " +")
+            assert source.count(before) == 1, f"{block}: not once in {path.name}:\n{before}"
+            text = source.replace(before, after)
+        path.write_text(text, "utf-8")
+
     def _serve(self, block: Block) -> None:
         """Starts servers in a further terminal, after Ctrl-C in the last such one."""
         self._interrupt()
@@ -112,14 +132,14 @@ class Reader:
         self._server = self._terminal.serve(self._here(block.text), port, ready)
 
     def _interrupt(self) -> None:
-        """Ctrl-C, after which what serves has to end as it should."""
+        """Ctrl-C, after which the server must end with status 0."""
         if self._server is not None:
             server, self._server = self._server, None
             status = self._terminal.interrupt(server)
             assert status == 0, f"status {status}\n{server.log.read_text(errors='replace')}"
 
     def _command(self, block: Block) -> str:
-        """The shell's words for a program in another language."""
+        """The shell command that runs a block, also one in another language."""
         if block.language == "sh":
             return self._here(block.text)
         interpreter, suffix = INTERPRETERS[block.language]
@@ -161,7 +181,7 @@ class Reader:
         return os.environ | {
             "PATH": ":".join([str(self._folder / ".venv" / "bin")] * activated + path),
             "HOME": str(self._folder / "home"),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(self._folder),
             "CHASQUI_PORT": str(self._port(50051)),
             "CHASQUI_TARGET": here,
             "CHASQUI_TOKENIZER_TARGET": f"127.0.0.1:{self._port(50052)}",
@@ -170,10 +190,15 @@ class Reader:
         }
 
 
-def lay_out(folder: Path) -> None:
-    """Makes the folder look like the repository in which `make env` has been run."""
+def lay_out(folder: Path, edited: Set[str] = frozenset()) -> None:
+    """Makes the folder look like the repository in which `make env` has been run.
+
+    The `edited` folders are copies, all others are links.
+    """
     for path in ROOT.iterdir():
-        if not path.name.startswith("."):
+        if path.name in edited:
+            shutil.copytree(path, folder / path.name)
+        elif not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
     (folder / "home").mkdir()
     environment = folder / ".venv"

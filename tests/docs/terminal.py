@@ -1,4 +1,4 @@
-"""A terminal for the shell blocks of a page: one bash in which they run one after the other."""
+"""Terminal: one bash in which the shell blocks of a page run one after the other."""
 
 import itertools
 import os
@@ -76,14 +76,13 @@ class Terminal:
         self._servers.append(psutil.Process(pid))
         deadline = time.monotonic() + START_SECONDS
         while not ready(port):
-            ended = self._servers[-1].status() == psutil.STATUS_ZOMBIE
-            assert not ended, log.read_text(errors="replace")
+            assert not _has_ended(self._servers[-1]), log.read_text(errors="replace")
             assert time.monotonic() < deadline, log.read_text(errors="replace")
             time.sleep(0.05)
         return Server(pid, log)
 
     def interrupt(self, server: Server) -> int:
-        """Ctrl-C; returns the exit status. What the block has left in the background ends, too."""
+        """Ctrl-C; returns the exit status. Ends what the block left in the background, too."""
         started = _family(psutil.Process(server.pid))
         os.killpg(server.pid, signal.SIGINT)
         status = int(self._ask(f"wait {server.pid} && echo 0 || echo $?"))
@@ -91,7 +90,7 @@ class Terminal:
         return status
 
     def close(self) -> None:
-        """Ends the session and all that still runs in it."""
+        """Ends the session and all processes in it."""
         _end([process for each in self._servers for process in _family(each)])
         if self.alive:
             _end(_family(psutil.Process(self._bash.pid)))
@@ -110,8 +109,15 @@ class Terminal:
         return script
 
 
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _family(process: psutil.Process) -> list[psutil.Process]:
-    """A process and all that it has started, as far as they are there."""
+    """A process and all processes that it has started, if they still exist."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -129,13 +135,13 @@ def _end(processes: list[psutil.Process]) -> None:
 
 
 def listens(port: int) -> bool:
-    """Whether anything takes connections there."""
+    """Whether a process accepts connections on the port."""
     with closing(socket.socket()) as connection:
         return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def is_serving(port: int) -> bool:
-    """Whether the health service there says so."""
+    """Whether the health service on the port says SERVING."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         try:

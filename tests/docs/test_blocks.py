@@ -1,6 +1,6 @@
 """Every code block of every page does what the page says.
 
-A block that cannot run here says so with a mark, `needs=…`; what it may need is in `NEEDS`.
+A block that cannot run here has a mark, `needs=…`, with one of the words of `NEEDS`.
 """
 
 import subprocess

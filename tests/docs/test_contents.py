@@ -1,4 +1,4 @@
-"""What pages and examples show, where it is more than the output of a block."""
+"""Contents of pages and examples that are more than the output of a block."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_examples_of_several_answers_show_different_ones(
 
 
 def test_messages_of_wrong_requests(chat: "chat_pb2_grpc.ChatServiceStub") -> None:
-    """As on the page, but for what is another number with the demonstration checkpoint."""
+    """As on the page, except for numbers that differ with the demonstration checkpoint."""
     messages = []
     for wrong in WRONG:
         with pytest.raises(grpc.RpcError) as refused:

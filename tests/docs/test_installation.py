@@ -1,4 +1,4 @@
-"""The distribution's name, as on PyPI `chasqui` is another project's, and the first command."""
+"""The distribution's name (`chasqui` on PyPI is another project), and the first command."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DISTRIBUTION = "chasqui-llama"
-# Built, installed and generated files are not ours to look at.
+# Built, installed and generated files are not checked.
 NOT_TEXTS = {".git", ".venv", "build", "dist", "node_modules", "results"}
 SUFFIXES = {"", ".md", ".proto", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
 # An option of pip's, such as --quiet, may stand in front of the name.
@@ -71,7 +71,7 @@ def test_make_chat_asks_exactly_what_is_given(question: str, tmp_path: Path) -> 
 
 
 def _texts(folder: Path) -> list[Path]:
-    """All files below it that hold text which people read or run."""
+    """All text files below a folder that people read or run."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.name in NOT_TEXTS or path.is_symlink() or path == Path(__file__):

@@ -1,5 +1,5 @@
-"""Callers of every kind, well-behaved and not, each visit chosen at random from a seed. What a
-visit must end with is stated beside its kind; anything else a caller sees fails the run.
+"""Callers of every kind, well-behaved and not, whose visits are chosen at random from a seed. Each
+kind of visit states how it may end; any other end fails the run.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from tests.e2e.proxy import proxied
 THINKING = 0.1  # seconds from an answer to the next request, in the mean
 WORDS = ("llama", "alpaca", "chasqui", "runs", "over", "the", "high", "bridge", "knotted", "cord")
 EOF = grpc.aio.EOF
-# A connection that takes little ahead of its reader, and that nobody shares.
+# A connection that is not shared, and one that reads little ahead of its reader.
 ALONE = [("grpc.use_local_subchannel_pool", 1)]
 SMALL_WINDOW = [*ALONE, ("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
 
@@ -56,12 +56,12 @@ class Caller:
         return [dialog(self.dice.randint(1, 3)) for _ in range(self.dice.randint(1, most))]
 
     def chat_request(self, kind: Any, **fields: Any) -> Any:
-        """Of up to three dialogs with up to two answers each."""
+        """A request with up to three dialogs and up to two answers each."""
         n = self.dice.randint(1, 2)
         return kind(dialogs=self.dialogs(3), n=n, sampling=self.sampling(), **fields)
 
     def stream_request(self, **fields: Any) -> chat_pb2.TextCompleteStreamRequest:
-        """Of one long text."""
+        """A request with one long text."""
         sampling = self.sampling(100)
         return chat_pb2.TextCompleteStreamRequest(
             prompts=[self.text()], sampling=sampling, **fields
@@ -130,7 +130,7 @@ async def has_a_deadline(caller: Caller) -> None:
 
 
 async def asks_wrongly(caller: Caller) -> None:
-    """Of many ways to break a rule, one."""
+    """Breaks a rule, one of many."""
     [dialog] = caller.dialogs(1)
     wrong: dict[str, Any] = caller.dice.choice(
         [

@@ -42,7 +42,7 @@ def wait_until(address: str, serving: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """What a service told Prometheus."""
+    """The metrics of a service at one moment."""
 
     families: list[Metric]
 

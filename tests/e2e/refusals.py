@@ -1,7 +1,7 @@
 """Requests of 4 MiB that are refused, of every shape that once cost much more than their bytes.
 
 `python -m tests.e2e.refusals GATEWAY TOKENIZER` sends 200 of them, eight at a time, and prints how
-many ended with which status. A process of its own, so that the sender's work delays nobody.
+many ended with which status. A separate process, so that the sender delays no other client.
 """
 
 import asyncio

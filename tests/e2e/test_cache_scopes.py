@@ -1,4 +1,4 @@
-"""What keys learn of each other from the prefix cache: nothing, unless they are to share it."""
+"""Keys learn nothing of each other from the prefix cache, unless they share a scope."""
 
 import hashlib
 from collections.abc import Callable

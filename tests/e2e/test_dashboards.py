@@ -1,4 +1,4 @@
-"""What the dashboard and the alerts ask Prometheus for exists, and each alert is explained."""
+"""The metrics in the dashboard and the alerts exist, and each alert is explained."""
 
 import json
 import re

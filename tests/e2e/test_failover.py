@@ -28,7 +28,7 @@ RunFleet = Callable[..., AbstractContextManager[Any]]
 
 @dataclass
 class Answer:
-    """What a client got of one stream."""
+    """The part of one stream that a client received."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a request can ask for beyond a plain answer, on a real model."""
+"""The options of a request beyond a plain answer, on a real model."""
 
 from typing import Any
 

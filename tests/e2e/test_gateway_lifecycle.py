@@ -47,7 +47,7 @@ def test_restarted_model_service_is_used_again_and_repeats_a_seeded_answer(own: 
 
 
 def local_ports(address: str) -> set[int]:
-    """Of this process's connections to a server."""
+    """The local ports of this process's connections to a server."""
     own = psutil.Process().net_connections("tcp4")
     port = int(address.rpartition(":")[2])
     return {each.laddr.port for each in own if each.raddr and each.raddr.port == port}

@@ -34,7 +34,7 @@ REQUEST = TextCompleteRequest(
 
 
 async def outcome(chat: Any) -> str:
-    """What one client gets, within the bound."""
+    """The answer or status that one client gets in time."""
     call = chat.TextComplete(REQUEST, timeout=BOUND)
     if await call.code() is grpc.StatusCode.OK:
         [prediction] = (await call).predictions
@@ -84,7 +84,7 @@ class Load:
         self._tasks = [asyncio.create_task(self._client()) for _ in range(clients)]
 
     async def tokens_per_second(self, seconds: float) -> float:
-        """What it gets from now on."""
+        """The rate of its tokens from now on."""
         before, began = self.tokens, time.monotonic()
         await asyncio.sleep(seconds)
         return (self.tokens - before) / (time.monotonic() - began)

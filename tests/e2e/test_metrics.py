@@ -1,4 +1,4 @@
-"""What the services tell Prometheus after traffic of known size."""
+"""The services' metrics after traffic of known size."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What refused requests cost the services that refuse them, and the streams of others."""
+"""The cost of refused requests for the services that refuse them, and for others' streams."""
 
 import asyncio
 import itertools
@@ -27,7 +27,7 @@ TOLERATED_GAP = 0.1  # seconds
 
 
 def memory_limit(component: str) -> int:
-    """What the pods of a component may take, in bytes."""
+    """The memory limit of a component's pods, in bytes."""
     manifests = yaml.safe_load_all((MANIFESTS / f"{component}.yaml").read_text())
     [deployment] = [each for each in manifests if each["kind"] == "Deployment"]
     [container] = deployment["spec"]["template"]["spec"]["containers"]

@@ -47,7 +47,7 @@ async def test_named_streams_that_are_left_leave_nothing_behind(
 
 @dataclass
 class Followed:
-    """What the reader of a stream saw."""
+    """The part of a stream that its reader saw."""
 
     seed: int = 0
     ids: list[int] = field(default_factory=list)
@@ -125,12 +125,12 @@ def follow_all(
     begun, all_begun = set[int](), asyncio.Event()
 
     def run(number: int) -> "asyncio.Task[Followed]":
-        def note(_seen: Followed) -> None:
+        def on_delta(_seen: Followed) -> None:
             begun.add(number)
             if len(begun) == STREAMS:
                 all_begun.set()
 
-        return asyncio.create_task(follow(client, f"Stream {number}", note, **choice(number)))
+        return asyncio.create_task(follow(client, f"Stream {number}", on_delta, **choice(number)))
 
     return [run(number) for number in range(STREAMS)], all_begun
 

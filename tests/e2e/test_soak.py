@@ -24,7 +24,7 @@ SECONDS = float(os.environ.get("SOAK_SECONDS", "120"))
 WARM_UP = min(60.0, SECONDS / 2)
 CALLERS = 12
 GATEWAY_FLAGS = {
-    "stream_grace": 2,  # seconds; so that streams nobody returns for end during the run
+    "stream_grace": 2,  # seconds; so that abandoned streams end during the run
     "max_queued_sequences": 32,  # low enough to be reached
     "max_dialogs": 16,
     "max_unread_bytes": 4096,  # of a slow reader's answers each has twenty times as much
@@ -36,11 +36,11 @@ MODEL_FLAGS = {
 }
 
 
-# What a heap may still gain after the warm-up, from first to last along the fitted line: rare sizes
-# and orders of allocations leave new holes in it, in large steps, whatever the time. A leak grows
-# with the time: two minutes find one of 10 KiB a visit, ten minutes one of 1 KiB. gRPC has a small
-# one, 50 bytes a visit of this load: grpc/grpc#43360.
-MOST_GROWTH = 4 * 1024  # KiB
+# The growth of a heap that is allowed after the warm-up, from first to last along the fitted line:
+# rare sizes and orders of allocations leave new holes in it, in large steps, at any time. A leak
+# grows with the time: two minutes find one of 10 KiB a visit, ten minutes one of 1 KiB. gRPC has a
+# small one, 50 bytes a visit of this load: grpc/grpc#43360.
+MAX_GROWTH = 4 * 1024  # KiB
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ async def idle_status(stack: Stack) -> GetStatusResponse:
 
 
 def leftovers(status: GetStatusResponse) -> dict[str, int]:
-    """What is still held, by its name."""
+    """The resources that are still in use, by name."""
     [replica] = status.replicas
     held = {
         "running at the gateway": status.running_sequences,
@@ -135,5 +135,5 @@ async def test_mixed_load_leaves_nothing_behind(soaked: Stack) -> None:
     assert not leftovers(status), report
     assert not internal_errors(soaked), report
     assert outcomes.counts.keys() == {kind.__name__ for kind in KINDS}, report
-    growing = [name for name, resident in memory.items() if resident.growth > MOST_GROWTH]
+    growing = [name for name, resident in memory.items() if resident.growth > MAX_GROWTH]
     assert not growing, report

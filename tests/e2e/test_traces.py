@@ -24,7 +24,7 @@ MODEL = "llama.v1.ModelService"
 PROMPT = "The llama walks over the bridge"
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 UNSAMPLED = "11111111111111111111111111111111"
-FRIENDS, STRANGERS = "22222222222222222222222222222222", "33333333333333333333333333333333"
+FRIENDS, WITHOUT_KEY = "22222222222222222222222222222222", "33333333333333333333333333333333"
 FORCED = "00000000000000000000000000000001"  # one that a ratio of trace ids always samples
 KEY = "a key that is long enough"
 
@@ -59,8 +59,8 @@ def attributes(span: Span) -> dict[str, Any]:
 def collector(
     services: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Collector]:
-    """What the services sent of three calls, completions of 8 tokens; the first and second have a
-    trace of their caller's, which the caller does not sample for the second. Further, of a call to
+    """The spans of three calls, completions of 8 tokens; the first and second have a trace of their
+    caller's, which the caller does not sample for the second. Further, of a call to
     a gateway that samples what its callers sample and asks for keys, and of another that has none;
     and of one to a gateway that samples nothing.
     """
@@ -100,7 +100,7 @@ def call_with_and_without_key(stack: Stack, keys: Path, every: dict[str, str]) -
         parent = f"00-{FRIENDS}-{CALLER}-01"
         complete(gateway.address, ("traceparent", parent), authorization)
         with pytest.raises(grpc.RpcError):
-            complete(gateway.address, ("traceparent", parent.replace(FRIENDS, STRANGERS)))
+            complete(gateway.address, ("traceparent", parent.replace(FRIENDS, WITHOUT_KEY)))
     finally:
         gateway.stop()
 
@@ -154,7 +154,7 @@ def test_callers_decision_to_sample_does_not_go_beyond_the_ratio(collector: Coll
 
 def test_untrusted_clients_call_joins_no_trace(collector: Collector) -> None:
     assert set(collector.trace(FRIENDS)) == {GATEWAY, TOKENIZER, MODEL}
-    assert not collector.trace(STRANGERS)
+    assert not collector.trace(WITHOUT_KEY)
 
 
 def test_malformed_context_begins_a_trace_of_its_own(collector: Collector) -> None:

@@ -1,6 +1,4 @@
-"""Who is not let in, as a gateway's process sees them: refused, told of seldom, and in nobody's
-way. A friend's call goes through while they try, and after.
-"""
+"""Clients that a gateway refuses: each is told, logged at a limited rate, and harms no other."""
 
 import asyncio
 import contextlib
@@ -81,8 +79,8 @@ def test_without_a_key_nothing_but_health_answers(locked: LockedGateway, unharme
 
 def test_wrong_key_is_refused(locked: LockedGateway, unharmed: Any) -> None:
     for wrong in ("another key", locked.key[:-1], locked.key + "x", " "):
-        with Client(locked.process.address, tls=locked.tls, api_key=wrong) as stranger:
-            assert status_of(stranger.get_model) == grpc.StatusCode.UNAUTHENTICATED
+        with Client(locked.process.address, tls=locked.tls, api_key=wrong) as refused:
+            assert status_of(refused.get_model) == grpc.StatusCode.UNAUTHENTICATED
     unharmed()
 
 
@@ -106,9 +104,9 @@ def test_wrong_certificate_gets_no_connection(
 ) -> None:
     tls = certificate(locked, tmp_path)
     for _ in range(20):
-        stranger = Client(locked.process.address, tls=tls, api_key=locked.key)
-        with stranger, pytest.raises(UnreachableError):
-            stranger.get_model(timeout=TIMEOUT)
+        refused = Client(locked.process.address, tls=tls, api_key=locked.key)
+        with refused, pytest.raises(UnreachableError):
+            refused.get_model(timeout=TIMEOUT)
     unharmed()
 
 
@@ -122,16 +120,16 @@ def test_client_trusts_no_other_authority(locked: LockedGateway, tmp_path: Path)
 
 
 def test_plaintext_to_the_tls_port_is_refused(locked: LockedGateway, unharmed: Any) -> None:
-    stranger = Client(locked.process.address, api_key=locked.key)
-    with stranger, pytest.raises(UnreachableError):
-        stranger.get_model(timeout=TIMEOUT)
+    refused = Client(locked.process.address, api_key=locked.key)
+    with refused, pytest.raises(UnreachableError):
+        refused.get_model(timeout=TIMEOUT)
     unharmed()
 
 
 def test_tls_to_a_plaintext_port_is_refused(locked: LockedGateway, unharmed: Any) -> None:
-    stranger = Client(locked.health_address, tls=locked.tls)
-    with stranger, pytest.raises(UnreachableError):
-        stranger.get_model(timeout=TIMEOUT)
+    refused = Client(locked.health_address, tls=locked.tls)
+    with refused, pytest.raises(UnreachableError):
+        refused.get_model(timeout=TIMEOUT)
     unharmed()
 
 
@@ -159,7 +157,7 @@ def test_huge_metadata_is_refused(locked: LockedGateway, unharmed: Any) -> None:
     unharmed()
 
 
-def test_half_open_connections_keep_nobody_out(locked: LockedGateway, unharmed: Any) -> None:
+def test_half_open_connections_keep_no_other_out(locked: LockedGateway, unharmed: Any) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with ExitStack() as stack:
@@ -168,7 +166,7 @@ def test_half_open_connections_keep_nobody_out(locked: LockedGateway, unharmed: 
         unharmed()
 
 
-async def test_half_open_streams_of_strangers_are_refused_at_once(
+async def test_half_open_streams_of_untrusted_clients_are_refused_at_once(
     locked: LockedGateway, unharmed: Any
 ) -> None:
     async with open_aio_channel(locked.process.address, locked.tls) as channel:

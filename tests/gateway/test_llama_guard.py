@@ -9,13 +9,15 @@ import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status.rpc_status import from_call
 
+from llama.prompt_format.dialog import USER
+from llama.prompt_format.dialog import Message as Turn
+from llama.prompt_format.llama_guard import render
 from llama.v1.chat_pb2 import ROLE_ASSISTANT, ROLE_SYSTEM, ROLE_USER, Dialog, Message
 from llama.v1.safety_pb2 import VERDICT_SAFE, VERDICT_UNSAFE, ClassifyRequest
 from llama.v1.safety_pb2_grpc import SafetyServiceStub
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP
-from safety_service.llama_guard import LlamaGuard, render
-from safety_service.server import USER, safety_service
-from safety_service.server import Message as Turn
+from safety_service.llama_guard import LlamaGuard
+from safety_service.server import safety_service
 from serving.server import channel
 from tokenizer_service.tokenizer import Tokenizer
 

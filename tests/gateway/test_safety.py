@@ -11,6 +11,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status.rpc_status import from_call
 
 from gateway.safety.guard import DIALOG_REFUSAL
+from llama.prompt_format.dialog import Message as DialogMessage
 from llama.v1.chat_pb2 import (
     ROLE_USER,
     ChatCompleteRequest,
@@ -48,13 +49,13 @@ def dialog(content: str = "What do llamas do?") -> Dialog:
 class HeldClassifier:
     """Judges when the test says so."""
 
-    asked: asyncio.Queue[Sequence[servicer.Message]] = field(default_factory=asyncio.Queue)
+    asked: asyncio.Queue[Sequence[DialogMessage]] = field(default_factory=asyncio.Queue)
     verdicts: asyncio.Queue[Judgement] = field(default_factory=asyncio.Queue)
     remaining: list[float | None] = field(default_factory=list)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def judge(
-        self, messages: Sequence[servicer.Message], time_remaining: servicer.TimeRemaining
+        self, messages: Sequence[DialogMessage], time_remaining: servicer.TimeRemaining
     ) -> Judgement:
         self.remaining.append(time_remaining())
         self.asked.put_nowait(messages)

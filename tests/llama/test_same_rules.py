@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gateway.request.prompts import Window
 from gateway.request.validation import RequestLimits, text_violations
-from llama.arguments import Arguments
+from llama.arguments import Arguments, checked
 from llama.v1 import model_pb2
 from llama.v1.chat_pb2 import TextCompleteRequest
 from llama.v1.sampling_pb2 import SamplingParams
@@ -57,10 +57,9 @@ def model_service_says(sampling: SamplingParams) -> str:
 
 
 def library_says(**arguments: Any) -> str:
-    checked = Arguments()
-    checked.sampling(**{"temperature": 1, "top_p": 1, "max_gen_len": None, **arguments})
+    given = {"temperature": 1, "top_p": 1, "max_gen_len": None, **arguments}
     try:
-        checked.refuse()
+        checked(Arguments.texts, [], **given)
     except ValueError as error:
         return f"sampling.{error}"
     return ""

@@ -10,7 +10,8 @@ import numpy as np
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_service.engine.step.plan import StepPlan
-from model_service.loading.load_replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.model.attention.backend import SequenceSpan
 
 

@@ -20,7 +20,8 @@ from model_service.engine.sequence import (
     SamplingParams,
     SequenceOutput,
 )
-from model_service.loading.load_replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.model.attention.backend import (
     AttentionBackend,
     CacheShape,
@@ -175,7 +176,7 @@ def backends(flashinfer: Any) -> dict[str, MakeAttention]:
         return FixedSdpaAttention(shape, torch.float32, CPU, kv_dtype)
 
     def in_parts(shape: CacheShape, heads: int, kv_dtype: torch.dtype = torch.float32) -> Any:
-        return FixedSdpaAttention(shape, torch.float32, CPU, kv_dtype, copied_bytes=1)
+        return FixedSdpaAttention(shape, torch.float32, CPU, kv_dtype, min_bytes_in_place=1)
 
     def on_flashinfer(shape: CacheShape, heads: int, kv_dtype: torch.dtype = torch.float32) -> Any:
         return module.FlashInferAttention(
@@ -188,7 +189,7 @@ def backends(flashinfer: Any) -> dict[str, MakeAttention]:
 def spread(
     lengths: Sequence[int], queries: Sequence[int], shape: CacheShape, seed: int
 ) -> list[SequenceSpan]:
-    """Sequences of these lengths over blocks in random order; block 0 is nobody's."""
+    """Sequences of these lengths over blocks in random order; block 0 has no owner."""
     free = (
         torch.randperm(shape.blocks - 1, generator=torch.Generator().manual_seed(seed)) + 1
     ).tolist()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest, SamplingParams
-from model_service.loading.load_replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 
 
 def requests() -> list[GenerationRequest]:

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model_service.loading.load_replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
+from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights import cuda as weights_cuda
 from model_service.model.weights.checkpoint import open_checkpoint
 from model_service.model.weights.packing import packing
 from model_service.model.weights.quantization import Int4Weight, fp8_rows
-from model_service.model.weights.upload import Upload
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = torch.device("cuda", 0)
-# Of a product, relative; fp8 with activations in e4m3.
+# Relative errors of a product; fp8 with activations in e4m3.
 ROUNDING = {"int8": 0.01, "int4": 0.12, "fp8": 0.05}
 DTYPES = {
     "int8": [torch.float16, torch.bfloat16],
@@ -120,12 +121,12 @@ def test_what_arrives_is_what_the_files_hold(golden: Path, checkpoint: str) -> N
 def test_pieces_are_not_overwritten_before_they_are_fetched() -> None:
     source = torch.arange(2**22).view(2048, 2048).float()
     target = torch.empty(2048, 2048, dtype=torch.bfloat16, device=DEVICE)
-    Upload(DEVICE, 100_000).copy(source, target)
+    WeightUpload(DEVICE, 100_000).copy(source, target)
     assert torch.equal(target.cpu(), source.bfloat16())
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_the_cache_gets_what_a_measured_step_leaves(golden: Path, quantize: str) -> None:
+def test_the_cache_gets_what_a_measured_step_leaves(golden: Path, quantize: Any) -> None:
     folder = golden / "checkpoints" / "gqa-mp1"
     options = ReplicaOptions(folder, max_seq_len=64, max_batch_size=2, device="cuda")
     options = dataclasses.replace(options, quantize=quantize)

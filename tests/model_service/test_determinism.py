@@ -1,4 +1,4 @@
-"""What a replay depends on, measured in every precision, against what the replica claims."""
+"""Replays in every precision, compared with the determinism that the replica claims."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,8 +9,10 @@ import pytest
 
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest, SamplingParams
-from model_service.loading.load_replica import Replica, ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Determinism
+from model_service.loading.replica import Replica
 
 LENGTH = 48  # tokens of each answer
 SIXTEEN_BLOCKS = 16  # one sequence of full length: six that run at once must give way

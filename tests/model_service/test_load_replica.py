@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from model_service.loading.load_replica import ReplicaOptions, load_replica
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
 from model_service.model.config import ModelConfig
 from model_service.model.weights.checkpoint import open_checkpoint
 
@@ -60,7 +61,7 @@ def test_other_kernels_have_another_fingerprint(
 ) -> None:
     own = load_replica(options).info
     monkeypatch.setattr(
-        "model_service.loading.load_replica.instructions", lambda: "of another processor"
+        "model_service.loading.replica.instructions", lambda: "of another processor"
     )
     other = load_replica(options).info
     assert other.fingerprint != own.fingerprint
@@ -69,7 +70,7 @@ def test_other_kernels_have_another_fingerprint(
 
 @pytest.mark.parametrize(("lookahead", "expected"), [("auto", False), ("on", True), ("off", False)])
 def test_lookahead_is_off_on_the_cpu_unless_asked_for(
-    options: ReplicaOptions, lookahead: str, expected: bool
+    options: ReplicaOptions, lookahead: Any, expected: bool
 ) -> None:
     replica = load_replica(dataclasses.replace(options, lookahead=lookahead))
     assert replica.limits.lookahead is expected

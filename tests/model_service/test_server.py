@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from model_service.loading.distributed import Shards
 from model_service.loading.load_replica import load_replica
 from model_service.model import cpu
 from model_service.rank import replica_options
-from model_service.server import ModelServicer
+from model_service.server import model_service
 from model_service.settings import ModelSettings
-from serving.server import channel, running
+from serving.server import Service, channel, running
+from serving.settings import ServerSettings
 
 Case = dict[str, Any]
 INVALID_ARGUMENT, ALREADY_EXISTS, UNAVAILABLE = 3, 6, 14
@@ -74,19 +74,14 @@ def ids(events: list[Any]) -> list[int]:
 
 
 @pytest.fixture
-async def server(golden: Path) -> AsyncIterator[ModelServicer]:
-    settings = ModelSettings(port=0, ckpt_dir=golden / "checkpoints" / "gqa-mp1", max_seq_len=256)
-    server = ModelServicer(load_replica(replica_options(settings)), "of-the-tokenizer", Shards(60))
-    async with AsyncExitStack() as stack:
-        stack.callback(server.stop)
-        up = await stack.enter_async_context(running(settings, server.service()))
-        server.address = up.address  # type: ignore[attr-defined]
-        yield server
+async def service(golden: Path) -> Service:
+    settings = ModelSettings(ckpt_dir=golden / "checkpoints" / "gqa-mp1", max_seq_len=256)
+    return model_service(load_replica(replica_options(settings)), "of-the-tokenizer", Shards(60))
 
 
 @pytest.fixture
-async def model(server: ModelServicer) -> AsyncIterator[Model]:
-    async with channel(server.address) as target:  # type: ignore[attr-defined]
+async def model(service: Service) -> AsyncIterator[Model]:
+    async with running(ServerSettings(), service) as server, channel(server.address) as target:
         yield Model(target)
 
 
@@ -194,11 +189,12 @@ async def test_a_sequence_id_that_runs_is_refused_and_runs_on(
 
 
 async def test_draining_finishes_what_runs_and_refuses_what_comes(
-    model: Model, server: ModelServicer, cases: Callable[[str], list[Case]]
+    model: Model, service: Service, cases: Callable[[str], list[Case]]
 ) -> None:
     call = await model.open(start(cases("gqa")[0], "running"))
     events = list((await call.read()).events)
-    drained = asyncio.create_task(server.service().drain())  # type: ignore[arg-type, misc]
+    assert service.drain is not None
+    drained = asyncio.ensure_future(service.drain())
     await call.write(start(cases("gqa")[0], "late"))
     while (response := await call.read()) is not grpc.aio.EOF:
         events += response.events

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.model.weights import upload
+from model_service.model import pinned_transfer
+from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.checkpoint import open_checkpoint
-from model_service.model.weights.upload import Upload
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
@@ -26,7 +26,7 @@ def test_pieces_of_any_size_make_the_whole(
 ) -> None:
     whole = torch.arange(torch.Size(shape).numel()).view(shape).float().to(dtype)
     source = whole[..., : max(1, shape[-1] // 2)] if cut else whole
-    staged = Upload(CPU, buffer)
+    staged = WeightUpload(CPU, buffer)
     for _ in range(2):  # the buffers are used again
         target = torch.empty(source.shape, dtype=torch.float32)
         staged.copy(source, target)
@@ -36,13 +36,13 @@ def test_pieces_of_any_size_make_the_whole(
 
 def test_a_part_of_a_tensor_is_filled() -> None:
     target = torch.zeros(4, 6)
-    Upload(CPU, 16).copy(torch.ones(4, 2), target.narrow(1, 3, 2))
+    WeightUpload(CPU, 16).copy(torch.ones(4, 2), target.narrow(1, 3, 2))
     assert torch.equal(target.sum(dim=0), torch.tensor([0.0, 0.0, 0.0, 4.0, 4.0, 0.0]))
 
 
 def test_on_the_cpu_nothing_is_moved() -> None:
     source = torch.ones(3)
-    assert Upload(CPU).moved(source) is source
+    assert WeightUpload(CPU).moved(source) is source
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def large_checkpoint(golden: Path, tmp_path: Path) -> Path:
 def test_host_holds_two_buffers_and_never_the_checkpoint(
     large_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upload, "BUFFER_BYTES", 2**22)
+    monkeypatch.setattr(pinned_transfer, "BUFFER_BYTES", 2**22)
     # The device meta has no numbers to look at.
     monkeypatch.setattr(f"{open_checkpoint.__module__}.extremes", lambda _: torch.zeros(2))
     checkpoint = open_checkpoint(large_checkpoint)

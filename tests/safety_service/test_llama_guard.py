@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from safety_service.llama_guard import parse, read_policy, render
-from safety_service.server import ASSISTANT, SAFE, USER, Judgement, Message
+from llama.prompt_format.dialog import ASSISTANT, USER, Message
+from llama.prompt_format.llama_guard import render
+from safety_service.llama_guard import parse, read_policy
+from safety_service.server import SAFE, Judgement
 from serving.errors import StartError
 
 

@@ -16,7 +16,7 @@ from serving.errors import (
     unavailable,
 )
 
-# What HTTP/2 clients and servers take in headers or trailers without being configured.
+# Bytes of headers or trailers that HTTP/2 clients and servers accept by default.
 METADATA_LIMIT = 8192
 
 

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtoMessage
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,3 +92,29 @@ async def test_a_group_is_more_than_any_number_of_fields(group: bytes) -> None:
     # In it, the parser takes for content what looks like fields here.
     hidden = b"\x0a\xff\xff\xff\x0f" + b"\x0a\x00" * 100
     assert await has_more_fields_than(100, group + hidden, ChatCompleteRequest.DESCRIPTOR)
+
+
+class Read(bytes):
+    """Bytes that count how many of them were looked at one by one."""
+
+    looks = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("before", [b"", b"\x10", b"\x0a"])  # as a tag, a number and a length
+async def test_endless_varint_costs_ten_bytes_and_is_left_to_the_parser(before: bytes) -> None:
+    serialized = Read(before + b"\xff" * 1_000_000 + b"\x01")
+    assert not await has_more_fields_than(100, serialized, ChatCompleteRequest.DESCRIPTOR)
+    assert serialized.looks <= len(before) + 10
+    with pytest.raises(DecodeError):
+        ChatCompleteRequest.FromString(bytes(serialized))
+
+
+async def test_longest_varint_is_read_to_its_end() -> None:
+    longest = b"\x10" + b"\xff" * 9 + b"\x01"
+    two = longest + b"\x10\x01"
+    assert await has_more_fields_than(1, two, ChatCompleteRequest.DESCRIPTOR)
+    assert not await has_more_fields_than(2, two, ChatCompleteRequest.DESCRIPTOR)

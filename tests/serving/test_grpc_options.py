@@ -1,4 +1,4 @@
-"""Bounds on connections and calls, and on what the log tells of those who run into them."""
+"""Limits of connections and calls, and of the log lines about them."""
 
 import socket
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from serving.telemetry.rate_limited_log import RateLimitedLog
 
 Logged = Callable[[], list[dict[str, Any]]]
 
-# What a client begins with: the preface, and a frame of settings without any.
+# The start of a client's connection: the preface, and an empty frame of settings.
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
@@ -180,11 +180,11 @@ async def test_call_without_a_request_is_told_so(echo: Any, servers: AsyncExitSt
         assert await call.details() == "the call has no request"
 
 
-def test_what_comes_often_is_told_seldom_with_a_count(logged: Logged) -> None:
+def test_frequent_warnings_are_logged_at_a_limited_rate_with_a_count(logged: Logged) -> None:
     now = 0.0
-    seldom, log = RateLimitedLog(10.0, lambda: now), structlog.stdlib.get_logger("test")
+    limited, log = RateLimitedLog(10.0, lambda: now), structlog.stdlib.get_logger("test")
     for now in (0.0, 1.0, 9.0, 10.5, 11.0, 21.0):
-        seldom.warn(log, "refused", at=str(now))
+        limited.warn(log, "refused", at=str(now))
     assert [(line["at"], line["suppressed"]) for line in logged()] == [
         ("0.0", 0),
         ("10.5", 2),

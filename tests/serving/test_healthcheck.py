@@ -24,7 +24,7 @@ async def check(*arguments: str) -> tuple[int | None, str]:
 
 @pytest.fixture
 async def address(servers: AsyncExitStack) -> str:
-    """Of a server without methods that is SERVING."""
+    """The address of a server without methods that is SERVING."""
     service = Service(["test.A"], lambda _: None)
     return (await servers.enter_async_context(running(ServerSettings(), service))).address
 

@@ -1,4 +1,4 @@
-"""What holds for every call of every service, on each of the four kinds of RPC."""
+"""The interceptor around every call of every service, on each of the four kinds of RPC."""
 
 import asyncio
 import io
@@ -130,7 +130,7 @@ async def test_each_call_logs_one_line_without_what_was_said(
 
 
 @pytest.mark.parametrize(("method", "warnings"), [("unary_unary", 1), ("stream_stream", 0)])
-async def test_calls_that_are_reset_at_once_are_told_of_seldom(
+async def test_calls_that_are_reset_at_once_are_logged_at_a_limited_rate(
     configure_logs: Any, echo: Any, servers: AsyncExitStack, method: str, warnings: int
 ) -> None:
     log = configure_logs(log_level="debug", log_format="json")

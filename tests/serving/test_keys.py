@@ -112,7 +112,7 @@ def test_key_is_revoked_by_an_edit_in_place_that_keeps_the_time_stamp(
     assert call(ring, "secret-a") == grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_refusals_are_told_of_seldom_and_without_the_key(path: Path, logged: Logged) -> None:
+def test_refusals_are_logged_rarely_and_without_the_key(path: Path, logged: Logged) -> None:
     ring = KeyRing(path, NEEDS)
     for number in range(1000):
         call(ring, f"guess-{number}")

@@ -1,4 +1,4 @@
-"""What an operator reads on stderr."""
+"""Logs as an operator reads them on stderr."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What connections to the metrics port may cost, and what becomes of bad ones."""
+"""The metrics port: limits of its connections, and the end of bad ones."""
 
 import contextlib
 import socket

@@ -24,18 +24,18 @@ PADDING = b"\x7a\x80\x80\x40" + b"x" * MIB
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, MAX_BYTES)), max_size=30))
 def test_no_caller_keeps_another_from_its_share(requests: list[tuple[str, int]]) -> None:
-    held, own = ReceiveBudget(), 0
+    budget, own = ReceiveBudget(), 0
     with ExitStack() as calls:
         for caller, size in requests:
-            take = calls.enter_context(held.holding(caller))
+            reserve = calls.enter_context(budget.reservation(caller))
             with suppress(RequestError):
-                take(size)
+                reserve(size)
                 own += size * (caller == "a")
                 continue
             # There are at most three callers.
             assert caller != "a" or own + size > MAX_BYTES // 3
-    with held.holding("a") as take:
-        take(MAX_BYTES)  # all was given back
+    with budget.reservation("a") as reserve:
+        reserve(MAX_BYTES)  # all was given back
 
 
 async def test_large_requests_of_a_caller_are_bounded_until_they_are_answered(

@@ -37,7 +37,7 @@ def settings(files: TlsFiles, **more: Any) -> ServerSettings:
 
 
 async def say(target: str, files: TlsFiles | UpstreamCertificates) -> str:
-    """What a caller with these files is answered, or the reason that it is not."""
+    """The answer to a caller with these files, or the reason that there is none."""
     certificates = UpstreamCertificates(files) if isinstance(files, TlsFiles) else files
     async with channel(target, certificates) as to_server:
         method: Any = to_server.unary_unary(
@@ -121,11 +121,11 @@ async def test_callers_without_a_valid_certificate_are_refused(
         running(settings(files, tls_client_ca=files.ca), echo.service())
     )
     assert await say(server.address, files) == "hello"
-    stranger = TlsFiles(None, None, files.ca)
+    unknown = TlsFiles(None, None, files.ca)
     if age is not None:
         now = datetime.datetime.now(datetime.UTC)
-        stranger = issue(authority, tmp_path, not_before=now - 2 * age, not_after=now - age)
-    assert await say(server.address, stranger) != "hello"
+        unknown = issue(authority, tmp_path, not_before=now - 2 * age, not_after=now - age)
+    assert await say(server.address, unknown) != "hello"
 
 
 async def test_health_port_needs_no_certificate(

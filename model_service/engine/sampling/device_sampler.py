@@ -54,7 +54,7 @@ class DeviceSampling:
     download: Download
 
     def read(self) -> StepResult:
-        """What the step made, once the device has made it."""
+        """Waits for the device, and returns the step's result."""
         sampled, finite, *scored = (tensor.tolist() for tensor in self.download.wait())
         failed: dict[Sequence, int] = {}
         for row, is_finite in zip(self.rows, finite, strict=True):

@@ -1,7 +1,7 @@
-"""Attention over the paged KV cache, behind one small interface.
+"""The interface of attention over the paged KV cache.
 
-A backend owns the cache of its rank. `plan` is called once per step with the sequences of the flat
-batch, `attend` once per layer: it writes the new keys and values, then attends over block tables.
+A backend owns the cache of its rank. A step calls `plan` once with the sequences of the flat batch,
+then `attend` once per layer, which writes the new keys and values and attends over block tables.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-# No sequence ever owns it: steps that are not for a sequence write there.
+# No sequence ever owns this block: steps that serve no sequence write there.
 PROBE_BLOCK = 0
 
 
@@ -18,9 +18,9 @@ PROBE_BLOCK = 0
 class SequenceSpan:
     """One sequence's part of the flat batch."""
 
-    query_length: int  # tokens of it in this step
-    context_length: int  # tokens of it in the cache once this step has written its own
-    block_table: Sequence[int]  # blocks that hold them, in order
+    query_length: int  # its tokens in this step
+    context_length: int  # its tokens in the cache after this step
+    block_table: Sequence[int]  # the blocks that hold them, in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class CacheShape:
 
 
 class BlockCopy(NamedTuple):
-    """What stands in one block of the cache, in all layers, is to stand in another one, too."""
+    """An order to copy one block of the cache to another, in all layers."""
 
     source: int
     destination: int
@@ -48,7 +48,7 @@ class BlockCopy(NamedTuple):
 
 class AttentionBackend(Protocol):
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
-        """Takes the sequences of the next step, in the order of the flat batch."""
+        """Prepares the next step, with its sequences in the order of the flat batch."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -58,10 +58,10 @@ class AttentionBackend(Protocol):
         The arguments need not be contiguous, but their last two dimensions are.
 
         Args:
-            layer: whose part of the cache.
+            layer: selects the part of the cache.
             query: [num_tokens, heads, head_dim].
-            key: [num_tokens, kv_heads, head_dim], like value.
-            value: what attention mixes.
+            key: [num_tokens, kv_heads, head_dim].
+            value: [num_tokens, kv_heads, head_dim].
 
         Returns:
             [num_tokens, heads, head_dim].
@@ -84,13 +84,13 @@ def copy_blocks(cache: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
 def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Keys or values in the cache's dtype.
 
-    Into 8 bits without a scale: e4m3 has as fine a relative step at 2^-6 as at 448, so a scale
-    would move, not lessen, the error of what lies between, and would have to be calibrated. What
-    lies beyond becomes 448; of that, older PyTorch's conversion alone would make a NaN.
+    8-bit codes have no scale: the relative step of e4m3 is as fine at 2^-6 as at 448, so a scale
+    would have to be calibrated and would move the error instead of lessening it. Larger values
+    become ±448, because the conversion of older PyTorch versions would turn them into NaN.
     """
     if x.dtype == dtype:
         return x
     if dtype.itemsize == 1:
-        most = torch.finfo(dtype).max
-        x = x.clamp(-most, most)
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
     return x.to(dtype)

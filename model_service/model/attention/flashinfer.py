@@ -1,10 +1,10 @@
 """FlashInfer's paged attention behind the backend interface: Ye et al., 2025, arXiv:2501.01005.
 
-Spans of one token at the front of a batch (the scheduler puts them there) go to the decode kernel,
-all others to the prefill kernel: one tile size does not suit both. Each kernel is planned once per
-step. Decode at a fixed batch size reads all that changes from buffers that stay where they are, so
-that a CUDA graph can hold its launch. Needs the extra `cuda`; `backends.py` imports this module
-where it is there.
+Spans of one token at the front of a batch (the scheduler puts them there) go to the decode kernel
+and all others to the prefill kernel, because one tile size does not suit both. Each kernel is
+planned once per step. Decode at a fixed batch size reads all that changes from buffers with fixed
+addresses, so that a CUDA graph can hold its launch. This module needs the extra `cuda`: `select.py`
+imports it only if FlashInfer is installed.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ from model_service.model.attention.backend import (
     narrowed,
 )
 from model_service.model.attention.page_tables import PageTables, leading_decodes, page_tables
-from model_service.model.attention.staging import Staging
+from model_service.model.pinned_transfer import Fence, pinned
 
-# From so many query heads per key head on, tensor cores compute them sooner than the memory gives
-# the keys; fewer would leave most of a tile empty.
+# Query heads per key head from which tensor cores compute faster than memory delivers the keys.
+# Fewer heads would leave most of a tile empty.
 _TENSOR_CORES_FROM = 4
-_LEAST_WORKSPACE = 128 * 2**20  # bytes; what FlashInfer recommends
-_INT_WORKSPACE = 2**20  # bytes; a decode plan of a thousand sequences takes less than 2**16
+_MIN_WORKSPACE = 128 * 2**20  # bytes, FlashInfer's recommendation
+_INT_WORKSPACE = 2**20  # bytes; a decode plan of a thousand sequences needs less than 2**16
 
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """What plans ask about the arithmetic."""
+    """The arguments of plans that are the same in every step."""
 
     query: int  # of this rank
     key: int
@@ -53,11 +53,11 @@ class _Heads:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a step's tokens go."""
+class _Slots:
+    """The slots of a step's tokens, as FlashInfer's kernel that writes to the cache reads them."""
 
-    slots: torch.Tensor  # [tokens]
-    tables: torch.Tensor  # [tokens], which table each slot is a position in: zeros, there is one
+    positions: torch.Tensor  # [tokens]
+    tables: torch.Tensor  # [tokens], the table of each position: zeros, because there is one
 
 
 class _PagedCache:
@@ -78,14 +78,14 @@ class _PagedCache:
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._keys[layer], self._values[layer]
 
-    def write(self, layer: int, new: tuple[torch.Tensor, torch.Tensor], place: _Place) -> None:
-        """Puts key and value, `new`, each [tokens, kv_heads, head_dim], into their slots."""
+    def write(self, layer: int, new: tuple[torch.Tensor, torch.Tensor], slots: _Slots) -> None:
+        """Writes the `new` keys and values, each [tokens, kv_heads, head_dim], to their slots."""
         key, value = new
         flashinfer.append_paged_kv_cache(
             narrowed(key, self._keys.dtype),
             narrowed(value, self._keys.dtype),
-            place.tables,
-            place.slots,
+            slots.tables,
+            slots.positions,
             self.layer(layer),
             self._blocks,
             self._ends,
@@ -110,9 +110,9 @@ class FlashInferAttention:
 
         Args:
             shape: of this rank's cache.
-            dtype: of queries, and of what attention gives.
+            dtype: of queries and of the result of attention.
             device: a CUDA device.
-            kv_dtype: how the cache holds keys and values.
+            kv_dtype: of keys and values in the cache.
             heads: query heads of this rank.
             max_batch_size: most sequences that decode at once.
         """
@@ -120,7 +120,8 @@ class FlashInferAttention:
             heads, shape.kv_heads, shape.head_dim, shape.block_size, dtype, kv_dtype
         )
         self._cache = _PagedCache(shape, kv_dtype, device)
-        self._staging = Staging(device)
+        # Plans copy from page-locked memory of FlashInfer's own, which the next plan overwrites.
+        self._planned = Fence(device)
         size = workspace_bytes(heads, shape, max_batch_size, _multiprocessors(device))
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -128,15 +129,15 @@ class FlashInferAttention:
         )
         self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
         self._device = device
-        self._decodes = 0  # rows of the step that the decode kernel takes
+        self._decodes = 0  # rows of the step for the decode kernel
         self._tables = torch.zeros(0, dtype=torch.int32, device=device)
-        self._place = _Place(self._tables, self._tables)
+        self._slots = _Slots(self._tables, self._tables)
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
         tables = page_tables(spans, self._heads.block_size)
         decodes = leading_decodes(spans)
         cut = tables.page_starts[decodes]
-        parts = self._staging.take(
+        arrays = (
             tables.slots,
             tables.page_starts[: decodes + 1],
             tables.pages[:cut],
@@ -147,24 +148,26 @@ class FlashInferAttention:
             tables.last_page_lengths[decodes:],
             tables.context_lengths,
         )
+        parts = pinned(self._device, arrays)
         slots, decode, prefill, lengths = parts[0], parts[1:4], parts[4:8], parts[8]
         if len(slots) > len(self._tables):
             self._tables = self._tables.new_zeros(len(slots))
-        self._place = _Place(slots.to(self._device, non_blocking=True), self._tables[: len(slots)])
+        self._slots = _Slots(slots.to(self._device, non_blocking=True), self._tables[: len(slots)])
         dtypes = {"q_data_type": self._heads.dtype, "kv_data_type": self._heads.kv_dtype}
+        self._planned.wait()
         if decodes:
             self._decode.plan(*decode, *self._heads.for_plan, seq_lens=lengths[:decodes], **dtypes)
         if decodes < len(spans):
             self._prefill.plan(
                 *prefill, *self._heads.for_plan, causal=True, seq_lens=lengths[decodes:], **dtypes
             )
-        self._staging.sent()
+        self._planned.record()
         self._decodes = decodes
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        self._cache.write(layer, (key, value), self._place)
+        self._cache.write(layer, (key, value), self._slots)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         cache, decodes = self._cache.layer(layer), self._decodes
         if decodes:
@@ -181,7 +184,7 @@ class FlashInferAttention:
     ) -> dict[int, AttentionBackend]:
         """A backend for decode steps of each of `sizes` sequences, on the same cache.
 
-        All of them read the same buffers: only one of them may be planned at a time.
+        All of them read the same buffers, so only one of them may be planned at a time.
         """
         pages = -(-context_length // self._heads.block_size)
         buffers = _FixedBuffers(max(sizes), pages, self._device)
@@ -197,9 +200,9 @@ class FlashInferAttention:
                 paged_kv_indices_buffer=buffers.pages,
                 paged_kv_last_page_len_buffer=buffers.last_page_lengths[:size],
             )
-            # Only one plan is in force at a time: one vector on the device serves all sizes.
+            # One vector on the device serves all sizes, because only one plan is valid at a time.
             wrapper.reset_workspace_buffer(self._workspace, integers)
-            batches[size] = _FixedDecode(self._heads, self._cache, self._staging, buffers, wrapper)
+            batches[size] = _FixedDecode(self._heads, self._cache, self._planned, buffers, wrapper)
         return batches
 
 
@@ -207,7 +210,7 @@ class _FixedBuffers:
     """All that a decode step changes, in one vector on the device, so that one copy fills it."""
 
     def __init__(self, rows: int, pages_per_row: int, device: torch.device) -> None:
-        # Each part begins at a multiple of 16 bytes.
+        # Aligns each part to 16 bytes.
         self._stride = -(-(rows + 1) // 4) * 4
         capacity = rows * pages_per_row
         self.vector = torch.zeros(3 * self._stride + capacity, dtype=torch.int32, device=device)
@@ -217,47 +220,47 @@ class _FixedBuffers:
 
         self._tables = torch.zeros(rows, dtype=torch.int32, device=device)
 
-    def place(self, rows: int) -> _Place:
-        return _Place(self.slots[:rows], self._tables[:rows])
+    def first_slots(self, rows: int) -> _Slots:
+        return _Slots(self.slots[:rows], self._tables[:rows])
 
     def image(self, tables: PageTables) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        """What stands in the vector's beginning when it holds `tables`."""
+        """The beginning of the vector when it holds `tables`."""
         image = np.zeros(3 * self._stride + len(tables.pages), dtype=np.int32)
-        for place, part in enumerate(
+        for index, part in enumerate(
             (tables.page_starts, tables.last_page_lengths, tables.slots, tables.pages)
         ):
-            image[place * self._stride :][: len(part)] = part
+            image[index * self._stride :][: len(part)] = part
         return image
 
 
 class _FixedDecode:
-    """Decode of a fixed number of sequences, from buffers that stay where they are."""
+    """Decode of a fixed number of sequences, from buffers with fixed addresses."""
 
     def __init__(
         self,
         heads: _Heads,
         cache: _PagedCache,
-        staging: Staging,
+        planned: Fence,
         buffers: _FixedBuffers,
         wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper,
     ) -> None:
         self._heads = heads
         self._cache = cache
-        self._staging = staging
+        self._planned = planned
         self._buffers = buffers
         self._wrapper = wrapper
-        self._planned = False
+        self._knows_kernel = False
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
         tables = page_tables(spans, self._heads.block_size)
-        image, starts, last = self._staging.take(
-            self._buffers.image(tables), tables.page_starts, tables.last_page_lengths
-        )
+        arrays = self._buffers.image(tables), tables.page_starts, tables.last_page_lengths
+        image, starts, last = pinned(self._buffers.vector.device, arrays)
         self._buffers.vector[: len(image)].copy_(image, non_blocking=True)
         dtypes = {"q_data_type": self._heads.dtype, "kv_data_type": self._heads.kv_dtype}
         pages = self._buffers.pages[: len(tables.pages)]
-        if self._planned:
-            # As `plan`, but the buffers are filled already, and nothing is copied to the host.
+        self._planned.wait()
+        if self._knows_kernel:
+            # Like `plan`, but with filled buffers and without a copy to the host.
             flashinfer.fast_decode_plan(
                 self._wrapper,
                 starts,
@@ -268,15 +271,15 @@ class _FixedDecode:
                 **dtypes,
             )
         else:
-            # Finds the kernel, too; `fast_decode_plan` takes over what this has found.
+            # The first plan also finds the kernel that `fast_decode_plan` uses.
             self._wrapper.plan(starts, pages, last, *self._heads.for_plan, **dtypes)
-            self._planned = True
-        self._staging.sent()
+            self._knows_kernel = True
+        self._planned.record()
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        self._cache.write(layer, (key, value), self._buffers.place(len(query)))
+        self._cache.write(layer, (key, value), self._buffers.first_slots(len(query)))
         output: torch.Tensor = self._wrapper.run(query, self._cache.layer(layer))
         return output
 
@@ -284,19 +287,19 @@ class _FixedDecode:
 def workspace_bytes(
     heads: int, shape: CacheShape, max_batch_size: int, multiprocessors: int
 ) -> int:
-    """Room for what kernels that share one sequence's keys leave to be merged.
+    """Size of the partial results that kernels which share one sequence's keys leave to be merged.
 
-    As FlashInfer's scheduler asks for it (PrefillPlanImpl in attention/scheduler.cuh): float32
-    rows of head_dim, and their sums, for every tile of queries; in prefill two tiles of 128 rows
-    run on each multiprocessor, in decode on tensor cores a tile of 16 holds one sequence or, at
-    worst, a part of it.
+    FlashInfer's scheduler (PrefillPlanImpl in attention/scheduler.cuh) needs float32 rows of
+    head_dim, and their sums, for every tile of queries. In prefill two tiles of 128 rows run on
+    each multiprocessor. In decode on tensor cores a tile of 16 holds one sequence or, at worst, a
+    part of it.
     """
     shared = heads // shape.kv_heads
     at_once = 2 * multiprocessors // shape.kv_heads
     prefill = at_once * 128
     decode = max(at_once, -(-max_batch_size * shared // 16) + max_batch_size) * 16
     row = heads * (shape.head_dim + 1) * 4
-    return max(_LEAST_WORKSPACE, max(prefill, decode) * row + 4096)
+    return max(_MIN_WORKSPACE, max(prefill, decode) * row + 4096)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -1,8 +1,7 @@
-"""From the sequences of a step to the index vectors that paged attention kernels read.
+"""The index vectors that paged attention kernels read, from the sequences of a step.
 
-All of it is arithmetic on the host, in numpy and in one pass over the spans: it runs once per step,
-beside the device. What the vectors mean is FlashInfer's page table format, a compressed row format
-over all block tables.
+The vectors are FlashInfer's page table format: compressed rows over all block tables. They are
+computed once per step on the host, in numpy and in one pass over the spans, while the device works.
 """
 
 from collections.abc import Sequence
@@ -22,10 +21,10 @@ class PageTables:
     """The spans of a flat batch, as vectors."""
 
     query_starts: Indices  # [spans + 1], where each span's tokens begin in the flat batch
-    context_lengths: Indices  # [spans], tokens in the cache once this step has written its own
+    context_lengths: Indices  # [spans], tokens in the cache after this step
     page_starts: Indices  # [spans + 1], where each span's blocks begin in `pages`
     pages: Indices  # [sum of blocks], the blocks that hold each span's context, in order
-    last_page_lengths: Indices  # [spans], tokens in the last of them: 1 to block_size
+    last_page_lengths: Indices  # [spans], tokens in each span's last block: 1 to block_size
     slots: Indices  # [tokens], where each token of the batch lies in the cache
 
 
@@ -52,7 +51,7 @@ def page_tables(spans: Sequence[SequenceSpan], block_size: int) -> PageTables:
 
 
 def leading_decodes(spans: Sequence[SequenceSpan]) -> int:
-    """How many spans at the front have one token: those that a decode kernel may take."""
+    """The number of spans at the front that have one token, which a decode kernel can serve."""
     for index, span in enumerate(spans):
         if span.query_length != 1:
             return index
@@ -60,7 +59,7 @@ def leading_decodes(spans: Sequence[SequenceSpan]) -> int:
 
 
 def _starts(lengths: Indices) -> Indices:
-    """Where parts of these lengths begin, one behind the other, and where the last one ends."""
+    """The offsets of parts of these lengths in a row, and the end of the last one."""
     starts = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=starts[1:])
     return starts

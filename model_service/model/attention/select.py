@@ -1,4 +1,4 @@
-"""Which attention backend a rank computes with, decided once when it loads."""
+"""The choice of a rank's attention backend, made once when it loads."""
 
 import importlib.util
 import logging
@@ -10,8 +10,8 @@ from model_service.model.attention.sdpa import SdpaAttention
 
 _log = logging.getLogger(__name__)
 
-HEAD_DIMS = (64, 128, 256)  # that FlashInfer's kernels are made for
-_LEAST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 and asynchronous copies
+HEAD_DIMS = (64, 128, 256)  # for which FlashInfer has kernels
+_MIN_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 and asynchronous copies
 
 
 def make_attention(
@@ -23,13 +23,13 @@ def make_attention(
     heads: int,
     max_batch_size: int,
 ) -> CachedAttention:
-    """The fastest backend that computes this, with its cache allocated.
+    """The fastest backend for these arguments, with its cache allocated.
 
     Args:
         shape: of this rank's cache.
         dtype: of queries, keys and values as the network makes them.
         device: of this rank.
-        kv_dtype: how the cache holds keys and values: `dtype`, or torch.float8_e4m3fn.
+        kv_dtype: of keys and values in the cache: `dtype`, or torch.float8_e4m3fn.
         heads: query heads of this rank.
         max_batch_size: most sequences that run at once.
     """
@@ -47,7 +47,7 @@ def make_attention(
 
 
 def can_use_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
-    """Whether its kernels are installed, and compute in `dtype` on `device`."""
+    """Whether FlashInfer is installed and computes in `dtype` on `device`."""
     return not _without_flashinfer(dtype, device, head_dim)
 
 
@@ -59,7 +59,7 @@ def _without_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int)
         return f"FlashInfer has no kernels for {str(dtype).removeprefix('torch.')}"
     if head_dim not in HEAD_DIMS:
         return f"FlashInfer has no kernels for heads of {head_dim}"
-    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return "FlashInfer needs compute capability 8.0"
     if importlib.util.find_spec("flashinfer") is None:
         return "FlashInfer is not installed: pip install '.[cuda]' in the source tree"

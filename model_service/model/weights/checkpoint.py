@@ -1,7 +1,7 @@
 """Reads Meta's checkpoints: any number of shard files onto any number of ranks.
 
-Files are memory-mapped and only the slices of this rank are copied, so reading costs one rank's
-weights in memory however large the files are.
+Files are memory-mapped and only the slices of this rank are copied. So reading needs memory for one
+rank's weights, however large the files are.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig, read_params
+from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.partition import is_linear, split_dimension
 from model_service.model.weights.quantization import FORMATS, QuantizedWeight
 from model_service.model.weights.shard_checks import (
@@ -28,14 +29,13 @@ from model_service.model.weights.shard_files import (
     open_tensors,
     shard_files,
 )
-from model_service.model.weights.upload import Upload
 
 StoredWeight = torch.Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint: its shape is known and checked, no weight has been read yet."""
+    """An opened checkpoint. Its shape has been checked; no weight has been read yet."""
 
     folder: Path
     config: ModelConfig
@@ -48,7 +48,7 @@ class Checkpoint:
         return sum(torch.Size(shape).numel() for shape in shapes)
 
     def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        """Number of weights that one of `shards` ranks holds; `linear` counts those or the rest."""
+        """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
         return sum(
             torch.Size(shape).numel() // (1 if split_dimension(name) is None else shards)
             for name, shape in self.config.parameter_shapes().items()
@@ -61,10 +61,10 @@ class Checkpoint:
         """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
 
         Raises:
-            CheckpointError: behind the last one, if any was not finite in `dtype`.
+            CheckpointError: after the last parameter, if any is not finite in `dtype`.
         """
-        upload = Upload(device)
-        found: dict[str, torch.Tensor] = {}  # read at the end, so that no copy waits for it
+        upload = WeightUpload(device)
+        found: dict[str, torch.Tensor] = {}  # checked at the end, so that no copy waits
         for name, shape in self.config.parameter_shapes().items():
             dimension = split_dimension(name)
             if dimension is None:
@@ -81,7 +81,7 @@ class Checkpoint:
         check_finite(self.folder, found)
 
     def _read(
-        self, name: str, dimension: int, start: int, weight: torch.Tensor, upload: Upload
+        self, name: str, dimension: int, start: int, weight: torch.Tensor, upload: WeightUpload
     ) -> None:
         """Fills `weight` with a parameter's elements from `start` on along `dimension`."""
         end = start + weight.shape[dimension]
@@ -94,7 +94,7 @@ class Checkpoint:
                 target = weight.narrow(dimension, low - start, high - low)
                 if isinstance(part, torch.Tensor):
                     upload.copy(part.narrow(dimension, low - offset, high - low), target)
-                else:  # half or a quarter of the bytes, if the device dequantizes them
+                else:  # the device dequantizes: a half or a quarter of the bytes to move
                     moved = part.moved(upload.moved)
                     target.copy_(moved.narrow(dimension, low - offset, high - low))
             offset += size
@@ -102,8 +102,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 of the shape and of each tensor's checksum, hexadecimal.
 
-        A .pth file is a zip archive: its directory already holds the CRC-32 of every tensor, so
-        the weights are identified without reading them.
+        A .pth file is a zip archive whose directory holds the CRC-32 of every tensor, so the
+        weights are identified without being read.
         """
         digest = hashlib.sha256(repr(self.config).encode())
         for path in shard_files(self.folder):
@@ -126,7 +126,7 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
 
     Raises:
         CheckpointError: a file is missing, damaged, holds code, or contradicts another; the
-            message names the file and what to do.
+            message names the file and the fix.
     """
     check_format(folder)
     config = read_params(folder / "params.json")
@@ -147,7 +147,7 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
 def _stored_weights(
     tensors: dict[str, torch.Tensor], config: ModelConfig
 ) -> dict[str, StoredWeight]:
-    """A file's parameters, each with the tensors that belong to it."""
+    """A file's parameters, quantized ones with all their tensors."""
     kind = FORMATS.get(config.quantization)
     return {
         name: kind.from_file(name, tensors) if kind and is_linear(name) else tensors[name]

@@ -1,11 +1,10 @@
 """Quantized weights on CUDA: the formats of `quantization.py` in the forms that GPU kernels read.
 
-With few rows a step's time is that of reading the weights, so kernels that dequantize what they
-have just read win by as much as the codes are smaller. With many rows the matrix units decide: the
-8- and 4-bit integers are dequantized once and multiplied by cuBLAS, e4m3 is multiplied as it is.
-Where one begins to beat the other depends on the card; the bounds below are estimates for Hopper
-from bytes and rates, and were not measured. Nothing here waits for the device, so a CUDA graph can
-hold it.
+With few rows a step takes as long as it reads weights, so kernels that dequantize codes as they
+read them gain what the codes save. With many rows the matrix units limit the step: 8- and 4-bit
+integers are dequantized once and multiplied by cuBLAS, and e4m3 is multiplied as it is. The bounds
+below, where one begins to beat the other, are estimates for Hopper from bytes and rates and were
+not measured. No function here waits for the device, so a CUDA graph can hold them.
 """
 
 import importlib.util
@@ -24,33 +23,33 @@ from model_service.model.weights.quantization import (
     fp8_rows,
 )
 
-# PyTorch's CUDA builds bring Triton; its CPU builds, which run the other paths, do not.
+# PyTorch's CUDA builds include Triton; its CPU builds, which take the other paths, do not.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 if _HAS_TRITON:
     from model_service.model.weights import triton_kernels as kernels
 
-# Up to so many rows the kernel that dequantizes on the way is taken.
-_INT8_ROWS = 256  # beyond, cuBLAS wins back the time that writing plain weights takes
-_INT4_ROWS = 64  # the kernel dequantizes again for every 16 rows
-_FP8_ROWS = 16  # beyond, activations are worth quantizing
-# Tiles of 16 inputs that the 4-bit kernel reads in one go; the most that it takes.
-_MOST_INNER_TILES = 8
-_SIGNED = 8  # it takes codes as -8 to 7
+# The most rows for the kernels that dequantize as they read.
+_MAX_INT8_ROWS = 256  # above, cuBLAS makes up for the time that writing plain weights costs
+_MAX_INT4_ROWS = 64  # because the kernel dequantizes again for every 16 rows
+_MAX_FP8_ROWS = 16  # above, quantizing the activations pays
+# The most tiles of 16 inputs that the 4-bit kernel can read at once.
+_MAX_INNER_TILES = 8
+_SIGNED = 8  # the 4-bit kernel reads codes as -8 to 7
 
 
 def pack_int8(weight: torch.Tensor, dtype: torch.dtype) -> PackedWeight:
-    """8-bit weights and plain activations; sums are float32, scaled at their end."""
+    """8-bit weights and plain activations; sums are float32, scaled at the end."""
     quantized = Int8Weight.quantize(weight)
     codes, scales = quantized.codes, quantized.scales
     fused = _HAS_TRITON and weight.is_cuda and kernels.can_multiply(codes)
     if fused:
-        kernels.compile_for(codes, scales, dtype, _INT8_ROWS)
+        kernels.compile_for(codes, scales, dtype, _MAX_INT8_ROWS)
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
-        if fused and len(x) <= _INT8_ROWS:
+        if fused and len(x) <= _MAX_INT8_ROWS:
             return kernels.multiply(x, codes, scales)
         dequantized = x.new_empty(codes.shape)
-        # One kernel without a float32 copy: `out` is converted to as it is written.
+        # One kernel without a float32 copy, because it converts as it writes to `out`.
         torch.mul(codes, scales.unsqueeze(1), out=dequantized)
         return F.linear(x, dequantized)
 
@@ -61,13 +60,13 @@ def pack_int4(weight: torch.Tensor, dtype: torch.dtype) -> PackedWeight:
     """4-bit weights in the layout of PyTorch's tinygemm kernel.
 
     Raises:
-        ValueError: `dtype` is not bfloat16, the one that the kernel takes.
+        ValueError: `dtype` is not bfloat16, the only one that the kernel supports.
     """
     if dtype != torch.bfloat16:
         raise ValueError(f"the 4-bit kernel multiplies bfloat16, not {dtype}")
     quantized = Int4Weight.quantize(weight)
     inner_tiles = tinygemm_inner_tiles(weight.shape[1])
-    # It wants the even input's code in the high half of a byte.
+    # The kernel reads the even input's code from the high half of a byte.
     swapped = quantized.codes << 4 | quantized.codes >> 4
     tiles = torch._convert_weight_to_int4pack(swapped, inner_tiles)  # noqa: SLF001  # no public name
     scales = tinygemm_scales(quantized)
@@ -76,7 +75,7 @@ def pack_int4(weight: torch.Tensor, dtype: torch.dtype) -> PackedWeight:
         kernels.require_compiler()
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
-        if len(x) <= _INT4_ROWS:
+        if len(x) <= _MAX_INT4_ROWS:
             product: torch.Tensor = torch._weight_int4pack_mm(  # noqa: SLF001
                 x.contiguous(), tiles, GROUP_SIZE, scales
             )
@@ -88,8 +87,8 @@ def pack_int4(weight: torch.Tensor, dtype: torch.dtype) -> PackedWeight:
 
 
 def tinygemm_inner_tiles(inputs: int) -> int:
-    """How many tiles of 16 inputs lie back to back in a row of `inputs`, a multiple of 32."""
-    tiles = _MOST_INNER_TILES
+    """The number of adjacent tiles of 16 inputs, for a row of `inputs`, a multiple of 32."""
+    tiles = _MAX_INNER_TILES
     while inputs % (16 * tiles):
         tiles //= 2
     return tiles
@@ -132,22 +131,22 @@ def dequantize_tinygemm(tiles: torch.Tensor, scales: torch.Tensor) -> torch.Tens
 
 
 def pack_fp8(weight: torch.Tensor, dtype: torch.dtype) -> PackedWeight:
-    """e4m3 weights; with many rows activations in e4m3, too, and the matrix units of Hopper.
+    """e4m3 weights; for many rows also e4m3 activations, which Hopper's matrix units multiply.
 
-    A few rows stay as they are: quantizing them costs time and gains none.
+    A few rows are not quantized, because that would cost more time than it gains.
     """
     quantized = Fp8Weight.quantize(weight)
     codes, scales = quantized.codes, quantized.scales
     fused = _HAS_TRITON and weight.is_cuda and kernels.can_multiply(codes)
     if fused:
-        kernels.compile_for(codes, scales, dtype, _FP8_ROWS)
+        kernels.compile_for(codes, scales, dtype, _MAX_FP8_ROWS)
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
-        if fused and len(x) <= _FP8_ROWS:
+        if fused and len(x) <= _MAX_FP8_ROWS:
             return kernels.multiply(x, codes, scales)
         rows, row_scales = kernels.fp8_rows(x) if fused else fp8_rows(x)
-        # Row-wise scales need bfloat16 as the type of the result. Fast accumulation keeps fewer
-        # bits of the sums than float32 has, far more than the factors have; torchao's choice, too.
+        # Row-wise scales need a bfloat16 result. Fast accumulation keeps fewer bits of the sums
+        # than float32 has but far more than the factors have; torchao chooses it, too.
         product: torch.Tensor = torch._scaled_mm(  # noqa: SLF001  # what torchao calls
             rows,
             codes.t(),
@@ -162,7 +161,7 @@ def pack_fp8(weight: torch.Tensor, dtype: torch.dtype) -> PackedWeight:
 
 
 def _packed(multiply: Multiply, outputs: int) -> PackedWeight:
-    """Kernels cannot be started for no rows, which a step has whose logits nobody wants."""
+    """Skips the kernel for a step without logits: it cannot be launched for no rows."""
 
     def multiply_some(x: torch.Tensor) -> torch.Tensor:
         return multiply(x) if len(x) else x.new_empty(0, outputs)

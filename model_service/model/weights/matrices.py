@@ -1,10 +1,9 @@
-"""How linear layers hold their weights on the CPU: packed for its matrix kernels, or quantized.
+"""The weights of linear layers on the CPU, packed for its matrix kernels or quantized.
 
-fairscale's layers keep their weight in an attribute and multiply by it with `F.linear`. A
-`PackedWeight` stands in that attribute; PyTorch hands such a call over to it (the
-`__torch_function__` protocol), so no layer knows in which form its weights are held. Each format is
-one function that packs one weight: here the CPU's, in `weights_cuda.py` the GPU's; `packing.py`
-chooses.
+A layer keeps its weight in an attribute and multiplies by it with `F.linear`. If the attribute is a
+`PackedWeight`, PyTorch passes the call on to it (the `__torch_function__` protocol), so no layer
+knows the form of its weights. Each format is one function that packs one weight: for the CPU here,
+for the GPU in `cuda.py`. `packing.py` chooses.
 """
 
 import math
@@ -20,8 +19,8 @@ from model_service.model.weights.quantization import Fp8Weight, Int4Weight, Int8
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
-# A smaller matrix is multiplied sooner than the packed kernel has been set up.
-_PREPACK_FROM = 2**20  # elements
+# Setting up the packed kernel takes longer than multiplying by a smaller matrix.
+_MIN_PACKED_SIZE = 2**20  # elements
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +28,7 @@ class PackedWeight:
     """A weight [outputs, inputs] in the form that its kernel reads.
 
     Attributes:
-        multiply: takes x [rows, inputs] to x · weightᵀ [rows, outputs], in x's dtype.
+        multiply: computes x · weightᵀ [rows, outputs] from x [rows, inputs], in x's dtype.
     """
 
     multiply: Multiply
@@ -53,11 +52,12 @@ Pack = Callable[[torch.Tensor], torch.Tensor | PackedWeight]
 
 
 def prepack(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
-    """Reordered once into the blocks that oneDNN's kernels read.
+    """The weight in the blocks that oneDNN's kernels read.
 
-    With one row the plain layout reaches half of the memory's bandwidth, this one nearly all.
+    With one row of activations, the plain layout reaches half of the memory's bandwidth and the
+    packed one nearly all.
     """
-    if weight.numel() < _PREPACK_FROM:
+    if weight.numel() < _MIN_PACKED_SIZE:
         return weight
     linear = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001  # what the compiler emits
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001
@@ -72,8 +72,8 @@ def prepack(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
 def pack_int8(weight: torch.Tensor) -> PackedWeight:
     """8-bit weights, multiplied by activations that are quantized row by row.
 
-    One scale per row of activations, unlike torch's dynamic quantization with one for all: so a
-    sequence's answer does not depend on which others share its step.
+    Each row of activations has its own scale, unlike in torch's dynamic quantization. So a
+    sequence's answer does not depend on the other sequences of its steps.
     """
     quantized = Int8Weight.quantize(weight)
     with warnings.catch_warnings():
@@ -86,12 +86,12 @@ def pack_int8(weight: torch.Tensor) -> PackedWeight:
         )
         packed = torch.ops.quantized.linear_prepack(tensor, None)
     linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-    # Pairs of products with 7-bit activations do not overflow 16 bits.
+    # With 7-bit activations, pairs of products do not overflow 16 bits.
     levels = 127 if cpu.adds_products_exactly() else 63
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         peaks = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True, dtype=torch.float32)
-        # A row of zeros becomes NaN, then any 8-bit values, then zeros again.
+        # A row of zeros becomes NaN, then arbitrary 8-bit values, then zeros again.
         product: torch.Tensor = linear(x / peaks, 1 / levels, levels + 1, packed)
         return product.mul_(peaks).to(x.dtype)
 
@@ -102,8 +102,8 @@ def pack_int4(weight: torch.Tensor) -> PackedWeight:
     """4-bit weights in the form of 8-bit ones.
 
     PyTorch's 4-bit kernel for the CPU rounds activations and scales to bfloat16 and is slow for
-    more than a few rows. Mixing both kernels would make an answer depend on how many rows share
-    its step.
+    more than a few rows. Using both kernels would make an answer depend on the number of rows in
+    its steps.
     """
     return pack_int8(Int4Weight.quantize(weight).dequantize())
 
@@ -111,8 +111,8 @@ def pack_int4(weight: torch.Tensor) -> PackedWeight:
 def pack_fp8(weight: torch.Tensor) -> PackedWeight:
     """e4m3 weights and activations, a scale per row of each; summed in float32.
 
-    No CPU multiplies such codes, so they are held as the float32 numbers that they stand for: what
-    a GPU computes, to try it out, not its speed or memory.
+    The codes are kept as float32 numbers, because no CPU multiplies e4m3. So this computes what a
+    GPU computes, for trying it out, but saves neither time nor memory.
     """
     quantized = Fp8Weight.quantize(weight)
     codes = prepack(quantized.codes.float())

@@ -1,4 +1,4 @@
-"""Which form of a linear layer's weights serves a device, and what it takes there."""
+"""The choice of the form of linear layers' weights on a device, and its size in memory."""
 
 import torch
 
@@ -10,9 +10,9 @@ from model_service.model.weights.quantization import GROUP_SIZE
 
 
 def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Pack:
-    """The function that brings a weight on `device` into the form for activations of `dtype`."""
+    """The function that packs a weight on `device` for activations of `dtype`."""
     if quantization != "none" and device.type == "cuda":
-        # Imports Triton, which takes seconds.
+        # Importing Triton takes seconds.
         from model_service.model.weights import cuda  # noqa: PLC0415
 
         pack = cuda.PACK[quantization]
@@ -29,7 +29,7 @@ def plain(weight: torch.Tensor) -> torch.Tensor:
 
 
 def weight_bytes(quantization: Quantization, dtype: torch.dtype, device_type: str) -> float:
-    """Memory of one weight of a linear layer, its share of groups' scales included."""
+    """Bytes per weight of a linear layer, including its share of the groups' scales."""
     if quantization == "none":
         return dtype.itemsize
     if device_type == "cuda":

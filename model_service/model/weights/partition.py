@@ -1,4 +1,4 @@
-"""How Meta's files cut the network's parameters into equal parts.
+"""The cut of the network's parameters into the equal parts of Meta's files.
 
 Llama 2 splits `tok_embeddings` on dimension 1 (fairscale's ParallelEmbedding), unlike Llama 3.
 """
@@ -17,17 +17,17 @@ SPLIT_DIMENSION = {
 
 
 def is_linear(name: str) -> bool:
-    """Whether the parameter `name` multiplies, and so may be quantized."""
+    """Whether the parameter `name` belongs to a linear layer, and so may be quantized."""
     return split_dimension(name) is not None and name != "tok_embeddings.weight"
 
 
 def split_dimension(name: str) -> int | None:
-    """The dimension on which Meta's files split the parameter `name`; None: each file has all."""
+    """The dimension on which Meta's files split the parameter `name`; None if they do not."""
     return SPLIT_DIMENSION.get(name.removesuffix(".weight").rpartition(".")[2])
 
 
 def part_shape(name: str, shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """Of the parameter `name` with this whole shape, the shape of one of `parts`."""
+    """The shape of one of `parts` of the parameter `name`, whose whole shape is `shape`."""
     dimension = split_dimension(name)
     if dimension is None:
         return shape

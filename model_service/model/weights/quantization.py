@@ -1,7 +1,7 @@
-"""Weights in 8 or 4 bits: the arithmetic, and how a checkpoint file names the parts.
+"""The formats of weights in 8 or 4 bits: their arithmetic, and their tensors in a checkpoint file.
 
-Quantizing what was dequantized gives the same codes again. So a quantized checkpoint is read like
-any other, as numbers, and a network that quantizes them holds exactly what the file holds.
+Quantizing dequantized weights gives the same codes again. So a quantized checkpoint can be read as
+plain numbers, and a network that quantizes them holds exactly the codes of the file.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ import torch
 
 from model_service.model.config import Quantization
 
-GROUP_SIZE = 32  # neighbours of one row that share the scale of their 4-bit codes
+GROUP_SIZE = 32  # neighbours in a row whose 4-bit codes share one scale
 FP8 = torch.float8_e4m3fn
 _INT4_MAX = 15
 _FP8_MAX = torch.finfo(FP8).max  # 448
 
-Move = Callable[[torch.Tensor], torch.Tensor]  # a tensor of a file to where it is wanted
+Move = Callable[[torch.Tensor], torch.Tensor]  # from the file to the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Int8Weight(_ScaledWeight):
 
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> Self:
-        """Symmetric: an output's largest weight becomes ±127."""
+        """Symmetric: the largest weight of each output becomes ±127."""
         wide = weight.float()
         scales = wide.abs().amax(dim=1) / 127
         divisors = torch.where(scales > 0, scales, 1.0)
@@ -78,16 +78,16 @@ class Fp8Weight(_ScaledWeight):
 
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> Self:
-        """An output's largest weight becomes ±448."""
+        """Symmetric: the largest weight of each output becomes ±448."""
         return cls(*fp8_rows(weight))
 
 
 @dataclass(frozen=True, slots=True)
 class Int4Weight:
-    """weight = codes × scales + minima, each group of GROUP_SIZE inputs with its own.
+    """weight = codes × scales + minima, with one scale and minimum per GROUP_SIZE inputs.
 
     Attributes:
-        codes: [outputs, inputs / 2] uint8: two of 0 to 15, the even input's in the low half.
+        codes: [outputs, inputs / 2] uint8, each two codes of 0 to 15: the even input's low.
         scales: [outputs, inputs / GROUP_SIZE] float32.
         minima: [outputs, inputs / GROUP_SIZE] float32.
     """
@@ -98,7 +98,7 @@ class Int4Weight:
 
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> Self:
-        """Asymmetric: a group's least weight becomes 0, its largest 15."""
+        """Asymmetric: the smallest weight of each group becomes 0, the largest 15."""
         groups = weight.float().view(len(weight), -1, GROUP_SIZE)
         minima, maxima = groups.aminmax(dim=2)
         scales = (maxima - minima) / _INT4_MAX
@@ -145,8 +145,8 @@ class Int4Weight:
 def fp8_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix [rows, columns] as e4m3 codes and one float32 scale per row [rows].
 
-    A row's largest value becomes ±448, so nothing overflows; a row of zeros gets the scale 0. A row
-    that holds NaN or an infinity holds NaN afterwards.
+    The largest value of a row becomes ±448, so nothing overflows; a row of zeros has the scale 0. A
+    row that holds NaN or an infinity becomes NaN.
     """
     wide = matrix.float()
     scales = wide.abs().amax(dim=1) / _FP8_MAX

@@ -1,5 +1,5 @@
-"""What the tensors of a checkpoint's files must be: by the network's shape, by their values, and
-in agreement with each other.
+"""Checks of the tensors in a checkpoint's files: by the network's shape, by their values, and
+against each other.
 """
 
 import logging
@@ -14,10 +14,10 @@ from model_service.model.errors import CheckpointError
 from model_service.model.weights.partition import is_linear, part_shape, split_dimension
 from model_service.model.weights.quantization import FP8, GROUP_SIZE
 
-# Computed from the shape of the network; Meta's files carry it, some conversions leave it out.
+# Computed from the shape of the network. Meta's files hold it, some conversions do not.
 DERIVED = {"rope.freqs"}
-# Copies of one tensor may drift apart by some roundings where they are trained side by side.
-MOST_DRIFT = 0.01
+# Copies of one tensor that were trained side by side may differ by some roundings.
+MAX_DRIFT = 0.01
 ONE_CHECKPOINT = "put all files of one checkpoint, and only these, into the folder"
 FLOAT_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 
@@ -63,9 +63,9 @@ def check_tensors(
 def check_copies(
     paths: Sequence[Path], files: Sequence[Mapping[str, torch.Tensor]], config: ModelConfig
 ) -> None:
-    """Raises CheckpointError unless all files agree in what each of them has whole.
+    """Raises CheckpointError unless all files agree in the tensors that each of them holds whole.
 
-    A drift by some roundings is told in the log, and the first file's copy is taken.
+    Differences by some roundings are logged, and the first file's copy is used.
     """
     whole = [name for name in config.parameter_shapes() if split_dimension(name) is None]
     for path, tensors in zip(paths, files, strict=True):
@@ -74,8 +74,8 @@ def check_copies(
         drift = 0.0
         for name in (*whole, *(DERIVED & files[0].keys() & tensors.keys())):
             first, copy = files[0][name].float(), tensors[name].float()
-            apart = (first - copy).abs().max().item() if first.shape == copy.shape else MOST_DRIFT
-            if apart >= MOST_DRIFT:
+            apart = (first - copy).abs().max().item() if first.shape == copy.shape else MAX_DRIFT
+            if apart >= MAX_DRIFT:
                 raise CheckpointError(
                     path, f"{name} is not the one that {paths[0].name} holds", ONE_CHECKPOINT
                 )
@@ -88,7 +88,7 @@ def check_copies(
 
 
 def extremes(weight: torch.Tensor) -> torch.Tensor:
-    """Smallest and largest value [2]; NaN if there is one."""
+    """The smallest and the largest value [2]; NaN if the weight holds one."""
     return torch.stack(torch.aminmax(weight))
 
 
@@ -105,9 +105,9 @@ def check_finite(path: Path, found: Mapping[str, torch.Tensor]) -> None:
 
 
 def _check_names(path: Path, tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
-    """Raises CheckpointError if names have a prefix, or as many layers as stated are not there.
+    """Raises CheckpointError if names have a prefix, or the number of layers is not as stated.
 
-    Before anything is listed by the number that params.json states.
+    This comes before any list that is as long as params.json states.
     """
     embedding = next((name for name in tensors if name.endswith("tok_embeddings.weight")), "")
     if prefix := embedding.removesuffix("tok_embeddings.weight"):
@@ -128,7 +128,7 @@ def _check_names(path: Path, tensors: Mapping[str, torch.Tensor], config: ModelC
 
 
 def _uneven(config: ModelConfig, files: int) -> str:
-    """A dimension that so many files do not divide, if there is one."""
+    """A dimension that the number of files does not divide; empty if there is none."""
     for name, shape in config.parameter_shapes().items():
         dimension = split_dimension(name)
         if dimension is not None and shape[dimension] > 0 and shape[dimension] % files:
@@ -139,7 +139,7 @@ def _uneven(config: ModelConfig, files: int) -> str:
 def _expected_tensors(
     config: ModelConfig, files: int
 ) -> dict[str, tuple[tuple[int, ...], set[torch.dtype]]]:
-    """Shape and dtypes of each tensor in one of `files` files."""
+    """The shape and the allowed dtypes of each tensor in one of `files` files."""
     expected = {}
     for name, whole in config.parameter_shapes().items():
         shape = part_shape(name, whole, files)

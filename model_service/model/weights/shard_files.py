@@ -1,6 +1,6 @@
 """Opens the files of a checkpoint: finds them, checks their bytes, and maps their tensors.
 
-Nothing in a file is trusted: it may be cut short, damaged, or hold code instead of tensors.
+No file is trusted: it may be cut short, damaged, or hold code instead of tensors.
 """
 
 import os
@@ -21,7 +21,7 @@ READABLE = "make it a file that this user may read"
 _CHECKSUM_THREADS = 16
 _READ_BYTES = 2**22
 _META_FORMAT = "name the folder that holds params.json and consolidated.*.pth"
-# What tells other formats, by patterns of file names.
+# The file names by which other formats are recognized.
 _OTHER_FORMATS = {
     "*.gguf": "GGUF",
     "*.safetensors": "Hugging Face's format",
@@ -84,8 +84,8 @@ def check_archive(path: Path, *, verify: bool) -> None:
 def _damaged(path: Path, names: list[str]) -> str | None:
     """The first of the tensors `names` that fails its checksum.
 
-    Several threads, as one computes checksums more slowly than a good disk reads. What they read
-    stays in the page cache, where loading finds it.
+    Several threads compute checksums, because one is slower than a good disk. The files stay in
+    the page cache, where loading finds them.
     """
     threads = min(_CHECKSUM_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
@@ -129,7 +129,7 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_wrapping(path: Path, name: object, value: object) -> None:
-    """Raises CheckpointError if an entry holds the tensors, as `model` and `state_dict` may."""
+    """Raises CheckpointError if the tensors are inside an entry, such as `state_dict`."""
     shown = reprlib.repr(name)
     if isinstance(value, dict) and any(isinstance(each, torch.Tensor) for each in value.values()):
         raise CheckpointError(
@@ -140,7 +140,7 @@ def _check_wrapping(path: Path, name: object, value: object) -> None:
 
 
 def _check_entry(path: Path, name: object, value: object) -> None:
-    """Raises CheckpointError unless it is a named tensor whose numbers are all there."""
+    """Raises CheckpointError unless the entry is a named tensor with all its numbers."""
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise CheckpointError(
             path, f"{reprlib.repr(name)} is not a tensor with a name", FETCH_AGAIN
@@ -157,6 +157,6 @@ def _check_entry(path: Path, name: object, value: object) -> None:
 
 
 def _forbidden_object(error: pickle.UnpicklingError) -> str:
-    """The name of what the unpickler refused, such as `posix.system`."""
+    """The name of the object that the unpickler refused, such as `posix.system`."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return found[1] if found else "Python objects"

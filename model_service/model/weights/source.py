@@ -1,4 +1,4 @@
-"""Where a network's weights come from: a checkpoint, or whatever else can name and cut them."""
+"""The interface of a source of weights, such as a checkpoint."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -18,16 +18,16 @@ class WeightSource(Protocol):
         """Number of weights in the network."""
 
     def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        """Number of weights that one of `shards` ranks holds; `linear` counts those or the rest."""
+        """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
 
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of `rank` among `shards`, by Meta's names.
 
-        One parameter at a time, in the order of `ModelConfig.parameter_shapes`, contiguous, in
-        `dtype` on `device`. Whoever takes one may keep it.
+        Yields one parameter at a time, in the order of `ModelConfig.parameter_shapes`: contiguous,
+        in `dtype` on `device`, and owned by the caller.
         """
 
     def fingerprint(self) -> str:
-        """Tells these weights from all others."""
+        """A text that is equal only for equal weights."""

@@ -1,1 +1,0 @@
-"""The same weights in the formats of the peers."""

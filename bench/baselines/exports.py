@@ -1,0 +1,200 @@
+"""Exports of a checkpoint: `python -m bench.baselines.exports CHECKPOINT TARGET KIND`
+
+GGUF, quantized by the `gguf` package's own quantizers, and Hugging Face's. Both need the extra
+`bench`. Meta rotates neighbouring features (0 with 1, 2 with 3), and so does GGUF's architecture
+`llama`; Hugging Face rotates feature i with i + head_dim / 2, so there the rows of wq and wk move.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.baselines.environments import REPOSITORY, UnavailableError
+from model_service.model.config import ROPE_THETA, ModelConfig
+from model_service.model.weights.checkpoint import open_checkpoint
+
+CONTEXT_LENGTH = 4096
+CPU = torch.device("cpu")
+BYTES_END = 3 + 256  # ids 3 to 258 are the bytes in a Llama 2 vocabulary
+GGUF_FILE_TYPES = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
+    "Q8_0": "MOSTLY_Q8_0",
+    "Q4_0": "MOSTLY_Q4_0",
+}
+HF_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+
+
+def ensure_model(kind: str, ckpt_dir: Path, work_dir: Path) -> Path:
+    """The checkpoint in a contender's format: a file or folder, exported once.
+
+    Exports run in a process of their own: its memory is free before anything is measured.
+
+    Args:
+        kind: meta, hf, or a key of GGUF_FILE_TYPES.
+        ckpt_dir: the shape's checkpoint in Meta's format.
+        work_dir: where exports are kept.
+
+    Raises:
+        UnavailableError: the export failed, for example because the extra `bench` is not there.
+    """
+    if kind == "meta":
+        return ckpt_dir
+    target = work_dir / "exports" / ckpt_dir.name / ("hf" if kind == "hf" else f"{kind}.gguf")
+    if not target.exists():
+        partial = target.with_name(f"{os.getpid()}.{target.name}")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "bench.baselines.exports"]
+        command += [str(ckpt_dir), str(partial), kind]
+        variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+        if done.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.unlink(missing_ok=True)
+            reason = (done.stderr.splitlines() or ["no output"])[-1]
+            raise UnavailableError(f"export to {kind} failed: {reason}")
+        partial.rename(target)
+    return target
+
+
+def model_bytes(path: Path) -> int:
+    """Size of a model's weight files."""
+    if path.is_file():
+        return path.stat().st_size
+    files = (*path.glob("*.pth"), *path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
+def export_hf(ckpt_dir: Path, folder: Path) -> None:
+    """Writes config.json and model.safetensors, in bfloat16, into a new folder."""
+    from safetensors.torch import save_file  # noqa: PLC0415  # extra `bench`
+
+    checkpoint = open_checkpoint(ckpt_dir, verify=False)
+    config = checkpoint.config
+    folder.mkdir()
+    weights = {
+        hf_name(name): hf_weight(name, weight, config)
+        for name, weight in checkpoint.read_shard(0, 1, torch.bfloat16, CPU)
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    document = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": ROPE_THETA,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of one of Meta's parameters."""
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("layers."):
+        return f"{HF_NAMES[stem]}.weight"
+    _, number, rest = stem.split(".", 2)
+    return f"model.layers.{number}.{HF_NAMES[rest]}.weight"
+
+
+def hf_weight(name: str, weight: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """One of Meta's parameters as Hugging Face's network wants it, contiguous."""
+    heads = {"wq": config.n_heads, "wk": config.kv_heads}.get(name.split(".")[-2])
+    return weight.contiguous() if heads is None else halves_from_pairs(weight, heads)
+
+
+def halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Moves the rows of wq or wk [heads × head_dim, dim] from neighbouring pairs to two halves.
+
+    `permute` in transformers' convert_llama_weights_to_hf.py.
+    """
+    rows, columns = weight.shape
+    pairs = weight.view(heads, rows // heads // 2, 2, columns)
+    return pairs.transpose(1, 2).reshape(rows, columns)
+
+
+def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
+    """Writes a file with all matrices in the type, a key of GGUF_FILE_TYPES.
+
+    llama.cpp opens no file without a vocabulary, so it names one made-up piece per id; nothing here
+    ever turns text into ids.
+    """
+    import gguf  # noqa: PLC0415  # extra `bench`
+
+    checkpoint = open_checkpoint(ckpt_dir, verify=False)
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(file, "llama", use_temp_file=False)
+    writer.add_name("random weights")
+    writer.add_file_type(gguf.LlamaFileType[GGUF_FILE_TYPES[type_name]])
+    writer.add_context_length(CONTEXT_LENGTH)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(ROPE_THETA)
+    writer.add_vocab_size(config.vocab_size)
+    kinds = gguf.TokenType
+    ordinary = config.vocab_size - BYTES_END
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [f"piece{number}" for number in range(ordinary)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0] * config.vocab_size)
+    types = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL] + [kinds.BYTE] * 256
+    writer.add_token_types(types + [kinds.NORMAL] * ordinary)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    kind = gguf.GGMLQuantizationType[type_name]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
+    for name, weight in checkpoint.read_shard(0, 1, torch.float32, CPU):
+        values, key = weight.numpy(), str(names.get_name(name, try_suffixes=(".weight",)))
+        if values.ndim == 1 or type_name == "F32":  # llama.cpp wants float32 norms
+            writer.add_tensor(key, values)
+        else:
+            writer.add_tensor(key, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+if __name__ == "__main__":
+    source, destination = Path(sys.argv[1]), Path(sys.argv[2])
+    if sys.argv[3] == "hf":
+        export_hf(source, destination)
+    else:
+        export_gguf(source, destination, sys.argv[3])

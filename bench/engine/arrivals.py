@@ -1,0 +1,116 @@
+"""The effect of a new prompt on streams that run (`stall`), and its own wait (`dialog`).
+
+`stall`: a machine that others use, too, changes its speed while a long prompt is computed. So each
+gap is divided by the time of the nearest steps without prompt tokens: all steps before the arrival
+have none, and after it the engine makes such a step from time to time.
+
+Findings (1.1B, int8, 8 streams, a prompt of 4,000 tokens, two AVX2 cores). In one step the prompt
+held the streams up for 256 times a step. With at most 1.7 times a step the median gap is 1.6, 99 of
+100 stay below 2.2, the longest of 865 was 2.4, and the prompt's first token comes after 230 s.
+Chunks of a whole block, 16 tokens, were too large at the end of such a prompt: 2.7 steps each.
+
+`dialog`: each turn's prompt holds all earlier turns. With the prefix cache the time to first token
+stayed between 0.63 and 0.81 s over ten turns, where it grew from 0.67 to 5.8 s without.
+"""
+
+import heapq
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+
+from bench.engine.driver import Driver, Job, Prompt, Setting, loaded
+from bench.report import Row
+
+STEPS_BEFORE = 16  # that are measured before the arrival
+NEAREST = 5  # decode-only steps that a gap is compared with
+UNLIMITED = 1e9  # times a step: never reached
+
+
+def stall(job: Job, streams: int, context: int, tokens: int) -> Iterator[Row]:
+    """`streams` decode when a prompt of `tokens` arrives; with the engine's defaults, and whole."""
+    # Streams must outlive the prompt: one token per step, of which eight in nine compute at least
+    # four of the prompt's.
+    answer = STEPS_BEFORE + tokens // 3 + 64
+    room = tokens + 1 + streams * (context + answer)
+    sized = job.sized(streams + 1, max(tokens + 1, context + answer), room)
+    whole: dict[str, Setting] = {"max_step_tokens": tokens + streams, "max_stall": UNLIMITED}
+    for chunks, settings in (("default", {"max_step_tokens": 512}), ("whole", whole)):
+        changed = sized.sized(sized.sequences, sized.length, sized.tokens, **settings)
+        with loaded(changed) as driver:
+            driver.fill(driver.prompts([context] * streams), [answer] * streams)
+            steps = _steps_around_arrival(driver, tokens)
+        del driver
+        yield Row(
+            "stall",
+            {"weights": job.weights, "chunks": chunks, "streams": streams, "prompt_tokens": tokens},
+            _gaps(steps),
+        )
+
+
+def _steps_around_arrival(driver: Driver, tokens: int) -> list[tuple[int, float]]:
+    """Prompt tokens and seconds of each step, from before the arrival to the first token."""
+    steps = [driver.step() for _ in range(STEPS_BEFORE + 1)]
+    (prompt,) = driver.prompts([tokens])
+    request = driver.add(prompt, 1)
+    while not driver.answers[request]:
+        steps.append(driver.step())
+    return [(b.prompt_tokens, b.ended - a.ended) for a, b in itertools.pairwise(steps)]
+
+
+def _gaps(steps: Sequence[tuple[int, float]]) -> dict[str, float]:
+    seconds = [each for _, each in steps]
+    before, gaps = seconds[:STEPS_BEFORE], seconds[STEPS_BEFORE:]
+    ratios = over_decode_only(steps)
+    behind = ratios[STEPS_BEFORE:]
+    quiet = [ratio for ratio, (tokens, _) in zip(ratios, steps, strict=True) if not tokens]
+    return {
+        "step_ms": 1e3 * statistics.median(before),
+        "longest_gap_ms": 1e3 * max(gaps),
+        "median_gap_ms": 1e3 * statistics.median(gaps),
+        "longest_gap_over_step": max(behind),
+        "p99_gap_over_step": statistics.quantiles(behind, n=100, method="inclusive")[-1],
+        "median_gap_over_step": statistics.median(behind),
+        "longest_decode_only_over_step": max(quiet),
+        "first_token_of_prompt_s": sum(gaps),
+        "steps": len(gaps),
+    }
+
+
+def over_decode_only(steps: Sequence[tuple[int, float]]) -> list[float]:
+    """Each step's seconds over the median of the nearest ones without prompt tokens.
+
+    Args:
+        steps: prompt tokens and seconds of each, in order; some have no prompt tokens.
+    """
+    quiet = [(index, seconds) for index, (tokens, seconds) in enumerate(steps) if not tokens]
+    ratios = []
+    for index, (_, seconds) in enumerate(steps):
+        nearest = heapq.nsmallest(NEAREST, ((abs(other - index), took) for other, took in quiet))
+        ratios.append(seconds / statistics.median(took for _, took in nearest))
+    return ratios
+
+
+def dialog(job: Job, turns: int, user: int, answer: int) -> Iterator[Row]:
+    """A dialog whose every turn adds `user` tokens and is answered with `answer` tokens."""
+    for prefix_cache in (True, False):
+        sized = job.sized(1, turns * (user + answer) + 1, prefix_cache=prefix_cache)
+        with loaded(sized) as driver:
+            # The first prompt of an engine pays for what later ones find ready.
+            driver.answer(driver.prompts([user]), 1)
+            history: Prompt = ()
+            for turn in range(1, turns + 1):
+                history += driver.prompts([user])[0]
+                cached = driver.engine.load().cached_prompt_tokens
+                trial = driver.answer([history], answer)
+                (request,) = trial.prompts
+                yield Row(
+                    "dialog",
+                    {"weights": job.weights, "prefix_cache": prefix_cache, "turn": turn},
+                    {
+                        "prompt_tokens": len(history),
+                        "first_token_ms": 1e3 * (trial.arrivals()[0][0] - trial.started),
+                        "cached_prompt_tokens": driver.engine.load().cached_prompt_tokens - cached,
+                    },
+                )
+                history += tuple(driver.answers[request])
+        del driver

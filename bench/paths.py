@@ -1,5 +1,0 @@
-"""Where benchmarks keep what they make, apart from results."""
-
-from pathlib import Path
-
-WORK_DIR = Path.home() / ".cache" / "chasqui-bench"
