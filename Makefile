@@ -37,6 +37,7 @@ lint: env ## formatting, types, import rules, protos, and the house's rooms and 
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
+	$(BIN)/buf breaking --against protos/v1.txtpb
 	$(BIN)/python deploy/generate_protos.py --check
 	$(BIN)/python deploy/generate_sync_client.py --check
 	-$(BIN)/python .ci/check_rooms.py

@@ -18,6 +18,7 @@ from llama.v1.chat_pb2 import (
     TextCompleteRequest,
 )
 from llama.v1.sampling_pb2 import (
+    FINISH_REASON_CONTEXT_LENGTH,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP_STRING,
     SamplingParams,
@@ -71,7 +72,7 @@ async def test_prompt_that_fills_the_context_gets_an_empty_answer(
 ) -> None:
     full = [TokenIds(ids=[1] + [400] * (CONTEXT_LENGTH - 1))]
     prediction = await continue_text(chat, prompt_ids=full, echo=True, logprobs=logprobs)
-    assert prediction.finish_reason == FINISH_REASON_LENGTH
+    assert prediction.finish_reason == FINISH_REASON_CONTEXT_LENGTH
     assert prediction.usage.completion_tokens == 0
     assert len(prediction.text) > CONTEXT_LENGTH
     assert len(prediction.tokens) == (CONTEXT_LENGTH if logprobs else 0)
