@@ -25,7 +25,7 @@ def compare(tmp_path: Path) -> Compare:
         chat = (tmp_path / CHAT).read_text()
         assert chat.count(before) == 1
         (tmp_path / CHAT).write_text(chat.replace(before, after))
-        command = [BUF, "breaking", "--against", "protos/v1.txtpb"]
+        command = [str(BUF), "breaking", "--against", "protos/v1.txtpb"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     return run
@@ -34,7 +34,7 @@ def compare(tmp_path: Path) -> Compare:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("  bool has_special_tags = 6;\n", "", "\"has_special_tags\" on message"),
+        ("  bool has_special_tags = 6;\n", "", '"has_special_tags" on message'),
         ("  string content = 2;", "  bytes content = 2;", 'type from "string" to "bytes"'),
         ("  ROLE_ASSISTANT = 3;", "  ROLE_MODEL = 3;", '"ROLE_ASSISTANT" to "ROLE_MODEL"'),
     ],

@@ -95,7 +95,7 @@ async def test_neither_a_stop_token_nor_a_stop_string_ends_an_answer_that_is_too
     chat: Any,
 ) -> None:
     whole = await complete(chat, SamplingParams(temperature=0, max_gen_len=20), logprobs=True)
-    ends = {"stop_token_ids": [whole.tokens[1].id], "stop": [whole.text[2:4]]}
+    ends: Any = {"stop_token_ids": [whole.tokens[1].id], "stop": [whole.text[2:4]]}
     least = SamplingParams(temperature=0, max_gen_len=20, min_gen_len=12, **ends)
     prediction = await complete(chat, least)
     assert prediction.usage.completion_tokens >= 12
