@@ -46,6 +46,7 @@ def sampling_settings(command: F) -> F:
         setting("top_k", type=int, help="Most probable tokens to sample from."),
         setting("min_p", type=float, help="Least probability, as a share of the best token's."),
         setting("max_gen_len", type=int, help="Most tokens of an answer."),
+        setting("min_gen_len", type=int, help="Fewest tokens of an answer."),
         setting("seed", type=int, help="Makes the answer repeatable."),
         click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
         click.option(

@@ -69,6 +69,7 @@ def test_every_sampling_option_reaches_its_field() -> None:
         "top_k": 3,
         "min_p": 0.125,
         "max_gen_len": 4,
+        "min_gen_len": 2,
         "seed": 5,
         "stop": ["\n", "END"],
         "stop_token_ids": [7, 8],
@@ -83,6 +84,18 @@ def test_every_sampling_option_reaches_its_field() -> None:
 
     sent = {field.name: value for field, value in request.sampling.ListFields()}
     assert sent == sampling
+
+
+def test_the_model_and_the_token_ids_to_score_are_sent() -> None:
+    options: requests.ChatOptions = {
+        "model": "llama",
+        "logprobs": True,
+        "logprob_token_ids": [9, 7],
+    }
+    request = requests.chat(chat_pb2.ChatCompleteRequest, [HELLO], options)
+    assert (request.model, list(request.logprob_token_ids)) == ("llama", [9, 7])
+    with pytest.raises(InvalidRequestError, match=r"logprob_token_ids\[1\]: must be an integer"):
+        requests.chat(chat_pb2.ChatCompleteRequest, [HELLO], {"logprob_token_ids": [1, "a"]})  # type: ignore[list-item]
 
 
 def test_n_is_sent_where_it_is_given() -> None:
