@@ -34,7 +34,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first, so that no worker waits for it alone at the end."""
+    """Puts tests that take minutes first, so that no worker waits for one alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

@@ -31,7 +31,7 @@ from tokenizer_service.tokenizer import TokenIdError, Tokenizer
 MAX_SEGMENTS = 4096
 # The caller is the name of an API key.
 MAX_CALLER_CHARACTERS = 64
-# Of all requests that run at once; a larger request runs alone.
+# The limit for all requests that run at once; a larger request runs alone.
 MAX_BYTES_AT_ONCE = 1024 * 1024
 # Added to the bytes of each call, so that the number of tiny calls is bounded, too.
 CALL_BYTES = 1024

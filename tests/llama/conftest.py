@@ -27,7 +27,7 @@ def llama() -> Llama:
 
 
 def python(*command: object) -> str:
-    """What the command printed; it must end well."""
+    """The output of the command, which must succeed."""
     arguments = [sys.executable, *map(str, command)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -35,5 +35,5 @@ def python(*command: object) -> str:
 
 
 def launch(shards: int, *command: object) -> str:
-    """The same for a Python script that runs as so many ranks."""
+    """The output of a Python script that runs on `shards` ranks."""
     return python("-m", "model_service.launcher", f"--shards={shards}", *command)

@@ -1,4 +1,4 @@
-"""What ends a call early, and calls of several threads: the next call must not notice."""
+"""Calls that end early, and calls of several threads: neither affects the next call."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What rules find, and what a wrong rules file is told."""
+"""The matches of rules, and the errors of wrong rules files."""
 
 import itertools
 import tomllib
@@ -23,7 +23,7 @@ TERMS = [
     ).values()
     for term in category.get("terms", [])
 ]
-# What Unicode calls default-ignorable, by way of examples from every range.
+# Examples from every range of code points that Unicode calls default-ignorable.
 IGNORABLE = st.sampled_from(
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b\u180e\u180f\u200b\u200d\u200f\u202e\u2060\u2064"
     "\u206f\u3164\ufe00\ufe0f\ufeff\uffa0\ufff0\ufff8\U0001bca0\U0001d173\U0001d17a\U000e0001"

@@ -42,7 +42,7 @@ class Process:
         return self.popen.wait()
 
     def ignore_log(self) -> None:
-        """Reads on in the background: a process that nobody reads stops when the pipe is full."""
+        """Reads on in the background, because a process stops when the pipe of its log is full."""
         assert self.popen.stderr is not None
         threading.Thread(target=deque, args=(self.popen.stderr, 0), daemon=True).start()
 

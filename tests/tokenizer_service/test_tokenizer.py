@@ -21,7 +21,7 @@ from tokenizer_service.tokenizer import TokenIdError, Tokenizer, TokenizerFileEr
 
 FIRST_BYTE_ID = 3  # the pieces <0x00> to <0xFF> follow <unk>, <s>, </s>
 
-# What a careless implementation would treat as more than text.
+# Texts that a careless implementation would not treat as plain text.
 SPECIAL = st.sampled_from(
     ["<s>", "</s>", "<unk>", "<0x0A>", "[INST]", "\u2581", "\0", " ", "🦙", "é"]
 )
