@@ -8,8 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from datetime import timedelta
 
-from google.protobuf.duration_pb2 import Duration
-
 from llama.v1 import model_pb2, sampling_pb2
 from model_service.engine.limits import EngineLimits
 from model_service.engine.sequence import (
@@ -146,15 +144,7 @@ def _requested(entries: Sequence[TokenLogprobs]) -> list[float]:
 
 
 def _timings(timings: Timings) -> model_pb2.Timings:
-    return model_pb2.Timings(
-        queued=_duration(timings.queued),
-        prefill=_duration(timings.prefill),
-        decode=_duration(timings.decode),
-        compute=_duration(timings.compute),
-    )
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromTimedelta(timedelta(seconds=seconds))
-    return duration
+    message = model_pb2.Timings()
+    for name, seconds in dataclasses.asdict(timings).items():
+        getattr(message, name).FromTimedelta(timedelta(seconds=seconds))
+    return message

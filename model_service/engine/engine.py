@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.engine.limits import EngineLimits, EngineLoad
 from model_service.engine.pending_token import pending_token
-from model_service.engine.sampling.device_sampler import DeviceSampler
-from model_service.engine.sampling.host_sampler import HostSampler
-from model_service.engine.sampling.result import SampledToken, Sampling, StepResult
+from model_service.engine.sampling.device_sampler import DeviceSampler, DeviceSampling
+from model_service.engine.sampling.host_sampler import HostSampling
+from model_service.engine.sampling.result import SampledToken, StepResult
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.scheduler import Chunk, Schedule, Scheduler
 from model_service.engine.scheduling.speculation import NgramDrafter, Speculation
@@ -43,7 +43,7 @@ class InFlightStep:
 
     schedule: Schedule
     ends: list[Chunk]  # those that reach the end of their sequence
-    sampling: Sampling
+    sampling: HostSampling | DeviceSampling
     # By time.monotonic:
     started: float
     planned: float
@@ -57,10 +57,7 @@ class Engine:
         self.limits = limits
         self.step_times = StepTimes()
         self._runner = runner
-        self._device_sampler = (
-            DeviceSampler(limits.vocab_size, runner.device) if limits.lookahead else None
-        )
-        self._sampler = self._device_sampler or HostSampler()
+        self._sampler = DeviceSampler(limits.vocab_size, runner.device)  # only with lookahead
         self._pool = BlockPool(limits.blocks, limits.block_size)
         self._prefill_budget = PrefillBudget(
             limits.max_stall, limits.block_size, limits.max_step_tokens
@@ -167,11 +164,10 @@ class Engine:
         planned = time.monotonic()
         logits = self._runner.execute(plan)
         self._steps += 1
-        if self._device_sampler is None:
-            computed = time.monotonic()
-            sampling = self._sampler.launch(rows, logits)
-            return InFlightStep(schedule, ends, sampling, started, planned, computed)
-        launched = self._device_sampler.launch(rows, logits)
+        if not self.limits.lookahead:
+            sampling = HostSampling(rows, logits)
+            return InFlightStep(schedule, ends, sampling, started, planned, time.monotonic())
+        launched = self._sampler.launch(rows, logits)
         if plan.num_sampled:
             self._runner.feed(launched.sampled)
         self._reserve_pending(schedule, rows, ends)

@@ -15,7 +15,7 @@ from model_service.engine.limits import EngineLimits
 from model_service.engine.sampling.columns import DrawColumns
 from model_service.engine.sampling.device_sampler import DeviceSampler
 from model_service.engine.sampling.device_truncation import draw, truncate
-from model_service.engine.sampling.host_sampler import HostSampler
+from model_service.engine.sampling.host_sampler import HostSampling
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow
@@ -115,7 +115,7 @@ def test_it_makes_what_the_sampler_on_the_host_makes(
     for step in range(3):
         rows = [row for sequence in batch for row in rows_of(sequence, first=step == 0)]
         logits = made_logits(data, len(rows), vocab)
-        expected = HostSampler().launch(rows, logits.clone()).read()
+        expected = HostSampling(rows, logits.clone()).read()
         made = sampler.launch(rows, logits).read()
         assert made.failed == expected.failed
         assert made_of(made) == made_of(expected)

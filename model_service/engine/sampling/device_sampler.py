@@ -1,6 +1,6 @@
 """Sampling on the device: launched behind a step's forward, read later.
 
-The choices are those of `HostSampler`, from the same uniform numbers: these depend on seed and
+The choices are those of `HostSampling`, from the same uniform numbers: these depend on seed and
 position alone, so they are uploaded before the token in front of them is known. The host decides
 what depends on parameters (which rows are greedy, which need their vocabulary sorted), and nothing
 that depends on logits.
@@ -84,10 +84,17 @@ class DeviceSampler:
             self._penalties = PenaltyTables(vocab, device)
 
     def forget(self, sequence: Sequence) -> None:
+        """Drops all that is held for a sequence that has ended."""
         self._penalties.forget(sequence)
 
     @torch.inference_mode()
     def launch(self, rows: list[LogitRow], logits: torch.Tensor) -> DeviceSampling:
+        """Begins to sample.
+
+        Args:
+            rows: of sequences without drafts.
+            logits: [len(rows), vocab] float32; a row that is not finite makes its sequence fail.
+        """
         sampled_rows = [i for i, row in enumerate(rows) if not row.in_prompt]
         sampled = self._sample(self._select(logits, sampled_rows), [rows[i] for i in sampled_rows])
         scored = _scored(rows)

@@ -21,19 +21,9 @@ _LARGEST = torch.finfo(torch.float32).max
 _ROWS_SCORED_AT_ONCE = 16  # 2 MB of logprobs: a whole prompt's do not fit any processor's cache
 
 
-class HostSampler:
-    """Samples when the result is read: nothing is held for a sequence."""
-
-    def launch(self, rows: list[LogitRow], logits: torch.Tensor) -> "HostSampling":
-        return HostSampling(rows, logits)
-
-    def forget(self, sequence: Sequence) -> None:
-        """Does nothing, because nothing is held."""
-
-
 @dataclass(frozen=True, slots=True)
 class HostSampling:
-    """A step's logits, to be sampled."""
+    """A step's logits, which are sampled when the result is read; no state outlives the step."""
 
     rows: list[LogitRow]
     logits: torch.Tensor  # [rows, vocab]

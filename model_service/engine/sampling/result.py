@@ -1,14 +1,12 @@
 """The result of a step by sequence: tokens, logprobs, and failures.
 
-`HostSampler` reads it from the logits and checks drafts. `DeviceSampler` makes the same without
+`HostSampling` reads it from the logits and checks drafts. `DeviceSampling` makes the same without
 drafts, and without the host seeing a logit.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
-
-import torch
+from typing import NamedTuple
 
 from model_service.engine.sequence import Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow
@@ -54,25 +52,3 @@ class StepResult:
             if rows[i].in_prompt:
                 result.prompt_logprobs.setdefault(rows[i].sequence, []).append(entry)
         return result
-
-
-class Sampling(Protocol):
-    """A step's sampling under way."""
-
-    def read(self) -> StepResult:
-        """Waits for the step's result."""
-
-
-class Sampler(Protocol):
-    """Samples tokens from a step's logits."""
-
-    def launch(self, rows: list[LogitRow], logits: torch.Tensor) -> Sampling:
-        """Begins to sample.
-
-        Args:
-            rows: what each row of logits is for.
-            logits: [len(rows), vocab] float32; a row that is not finite makes its sequence fail.
-        """
-
-    def forget(self, sequence: Sequence) -> None:
-        """Drops what is held for a sequence that has ended."""
