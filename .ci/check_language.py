@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Generated code and results, history, training text with a digest, and examples of what is refused.
 EXEMPT = re.compile(r"llama/v1/|bench/results/|CHANGELOG\.md|demo/text/|tests/house/")
 
-# Regular expressions for names, or `file:name`, beside what to say instead.
+# Regular expressions for names, or `file:name`, beside what to say instead. The plain `peer` is a
+# method of gRPC.
 RETIRED_NAMES = {
-    r"_?peers?|[Pp]eer_.*|.*_peers?|Peer[A-Z]\w*": "upstream, client_address, rank or baseline",
+    r"_peer|_?peers|[Pp]eer_.*|.*_peers?|Peer[A-Z]\w*": "upstream, client_address, rank or baseline",
     r"_?take|_?note": "on_event, feed, append_chunk, record or observe",
     r"_?[Pp]ace|\w+Pace": "ThroughputEstimator or PrefillBudget",
     r"Placement": "routing",
