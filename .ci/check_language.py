@@ -28,7 +28,7 @@ EXEMPT = re.compile(r"llama/v1/|bench/results/|CHANGELOG\.md|demo/text/|tests/ho
 # Regular expressions for names, or `file:name`, beside what to say instead. The plain `peer` is a
 # method of gRPC.
 RETIRED_NAMES = {
-    r"_peer|_?peers|[Pp]eer_.*|.*_peers?|Peer[A-Z]\w*": "upstream, client_address, rank or baseline",
+    r"_peer|_?peers|[Pp]eer_.*|.*_peers?|Peer[A-Z]\w*": "upstream, client_address or baseline",
     r"_?take|_?note": "on_event, feed, append_chunk, record or observe",
     r"_?[Pp]ace|\w+Pace": "ThroughputEstimator or PrefillBudget",
     r"Placement": "routing",

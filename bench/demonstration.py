@@ -1,4 +1,4 @@
-"""What speculation and quantization do on real text: python -m bench.demonstration
+"""The effect of speculation and quantization on real text: python -m bench.demonstration
 
 On the demonstration checkpoint, because random weights neither repeat a text nor answer a question.
 
@@ -18,8 +18,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.report import RESULTS, Recorder, Row, spread
@@ -49,22 +48,6 @@ FORMATS = {  # name: dtype of activations, quantization
     "int4": ("float32", "int4"),
     "fp8": ("float32", "fp8"),
 }
-
-
-@dataclass(slots=True)
-class Answers:
-    """What an engine answered to some requests."""
-
-    outputs: Mapping[int, list[SequenceOutput]]
-    decode_tokens: int = 0  # made in steps without prompt tokens
-    decode_seconds: float = 0.0
-    ids: dict[int, list[int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.ids = {
-            request: [token for output in outputs for token in output.ids]
-            for request, outputs in self.outputs.items()
-        }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -125,10 +108,10 @@ def _with_and_without_drafts(
     for number in range(rounds + 1):  # the first is not counted
         ids = []
         for drafts in sorted(engines, reverse=number % 2 == 0):
-            found = answer(engines[drafts], requests)
-            ids.append(found.ids)
+            outputs, rate = answer(engines[drafts], requests)
+            ids.append({request: _ids(each) for request, each in outputs.items()})
             if number:
-                rates[drafts].append(found.decode_tokens / found.decode_seconds)
+                rates[drafts].append(rate)
         if ids[0] != ids[1]:
             raise RuntimeError("drafts changed an answer")
     without, drafted = rates[0], rates[DRAFT_TOKENS]
@@ -174,7 +157,7 @@ def perplexity(engine: Engine, tokenizer: Tokenizer) -> float:
             requests.append(request)
     scores = [
         entry.logprob
-        for number, outputs in answer(engine, requests).outputs.items()
+        for number, outputs in answer(engine, requests)[0].items()
         for entry in [each for output in outputs for each in output.logprobs][starts[number] :]
     ]
     return math.exp(-statistics.fmean(scores))
@@ -189,11 +172,11 @@ def held_out(engine: Engine, tokenizer: Tokenizer) -> tuple[int, int]:
         )
         for number, question in enumerate(questions)
     ]
-    found = answer(engine, requests)
+    outputs, _ = answer(engine, requests)
     answers = [
         Answer(
-            tokenizer.decode(found.ids[number]).strip(),
-            found.outputs[number][-1].finish_reason is FinishReason.STOP,
+            tokenizer.decode(_ids(outputs[number])).strip(),
+            outputs[number][-1].finish_reason is FinishReason.STOP,
         )
         for number in range(len(questions))
     ]
@@ -207,8 +190,10 @@ def _engine(streams: int, **settings: str | int) -> Engine:
     ).engine()
 
 
-def answer(engine: Engine, requests: Sequence[GenerationRequest]) -> Answers:
-    """All outputs of some requests, which are numbered from 0."""
+def answer(
+    engine: Engine, requests: Sequence[GenerationRequest]
+) -> tuple[dict[int, list[SequenceOutput]], float]:
+    """All outputs by request, and the tokens per second of the steps without prompt tokens."""
     for request in requests:
         engine.add(request)
     outputs: dict[int, list[SequenceOutput]] = {}
@@ -222,7 +207,11 @@ def answer(engine: Engine, requests: Sequence[GenerationRequest]) -> Answers:
         if engine.load().prompt_tokens == computed:
             tokens += sum(len(output.ids) for output in made)
             seconds += elapsed
-    return Answers(outputs, tokens, seconds)
+    return outputs, tokens / seconds if seconds else 0.0
+
+
+def _ids(outputs: Sequence[SequenceOutput]) -> list[int]:
+    return [token for output in outputs for token in output.ids]
 
 
 CASES: dict[str, Callable[[Tokenizer, argparse.Namespace], Iterator[Row]]] = {

@@ -192,7 +192,7 @@ def markdown(report: Report) -> str:
         f"({', '.join(host.features)}), {host.memory_gib:g} GiB, {host.system}.",
         ", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".",
         "`" + " ".join(report.command) + "`",
-        *(f"- {note}" for note in report.notes),
+        *(f"- {text}" for text in report.notes),
     ]
     for case in dict.fromkeys(row.case for row in report.rows):
         rows = [{**row.settings, **row.values} for row in report.rows if row.case == case]

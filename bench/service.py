@@ -1,4 +1,4 @@
-"""What the way through gRPC costs: python -m bench.service
+"""The cost of the way through gRPC: python -m bench.service
 
 The same requests go to an engine in a process of its own and, through the gateway, to services on
 the same machine; in turn, round after round. Only one of the two exists at a time, because a second
@@ -40,7 +40,7 @@ from model_service.loading.precision import DTYPES
 KNOWN_PIECES = 1920  # of the demonstration's tokenizer
 PROMPT_TAGS = 12  # tokens of a dialog's format around its one message
 CALLS = ("text", "chat")
-CONNECTIONS = 4  # of the load generator: each takes its share of the streams
+CONNECTIONS = 4  # of the load generator, which share the streams
 LATENCIES = ("time_to_first_token_ms", "inter_token_latency_ms", "end_to_end_latency_ms")
 
 
@@ -62,7 +62,7 @@ class Rates:
 
 
 def rates(started: float, answers: Sequence[Answer]) -> Rates:
-    """Of each answer, the tokens between the first and the last are spread evenly.
+    """The tokens of an answer are spread evenly between its first and its last.
 
     Raises:
         RuntimeError: there was no time at which all streams decoded.

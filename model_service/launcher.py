@@ -30,7 +30,7 @@ STORE_VARIABLE = "RANK_STORE_FILE"
 # sends SIGHUP to the group.
 GUARD = 'trap "" HUP; read _; rm -rf -- "$1"; kill -KILL 0'
 # Seconds that the other ranks get to log why they end when one has failed.
-LAST_WORDS = 5.0
+EXIT_LOG_TIMEOUT = 5.0
 
 
 class RankKilledError(StartError):
@@ -41,7 +41,7 @@ def launch(command: Sequence[str], ranks: int) -> int:
     """Runs `command` as `ranks` processes, until all of them have ended.
 
     The first SIGTERM or SIGINT is sent on to rank 0, which releases the others when it has
-    finished. A second one kills all ranks. What a signal ends, ends this process with that signal.
+    finished. A second one kills all ranks. If a signal ends the ranks, it ends this process, too.
 
     Returns:
         0, or the exit status of the rank that failed first; it ends the others.
@@ -124,7 +124,7 @@ class _Launch:
         return failed
 
     async def _first_failure(self) -> _Ended | None:
-        """Waits for all ranks; once one has failed, for LAST_WORDS at most."""
+        """Waits for all ranks; once one has failed, for EXIT_LOG_TIMEOUT at most."""
         running = {asyncio.create_task(self._end(rank)) for rank in range(len(self._processes))}
         failed: _Ended | None = None
         while running and failed is None:
@@ -132,7 +132,7 @@ class _Launch:
             failed = next((end for task in done if (end := task.result()).status), None)
         # Once stopped, the ranks have nothing to add.
         if running and self._stopped_by is None:
-            await asyncio.wait(running, timeout=LAST_WORDS)
+            await asyncio.wait(running, timeout=EXIT_LOG_TIMEOUT)
         return failed
 
     async def _end(self, rank: int) -> _Ended:
@@ -155,7 +155,7 @@ class _Launch:
 
 
 def _variables(rank: int, ranks: int, store: Path) -> dict[str, str]:
-    """What tells a process which rank it is, under torchrun's names."""
+    """The variables that tell a process its rank, under torchrun's names."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,7 +1,7 @@
-"""Between the wire's messages and the engine's values: what a request may hold is checked here.
+"""Converts between the wire's messages and the engine's values, and checks requests.
 
-The gateway has checked its clients' requests by the same rules; this second check keeps a faulty or
-foreign caller from harming the sequences of others.
+The gateway checks its clients' requests by the same rules. This second check keeps a faulty caller
+from harming the sequences of others.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def _stop_ids(start: model_pb2.StartSequence) -> frozenset[int]:
 
 
 def token_event(sequence_id: str, output: SequenceOutput) -> model_pb2.TokenEvent:
-    """The wire's event for what a step made."""
+    """The wire's event for the output of a step."""
     event = model_pb2.TokenEvent(
         sequence_id=sequence_id,
         ids=output.ids,
@@ -92,7 +92,7 @@ def token_event(sequence_id: str, output: SequenceOutput) -> model_pb2.TokenEven
 
 
 def _sampling(wire: sampling_pb2.SamplingParams) -> SamplingParams:
-    """Fields that are present; the engine's defaults are the contract's."""
+    """The parameters that are present; the engine's defaults are the contract's."""
     names = [entry.name for entry in dataclasses.fields(SamplingParams)]
     present = {
         name: getattr(wire, name)

@@ -1,7 +1,7 @@
 """`python -m model_service.quantize`: writes a checkpoint with linear layers in int8, int4 or fp8.
 
-Files stay as they are cut: each shard's weights are quantized by themselves, as a replica of as
-many shards would do when it loads the original, so both give the same answers.
+The number of files stays: each shard's weights are quantized separately, as a replica of as many
+shards does when it loads the original, so both give the same answers.
 """
 
 import argparse

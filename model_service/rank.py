@@ -1,6 +1,6 @@
 """One rank of a replica, from loading to its end.
 
-Rank 0 leads: it alone serves gRPC. The others run its steps until it lets them go.
+Rank 0 is the leader and serves gRPC. The others run its steps until it releases them.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ def load(options: ReplicaOptions) -> Replica:
     def run() -> None:
         try:
             loaded.set_result(load_replica(options))
-        except BaseException as error:  # the main thread has to hear of all of it
+        except BaseException as error:  # the main thread raises all of them
             loaded.set_exception(error)
 
     thread = threading.Thread(target=run, name="loading", daemon=True)

@@ -173,7 +173,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             self._spans.on_output(output)
             number, sequence_id = cast(tuple[int, str], output.request_id)  # as `_start` made it
             stream = self._streams.get(number)
-            if stream is None:  # its caller has gone, and its sequences are cancelled
+            if stream is None:  # the call has ended, and its sequences are cancelled
                 continue
             events[stream].append(token_event(sequence_id, output))
             if output.finish_reason is not None:
@@ -185,7 +185,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             self._idle.set()
 
     def _fail(self, error: Exception) -> None:
-        """Called in the engine's thread, as its last act."""
+        """Called at the end of the engine's thread."""
         self._loop.call_soon_threadsafe(self._failure.set_result, error)
 
     async def run(self, health: Health) -> None:

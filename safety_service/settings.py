@@ -17,7 +17,7 @@ class SafetySettings(ServerSettings):
         Field(description="rules looks for words, llama-guard asks a model"),
     ] = "rules"
     rules: Annotated[
-        Path | None, Field(description="TOML file of rules; default the service's own rules")
+        Path | None, Field(description="TOML file of rules; unset: the service's own rules")
     ] = None
     guard_target: Annotated[
         str | None, Field(min_length=1, description="address of a gateway that serves Llama Guard")
@@ -26,7 +26,7 @@ class SafetySettings(ServerSettings):
         Path | None,
         Field(
             description="text file of Llama Guard's categories, for example from its model card; "
-            "default the same categories in the service's own words"
+            "unset: the same categories in the service's own words"
         ),
     ] = None
 

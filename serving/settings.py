@@ -40,6 +40,7 @@ class ServerSettings(BaseSettings):
         frozen=True,
         cli_avoid_json=True,
         cli_hide_none_type=True,
+        cli_parse_none_str="unset",  # what --help shows as the default of an optional setting
         cli_implicit_flags=True,
         cli_show_env_vars=True,
     )
@@ -79,8 +80,8 @@ class ServerSettings(BaseSettings):
         Field(
             ge=1,
             le=2**31 - 1,
-            description="maximum simultaneous connections; default: what the limit of open files "
-            "allows",
+            description="maximum simultaneous connections; unset: as many as the limit of open "
+            "files allows",
         ),
     ] = None
     max_connection_idle: Annotated[
@@ -108,7 +109,7 @@ class ServerSettings(BaseSettings):
         Field(
             ge=0,
             le=65535,
-            description="additional port, without TLS, for health checks only; default: none",
+            description="additional port, without TLS, for health checks only",
         ),
     ] = None
     metrics_host: Annotated[
@@ -119,14 +120,14 @@ class ServerSettings(BaseSettings):
         Field(
             ge=0,
             le=65535,
-            description="HTTP port for Prometheus metrics; 0 lets the system choose; default: none",
+            description="HTTP port for Prometheus metrics; 0 lets the system choose",
         ),
     ] = None
     otlp_endpoint: Annotated[
         str | None,
         Field(
             pattern=r"^https?://[^\s/]+$",
-            description="OTLP collector for traces, for example http://HOST:4317; default: none",
+            description="OTLP collector for traces, for example http://HOST:4317",
         ),
     ] = None
     trace_ratio: Annotated[

@@ -86,7 +86,7 @@ def schedule(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a comparison does."""
+    """The settings of a comparison."""
 
     shape: Shape
     ckpt_dir: Path
@@ -102,7 +102,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Comparison:
-    """What a comparison has found out so far."""
+    """The state of a comparison."""
 
     plan: Plan
     log: Callable[[str], None]

@@ -1,4 +1,4 @@
-"""What the engine gets out of a device, beside what the device can do: python -m bench.engine
+"""The engine's speed on a device, beside the best that the device can do: python -m bench.engine
 
 Cases that need the same engine share it. Weights are random: on the CPU from a checkpoint in
 --work_dir, on a GPU made on the device. Results are written after every case.
@@ -131,7 +131,7 @@ class Bench:
     def _shared(self, cases: list[str]) -> Iterator[Row]:
         loads = [load for case in cases for load in SHARED[case](self.sizes)]
         at_once = max(load.streams * load.prompt for load in loads)
-        # Of a crowd, lengths are mixed: an average sequence has half of the longest one's.
+        # The lengths of a crowd are mixed: an average sequence has half of the longest one's.
         room = max(
             load.streams * (load.prompt + load.answer) // (2 if load is self.sizes.crowd else 1)
             for load in loads
@@ -269,7 +269,7 @@ def _parser(device: str | None) -> argparse.ArgumentParser:
         many = {"nargs": "+"} if name in ("streams", "contexts") else {}
         add(f"--{name}", type=int, help=text, **many)  # type: ignore[arg-type]
     add("--threads", type=int, help="default: as the engine chooses")
-    add("--seconds", type=float, default=3600.0, help="no case begins later (default: an hour)")
+    add("--seconds", type=float, default=float("inf"), help="no case begins later; default: no end")
     add("--work_dir", type=Path, default=WORK_DIR, help="keeps checkpoints between runs")
     add("--results", type=Path, default=RESULTS, help="folder of all results")
     return parser

@@ -1,4 +1,4 @@
-"""What a prompt that arrives does: to streams that run (`stall`), and to itself (`dialog`).
+"""The effect of a new prompt on streams that run (`stall`), and its own wait (`dialog`).
 
 `stall`: a machine that others use, too, changes its speed while a long prompt is computed. So each
 gap is divided by the time of the nearest steps without prompt tokens: all steps before the arrival

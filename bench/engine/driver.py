@@ -106,7 +106,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one call of `Engine.step` brought."""
+    """The result of one call of `Engine.step`."""
 
     ended: float  # time.perf_counter
     tokens: Mapping[int, int]  # generated, by request
@@ -136,7 +136,7 @@ class Trial:
         return [after - before for before, after in itertools.pairwise(ends)]
 
     def works(self) -> list[Work]:
-        """What each step had to compute."""
+        """The work of each step."""
         made = dict.fromkeys(self.prompts, 0)
         mean = sum(self.prompts.values()) / len(self.prompts)
         works = []

@@ -1,4 +1,4 @@
-"""What a model costs before and beside its steps: load time, and memory per cached token.
+"""The cost of a model before and beside its steps: load time, and memory per cached token.
 
 Finding: on the CPU the cache's pages are touched only when they are used; `torch.zeros` had touched
 all of them at the start, 512 MiB of memory for 512 MiB of cache.
@@ -54,10 +54,10 @@ def read_checkpoint(folder: Path) -> tuple[float, int]:
 
 
 def cache_memory(job: Job, sequences: int, tokens: int) -> Iterator[Row]:
-    """Memory of the process per token of its cache, against what keys and values take.
+    """Memory of the process per token of its cache, against the size of its keys and values.
 
     The difference between an engine that is full with `sequences` prompts and one that is full with
-    one. What is more, attention copies.
+    one. The excess over keys and values is copies that attention makes.
     """
     if job.device.type != "cpu":
         raise SkippedError("measures the memory of the process: --device cpu")

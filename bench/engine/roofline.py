@@ -46,7 +46,7 @@ FP8_SINCE = (8, 9)  # compute capability of the first GPUs that multiply it
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one device does at best."""
+    """The best rates of one device."""
 
     copy: float  # bytes per second of a copy on the device, those read and those written
     read: float  # bytes per second, read alone
@@ -59,7 +59,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step has to compute."""
+    """The work of one step."""
 
     tokens: float = 0  # that go through the layers
     logits: float = 0  # rows that go through the output matrix

@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What the device did in some steps; spans in the order of their beginnings."""
+    """The work of the device in some steps; spans in the order of their beginnings."""
 
     spans: Sequence[Span]
     steps: int
@@ -73,7 +73,7 @@ def record(step: Callable[[], object], steps: int, device: torch.device) -> Trac
     """Traces `steps` calls of `step`. Raises RuntimeError when the profiler saw nothing."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
-    for calls in (1, steps):  # the first profile of a process takes long to start
+    for calls in (1, steps):  # the first profile of a process is slow to start
         with profile(activities=activities) as found:
             for _ in range(calls):
                 step()

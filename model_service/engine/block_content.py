@@ -1,8 +1,8 @@
-"""What stands in a block of the cache: its tokens, and a digest of them and of all before them.
+"""The content of a cache block: its tokens, and a digest of them and of all tokens before them.
 
-Keys and values of a token depend on every token before it, so two blocks may stand for each other
-exactly when their chains of digests are equal, and up to the token in which two blocks differ when
-the chains before them are.
+Keys and values of a token depend on every token before it. So two blocks are interchangeable if
+their digests are equal; if only the digests of the blocks before them are equal, they are so up to
+the first token that differs.
 """
 
 import bisect
@@ -30,19 +30,19 @@ class BlockContent(NamedTuple):
 
 
 def root(scope: str) -> bytes:
-    """What stands before the first block: sequences of different scopes have nothing in common."""
+    """The parent of a first block; it differs by scope, so different scopes share no block."""
     return hashlib.blake2b(scope.encode(), digest_size=DIGEST_SIZE, person=b"scope").digest()
 
 
 def pack(tokens: Sequence[int]) -> bytes:
-    """The form in which token ids are compared."""
+    """Token ids in the form in which they are compared."""
     return array("i", tokens).tobytes()
 
 
 def extend_contents(
     contents: list[BlockContent], tokens: Sequence[int], block_size: int, count: int, scope: str
 ) -> None:
-    """Appends to `contents`, of the first full blocks of `tokens`, until there are `count`."""
+    """Extends `contents` to the first `count` full blocks of `tokens`."""
     for index in range(len(contents), count):
         parent = contents[-1].digest if contents else root(scope)
         block = tokens[index * block_size : (index + 1) * block_size]
@@ -50,42 +50,42 @@ def extend_contents(
 
 
 class ContentIndex:
-    """Finds, of the contents that stand behind the same one, that which agrees for longest.
+    """Finds the content with the longest common prefix among those that have the same parent.
 
-    Among sorted strings it is one of the two neighbours of the string that is looked for.
+    In a sorted list, that is one of the two neighbours of the content looked for.
     """
 
     def __init__(self) -> None:
-        # By parent: sorted pairs of tokens and digest.
-        self._behind: dict[bytes, list[tuple[bytes, bytes]]] = {}
+        # Sorted pairs of tokens and digest.
+        self._by_parent: dict[bytes, list[tuple[bytes, bytes]]] = {}
 
     def add(self, content: BlockContent) -> None:
-        """Makes a content known that is not yet."""
-        siblings = self._behind.setdefault(content.parent, [])
+        """Adds a content that is not in the index."""
+        siblings = self._by_parent.setdefault(content.parent, [])
         bisect.insort(siblings, (content.tokens, content.digest))
 
     def remove(self, content: BlockContent) -> None:
-        """Forgets a content that is known."""
-        siblings = self._behind[content.parent]
+        """Removes a content that is in the index."""
+        siblings = self._by_parent[content.parent]
         del siblings[bisect.bisect_left(siblings, (content.tokens, content.digest))]
         if not siblings:
-            del self._behind[content.parent]
+            del self._by_parent[content.parent]
 
     def closest(self, parent: bytes, tokens: bytes) -> tuple[bytes, int]:
-        """The digest of the content that begins most like `tokens`, and how many tokens agree.
+        """The digest of the content that agrees with `tokens` longest, and in how many tokens.
 
-        Nothing, and 0, where none agrees in the first.
+        An empty digest and 0 if none has the same first token.
         """
-        siblings = self._behind.get(parent, [])
-        place = bisect.bisect_left(siblings, (tokens,))
-        neighbours = siblings[max(0, place - 1) : place + 1]
+        siblings = self._by_parent.get(parent, [])
+        index = bisect.bisect_left(siblings, (tokens,))
+        neighbours = siblings[max(0, index - 1) : index + 1]
         common = [(_common(tokens, known), digest) for known, digest in neighbours]
         most, digest = max(common, default=(0, b""))
         return (digest, most) if most else (b"", 0)
 
 
 def _common(first: bytes, second: bytes) -> int:
-    """How many tokens two contents have in common at their beginnings."""
+    """The number of tokens in the common prefix of two contents."""
     pairs = zip(first, second, strict=False)
     shorter = min(len(first), len(second))
     return (

@@ -1,9 +1,9 @@
-"""The step loop's body: schedules a step, runs it, and books what it made into the sequences.
+"""The step loop's body: schedules a step, runs it, and books its results into the sequences.
 
 With lookahead a step is launched before the last one's tokens are known on the host: sequences then
-end in pending tokens, which the device fills in by itself. What follows from tokens (which
-sequences stop, which blocks are known by their content) is booked when they are read, one step
-late; what a step computed for a sequence that had ended by then is dropped.
+end in pending tokens, which the device fills in by itself. The consequences of a token (a sequence
+stops, a block becomes known by its content) are booked when it is read, one step late. Results for
+a sequence that has ended by then are dropped.
 
 Not thread-safe: the caller of `step` owns the engine. That is `EngineThread` in the service, and
 `llama.Llama` in a Python process.
@@ -113,9 +113,9 @@ class Engine:
             self._ready.append(_final(sequence, FinishReason.CANCELLED))
 
     def step(self) -> list[SequenceOutput]:
-        """Runs one step. Returns what it made for the sequences that it advanced or ended.
+        """Runs one step. Returns an output for each sequence that it advanced or ended.
 
-        With lookahead it returns what the step before made, while the new one runs.
+        With lookahead, these are the outputs of the step before, while the new one runs.
         """
         outputs, self._ready = self._ready, []
         step, self._in_flight = self._in_flight, None
@@ -190,7 +190,7 @@ class Engine:
                 chunk.sequence.status = Status.LAST_STEP
 
     def _collect(self, step: InFlightStep) -> list[SequenceOutput]:
-        """Waits for what a step makes, and books it into the sequences that have not ended."""
+        """Waits for a step's results, and books them into the sequences that have not ended."""
         result = step.sampling.read()
         now = time.monotonic()
         running = [chunk for chunk in step.schedule.chunks if chunk.sequence.is_running]
@@ -230,7 +230,7 @@ class Engine:
                 self._prompt_tokens += min(chunk.end, prompt) - chunk.begin
 
     def _extend(self, chunk: Chunk, made: list[SampledToken]) -> None:
-        """Adds what a step made to its sequence; the drafts among it are in the cache already."""
+        """Adds a step's tokens to their sequence; accepted drafts are in the cache already."""
         sequence = chunk.sequence
         ids = [token.id for token in made]
         self._speculation.learn(sequence, chunk.drafts, ids)
@@ -243,7 +243,7 @@ class Engine:
         chunk.end += len(ids) - 1
 
     def _output(self, chunk: Chunk, result: StepResult, now: float) -> SequenceOutput:
-        """What the step made for a sequence that it computed to its end."""
+        """The output for a sequence that the step computed to its end."""
         sequence, request = chunk.sequence, chunk.sequence.request
         first = sequence.first_token_at is None
         ids: tuple[int, ...] = ()
@@ -279,7 +279,7 @@ class Engine:
         )
 
     def _end(self, sequence: Sequence) -> None:
-        """Gives up all that is held for a sequence; steps launched later may use its blocks."""
+        """Frees all that is held for a sequence; steps launched later may use its blocks."""
         del self._sequences[sequence.request.request_id]
         self._scheduler.remove(sequence)
         self._sampler.forget(sequence)

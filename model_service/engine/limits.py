@@ -1,4 +1,4 @@
-"""What the engine may hold at once, and what it holds now."""
+"""The limits of an engine, and its load."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from serving.request_rules import prompt_violations, token_id_violations
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What the engine may hold at once."""
+    """Limits of one engine."""
 
     context_length: int  # tokens of one sequence
     vocab_size: int
@@ -36,7 +36,7 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What the engine holds now and has done since its start, by the names of GetLoadResponse."""
+    """State and counters of the engine; the names are those of GetLoadResponse."""
 
     running_sequences: int
     waiting_sequences: int

@@ -96,7 +96,7 @@ class Timings:
 
 
 class SequenceOutput(NamedTuple):  # one per sequence and step: a dataclass is slower to create
-    """What a step made for one sequence."""
+    """The output of a step for one sequence."""
 
     request_id: Hashable
     ids: tuple[int, ...] = ()

@@ -1,8 +1,8 @@
 """The thread that owns the model and all engine state.
 
-Commands come in through one queue, outputs leave through one callback; nothing else is shared but
-the load report, an immutable value that the thread replaces after each turn, and the step times,
-which may be read while they are written.
+Commands come in through one queue, and outputs leave through one callback. Beside these, only the
+load report is shared, an immutable value that the thread replaces after each iteration, and the
+step times, which are thread-safe.
 """
 
 import gc
@@ -36,12 +36,12 @@ class EngineThread:
     def __init__(
         self, engine: Engine, deliver: Deliver, failed: Callable[[Exception], None]
     ) -> None:
-        """Takes over `engine`: from now on only this thread touches it.
+        """Becomes the owner of `engine`: from now on only this thread touches it.
 
         Args:
             engine: runs the steps.
-            deliver: called in this thread with what a step made.
-            failed: called in this thread, as its last act, when a step raised.
+            deliver: called in this thread with the outputs of a step.
+            failed: called at the end of this thread, if a step raised.
         """
         self.limits: EngineLimits = engine.limits
         self.load: EngineLoad = engine.load()
@@ -74,16 +74,16 @@ class EngineThread:
         try:
             self._engine.probe()
             self.answered = True
-            # What was loaded stays: a full collection need not walk it while streams wait.
+            # All that was loaded stays, so that no collection has to walk it while streams wait.
             gc.freeze()
             while not self._stopping:
-                self._turn()
-        except Exception as error:  # whatever a step raises ends this replica
+                self._iterate()
+        except Exception as error:  # any error of a step ends this replica
             self._failed(error)
 
-    def _turn(self) -> None:
-        """Takes all commands that are there, then runs a step; waits only when there is no work."""
-        outputs = self._take_commands(wait=not self._engine.has_work)
+    def _iterate(self) -> None:
+        """Applies all commands in the queue, then runs a step; waits only if there is no work."""
+        outputs = self._apply_commands(wait=not self._engine.has_work)
         if self._stopping:
             return
         if self._engine.has_work:
@@ -95,8 +95,8 @@ class EngineThread:
         if outputs:
             self._deliver(outputs)
 
-    def _take_commands(self, *, wait: bool) -> list[SequenceOutput]:
-        """Applies waiting commands; returns the outputs of requests that the engine refuses."""
+    def _apply_commands(self, *, wait: bool) -> list[SequenceOutput]:
+        """Applies commands; returns an output for each request that the engine refuses."""
         refused = []
         try:
             while True:

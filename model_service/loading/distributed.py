@@ -59,7 +59,7 @@ def initialize(device_type: str) -> torch.device:
             # NCCL makes a communicator when its group is first used: so here, before memory is
             # measured and graphs are recorded. Binding the device in init_process_group would do
             # that, too, but also for the default group and fairscale's groups of one rank each,
-            # which nobody uses on the device.
+            # which are not used on the device.
             dist.all_reduce(
                 torch.zeros(1, device="cuda"), group=fairscale_groups.get_model_parallel_group()
             )
@@ -81,7 +81,7 @@ def _stay_on_loopback() -> None:
 
 
 def _store(rank: int) -> Store:
-    """Where the ranks tell each other their addresses."""
+    """The store in which the ranks exchange their addresses."""
     if not is_rank():
         return HashStore()
     world_size = int(os.environ["WORLD_SIZE"])
@@ -90,8 +90,8 @@ def _store(rank: int) -> Store:
     if not on_one_machine():
         store: Store = next(rendezvous("env://"))[0]
         return store
-    # torchrun's store outlives a restart, with the addresses of the ranks that died. Of several
-    # machines each counts its restarts for itself.
+    # torchrun's store outlives a restart, with the addresses of the ranks that died. Each machine
+    # counts its own restarts, so this works on one machine only.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(attempt, _store_on_loopback(rank, world_size))
 
@@ -131,7 +131,7 @@ class Shards:
             _set_pg_timeout(timedelta(seconds=timeout), group)
 
     def failure(self, error: Exception) -> Exception:
-        """What a step's error means: a ShardLostError with those that are lost, or itself."""
+        """The cause of a step's error: a ShardLostError that names the lost shards, or `error`."""
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             return ShardLostError(self._describe_loss(error))
         return error
@@ -171,7 +171,7 @@ def local_world_size() -> int:
 
 
 def min_over_ranks(value: int) -> int:
-    """The lowest of all ranks' values; every rank must ask."""
+    """The minimum of all ranks' values; every rank must call it."""
     lowest = torch.tensor(value, dtype=torch.int64)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     return int(lowest)

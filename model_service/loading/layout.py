@@ -22,7 +22,7 @@ MAX_CACHE = 16
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a rank computes with, and the sizes that follow from it."""
+    """The network, precision and device of a rank, and the sizes that follow from them."""
 
     options: ReplicaOptions
     config: ModelConfig

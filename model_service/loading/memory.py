@@ -1,6 +1,6 @@
-"""What a shard needs and what the machine has, compared before anything is allocated.
+"""Compares the memory that a shard needs with the free memory, before anything is allocated.
 
-On CUDA `step_memory.py` replaces the estimate of what a step takes by a measurement.
+On CUDA, `step_memory.py` replaces the estimate for a step by a measurement.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from serving.numbers import format_apart
 GIB = 2**30
 # Activations, buffers and the interpreter, beside weights and cache.
 WORKING_MEMORY = GIB // 4
-# What a cache of no given size may take of the memory that the weights leave. The CPU's is shared
-# with everything else on the machine.
+# The share of the memory left by the weights that a cache of no given size may take. A CPU's memory
+# is shared with everything else on the machine.
 CACHE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What one shard is going to allocate, in bytes."""
+    """The memory that one shard will allocate, in bytes."""
 
     weights: int
     kv_cache: int
     kv_tokens: int  # tokens that the cache holds
-    working: int = WORKING_MEMORY  # what a step takes beside them, at most
+    working: int = WORKING_MEMORY  # the most that a step takes beside them
 
     def __str__(self) -> str:
         return (
@@ -89,7 +89,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_in_cgroup(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the container's memory limit leaves; psutil sees the whole machine. cgroup v2."""
+    """The free part of the container's memory limit (cgroup v2); psutil sees the whole machine."""
     try:
         limit = int((folder / "memory.max").read_text())
         used = int((folder / "memory.current").read_text())

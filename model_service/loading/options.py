@@ -13,7 +13,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)  # without slots, so that a default is read as ReplicaOptions.block_size
 class ReplicaOptions:
-    """What `load_replica` may be told: `ModelSettings` explains each option and its range.
+    """Options of `load_replica`; `ModelSettings` explains each one and its range.
 
     `auto` and None are decided by what the checkpoint and the machine have.
     """

@@ -1,4 +1,4 @@
-"""In which numbers a replica computes: what `auto` means on this machine, and what does not go."""
+"""The precision of a replica: resolves `auto` on this machine, and refuses impossible choices."""
 
 import enum
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ QUANTIZATIONS: dict[str, Quantization] = {
     "int4": "int4",
     "fp8": "fp8",
 }
-# What CUDA kernels for quantized weights ask for: activations, the least compute capability, and
-# what must divide the inputs and the outputs of a shard's matrices.
+# Requirements of CUDA kernels for quantized weights: types of activations, the lowest compute
+# capability, and the divisors of the inputs and outputs of a shard's matrices.
 _CUDA_ACTIVATIONS: dict[Quantization, tuple[str, ...]] = {
     "int8": ("float16", "bfloat16"),
     "int4": ("bfloat16",),
@@ -39,7 +39,7 @@ _MULTIPLES: dict[tuple[str, Quantization], tuple[int, int]] = {
 
 
 class Determinism(enum.Enum):
-    """What a replay may depend on; the contract's `Determinism` says what each means."""
+    """Conditions for an exact replay, as the contract's `Determinism` explains them."""
 
     SEEDED = enum.auto()
     BATCH_INVARIANT = enum.auto()
@@ -68,12 +68,12 @@ class Precision:
 
     @property
     def read_dtype(self) -> torch.dtype:
-        """As which weights are read before they get their form."""
+        """The type in which weights are read, before they are packed."""
         return self.dtype if self.quantization == "none" else torch.float32
 
     @property
     def determinism(self) -> Determinism:
-        """In no type do the kernels give bit for bit the same logits for any number of rows.
+        """SEEDED: in no type do kernels give equal logits, bit for bit, for any number of rows.
 
         float32 logits differ by some 1e-6. That moves the borders between tokens by as little, so
         a replay differs in one token of many thousands; it is no guarantee.

@@ -17,7 +17,7 @@ from model_service.model.weights.source import WeightSource
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What was loaded."""
+    """Description of the loaded model."""
 
     name: str
     parameters: int

@@ -1,4 +1,4 @@
-"""What a step takes on a CUDA device beside weights and cache, measured by running the largest.
+"""Measures the memory of a step on a CUDA device, beside weights and cache, by running the largest.
 
 Activations, logits, recorded graphs, an attention backend's workspace and what libraries keep
 depend on more than a formula would know. So they are measured with the weights in place and a cache
@@ -20,12 +20,12 @@ from serving.errors import StartError
 def step_memory(
     make_runner: Callable[[], ModelRunner], limits: EngineLimits, device: torch.device
 ) -> int:
-    """Bytes that the largest steps take, and what a runner keeps for them, its graphs too.
+    """Bytes that the largest steps take, and that a runner keeps for them, graphs included.
 
     Every rank must ask at the same time, as they compute the steps together.
 
     Args:
-        make_runner: with a cache of the probe block alone; what it makes is given up again.
+        make_runner: with a cache of the probe block alone; the runner is deleted afterwards.
         limits: of the engine to come.
         device: a CUDA device, with this rank's weights.
 
@@ -46,13 +46,13 @@ def step_memory(
     del runner
     gc.collect()  # what is in cycles still holds its memory
     torch.cuda.empty_cache()
-    # Kernels that were loaded stay, and whoever asks what is free finds them gone from it.
+    # Loaded kernels stay, and are not part of the free memory any more.
     return taken + max(0, with_graphs - _beside_allocator(device))
 
 
 @contextmanager
 def memory_for_steps(limits: EngineLimits, device: torch.device) -> Iterator[None]:
-    """Makes a StartError, with what to change, of running out of memory for the largest steps."""
+    """Turns running out of memory in the largest steps into a StartError that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -65,6 +65,6 @@ def memory_for_steps(limits: EngineLimits, device: torch.device) -> Iterator[Non
 
 
 def _beside_allocator(device: torch.device) -> int:
-    """Bytes in use on the device that PyTorch's allocator knows nothing of: graphs, kernels."""
+    """Bytes in use on the device outside of PyTorch's allocator: graphs, kernels."""
     free, total = torch.cuda.mem_get_info(device)
     return int(total - free) - torch.cuda.memory_reserved(device)

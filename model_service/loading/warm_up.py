@@ -1,7 +1,7 @@
-"""The first steps of a rank, before it serves: they compile and load every kernel it will need,
-and show how much memory a step takes.
+"""The first steps of a rank, before it serves: they compile and load every kernel.
 
-All of their sequences lie in the probe block alone, so they need no cache and touch none.
+They also show how much memory a step takes. All of their sequences lie in the probe block, so they
+need no further cache.
 """
 
 import logging
@@ -32,8 +32,8 @@ def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
 
 
 def warm_up_sampling(limits: EngineLimits, device: torch.device) -> None:
-    """The most that sampling takes: a draw for every sequence with all that may be asked for, then
-    the logprobs of a step's prompts beside a draw.
+    """Runs the largest sampling: a draw with all options for every sequence, then a draw beside the
+    logprobs of a step's prompts.
     """
     sampler = DeviceSampler(limits.vocab_size, device)
     sampling = SamplingParams(1.0, top_p=0.9, presence_penalty=1.0, logit_bias={0: 1.0})

@@ -5,7 +5,6 @@ knows which token belongs to which sequence. Every rank runs the same forward pa
 all-reduces add up the parts.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +23,7 @@ from torch.nn import functional as F
 
 from model_service.model.attention.backend import AttentionBackend
 from model_service.model.config import ModelConfig
-from model_service.model.operations import Operations, make_operations
-from model_service.model.weights.matrices import Pack
-
-# Weights that multiply the same input are joined, row below row, into one matrix: one product
-# instead of two or three.
-_JOINED = {"wq": "wqkv", "wk": "wqkv", "wv": "wqkv", "w1": "w13", "w3": "w13"}
+from model_service.model.operations import Operations
 
 
 def _uninitialized(weight: torch.Tensor) -> torch.Tensor:
@@ -202,55 +196,3 @@ class Transformer(nn.Module):
 def _on_meta(module: nn.Module) -> nn.Module:
     """Frees the memory of a new layer, which fairscale allocates on the default device."""
     return module.to("meta")
-
-
-def load_network(
-    config: ModelConfig,
-    context_length: int,
-    weights: Iterable[tuple[str, torch.Tensor]],
-    *,
-    pack: Pack,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Transformer:
-    """The network with `weights` in place, ready for `forward`.
-
-    Args:
-        config: the network's shape.
-        context_length: most tokens of a sequence.
-        weights: Meta's names and this rank's part of each parameter, in the order of
-            `ModelConfig.parameter_shapes`. They are read one by one, so none is in memory twice.
-        pack: converts the weight of a linear layer to the form that its kernel reads.
-        dtype: of all other weights.
-        device: of this rank.
-    """
-    network = Transformer(config, make_operations(config, context_length, dtype, device))
-    for name, weight in _join(network, weights):
-        layer = network.get_submodule(name)
-        del layer.weight
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-            layer.weight = pack(weight)
-        else:
-            layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    return network.eval().to(device)
-
-
-def _join(
-    network: Transformer, weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights by the names of this network's layers; a joined one is allocated once."""
-    joined: torch.Tensor | None = None
-    filled = 0
-    for parameter, weight in weights:
-        layer, _, name = parameter.removesuffix(".weight").rpartition(".")
-        if name not in _JOINED:
-            yield f"{layer}.{name}".lstrip("."), weight
-            continue
-        target = f"{layer}.{_JOINED[name]}"
-        if joined is None:
-            joined = weight.new_empty(network.get_parameter(f"{target}.weight").shape)
-        joined[filled : filled + len(weight)] = weight
-        filled += len(weight)
-        if filled == len(joined):
-            yield target, joined
-            joined, filled = None, 0

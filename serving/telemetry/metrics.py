@@ -8,6 +8,7 @@ run in separate threads, so a collector must read only immutable objects or sing
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import grpc
 import structlog
@@ -88,39 +89,33 @@ class CallMetrics:
         return known
 
 
+@dataclass(slots=True)
 class MethodMetrics:
-    """Counts the calls of one method."""
+    """Counts the calls of one method, whose `labels` are kind, service and method."""
 
-    def __init__(
-        self,
-        labels: tuple[str, str, str],
-        *,
-        started: Counter,
-        in_flight: Gauge,
-        seconds: Histogram,
-        handled: Counter,
-        refusals: Counter,
-    ) -> None:
-        self._labels = labels
-        self._started, self._in_flight, self._seconds = started, in_flight, seconds
-        self._handled, self._refusals = handled, refusals
-        self._ended: dict[grpc.StatusCode, Counter] = {}
+    labels: tuple[str, str, str]
+    started: Counter
+    in_flight: Gauge
+    seconds: Histogram
+    handled: Counter
+    refusals: Counter
+    _ended: dict[grpc.StatusCode, Counter] = field(default_factory=dict, init=False)
 
     def begin(self) -> None:
-        self._started.inc()
-        self._in_flight.inc()
+        self.started.inc()
+        self.in_flight.inc()
 
     def refuse(self, error: RequestError) -> None:
         """Counts the reason; `end` still follows."""
         reason = error.quota or error.code.name.lower()
-        self._refusals.labels(*self._labels, go_name(error.code), reason).inc()
+        self.refusals.labels(*self.labels, go_name(error.code), reason).inc()
 
     def end(self, code: grpc.StatusCode, seconds: float) -> None:
-        self._in_flight.dec()
-        self._seconds.observe(seconds)
+        self.in_flight.dec()
+        self.seconds.observe(seconds)
         ended = self._ended.get(code)
         if ended is None:
-            ended = self._ended[code] = self._handled.labels(*self._labels, go_name(code))
+            ended = self._ended[code] = self.handled.labels(*self.labels, go_name(code))
         ended.inc()
 
 

@@ -188,7 +188,7 @@ def backends(flashinfer: Any) -> dict[str, MakeAttention]:
 def spread(
     lengths: Sequence[int], queries: Sequence[int], shape: CacheShape, seed: int
 ) -> list[SequenceSpan]:
-    """Sequences of these lengths over blocks in random order; block 0 is nobody's."""
+    """Sequences of these lengths over blocks in random order; block 0 has no owner."""
     free = (
         torch.randperm(shape.blocks - 1, generator=torch.Generator().manual_seed(seed)) + 1
     ).tolist()

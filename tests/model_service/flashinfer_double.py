@@ -129,7 +129,7 @@ def fast_decode_plan(
     kv_data_type: torch.dtype,
     global_override_indptr_cpu: torch.Tensor,
 ) -> None:
-    """In CUDA graph mode it fills no buffer: whoever calls it has."""
+    """In CUDA graph mode it fills no buffer, because its caller has."""
     assert wrapper.in_graph
     assert wrapper.planned
     assert indptr.device.type == last_page_len.device.type == "cpu"

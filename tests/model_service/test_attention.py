@@ -35,7 +35,7 @@ def tensors(lengths: list[int], seed: int) -> list[list[torch.Tensor]]:
 def attend_in_chunks(
     backend: Any, parts: list[list[torch.Tensor]], chunk: int, seed: int
 ) -> list[torch.Tensor]:
-    """What each sequence's queries attend to, all sequences together, step by step."""
+    """Attention of each sequence's queries, all sequences together, step by step."""
     lengths = [len(query) for query in parts[0]]
     tables = [span.block_table for span in spread(lengths, lengths, CACHE, seed)]
     outputs: list[list[torch.Tensor]] = [[] for _ in lengths]

@@ -1,7 +1,7 @@
 """The tests of the CPU's kernels, once more for each older processor that this one can stand for.
 
 Environment variables hold each library to older instructions; they are read when it is loaded, so
-every path has a process of its own. What was covered is printed at the end of the test run.
+every path has a process of its own. The covered paths are printed at the end of the test run.
 """
 
 import os

@@ -19,7 +19,7 @@ from model_service.model.weights.quantization import Int4Weight, fp8_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = torch.device("cuda", 0)
-# Of a product, relative; fp8 with activations in e4m3.
+# Relative errors of a product; fp8 with activations in e4m3.
 ROUNDING = {"int8": 0.01, "int4": 0.12, "fp8": 0.05}
 DTYPES = {
     "int8": [torch.float16, torch.bfloat16],

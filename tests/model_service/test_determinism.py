@@ -1,4 +1,4 @@
-"""What a replay depends on, measured in every precision, against what the replica claims."""
+"""Replays in every precision, compared with the determinism that the replica claims."""
 
 import dataclasses
 from collections.abc import Callable

@@ -58,7 +58,7 @@ def sequences(choose: st.DrawFn) -> Sequence:
 
 
 def rows_of(sequence: Sequence, *, first: bool) -> list[LogitRow]:
-    """Of the next step; at first also those of the prompt, if they are wanted."""
+    """The rows of the next step; at first also those of the prompt, if they are wanted."""
     length = len(sequence.tokens)
     scored = range(1, length) if first and sequence.request.prompt_logprobs else ()
     return [LogitRow(sequence, position, []) for position in (*scored, length)]
@@ -207,7 +207,7 @@ def test_a_row_that_is_not_finite_gets_an_id_of_the_vocabulary(bad: float) -> No
 
 
 def metas_set(probabilities: torch.Tensor, top_p: float) -> set[int]:
-    """What `sample_top_p` in Meta's llama/generation.py leaves, statement by statement."""
+    """The set that `sample_top_p` in Meta's llama/generation.py keeps, statement by statement."""
     probs_sort, probs_idx = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     probs_sum = torch.cumsum(probs_sort, dim=-1)
     probs_sort[probs_sum - probs_sort > top_p] = 0.0

@@ -1,4 +1,4 @@
-"""What `choose` draws from candidates, against the definition: sort all tokens, apply the rules."""
+"""Draws from candidates, compared with the definition: sort all tokens, apply the rules."""
 
 from collections import Counter
 
@@ -46,7 +46,7 @@ def kept(probabilities: torch.Tensor, rules: Columns) -> set[int]:
 
 
 def metas_set(probabilities: torch.Tensor, top_p: float) -> set[int]:
-    """What `sample_top_p` in Meta's llama/generation.py leaves, statement by statement."""
+    """The set that `sample_top_p` in Meta's llama/generation.py keeps, statement by statement."""
     probs_sort, probs_idx = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     probs_sum = torch.cumsum(probs_sort, dim=-1)
     mask = probs_sum - probs_sort > top_p

@@ -17,7 +17,7 @@ import pytest
 LAUNCHER = ("-m", "model_service.launcher", "--shards=2")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2")
 SOCKETS = Path(__file__).with_name("rank_sockets.py")
-# What ranks do. A line is one write, so that those of two ranks stay apart.
+# Programs of the ranks. A line is one write, so that those of two ranks stay apart.
 TELL = "import os, signal, sys\nos.write(1, f'{os.getpid()}\\n'.encode())\n"
 WAIT = f"{TELL}signal.pause()\n"
 # Signals are blocked, not handled: one that comes before a rank waits for it is not lost.

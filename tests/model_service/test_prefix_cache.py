@@ -1,4 +1,4 @@
-"""What the engine does not compute again, counted on a real checkpoint."""
+"""Tokens that the engine does not compute again, counted on a real checkpoint."""
 
 from typing import Any
 

@@ -31,7 +31,7 @@ def make_sequence(prompt: list[int], answer: int, arrival: int, priority: int = 
 
 
 def compute(scheduler: Scheduler, schedule: Schedule) -> list[Sequence]:
-    """What a step does to its sequences, all tokens being 7; returns those that ended."""
+    """Applies a step to its sequences, with 7 as every token; returns those that ended."""
     ended = []
     for chunk in schedule.chunks:
         sequence = chunk.sequence
@@ -99,7 +99,7 @@ class Load(RuleBasedStateMachine):
             self.alive.remove(sequence)
 
     def write(self, schedule: Schedule) -> None:
-        """What a step does to the cache; whatever a chunk builds on has to be there."""
+        """Applies a step to the cache; all that a chunk builds on has to be there."""
         for source, destination in schedule.copies:
             self.cache[destination] = [*self.cache[source]]
         for chunk in schedule.chunks:
@@ -141,7 +141,7 @@ class Load(RuleBasedStateMachine):
         assert self.pool.free_count == self.pool.total
         assert not self.scheduler._prefixes.in_progress
         assert not self.scheduler._prefixes._tails
-        assert not self.scheduler._prefixes._in_progress_index._behind
+        assert not self.scheduler._prefixes._in_progress_index._by_parent
 
 
 TestLoad = Load.TestCase

@@ -1,6 +1,6 @@
 """The CUDA formats where no CUDA is: layouts, precision, and what PyTorch's fake tensors check.
 
-What their kernels compute on a GPU is not tested here.
+The results of their kernels on a GPU are not tested here.
 """
 
 import itertools
@@ -25,7 +25,7 @@ def random_weight(outputs: int, inputs: int, seed: int = 1) -> torch.Tensor:
 
 
 def tinygemm_tiles(codes: torch.Tensor, inner: int) -> torch.Tensor:
-    """What `_convert_weight_to_int4pack` makes of codes [outputs, inputs] on CUDA.
+    """The output of `_convert_weight_to_int4pack` for codes [outputs, inputs] on CUDA.
 
     Written after `matrix_to_m16n8k16_Bint4_layout` in aten/src/ATen/native/cuda/int4mm.cu: one
     lane's eight codes after the other.

@@ -48,6 +48,16 @@ async def test_request_of_too_many_fields_is_refused_unparsed(
     assert echo.request_ids == []
 
 
+async def test_large_request_with_an_endless_varint_is_refused(
+    echo: Any, echo_channel: grpc.aio.Channel
+) -> None:
+    call: Any = echo_channel.unary_unary("/test.Echo/unary_unary")
+    refused = call(b"\x08" + b"\xff" * 1_000_000 + b"\x01")
+    assert await refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "malformed request" in await refused.details()
+    assert echo.request_ids == []
+
+
 async def test_running_call_finishes_while_the_server_stops(
     echo: Any, echo_channel: grpc.aio.Channel, servers: AsyncExitStack
 ) -> None:

@@ -46,6 +46,9 @@ def test_help_lists_flags_with_variables_and_defaults(capsys: pytest.CaptureFixt
     assert "Serves as an example." in text
     assert "--name str a name, 100% free (required) [env: CHASQUI_NAME]" in text
     assert "(default: 50099) [env: CHASQUI_PORT]" in text
+    assert (
+        "server's certificate chain; enables TLS (default: unset) [env: CHASQUI_TLS_CERT]" in text
+    )
     for name in DemoSettings.model_fields:
         assert f"--{name}" in text
         assert f"CHASQUI_{name.upper()}" in text

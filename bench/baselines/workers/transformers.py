@@ -49,7 +49,7 @@ class TransformersWorker:
         cache = self._cache()
         ids = self._forward(self._prompts(batch, context, seed), cache)
         for _ in range(WARM_UP):
-            # What a replayed graph returned, its next replay overwrites.
+            # The next replay of a graph overwrites the result of the last one.
             ids = self._compiled(ids, cache).clone()
         seconds = []
         for _ in range(steps):

@@ -1,8 +1,8 @@
-"""Who owns which block of the KV cache, and which blocks hold keys and values worth keeping.
+"""The blocks of the KV cache: which ones are held, free or cached.
 
-A block that several sequences share is counted once per holder. A block that nobody holds is empty,
-or cached: its content is known and may be taken again until its room is wanted. Block 0 is never
-handed out: the probe step writes there. When no sequence runs, all others are free.
+A block that several sequences share has one holder for each. A block without a holder is empty, or
+cached: its content is known, and it may be shared again until it is evicted. Block 0 is never
+handed out, because the probe step writes there. When no sequence runs, all others are free.
 """
 
 from collections import OrderedDict
@@ -20,7 +20,7 @@ class BlockPool:
         self.block_size = block_size
         # Taken from the end: the newest freed may still be in a processor's cache.
         self._empty = list(range(total, PROBE_BLOCK, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # nobody holds them; oldest first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # without holders; oldest first
         self._holders = [0] * (total + 1)
         self._by_digest: dict[bytes, int] = {}
         self._contents: dict[int, BlockContent] = {}  # the reverse
@@ -28,12 +28,12 @@ class BlockPool:
 
     @property
     def free_count(self) -> int:
-        """Blocks that nobody holds, cached ones included."""
+        """Blocks without a holder, cached ones included."""
         return len(self._empty) + len(self._cached)
 
     @property
     def cached_count(self) -> int:
-        """Blocks that nobody holds, but whose content is known."""
+        """Blocks without a holder whose content is known."""
         return len(self._cached)
 
     def blocks_for(self, tokens: int) -> int:
@@ -41,7 +41,7 @@ class BlockPool:
         return -(-tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` blocks whose content is undefined.
+        """Hands out `count` blocks whose content is undefined.
 
         Raises:
             MemoryError: fewer are free; nothing was taken.
@@ -54,7 +54,7 @@ class BlockPool:
         return blocks
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest known beginning of `digests`; takes none."""
+        """The blocks of the longest known prefix of `digests`; they are not held yet."""
         blocks = []
         for digest in digests:
             block = self._by_digest.get(digest)
@@ -64,9 +64,9 @@ class BlockPool:
         return blocks
 
     def closest(self, parent: bytes, tokens: bytes) -> tuple[int | None, int]:
-        """The known block behind `parent` that begins most like `tokens`; how many of them agree.
+        """The known block behind `parent` that agrees with `tokens` longest, and in how many.
 
-        Nobody holds it for whoever asks: the next step has to copy it, before it writes anything.
+        The block is not reserved for the caller: the next step must copy it before it writes.
         """
         digest, common = self._index.closest(parent, tokens)
         return (self._by_digest[digest], common) if common else (None, 0)
@@ -76,7 +76,7 @@ class BlockPool:
         return self.free_count - sum(not self._holders[block] for block in blocks)
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Becomes one more holder of blocks that `match` found."""
+        """Adds a holder to blocks that `match` found."""
         for block in blocks:
             if not self._holders[block]:
                 del self._cached[block]
@@ -85,8 +85,8 @@ class BlockPool:
     def publish(self, block: int, content: BlockContent) -> None:
         """Makes a held block known by `content`, its first tokens, which are written.
 
-        What it was known by before, it no longer is. Where another block is known by the same
-        content already, this one stays unknown.
+        Its former content is forgotten. If another block has the same content, this one stays
+        unknown.
         """
         self._forget(block)
         if content.digest not in self._by_digest:
@@ -95,15 +95,15 @@ class BlockPool:
             self._index.add(content)
 
     def invalidate(self, blocks: Iterable[int]) -> None:
-        """Makes held blocks unknown: their content is not to be trusted."""
+        """Makes held blocks unknown, because their content is not valid."""
         for block in blocks:
             self._forget(block)
 
     def free(self, blocks: Sequence[int]) -> None:
         """Gives a sequence's blocks back, in their order in it.
 
-        The last of them will be evicted first: a beginning is shared by more sequences than an end,
-        and an end without its beginning is of no use.
+        The last of them will be evicted first: a prefix is shared by more sequences than the
+        blocks behind it, and these are useless without it.
 
         Raises:
             ValueError: a block is not held; those behind it were given back.

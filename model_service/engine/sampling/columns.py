@@ -21,7 +21,7 @@ ArrayT = TypeVar("ArrayT")
 
 @dataclass(frozen=True, slots=True)
 class DrawColumns(Generic[ArrayT]):
-    """What a draw depends on, besides the probabilities; each [rows, 1]."""
+    """Parameters of a draw; each [rows, 1]."""
 
     top_k: ArrayT  # int64; the vocabulary's size where it is off
     min_p: ArrayT  # float32
@@ -35,7 +35,7 @@ class DrawColumns(Generic[ArrayT]):
 
 @dataclass(frozen=True, slots=True)
 class PenaltyColumns(Generic[ArrayT]):
-    """How logits are changed before the draw; each [rows, 1] float32."""
+    """Penalties on logits; each [rows, 1] float32."""
 
     repetition: ArrayT
     frequency: ArrayT
@@ -62,7 +62,7 @@ def draw_columns(
 
 
 def temperature_column(params: Sequence[SamplingParams]) -> NDArray[Any]:
-    """What logits are divided by [rows, 1] float32."""
+    """The divisors of logits [rows, 1] float32."""
     return _column([max(each.temperature, MIN_TEMPERATURE) for each in params], np.float32)
 
 

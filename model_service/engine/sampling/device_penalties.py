@@ -1,7 +1,7 @@
-"""Penalties and biases on the device: the history of each sequence that has any, kept there.
+"""Penalties and biases on the device, with the token counts of each sequence that has any.
 
-A sequence has a slot from its first draw to its end. Drawn tokens are entered where they are drawn,
-so no step needs to know on the host, or to upload, what came before it.
+A sequence has a slot from its first draw to its end. Sampled tokens are counted on the device, so
+no step has to know its predecessor's tokens on the host, or to upload them.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ class PenaltyTables:
         self._biases = torch.empty(0, vocab, device=device)
 
     def slot(self, sequence: Sequence) -> int:
-        """Where the history of `sequence` is; at its first call all its tokens are known."""
+        """The slot of `sequence`; at the first call, none of its tokens may be pending."""
         if (slot := self._slots.get(sequence)) is None:
             if not self._free:
                 self._enlarge()
@@ -37,14 +37,14 @@ class PenaltyTables:
         return slot
 
     def forget(self, sequence: Sequence) -> None:
-        """Gives up the slot of a sequence that has ended, if it has one."""
+        """Frees the slot of a sequence that has ended, if it has one."""
         if (slot := self._slots.pop(sequence, None)) is not None:
             self._free.append(slot)
 
     def apply(
         self, logits: torch.Tensor, slots: torch.Tensor, columns: PenaltyColumns[torch.Tensor]
     ) -> torch.Tensor:
-        """The adjusted logits, as `host_penalties.apply_penalties` makes them.
+        """The changed logits, as `host_penalties.apply_penalties` makes them.
 
         Args:
             logits: [rows, vocab] float32.

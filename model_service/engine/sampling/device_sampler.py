@@ -51,7 +51,7 @@ class DeviceSampling:
     download: Download
 
     def read(self) -> StepResult:
-        """What the step made, once the device has made it."""
+        """Waits for the device, and returns the step's result."""
         sampled, finite, logprobs, top_ids, top_logprobs = (
             tensor.tolist() for tensor in self.download.wait()
         )

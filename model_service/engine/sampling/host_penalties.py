@@ -1,4 +1,4 @@
-"""Penalties and biases on the host: applied to the logits of the tokens that they are about."""
+"""Penalties and biases on the host, applied to the logits of single tokens."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What the choice of one token depends on, besides its logits."""
+    """All that the choice of one token depends on, besides its logits."""
 
     params: SamplingParams
     tokens: Sequence[int]  # all before the one to be chosen
@@ -79,7 +79,7 @@ def _penalize_answers(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None
 def _restore_stops(
     adjusted: torch.Tensor, logits: torch.Tensor, rows: Sequence[SamplingRow]
 ) -> None:
-    """Takes the penalties of each row's stop ids back, in place.
+    """Undoes the penalties of each row's stop ids, in place.
 
     The EOS that ends the earlier turns of a dialog must not make a later answer longer.
     """

@@ -27,7 +27,7 @@ class HostSampler:
         return HostSampling(rows, logits)
 
     def forget(self, sequence: Sequence) -> None:
-        """Holds nothing."""
+        """Does nothing, because nothing is held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +40,18 @@ class HostSampling:
     def read(self) -> StepResult:
         """Draws and scores; waits for the logits."""
         finite = finite_rows(self.logits)
-        drawn = self._draw(
+        chosen = self._draw(
             [i for i, row in enumerate(self.rows) if finite[i] and not row.in_prompt]
         )
-        tokens, failed = _accepted(self.rows, drawn, finite)
+        tokens, failed = _accepted(self.rows, chosen, finite)
         return StepResult.of(self.rows, tokens.items(), self._score(tokens, failed), failed)
 
     def _draw(self, wanted: list[int]) -> dict[int, int]:
         """One token for each of the rows `wanted`."""
         if not wanted:
             return {}
-        chosen = sample(self._select(wanted), [_sampling_row(self.rows[i]) for i in wanted])
-        return dict(zip(wanted, chosen, strict=True))
+        tokens = sample(self._select(wanted), [_sampling_row(self.rows[i]) for i in wanted])
+        return dict(zip(wanted, tokens, strict=True))
 
     def _score(
         self, tokens: dict[int, int], failed: dict[Sequence, int]
@@ -77,7 +77,7 @@ class HostSampling:
 
 
 def _accepted(
-    rows: list[LogitRow], drawn: dict[int, int], finite: list[bool]
+    rows: list[LogitRow], chosen: dict[int, int], finite: list[bool]
 ) -> tuple[dict[int, int], dict[Sequence, int]]:
     """The tokens by row as far as drafts hold, and the sequences that fail, with the position."""
     tokens: dict[int, int] = {}
@@ -85,15 +85,15 @@ def _accepted(
     complete: set[Sequence] = set()
     for i, row in enumerate(rows):
         sequence = row.sequence
-        if sequence in complete:  # what a wrong draft led to
+        if sequence in complete:  # this row follows a wrong draft
             continue
         if not finite[i]:
             complete.add(sequence)
-            # Behind a draft, the next step will see whether it is so without.
+            # Behind a draft, the next step will tell whether it also fails without.
             if row.drafts_before <= 0:
                 failed[sequence] = row.position
-        elif i in drawn:
-            token = tokens[i] = drawn[i]
+        elif i in chosen:
+            token = tokens[i] = chosen[i]
             right = row.drafts[row.drafts_before :][:1] == [token]
             if not right or token in sequence.request.stop_ids:
                 complete.add(sequence)

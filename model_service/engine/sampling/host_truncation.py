@@ -1,10 +1,10 @@
 """Top-k, min-p and top-p, and the draw among the tokens that they leave.
 
-A full sort of 32,000 probabilities takes longer than the rest of sampling together. So the device
-finds a few hundred candidates, the host applies the rules to those, and only rows whose kept tokens
-are not certainly among them get more candidates, in the end all tokens. Every choice is the one
-that sorting all tokens gives, to the last bit: sums run in float64 in one order, from the most
-probable token or from the lowest id, and what lies outside of the candidates comes after or adds 0.
+A full sort of 32,000 probabilities takes longer than all other sampling. So the device finds a few
+hundred candidates, and the host applies the rules to those. Rows whose kept tokens may not all be
+among them get more candidates, in the end all tokens. Every choice is the one that sorting all
+tokens gives, to the last bit: sums run in float64 in one order, from the most probable token or
+from the lowest id, and tokens outside of the candidates come later or add 0.
 """
 
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ def most_probable(probabilities: torch.Tensor, blocks: int) -> Candidates:
 def in_highest_blocks(
     values: torch.Tensor, blocks: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The part of each row that holds its largest values.
+    """The part of each row with its largest values.
 
     Args:
         values: [rows, vocab].
@@ -124,7 +124,7 @@ def in_highest_blocks(
 
 
 def keep(candidates: Candidates, columns: Columns, vocab: int) -> tuple[Floats, NDArray[np.bool_]]:
-    """The rules: what each candidate weighs in the draw, 0 where it is dropped.
+    """Applies the rules: the weight of each candidate in the draw, 0 if it is dropped.
 
     Min-p drops tokens less probable than min_p × the most probable one (Nguyen et al., "Turning up
     the heat", 2024). Top-p is `sample_top_p` of Meta's llama/generation.py: a token is dropped when

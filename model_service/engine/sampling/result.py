@@ -1,7 +1,7 @@
-"""What a step made for its sequences: tokens, logprobs, and which sequences cannot go on.
+"""The result of a step by sequence: tokens, logprobs, and failures.
 
-`HostSampler` reads it from the logits and can tell whether drafts hold. `DeviceSampler` makes the
-same without drafts, and without the host seeing a logit.
+`HostSampler` reads it from the logits and checks drafts. `DeviceSampler` makes the same without
+drafts, and without the host seeing a logit.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,11 +23,11 @@ class SampledToken(NamedTuple):  # one per sequence and step: a dataclass is slo
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a step's rows of logits."""
+    """The result of a step."""
 
     tokens: dict[Sequence, list[SampledToken]]
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]  # where they are wanted; in order
-    # Where a logit that counts was not finite: the position of the token that it was for.
+    # Sequences with a logit that is not finite, and the position of the token that it was for.
     failed: dict[Sequence, int]
 
     @classmethod
@@ -60,11 +60,11 @@ class Sampling(Protocol):
     """A step's sampling under way."""
 
     def read(self) -> StepResult:
-        """Waits for what the step made."""
+        """Waits for the step's result."""
 
 
 class Sampler(Protocol):
-    """Makes tokens of a step's logits."""
+    """Samples tokens from a step's logits."""
 
     def launch(self, rows: list[LogitRow], logits: torch.Tensor) -> Sampling:
         """Begins to sample.

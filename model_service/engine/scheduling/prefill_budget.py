@@ -1,8 +1,15 @@
-"""How many prompt tokens a step may take while others stream, learned from how long steps take.
+"""The number of prompt tokens in a step while streams run, learned from the times of steps.
 
-Pure arithmetic over what `record` is told: no clock, and no influence on any token. The model is
-seconds = base × (1 + cost × prompt tokens), fitted apart for each magnitude of decoding rows; only
-`cost` decides, so a machine that slows down as a whole changes nothing.
+The model is seconds = base × (1 + cost × prompt tokens), fitted separately for each magnitude of
+decoding rows. Only `cost` decides, so a machine that slows down as a whole changes nothing. There
+is no clock here, and no influence on any token.
+
+Other engines use a fixed budget, which suits one model on one machine. Measured with the stall case
+of `bench.engine` (110M parameters, two CPU cores, 8 streams, a prompt of 800 tokens, max_stall 1.7;
+two rounds each in float32 and int8, the budget replaced by a constant): the median step was 1.7 to
+1.8 times as long as one without prompts, and the prompt's first token came after 1.9 to 2.3 s. A
+fixed budget of 8 gave 1.2 to 1.3 times and 4.7 to 7.5 s; 32 gave 1.7 to 2.0 times and 1.8 to 4.6 s;
+128 gave 3.4 to 5.0 times and 0.7 to 4.3 s.
 """
 
 from bisect import bisect_left
@@ -11,23 +18,23 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from statistics import median
 
-# Steps that a fit looks at: those with prompt tokens, and of those without so many that two strange
-# ones among them do no harm.
+# Numbers of steps in a fit: with prompt tokens, and without. Two outliers among the latter do no
+# harm.
 WINDOW, DECODE_ONLY_WINDOW = 16, 5
-FITS = 5  # whose median decides: one strange step among plain ones makes one strange fit
-# A line needs two abscissae, and what a step takes without prompts changes with the machine: while
-# prompts are computed, every so many steps take none of their tokens.
+FITS = 5  # whose median decides, because one outlier makes one wrong fit
+# A line needs two abscissae, and the time of a step without prompts changes with the machine: so
+# while prompts are computed, one step in this many takes none of their tokens.
 CONTRAST_EVERY = 8
-# Prompt tokens that the other steps take however much they cost, so that prompts get on.
+# Prompt tokens that the other steps take whatever they cost, so that prompts advance.
 FLOOR = 4
-MIN_COST = 1e-6  # decode-only steps per prompt token: where noise hides the cost
+MIN_COST = 1e-6  # decode-only steps per prompt token, if noise hides the cost
 
 
 @dataclass(slots=True)
 class _Regime:
-    """What is known of steps with about the same number of decoding rows."""
+    """Observations of steps with about the same number of decoding rows."""
 
-    # Prompt tokens and seconds of steps; bare ones have none.
+    # Prompt tokens and seconds of steps.
     with_prefill: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     decode_only: deque[tuple[int, float]] = field(
         default_factory=lambda: deque(maxlen=DECODE_ONLY_WINDOW)
@@ -41,12 +48,12 @@ class PrefillBudget:
     """Keeps steps below `max_stall` times a step without prompts."""
 
     def __init__(self, max_stall: float, first: int, ceiling: int) -> None:
-        """Starts knowing nothing: with `first`, doubling as steps are recorded.
+        """Starts with a budget of `first`, which doubles as steps are recorded.
 
         Args:
             max_stall: longest step while sequences decode, in steps without prompt tokens; above 1.
             first: prompt tokens of the first step that has some.
-            ceiling: most prompt tokens of a step; where it is lower than FLOOR, it counts.
+            ceiling: most prompt tokens of a step, also if it is lower than FLOOR.
         """
         self._max_stall = max_stall
         self._floor = min(FLOOR, ceiling)
@@ -55,7 +62,7 @@ class PrefillBudget:
         self._regimes: dict[int, _Regime] = {}
 
     def record(self, decode_rows: int, prompt_tokens: int, seconds: float) -> None:
-        """Learns from a step; one in which nothing decoded stalled nobody, and says nothing."""
+        """Learns from a step, unless nothing decoded in it: then it stalled no stream."""
         if not decode_rows:
             return
         regime = self._regime(decode_rows)
@@ -70,7 +77,7 @@ class PrefillBudget:
                 regime.costs.append(cost)
 
     def cost(self, decode_rows: int) -> float | None:
-        """What a further token adds to a step, in steps in which `decode_rows` sequences decode."""
+        """The time of one more token over that of a decode-only step of `decode_rows` sequences."""
         costs = self._regime(decode_rows).costs
         return max(median(costs), MIN_COST) if costs else None
 
@@ -88,7 +95,7 @@ class PrefillBudget:
         return self._regimes.setdefault(decode_rows.bit_length(), _Regime())
 
     def _usual(self, regime: _Regime) -> int:
-        """What the stall allows, but never more than twice what was lately tried."""
+        """The budget that the stall allows, at most twice the largest of the last steps."""
         known = 2 * max(regime.tried) if regime.tried else self._first
         if regime.costs:
             cost = max(median(regime.costs), MIN_COST)
@@ -115,5 +122,5 @@ def _relative_cost(points: list[tuple[int, float]]) -> float | None:
     weights = list(accumulate(weight for _, weight in slopes))
     slope, _ = slopes[bisect_left(weights, weights[-1] / 2)]
     base = median(seconds - slope * tokens for tokens, seconds in points)
-    # The line's start can only be wrong when it says that prompts alone take all the time.
+    # A line that starts at or below 0 says that prompts take all the time, which is wrong.
     return slope / base if base > 0 else None

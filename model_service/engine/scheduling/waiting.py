@@ -1,8 +1,8 @@
-"""The queue of sequences that hold no blocks: by priority, then by order of arrival.
+"""The queue of waiting sequences, by priority and then by order of arrival.
 
-A sequence whose next block another sequence is computing right now is parked: out of the way of
-those behind it, until that block's digest is woken. No operation takes longer when thousands wait,
-but for the heap's logarithm.
+A sequence whose next block another sequence is computing right now is parked, so that those behind
+it can pass, until `wake` is called with the block's digest. All operations take constant time, but
+for the heap's logarithm.
 """
 
 import heapq
@@ -15,7 +15,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Sequence]] = []  # negative priority, arrival
-        self._queued: set[Sequence] = set()  # an entry of the heap that is not in here is dead
+        self._queued: set[Sequence] = set()  # entries of the heap that are not in here are dead
         self._parked: dict[bytes, dict[Sequence, None]] = {}
         self._parked_at: dict[Sequence, bytes] = {}
         self.tokens = 0  # that all of these may still have computed
@@ -28,11 +28,11 @@ class WaitingQueue:
         self._enqueue(sequence)
 
     def first(self) -> Sequence | None:
-        """The next in turn among those that are not parked; stays in the queue."""
+        """The first sequence that is not parked; it stays in the queue."""
         return self._heap[0][2] if self._heap else None
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, parked or not.
+        """Removes a sequence, parked or not.
 
         Raises:
             KeyError: it is not here.
@@ -50,7 +50,7 @@ class WaitingQueue:
         self._parked.setdefault(digest, {})[sequence] = None
 
     def wake(self, digest: bytes) -> None:
-        """Gives all sequences that are parked at `digest` their places in the queue back."""
+        """Puts all sequences parked at `digest` back into the queue, in their old order."""
         for sequence in self._parked.pop(digest, ()):
             del self._parked_at[sequence]
             self._enqueue(sequence)

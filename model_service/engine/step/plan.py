@@ -1,8 +1,8 @@
-"""What every rank must know of a step, and its form on the wire: one vector of 32-bit integers.
+"""The plan of a step, which every rank executes, and its form on the wire: 32-bit integers.
 
-The leader makes it, the followers rebuild it; no pickles, and nothing that a rank can work out for
-itself (positions and cache slots follow from lengths and block tables) or was told before: of a
-block table only the blocks go over the wire that the last plan did not have.
+The leader encodes it, and the followers decode it; no pickles. A plan holds nothing that a rank can
+work out itself: positions and cache slots follow from lengths and block tables. Only blocks that
+the last plan did not have are sent.
 """
 
 import itertools
@@ -25,9 +25,7 @@ class StepPlan:
     """One step over a flat batch."""
 
     spans: tuple[SequenceSpan, ...]
-    # [num_tokens], the spans' tokens one after the other. A negative one is not known on the host
-    # yet: the complement of its index among the tokens that were drawn in the last step.
-    tokens: Vector
+    tokens: Vector  # [num_tokens], the spans' tokens one after the other; some may be pending
     logit_rows: Vector  # [num_logits], indices into tokens
     num_sampled: int = 0  # that the leader samples and gives to all ranks
     copies: tuple[BlockCopy, ...] = ()  # to be made before anything is written
@@ -41,10 +39,10 @@ class StepPlan:
 
 
 class PlanEncoder:
-    """The leader's end of the wire. A block table is recognized as the same list, grown or not."""
+    """The leader's end of the wire. It recognizes a block table by the list's identity."""
 
     def __init__(self) -> None:
-        # By the identity of each table in the last plan: its place there, and its length then.
+        # By the identity of each table in the last plan: its index there, and its length then.
         self._known: dict[int, tuple[int, int]] = {}
         self._held: list[Sequence[int]] = []  # so that no other list takes over an identity
 
@@ -55,17 +53,17 @@ class PlanEncoder:
         blocks: list[int] = []
         known: dict[int, tuple[int, int]] = {}
         held = [span.block_table for span in spans]
-        for place, span in enumerate(spans):
-            table = held[place]
+        for index, span in enumerate(spans):
+            table = held[index]
             identity, length = id(table), len(table)
             before, sent = self._known.get(identity, (-1, 0))
             header += (span.query_length, span.context_length, before, length - sent)
             if length > sent:
                 blocks += table[sent:]
-            known[identity] = place, length
+            known[identity] = index, length
         self._known, self._held = known, held
         header += itertools.chain.from_iterable(copies)
-        # One conversion of all that are lists: one each would cost more than the rest together.
+        # One conversion for all lists: one for each would cost more than all the rest.
         numbers = np.array(header + blocks, dtype=np.int32)
         begin = len(header)
         return np.concatenate([numbers[:begin], plan.tokens, plan.logit_rows, numbers[begin:]])
@@ -78,7 +76,7 @@ class PlanDecoder:
         self._tables: list[list[int]] = []  # of the last plan's spans
 
     def decode(self, vector: Vector) -> StepPlan:
-        """The plan that was encoded as `vector`; every plan must come by here, in order."""
+        """The plan that was encoded as `vector`. Every plan must be decoded, in order."""
         num_spans, num_copies, num_tokens, num_logits, num_sampled = vector[:_COUNTS].tolist()
         sizes = [_PER_SPAN * num_spans, 2 * num_copies, num_tokens, num_logits]
         parts = np.split(vector[_COUNTS:], np.cumsum(sizes))

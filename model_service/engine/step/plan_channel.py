@@ -1,9 +1,9 @@
-"""How plans travel from the leader to the followers: broadcasts over torch.distributed on the CPU.
+"""Sends plans from the leader to the followers, by broadcasts over torch.distributed on the CPU.
 
-A plan's length is not known to its receivers, so the first broadcast has a fixed size and carries
-the length with as much of the plan as fits; only a large plan needs a second one. The leader does
-not wait until a plan has arrived: what went wrong on its way, the next one tells. Drawn tokens
-travel from device to device: the host of no rank needs them for the next step.
+Receivers do not know a plan's length, so the first broadcast has a fixed size and carries the
+length with as much of the plan as fits; only a large plan needs a second one. The leader does not
+wait until a plan has arrived: an error on its way is raised when the next one is sent. Sampled
+tokens travel from device to device, because no host needs them for the next step.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from model_service.engine.step.plan import PlanDecoder, PlanEncoder, StepPlan, Vector
 
 LEADER = 0
-# 32-bit integers; holds the plan of a step in which 170 sequences decode.
+# 32-bit integers; enough for the plan of a step in which 170 sequences decode.
 FIRST_BROADCAST = 1024
 
 
@@ -24,24 +24,24 @@ class PlanChannel:
     def __init__(self) -> None:
         self.alone = dist.get_world_size() == 1
         self._first = torch.zeros(FIRST_BROADCAST, dtype=torch.int32)
-        self._values = self._first.numpy()  # where copying costs a tenth
+        self._values = self._first.numpy()  # copying in numpy costs a tenth
         self._sending: list[dist.Work] = []  # the last plan
         self._encoder = PlanEncoder()
         self._decoder = PlanDecoder()
 
     def send(self, plan: StepPlan) -> None:
-        """Leader: gives `plan` to every follower."""
+        """Leader: sends `plan` to every follower."""
         if not self.alone:
             self._send(self._encoder.encode(plan))
 
     def close(self) -> None:
-        """Leader: tells every follower that no plan comes any more."""
+        """Leader: tells every follower that no further plan comes."""
         if not self.alone:
             self._send(np.empty(0, dtype=np.int32))
             self._finish_sending()
 
     def receive(self) -> StepPlan | None:
-        """Follower: the next plan, waiting for it; None when there is no more."""
+        """Follower: waits for the next plan; None if there is no further one."""
         dist.broadcast(self._first, src=LEADER)
         length = int(self._values[0])
         vector = self._values[1 : 1 + length].copy()
@@ -52,9 +52,9 @@ class PlanChannel:
         return self._decoder.decode(vector) if length else None
 
     def share(self, sampled: torch.Tensor) -> None:
-        """All ranks: makes `sampled` what the leader's is, in place, on the ranks' devices."""
+        """All ranks: overwrites `sampled` with the leader's, from device to device."""
         if not self.alone:
-            # The group of the all-reduces: another one would be another communicator of NCCL's.
+            # The group of the all-reduces, because another one would need its own communicator.
             dist.broadcast(sampled, src=LEADER, group=get_model_parallel_group())
 
     def _send(self, vector: Vector) -> None:

@@ -2,7 +2,7 @@
 
 The leader sends each step's plan to its followers and then runs the same forward as they do: the
 all-reduces inside the layers keep them together. Only the leader looks at the logits. On CUDA a
-step is only launched here: what it computes is there when somebody reads it.
+step is only launched here: reading the logits waits for it.
 """
 
 import numpy as np
@@ -53,11 +53,11 @@ class ModelRunner:
         self._channel.share(sampled)
 
     def probe(self) -> None:
-        """Leader: one token through all shards, to see that they answer; touches no sequence."""
+        """Leader: sends one token through all shards, to see that they answer."""
         self.execute(PROBE).cpu()
 
     def warm_up(self, plan: StepPlan) -> torch.Tensor:
-        """Every rank: runs a step that nobody sends; all must run the same ones, in one order."""
+        """Every rank: runs a step without sending it; all must run the same ones, in one order."""
         return self._forward(plan)
 
     def release_followers(self) -> None:

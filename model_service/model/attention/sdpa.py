@@ -5,10 +5,8 @@ It serves the CPU, and is the reference against which other backends are tested.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from model_service.model.attention.backend import (
     BlockCopy,
@@ -17,27 +15,12 @@ from model_service.model.attention.backend import (
     copy_blocks,
     narrowed,
 )
+from model_service.model.attention.sdpa_call import Group, attend, merged
 
 # Below this many tokens, copying a span beside others costs less than a call of its own.
 _MIN_TOKENS_IN_PLACE = 256
 # Below this many bytes of keys and values, copying a run costs less than a call and merging.
 _MIN_BYTES_IN_PLACE = 4 * 2**20
-# Up to this many tokens of a span, reading each key once for all heads that share it saves more
-# than a mask with a row for each of these heads costs.
-_MAX_TOKENS_AS_ROWS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The spans of one attention call: a single one, or many of one token."""
-
-    rows: slice | torch.Tensor  # of the flat batch: [tokens], span after span
-    spans: int
-    # Slots of keys and values [spans × longest], which are copied, or a slice, read in place.
-    slots: slice | torch.Tensor
-    # Added to the scores: [spans, 1, tokens of a span, longest]. None hides nothing.
-    mask: torch.Tensor | None = None
-    causal: bool = False
 
 
 class SdpaAttention:
@@ -85,13 +68,13 @@ class SdpaAttention:
         self._device = device
         token_bytes = 2 * shape.kv_heads * shape.head_dim * stored.itemsize
         self._min_run = min_bytes_in_place / token_bytes  # tokens
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         # The batch's row of each token in all groups; None if each row is in one group.
         self._part_rows: torch.Tensor | None = None
         self._new_slots = torch.empty(0, dtype=torch.long, device=device)
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
-        groups: list[_Group] = []
+        groups: list[Group] = []
         new_slots: list[torch.Tensor] = []
         copied: list[tuple[int, torch.Tensor]] = []  # row, slots
         parts = False
@@ -104,7 +87,7 @@ class SdpaAttention:
             rest: slice | torch.Tensor = slice(None)
             if runs := [] if neighbours else self._long_runs(span):
                 parts = True
-                groups += (_Group(rows, spans=1, slots=_as_slice(slots[run])) for run in runs)
+                groups += (Group(rows, spans=1, slots=_as_slice(slots[run])) for run in runs)
                 rest = torch.ones(len(slots), dtype=torch.bool)
                 for run in runs:
                     rest[run] = False
@@ -135,12 +118,12 @@ class SdpaAttention:
         for group in self._groups:
             key, value = (self._loaded(each) for each in self._select(keys, values, group.slots))
             in_parts = self._part_rows is not None
-            attended = _attend(query[group.rows], key, value, group, with_sums=in_parts)
+            attended = attend(query[group.rows], key, value, group, with_sums=in_parts)
             if in_parts:
                 parts.append(attended)
             else:
                 [output[group.rows]] = attended
-        return output if self._part_rows is None else _merged(parts, self._part_rows, output)
+        return output if self._part_rows is None else merged(parts, self._part_rows, output)
 
     def _stored(self, x: torch.Tensor) -> torch.Tensor:
         return narrowed(x, self._kv_dtype).view(self._keys.dtype)
@@ -187,11 +170,11 @@ class SdpaAttention:
         rows: slice,
         slots: slice | torch.Tensor,
         columns: slice | torch.Tensor,
-    ) -> _Group:
+    ) -> Group:
         """The group of one span, over those of its tokens that `columns` selects, at `slots`."""
         whole = span.query_length == span.context_length
         several = span.query_length > 1
-        return _Group(
+        return Group(
             rows=rows,
             spans=1,
             slots=slots,
@@ -199,13 +182,13 @@ class SdpaAttention:
             causal=whole and several,
         )
 
-    def _padded(self, batch: Sequence[tuple[int, torch.Tensor]]) -> _Group:
+    def _padded(self, batch: Sequence[tuple[int, torch.Tensor]]) -> Group:
         """The group of spans of one token, by their rows and slots."""
         rows, slots = zip(*batch, strict=True)
         lengths = torch.tensor([len(each) for each in slots])
         longest = int(lengths.max())
         padding = torch.arange(longest) >= lengths.unsqueeze(1)
-        return _Group(
+        return Group(
             rows=torch.tensor(rows, device=self._device),
             spans=len(batch),
             slots=torch.cat([_pad(each, longest) for each in slots]).to(self._device),
@@ -223,82 +206,7 @@ class SdpaAttention:
         return mask.to(self._device)
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: _Group, *, with_sums: bool
-) -> list[torch.Tensor]:
-    """Attention of query [tokens, heads, head_dim] over [spans × longest, kv_heads, head_dim].
-
-    Returns:
-        [tokens, heads, head_dim], and `with_sums` the logarithms of the sums of exponentials
-        [tokens, heads, 1].
-    """
-    tokens, heads, head_dim = query.shape
-    kv_heads = key.shape[1]
-    if tokens <= group.spans * _MAX_TOKENS_AS_ROWS and not group.causal:
-        # [spans, kv_heads, tokens of a span × heads that share, head_dim]
-        sharing = heads // kv_heads
-        rows = query.view(group.spans, -1, kv_heads, sharing, head_dim).transpose(1, 2)
-        key, value = (
-            each.view(group.spans, -1, kv_heads, head_dim).transpose(1, 2) for each in (key, value)
-        )
-        mask = group.mask
-        if mask is not None:
-            mask = mask.unsqueeze(3).expand(-1, -1, -1, sharing, -1).flatten(2, 3)
-        attended = _kernel(rows.flatten(2, 3), key, value, mask, with_sums=with_sums)
-        attended = [each.view(*rows.shape[:-1], -1).transpose(1, 2) for each in attended]
-    else:
-        # [kv_heads, heads that share, tokens, head_dim], the key of each with stride 0.
-        rows = query.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        key, value = (
-            each.transpose(0, 1).unsqueeze(1).expand(-1, rows.shape[1], -1, -1)
-            for each in (key, value)
-        )
-        attended = _kernel(rows, key, value, group.mask, causal=group.causal, with_sums=with_sums)
-        attended = [each.permute(2, 0, 1, 3) for each in attended]
-    return [each.reshape(tokens, heads, -1) for each in attended]
-
-
-def _kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    causal: bool = False,
-    with_sums: bool,
-) -> list[torch.Tensor]:
-    """scaled_dot_product_attention of [..., tokens, head_dim].
-
-    That function does not return the sums, but the CPU kernel below it does.
-    """
-    if not with_sums:
-        return [F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)]
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
-    attended, sums = kernel(query, key, value, attn_mask=mask, is_causal=causal)
-    return [attended, sums.unsqueeze(-1)]
-
-
-def _merged(
-    parts: Sequence[Sequence[torch.Tensor]], rows: torch.Tensor, like: torch.Tensor
-) -> torch.Tensor:
-    """Attention over all parts together.
-
-    Args:
-        parts: attention [tokens, heads, head_dim] and sums [tokens, heads, 1] of each.
-        rows: the batch's row of each token in all parts.
-        like: [tokens of the batch, heads, head_dim].
-    """
-    attended, sums = (torch.cat(each) for each in zip(*parts, strict=True))
-    shape = like.shape[0], *sums.shape[1:]
-    index = rows.view(-1, 1, 1).expand_as(sums)
-    largest = sums.new_full(shape, -torch.inf).scatter_reduce_(0, index, sums, "amax")
-    weights = (sums - largest[rows]).exp()
-    total = weights.new_zeros(shape).index_add_(0, rows, weights)
-    weighted = weights.new_zeros(like.shape).index_add_(0, rows, attended * weights)
-    return (weighted / total).to(like.dtype)
-
-
-def _concatenated_rows(groups: Sequence[_Group], count: int) -> torch.Tensor:
+def _concatenated_rows(groups: Sequence[Group], count: int) -> torch.Tensor:
     """The rows of each group, in a batch of `count` rows."""
     numbers = torch.arange(count)
     return torch.cat([numbers[each.rows] for each in groups])
