@@ -15,19 +15,19 @@ import click
 from click.core import ParameterSource
 
 from chasqui.cli.chat import Conversation, print_choices, printed
-from chasqui.cli.flags import (
-    access_settings,
-    one_line_errors,
-    priority_setting,
-    setting,
-    target_setting,
-)
 from chasqui.cli.keys import keys
 from chasqui.cli.model import model
 from chasqui.cli.serve.command import serve, summary
 from chasqui.cli.serve.deployment import demonstration
 from chasqui.cli.serve.supervisor import in_background
 from chasqui.cli.status import status
+from chasqui.flags import (
+    access_settings,
+    one_line_errors,
+    priority_setting,
+    setting,
+    target_setting,
+)
 from chasqui.loadtest.command import bench
 from client.connection.channel import Access
 from client.errors import ConnectionSettingsError, UnreachableError

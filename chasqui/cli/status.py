@@ -10,7 +10,7 @@ from enum import Enum
 
 import click
 
-from chasqui.cli.flags import access_settings, one_line_errors, target_setting
+from chasqui.flags import access_settings, one_line_errors, target_setting
 from client.connection.channel import Access
 from client.errors import ChasquiError
 from client.status import GatewayStatus, ReplicaStatus, Upstream

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 
 import click
 
-from chasqui.cli.flags import (
+from chasqui.flags import (
     access_settings,
     one_line_errors,
     priority_setting,

@@ -12,11 +12,12 @@ from typing import TextIO
 import click
 import grpc
 
-from chasqui.cli.flags import one_line_errors, setting
-from chasqui.cli.serve.deployment import Deployment, SupervisorError, demonstration
+from chasqui.cli.serve.deployment import Deployment, demonstration
 from chasqui.cli.serve.service_log import as_json, is_below, own_line, readable
 from chasqui.cli.serve.service_process import Log
 from chasqui.cli.serve.supervisor import Supervisor
+from chasqui.errors import SupervisorError
+from chasqui.flags import one_line_errors, setting
 from client.aio import AsyncClient
 from client.errors import ChasquiError
 from client.results import Model

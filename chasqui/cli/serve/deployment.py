@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from chasqui.errors import SupervisorError
+
 LOOPBACK = "127.0.0.1"
 GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
-
-
-class SupervisorError(Exception):
-    """The services cannot start, or one of them ended by itself."""
 
 
 @dataclass(frozen=True, slots=True)

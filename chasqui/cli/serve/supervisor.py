@@ -21,10 +21,11 @@ from typing import Any, NoReturn, cast
 
 import grpc
 
-from chasqui.cli.serve.deployment import LOOPBACK, Deployment, SupervisorError
+from chasqui.cli.serve.deployment import LOOPBACK, Deployment
 from chasqui.cli.serve.liveness import until_hung
 from chasqui.cli.serve.service_log import own_line
 from chasqui.cli.serve.service_process import Log, ServiceProcess
+from chasqui.errors import SupervisorError
 from client.connection.channel import channel_options
 
 # How variables begin that each service needs for itself: with one for all they would not find each

@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from chasqui.cli.serve.deployment import Deployment, SupervisorError, demonstration
+from chasqui.cli.serve.deployment import Deployment, demonstration
 from chasqui.cli.serve.supervisor import Supervisor
+from chasqui.errors import SupervisorError
 from client import AsyncClient, Client, FinishReason, UnreachableError
 from client.results import Finished
 

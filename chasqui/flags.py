@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from chasqui.cli.serve.deployment import SupervisorError
+from chasqui.errors import SupervisorError
 from client.connection import targets
 from client.connection.channel import DEFAULT_TARGET, Access, Tls, check_key
 from client.errors import ChasquiError, ConnectionSettingsError, UnreachableError
