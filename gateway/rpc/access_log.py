@@ -1,12 +1,13 @@
-"""What each request took and made, event by event: for the metrics, the access log and the trace. A
-request ends here when its answers do, which for a named stream is not when its first call ends.
+"""The account of each request for answers: for the metrics, the access log and the trace.
+
+A request ends when its answers end. For a named stream that can be long after its first call.
 """
 
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import grpc
 import structlog
 
 from gateway.generation.answer import Delta
-from gateway.generation.completion import Finished, Place, PlacedEvent, Started
+from gateway.generation.completion import Finished, Place, Started
 from gateway.request.validation import ChatRequest, TextRequest
 from gateway.rpc.metrics import RequestMetrics
 from llama.v1 import chat_pb2
@@ -50,8 +51,8 @@ class Account:
     response_id: str = ""
     answers: dict[Place, _Answer] = field(default_factory=dict)
 
-    def note(self, place: Place, event: Started | Delta | Finished) -> None:
-        """Takes an event of the answer at `place`; runs with every token, so it must stay cheap."""
+    def observe(self, place: Place, event: Started | Delta | Finished) -> None:
+        """Counts an event of an answer. Runs with every token, so it must stay cheap."""
         if isinstance(event, Delta):
             answer = self.answers[place]
             answer.completion_tokens = event.completion_tokens
@@ -75,7 +76,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What an account needs to know of a request, which may have megabytes and is not held."""
+    """The part of a request that its account needs."""
 
     method: str
     is_named: bool
@@ -96,38 +97,16 @@ class Accounting:
         self._metrics = metrics
         self._log_client_addresses = log_client_addresses
 
-    def follow(
-        self,
-        events: AsyncGenerator[PlacedEvent, None],
-        request: ChatRequest | TextRequest,
-        context: Context,
-    ) -> AsyncGenerator[PlacedEvent, None]:
-        """The same events; when they end, for whatever reason, so does the request's account."""
-        return self._follow(events, _Asked.of(request), context)
-
-    async def _follow(
-        self, events: AsyncGenerator[PlacedEvent, None], asked: _Asked, context: Context
-    ) -> AsyncGenerator[PlacedEvent, None]:
-        account = Account(time.monotonic(), asked.begins_with_echo, self._metrics)
-        with self._closing(account, asked, context):
-            async with aclosing(events):
-                async for place, event in events:
-                    account.note(place, event)
-                    yield place, event
-
-    def of_refused(
-        self, request: ChatRequest | TextRequest, context: Context
-    ) -> AbstractContextManager[None]:
-        """Accounts for a request that has no events, with the error that leaves the context."""
-        account = Account(time.monotonic(), echo=False, metrics=self._metrics)
-        return self._closing(account, _Asked.of(request), context)
-
     @contextmanager
-    def _closing(self, account: Account, asked: _Asked, context: Context) -> Iterator[None]:
+    def account(self, request: ChatRequest | TextRequest, context: Context) -> Iterator[Account]:
+        """The account of a request. It is closed, for whatever reason, with the context."""
+        asked = _Asked.of(request)
+        del request  # can have megabytes, which must not be held until the answers end
+        account = Account(time.monotonic(), asked.begins_with_echo, self._metrics)
         client_address = context.peer() if self._log_client_addresses else None
         code = grpc.StatusCode.INTERNAL
         try:
-            yield
+            yield account
             code = grpc.StatusCode.OK
         except RequestError as error:
             code = error.code

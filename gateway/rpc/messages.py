@@ -14,44 +14,55 @@ from llama.v1.sampling_pb2 import SamplingParams
 from serving.request_rules import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 
 
-def stream_event(event_number: int, place: Place, event: Event) -> chat_pb2.StreamEvent:
-    """An event of the answer at `place`, as the stream's event of this number."""
-    response = chat_pb2.StreamEvent(event_number=event_number)
+def stream_response(event_number: int, place: Place, event: Event) -> bytes:
+    """The serialized stream response with an event of the answer at `place`.
+
+    The responses of the three streaming RPCs are the same bytes. This runs with every token:
+    fields that are set one by one cost half as much as messages that are put into each other.
+    """
+    response = chat_pb2.ChatCompleteStreamResponse()
+    message = response.event
+    message.event_number = event_number
+    part: chat_pb2.Started | chat_pb2.Delta | chat_pb2.Finished
     match event:
-        case Started():
-            started = chat_pb2.Started(
-                index=place.index,
-                choice_index=place.choice,
-                id=event.response_id,
-                created=event.created,
-                model=event.model,
-                prompt_tokens=event.usage.prompt_tokens,
-                sampling=event.sampling,
-                dropped_turns=event.dropped_turns,
-                fingerprint=event.fingerprint,
-                determinism=event.determinism,
-            )
-            response.started.CopyFrom(started)
         case Delta():
-            delta = chat_pb2.Delta(
-                index=place.index,
-                choice_index=place.choice,
-                text=event.text,
-                tokens=event.tokens,
-            )
-            response.delta.CopyFrom(delta)
+            part = message.delta
+            part.text = event.text
+            if event.tokens:
+                part.tokens.extend(event.tokens)
+        case Started():
+            part = message.started
+            part.MergeFrom(_started(event))
         case Finished():
-            finished = chat_pb2.Finished(
-                index=place.index,
-                choice_index=place.choice,
-                finish_reason=event.reason,
-                **_stopped_by(event),
-                safety_categories=event.safety_categories,
-                usage=event.usage,
-                failovers=event.resumed,
-            )
-            response.finished.CopyFrom(finished)
-    return response
+            part = message.finished
+            part.MergeFrom(_finished(event))
+    part.index = place.index
+    part.choice_index = place.choice
+    part.SetInParent()
+    return response.SerializeToString()
+
+
+def _started(event: Started) -> chat_pb2.Started:
+    return chat_pb2.Started(
+        id=event.response_id,
+        created=event.created,
+        model=event.model,
+        prompt_tokens=event.usage.prompt_tokens,
+        sampling=event.sampling,
+        dropped_turns=event.dropped_turns,
+        fingerprint=event.fingerprint,
+        determinism=event.determinism,
+    )
+
+
+def _finished(event: Finished) -> chat_pb2.Finished:
+    return chat_pb2.Finished(
+        finish_reason=event.reason,
+        **_stopped_by(event),
+        safety_categories=event.safety_categories,
+        usage=event.usage,
+        failovers=event.resumed,
+    )
 
 
 class _StoppedBy(TypedDict, total=False):

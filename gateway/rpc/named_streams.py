@@ -1,6 +1,8 @@
-"""Streams that outlive their connections. A named stream is made by a task of its own, which keeps
-the last events; a call only reads them, and another call may read on where one broke off. A stream
-is known, running or ended, until nobody has read it for the grace time.
+"""Streams that outlive their connections.
+
+A task of its own makes a named stream and keeps its last events as serialized responses. A call
+only reads them, and another call can read on where one broke off. A stream is known, running or
+ended, until it has had no reader for the grace time.
 """
 
 import asyncio
@@ -14,7 +16,6 @@ import grpc
 import structlog
 
 from gateway.rpc.ended_streams import EndedStreams, StreamKey
-from llama.v1.chat_pb2 import StreamEvent
 from serving.errors import RequestError, clear_frames, unavailable
 from serving.security import caller
 
@@ -52,8 +53,8 @@ class NamedStreams:
         return sum(stream.runs_unread for stream in [*self._streams.values()])
 
     def open(
-        self, name: str, events: AsyncGenerator[StreamEvent, None], within: float | None
-    ) -> AsyncGenerator[StreamEvent, None]:
+        self, name: str, events: AsyncGenerator[bytes, None], within: float | None
+    ) -> AsyncGenerator[bytes, None]:
         """Begins a stream of the current caller, and reads it.
 
         `within` bounds the seconds until its first event; after that it knows no deadline.
@@ -73,7 +74,7 @@ class NamedStreams:
         stream.task.add_done_callback(lambda _task: self._keep_ended(key, stream))
         return stream.read(0)
 
-    def resume(self, name: str, after: int) -> AsyncGenerator[StreamEvent, None]:
+    def resume(self, name: str, after: int) -> AsyncGenerator[bytes, None]:
         """Reads a stream of the current caller from the event behind number `after` on."""
         return self._find(_key(name)).read(after)
 
@@ -140,7 +141,7 @@ class _Stream:
 
     def __init__(
         self,
-        events: AsyncGenerator[StreamEvent, None],
+        events: AsyncGenerator[bytes, None],
         within: float | None,
         limits: StreamLimits,
         give_up: "Callable[[_Stream], None]",
@@ -148,7 +149,6 @@ class _Stream:
         self.ended = False
         self.kept_bytes = 0
         self._kept: deque[bytes] = deque()
-        self._newest: StreamEvent | None = None  # the last event made, for a reader that keeps up
         self._dropped = 0  # events that were kept once
         self._failure: BaseException | None = None
         self._limits = limits
@@ -170,7 +170,7 @@ class _Stream:
     def runs_unread(self) -> bool:
         return self._reader is None and not self.ended
 
-    def read(self, after: int) -> AsyncGenerator[StreamEvent, None]:
+    def read(self, after: int) -> AsyncGenerator[bytes, None]:
         """The events behind number `after`, as they come; whoever read until now is turned away."""
         if after < self._dropped:
             raise RequestError(
@@ -190,12 +190,12 @@ class _Stream:
         self._expiry.cancel()
         self.task.cancel()
 
-    async def _reading(self, after: int) -> AsyncGenerator[StreamEvent, None]:
+    async def _reading(self, after: int) -> AsyncGenerator[bytes, None]:
         news = self._take_over(after)
         try:
             while self._reader is news:
-                if self._newest is not None and self._position < self.last:
-                    response = self._next_event(self._newest)
+                if self._position < self.last:
+                    response = self._kept[self._position - self._dropped]
                     self._position += 1
                     self._read.set()
                     yield response
@@ -213,11 +213,6 @@ class _Stream:
                 self._read.set()
                 self._expiry = self._expire_later()
 
-    def _next_event(self, newest: StreamEvent) -> StreamEvent:
-        if self._position + 1 == self.last:
-            return newest
-        return StreamEvent.FromString(self._kept[self._position - self._dropped])
-
     def _take_over(self, after: int) -> asyncio.Event:
         self._expiry.cancel()
         self._tell_reader()
@@ -229,7 +224,7 @@ class _Stream:
     def _expire_later(self) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._limits.grace, self._give_up, self)
 
-    async def _make(self, events: AsyncGenerator[StreamEvent, None], within: float | None) -> None:
+    async def _make(self, events: AsyncGenerator[bytes, None], within: float | None) -> None:
         async with aclosing(events):
             try:
                 async with asyncio.timeout(within):
@@ -241,11 +236,9 @@ class _Stream:
             async for response in events:
                 await self._keep(response)
 
-    async def _keep(self, response: StreamEvent) -> None:
-        serialized = response.SerializeToString()
-        self._kept.append(serialized)
-        self._newest = response
-        self.kept_bytes += _cost(serialized)
+    async def _keep(self, response: bytes) -> None:
+        self._kept.append(response)
+        self.kept_bytes += _cost(response)
         self._tell_reader()
         while self.kept_bytes > self._limits.buffer_bytes and len(self._kept) > 1:
             if self._reader is not None and self._position == self._dropped:
@@ -275,5 +268,5 @@ def _key(name: str) -> StreamKey:
     return caller.current().name, name
 
 
-def _cost(serialized: bytes) -> int:
-    return len(serialized) + EVENT_OVERHEAD
+def _cost(response: bytes) -> int:
+    return len(response) + EVENT_OVERHEAD

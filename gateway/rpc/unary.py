@@ -1,4 +1,4 @@
-"""What a unary call answers: the events of its request, folded, and how large that may become.
+"""The answer of a unary call: the folded events of its request, within a size.
 
 gRPC's clients refuse a message of more than 4 MiB by default, when all of its work has been done.
 So a request whose token details could outgrow the limit is refused before it runs, and any other is
@@ -9,15 +9,26 @@ wire: as objects of the protobuf library they take nine times as much.
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import TypeVar
 
 from gateway.generation.answer import Delta
-from gateway.generation.completion import Finished, Place, PlacedEvent, Prediction, Started
+from gateway.generation.completion import (
+    Event,
+    Finished,
+    Place,
+    PlacedEvent,
+    Prediction,
+    Started,
+)
 from gateway.request.prompts import Window
 from gateway.request.validation import Options
+from gateway.rpc.messages import prediction_message, response_head
 from gateway.text.detokenizer import Vocabulary
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, resource_exhausted
 from serving.intake.time_slice import TimeSlice
+
+ResponseT = TypeVar("ResponseT", chat_pb2.ChatCompleteResponse, chat_pb2.TextCompleteResponse)
 
 # What a prediction has beside its text, tokens and sampling parameters: usage, fingerprint.
 PREDICTION_BYTES = 512
@@ -50,25 +61,26 @@ def size_violations(
     return [Violation("logprob_token_ids" if chosen.logprob_token_ids else field, rule)]
 
 
-async def within(
-    events: AsyncGenerator[PlacedEvent, None], max_bytes: int
-) -> AsyncGenerator[PlacedEvent, None]:
-    """The same events; RESOURCE_EXHAUSTED as soon as their predictions have more bytes."""
-    size = 0
-    async with aclosing(events):
-        async for place, event in events:
-            match event:
-                case Started():
-                    size += PREDICTION_BYTES + event.sampling.ByteSize()
-                case Delta():
-                    # Each token with its tag and length.
-                    size += len(event.text.encode())
-                    size += sum(token.ByteSize() + 4 for token in event.tokens)
-                case Finished():
-                    size += len(event.stop_string.encode())
-            if size > max_bytes:
-                raise _too_large(max_bytes)
-            yield place, event
+class AnswerSize:
+    """The bytes of a unary answer so far."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+
+    def add(self, event: Event) -> None:
+        """Counts an event; RESOURCE_EXHAUSTED if the answer has more than `max_bytes` with it."""
+        match event:
+            case Started():
+                self._bytes += PREDICTION_BYTES + event.sampling.ByteSize()
+            case Delta():
+                # Each token with its tag and length.
+                self._bytes += len(event.text.encode())
+                self._bytes += sum(token.ByteSize() + 4 for token in event.tokens)
+            case Finished():
+                self._bytes += len(event.stop_string.encode())
+        if self._bytes > self._max_bytes:
+            raise _too_large(self._max_bytes)
 
 
 async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
@@ -92,6 +104,20 @@ async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
         Prediction(place, begun, "".join(texts[place]), tokens[place], finished[place])
         for place, begun in started.items()
     ]
+
+
+async def unary_response(
+    response_type: type[ResponseT], events: AsyncGenerator[PlacedEvent, None]
+) -> ResponseT:
+    """The response with the predictions that the events make; closes `events`."""
+    async with aclosing(events):
+        predictions = await fold(events)
+    response = response_type(
+        **response_head(predictions), predictions=map(prediction_message, predictions)
+    )
+    for message, prediction in zip(response.predictions, predictions, strict=True):
+        await add_tokens(message, prediction)
+    return response
 
 
 async def add_tokens(message: chat_pb2.Prediction, prediction: Prediction) -> None:

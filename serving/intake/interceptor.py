@@ -57,6 +57,7 @@ _EARLY_END_LOG_SECONDS = 10.0
 _ABORT_SECONDS = 5.0
 
 # Returns the caller, given method and metadata; raises RequestError if the call is not allowed.
+Serialize = Callable[[object], bytes]
 Authorize = Callable[[str, Iterable[tuple[str, str | bytes]]], caller.Caller]
 
 
@@ -143,7 +144,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return factory(
             respond,
             request_deserializer=checked(parse) if handler.request_streaming else None,
-            response_serializer=handler.response_serializer,
+            response_serializer=_unless_serialized(handler.response_serializer),
         )
 
     async def _received(
@@ -152,6 +153,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         serialized = await self._receiver.read(context)
         call.accepted = True
         return await self._receiver.parse(serialized, parse, reserve)
+
+
+def _unless_serialized(serialize: "Serialize | None") -> "Serialize":
+    """Lets a service return bytes, which a message that several calls get costs only once."""
+
+    def serializer(response: object) -> bytes:
+        if isinstance(response, bytes) or serialize is None:
+            return cast("bytes", response)
+        return serialize(response)
+
+    return serializer
 
 
 async def _call(handler: Handler, request: object, context: Context) -> object:

@@ -250,27 +250,31 @@ async def test_sequences_of_a_named_stream_carry_the_request_id_of_its_first_cal
 
 async def made(
     count: int, release: asyncio.Event | None = None
-) -> AsyncGenerator[StreamEvent, None]:
+) -> AsyncGenerator[bytes, None]:
     """Events as the gateway makes them; the last waits for `release`."""
     for number in range(1, count + 1):
         if number == count and release is not None:
             await release.wait()
-        yield StreamEvent(event_number=number, delta=Delta(text="x"))
+        yield StreamEvent(event_number=number, delta=Delta(text="x")).SerializeToString()
 
 
 def limits(**changed: Any) -> StreamLimits:
     return StreamLimits(**{"grace": 60.0, "buffer_bytes": 10**6, "ended_bytes": 10**6, **changed})
 
 
+def number_of(event: bytes) -> int:
+    return StreamEvent.FromString(event).event_number
+
+
 async def all_of(stream: AsyncGenerator[Any, None]) -> list[int]:
     async with aclosing(stream) as events:
-        return [event.event_number async for event in events]
+        return [number_of(event) async for event in events]
 
 
 async def begin(streams: NamedStreams, name: str, events: AsyncGenerator[Any, None]) -> None:
     """Begins a stream and reads its first event alone."""
     async with aclosing(streams.open(name, events, None)) as reading:
-        assert (await anext(reading)).event_number == 1
+        assert number_of(await anext(reading)) == 1
 
 
 async def test_full_buffer_drops_the_oldest_events_while_nobody_reads() -> None:
@@ -294,7 +298,7 @@ async def test_slow_reader_loses_nothing_however_small_the_buffer(
     seen = []
     async with aclosing(streams.open("a", made(30), None)) as events:
         async for event in events:
-            seen.append(event.event_number)
+            seen.append(number_of(event))
             if pauses and pauses.pop():
                 await asyncio.sleep(0)
     assert seen == list(range(1, 31))

@@ -1,0 +1,213 @@
+"""The one code path of the four completion RPCs: check, admit, encode, judge, generate.
+
+Checks come first, because they cost little. From admission on, everything happens within contexts
+that give back what the request holds, however it ends.
+"""
+
+import functools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from gateway.admission.admission import Admission
+from gateway.generation.completion import (
+    SPECIAL_TAGS_REFUSAL,
+    Generations,
+    Place,
+    PlacedEvent,
+    Refusal,
+    complete,
+)
+from gateway.generation.send_buffer import UnreadEvents
+from gateway.request.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
+from gateway.request.read_dialogs import read_dialogs
+from gateway.request.validation import (
+    ChatRequest,
+    Options,
+    RequestLimits,
+    TextRequest,
+    chat_violations,
+    options,
+    text_violations,
+)
+from gateway.rpc.access_log import Accounting
+from gateway.rpc.unary import AnswerSize, size_violations
+from gateway.rpc.upstreams import Backend
+from gateway.safety.classifier import Subject
+from gateway.safety.guard import Guard, dialogs_to_judge
+from gateway.settings import GatewaySettings
+from gateway.text.detokenizer import text_of
+from llama.v1 import chat_pb2
+from serving.errors import RequestError, Violation, invalid_argument
+from serving.security import caller
+
+Context = grpc.aio.ServicerContext[Any, Any]
+# Seconds; None where there is no deadline.
+TimeRemaining = Callable[[], float | None]
+# The prompts of a request, and for each the dialog or text that a safety classifier judges.
+Encoded = tuple[list[Prompt | Refusal], Sequence[Subject]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A request without faults. It does not hold the request itself, which can have megabytes."""
+
+    options: Options
+    sequences: int
+    encode: Callable[[], Awaitable[Encoded]]
+
+
+class Pipeline:
+    """Makes the answers of requests."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        settings: GatewaySettings,
+        admission: Admission,
+        accounting: Accounting,
+    ) -> None:
+        self._tokenizer = backend.tokenizer
+        self._replicas = backend.replicas
+        self._classifier = backend.classifier
+        self._settings = settings
+        self._admission = admission
+        self._accounting = accounting
+
+    async def run(
+        self, request: ChatRequest | TextRequest, context: Context
+    ) -> AsyncGenerator[PlacedEvent, None]:
+        """The events of a request's answers, interleaved; close it (contextlib.aclosing).
+
+        Raises:
+            RequestError: a rule is broken, the queue is full, an upstream is unavailable, or the
+                client reads too slowly.
+        """
+        with self._accounting.account(request, context) as account:
+            if isinstance(request, ChatRequest):
+                checked = await self._check_chat(request, context)
+            else:
+                checked = self._check_text(request, context)
+            is_unary = isinstance(
+                request, chat_pb2.ChatCompleteRequest | chat_pb2.TextCompleteRequest
+            )
+            size = AnswerSize(self._settings.max_response_bytes) if is_unary else None
+            # A named stream outlives the call that began it.
+            lasts = bool(getattr(request, "stream_name", ""))
+            time_remaining = _without_end if lasts else context.time_remaining
+            del request  # as its callers have done
+            chosen, sequences = checked.options, checked.sequences
+            if size is not None:
+                window, vocabulary = self.window(), self._tokenizer.vocabulary
+                limit = self._settings.max_response_bytes
+                refuse(size_violations(chosen, sequences, window, vocabulary, limit))
+            time_left = context.time_remaining()
+            with self._admission.admit(sequences, chosen.priority, time_left) as admitted:
+                prompts, subjects = await checked.encode()
+                del checked
+                guard = None
+                if self._classifier is not None:
+                    guard = Guard(self._classifier, subjects, chosen, time_remaining)
+                    prompts = await guard.check(prompts)
+                del subjects
+                # Here and not in `complete`, which the guard has tasks of its own read.
+                max_bytes = self._settings.max_unread_bytes * len(prompts) * chosen.n
+                generations = Generations()
+                events = complete(
+                    prompts,
+                    chosen,
+                    self._tokenizer.vocabulary,
+                    self._replicas,
+                    admitted,
+                    arrived=account.arrived,
+                    made=UnreadEvents[Place](max_bytes),
+                    generations=generations,
+                )
+                if guard is not None:
+                    events = guard.watch(events, generations.cancel)
+                async with aclosing(events):
+                    async for place, event in events:
+                        if size is not None:
+                            size.add(event)
+                        account.observe(place, event)
+                        yield place, event
+
+    async def _check_chat(self, request: ChatRequest, context: Context) -> _Checked:
+        self.require_model(request.model)
+        vocabulary, window, limits = self._tokenizer.vocabulary, self.window(), self.limits()
+        read = await read_dialogs(request.dialogs, limits)
+        refuse(chat_violations(request, read.violations, limits, len(vocabulary)))
+        chosen = options(request, window.length)
+        room = answer_room(request.context_policy, window, chosen.sampling.max_gen_len)
+
+        async def encode() -> Encoded:
+            encoder = self.encoder(context.time_remaining)
+            encoded = await encode_dialogs(read.safe, encoder, window, answer_room=room)
+            by_path = dict(zip(read.safe, encoded, strict=True))
+            prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in read.messages]
+            if self._classifier is None:
+                return prompts, []
+            return prompts, dialogs_to_judge(prompts, [*read.messages.values()])
+
+        return _Checked(chosen, len(read.safe) * chosen.n, encode)
+
+    def _check_text(self, request: TextRequest, context: Context) -> _Checked:
+        self.require_model(request.model)
+        vocabulary, window = self._tokenizer.vocabulary, self.window()
+        refuse(text_violations(request, self.limits(), len(vocabulary), window))
+        chosen = options(request, window.length)
+        texts, ids = [*request.prompts], [[*each.ids] for each in request.prompt_ids]
+
+        async def encode() -> Encoded:
+            if ids:
+                prompts = [Prompt(each) for each in ids]
+            else:
+                named = {f"prompts[{index}]": text for index, text in enumerate(texts)}
+                prompts = await encode_texts(named, self.encoder(context.time_remaining), window)
+            if self._classifier is None:
+                return [*prompts], []
+            return [*prompts], texts or [text_of(each.ids, vocabulary) for each in prompts]
+
+        return _Checked(chosen, (len(texts) + len(ids)) * chosen.n, encode)
+
+    def require_model(self, name: str) -> None:
+        """NOT_FOUND if a request names another model than the one that is served."""
+        served = self._replicas.model.name
+        if name not in ("", served):
+            message = f"model: {name!r} is not served here, {served!r} is"
+            raise RequestError(grpc.StatusCode.NOT_FOUND, message)
+
+    def window(self) -> Window:
+        """UNAVAILABLE while there is no tokenizer service or no replica."""
+        max_token_bytes = self._tokenizer.vocabulary.max_token_bytes
+        return Window(self._replicas.model.context_length, max_token_bytes)
+
+    def limits(self) -> RequestLimits:
+        """The limits of the current caller."""
+        return self._settings.request_limits.within(caller.current().limits)
+
+    def encoder(self, time_remaining: TimeRemaining) -> Encode:
+        """Encoding within what is left of the caller's deadline."""
+        return functools.partial(self._tokenizer.encode, time_remaining=time_remaining)
+
+
+def refuse(violations: Sequence[Violation]) -> None:
+    """INVALID_ARGUMENT if there are violations."""
+    if violations:
+        raise invalid_argument(violations)
+
+
+def answer_room(
+    policy: "chat_pb2.ContextPolicy.ValueType", window: Window, max_gen_len: int
+) -> int | None:
+    """The room that dropping turns keeps for an answer; None where no turns may be dropped."""
+    if policy != chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS:
+        return None
+    return window.answer_room(max_gen_len)
+
+
+def _without_end() -> None:
+    """The time that is left to a named stream."""
