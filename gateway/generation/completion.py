@@ -16,7 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from gateway.admission.admission import Admitted, Size
 from gateway.generation.answer import Answer, Delta
 from gateway.generation.generation import Generation, Outcome
-from gateway.generation.send_buffer import UnreadEvents
+from gateway.generation.send_buffer import SendBuffer
 from gateway.replicas.pool import ReplicaPool
 from gateway.request.prompts import Prompt
 from gateway.request.validation import Options
@@ -131,7 +131,7 @@ async def complete(
     admitted: Admitted,
     *,
     arrived: float,
-    made: UnreadEvents[Place],
+    made: SendBuffer[Place, Outcome],
     generations: Generations,
 ) -> AsyncGenerator[PlacedEvent, None]:
     """The events of `options.n` generations per prompt, interleaved; a refusal is its own answer.
@@ -175,11 +175,9 @@ async def complete(
             if outcome.finish_reason:
                 del running[place]
     finally:
-        try:
-            made.close()
-        finally:
-            for generation in running.values():
-                generation.cancel()
+        made.close()
+        for generation in running.values():
+            generation.cancel()
 
 
 def _requests(
@@ -229,7 +227,7 @@ def _size(start: model_pb2.StartSequence) -> Size:
     return Size(len(start.prompt_ids), start.sampling.max_gen_len)
 
 
-def _deliver_to(made: UnreadEvents[Place], place: Place) -> Callable[[Outcome], None]:
+def _deliver_to(made: SendBuffer[Place, Outcome], place: Place) -> Callable[[Outcome], None]:
     def deliver(outcome: Outcome) -> None:
         made.put(place, outcome)
 
@@ -313,7 +311,7 @@ def _finished(
     return Finished(
         reason,
         usage,
-        generation.resumed,
+        generation.failovers,
         stop_token_id=stop_token_id,
         stop_string=generation.answer.stop_string,
     )

@@ -1,42 +1,74 @@
-"""One generation's work at the replicas: begun when its turn comes, accounted as it is served, over
-with its last event. A place is free only when the replica is done with it, however long before its
-client went away.
+"""One generation, from its place in the queue to its last event, at one replica after the other.
+
+Sampling draws each token from the seed and the token's position alone. So the prompt and the answer
+so far, sent to another replica of the same model, continue as if nothing had happened: the client
+sees a pause, and the same events as ever. A generation can outlive its call: its turn lasts until
+the replica has finished with it.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
+from enum import Enum, auto
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
 
 from gateway.admission.admission import Turn
 from gateway.generation.answer import Answer
-from gateway.replicas.pool import ReplicaPool, ResumableSequence
+from gateway.replicas.pool import ReplicaPool
+from gateway.replicas.prefix_index import block_digests
+from gateway.replicas.replica import Replica
 from llama.v1 import model_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_CANCELLED
+from serving.telemetry import request_id
 
-# What comes of a generation: an event, or why there will be none.
+# How often a generation is begun again. Bounded, because it can be what its replicas die of.
+MAX_RESTARTS = 5
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
+
+# The result of a generation: an event, or the reason why there will be none.
 Outcome = model_pb2.TokenEvent | Exception
 
 
+class Status(Enum):
+    QUEUED = auto()  # waits for its turn
+    MOVING = auto()  # waits for a replica: its first one, or another one
+    RUNNING = auto()  # a replica computes it
+    STOPPING = auto()  # a replica was asked to end it early
+    ENDED = auto()  # its last outcome was delivered
+
+
 class Generation:
-    """Waits for its turn, then runs; its outcomes end with a last event or an exception."""
+    """Delivers outcomes. The last one is an exception, or has a finish reason or an error."""
 
     def __init__(
         self,
         answer: Answer,
         start: model_pb2.StartSequence,
         turn: Turn,
-        replicas: ReplicaPool,
+        pool: ReplicaPool,
         deliver: Callable[[Outcome], None],
     ) -> None:
         self.answer = answer
+        self.status = Status.QUEUED
+        self.fingerprint = ""  # of the replicas that can run it: others would continue differently
+        self.failovers = 0  # how often it continued after its replica was lost
+        self.lost = False  # its replica was, and it has no other yet
         self._start = start
         self._turn = turn
-        self._replicas = replicas
+        self._pool = pool
         self._deliver = deliver
-        self._sequence: ResumableSequence | None = None
-        self._unreported_prompt_tokens = len(start.prompt_ids) if start.prompt_logprobs else 0
-        self._computed = False
-        self._ended = False
-        turn.has_come.add_done_callback(self._begin)
+        self._request_id = request_id.current()
+        self._answer_ids: list[int] = []
+        self._reports_prompt = start.prompt_logprobs  # with the next tokens
+        self._cached_prompt_tokens: int | None = None  # at the first start
+        self._computed = False  # a replica spent time on it
+        self._replica: Replica | None = None
+        self._sequence_id = ""  # at that replica
+        self._restarts = 0
+        self._clock = _Clock()
+        turn.has_come.add_done_callback(self._on_turn)
 
     @property
     def prompt_tokens(self) -> int:
@@ -53,50 +85,179 @@ class Generation:
         return self._turn.waited
 
     @property
-    def resumed(self) -> int:
-        """How often it went on at another replica."""
-        return 0 if self._sequence is None else self._sequence.resumed
+    def ids(self) -> list[int]:
+        """Prompt and answer so far."""
+        return [*self._start.prompt_ids, *self._answer_ids]
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens of prompt and answer that its replica may still have to compute."""
+        remaining = self.max_gen_len - len(self._answer_ids)
+        if self._clock.first_token_at is not None:
+            return remaining
+        return self.prompt_tokens + len(self._answer_ids) + remaining
+
+    def block_digests(self) -> list[bytes]:
+        """The digests by which replicas that know its beginning are found."""
+        return block_digests(self.ids, self._start.cache_scope)
 
     def cancel(self) -> None:
         """Asks for an early end; the last event still comes. Harmless after the end."""
-        if self._sequence is not None:
-            self._sequence.cancel()
-        elif not self._ended:
-            if self._turn.granted:
-                self._end(cached_prompt_tokens=0)
-            else:
-                self._ended = True
+        match self.status:
+            case Status.QUEUED if not self._turn.granted:
                 self._turn.leave()
-            self._deliver(model_pb2.TokenEvent(finish_reason=FINISH_REASON_CANCELLED))
+                self._end(model_pb2.TokenEvent(finish_reason=FINISH_REASON_CANCELLED))
+            case Status.QUEUED:
+                self._finish(model_pb2.TokenEvent(finish_reason=FINISH_REASON_CANCELLED))
+            case Status.MOVING:
+                self._pool.withdraw(self)
+                self._finish_cancelled()
+            case Status.RUNNING if self._replica is not None:
+                self.status = Status.STOPPING
+                self._replica.cancel(self._sequence_id)
 
-    def _begin(self, has_come: asyncio.Future[None]) -> None:
+    def run_at(self, replica: Replica) -> None:
+        """Begins at a replica, or continues there."""
+        self.failovers += self.lost
+        self.lost = False
+        start = model_pb2.StartSequence()
+        start.CopyFrom(self._start)
+        start.prompt_ids.extend(self._answer_ids)
+        start.generated_tokens = len(self._answer_ids)
+        start.prompt_logprobs = self._reports_prompt
+        self._clock.begin()
+        self._replica = replica
+        self._sequence_id = replica.start(start, self._request_id, self)
+        self.status = Status.RUNNING
+
+    def give_up(self, message: str) -> None:
+        """Ends it with UNAVAILABLE, because no replica can continue it."""
+        error = model_pb2.SequenceError(code=_UNAVAILABLE, message=message)
+        self._finish(model_pb2.TokenEvent(error=error))
+
+    def on_event(self, event: model_pb2.TokenEvent, now: float) -> bool:
+        """Handles an event of its replica, received at `now`; whether it is the last from there."""
+        if event.ids:
+            self._on_tokens(event, now)
+        if not event.finish_reason and not event.HasField("error"):
+            self._deliver(event)
+            return False
+        if event.error.code == _UNAVAILABLE:
+            self._on_interruption(event.error.message)
+        else:
+            self._on_last_event(event)
+        return True
+
+    def _on_turn(self, has_come: asyncio.Future[None]) -> None:
         displaced = None if has_come.cancelled() else has_come.exception()
-        if has_come.cancelled() or self._ended:
+        if has_come.cancelled() or self.status is Status.ENDED:
             return
         if isinstance(displaced, Exception):
-            self._ended = True
-            self._deliver(displaced)
+            self._end(displaced)
             return
         try:
-            self._sequence = self._replicas.start(self._start, self._take)
-        except Exception as error:  # whoever waits for the outcome has to hear of it
-            self._end(cached_prompt_tokens=0)
-            self._deliver(error)
+            self.fingerprint = self._pool.latest_model.fingerprint
+            self.status = Status.MOVING
+            self._pool.place(self)
+        except Exception as error:  # the reader of its outcomes must get it
+            self._turn.end(self.prompt_tokens)
+            self._end(error)
 
-    def _take(self, event: model_pb2.TokenEvent) -> None:
-        if event.ids:
-            # Reported prompt tokens come with the first of the answer's, and were charged before.
+    def _on_tokens(self, event: model_pb2.TokenEvent, now: float) -> None:
+        ids = event.ids
+        self._clock.record_tokens(now)
+        if self._cached_prompt_tokens is None:
+            self._cached_prompt_tokens = event.cached_prompt_tokens
             self._computed = True
-            self._turn.served(len(event.ids) - self._unreported_prompt_tokens)
-            self._unreported_prompt_tokens = 0
-        if event.finish_reason or event.HasField("error"):
-            self._computed |= event.timings.compute.ToNanoseconds() > 0
-            self._end(event.cached_prompt_tokens)
-        self._deliver(event)
+        if self._reports_prompt:
+            self._reports_prompt = False
+            self._answer_ids += ids[self.prompt_tokens :]
+            self._turn.served(len(ids) - self.prompt_tokens)  # the prompt was charged before
+        else:
+            self._answer_ids += ids
+            self._turn.served(len(ids))
 
-    def _end(self, cached_prompt_tokens: int) -> None:
-        if self._ended:
+    def _on_last_event(self, event: model_pb2.TokenEvent) -> None:
+        if self._replica is not None:
+            self._replica.prefixes.add(self.block_digests())
+        if self._restarts:
+            if self._cached_prompt_tokens is not None:
+                event.cached_prompt_tokens = self._cached_prompt_tokens
+            self._clock.add_to(event.timings)
+        self._finish(event)
+
+    def _on_interruption(self, message: str) -> None:
+        """Its replica was lost, or accepts no sequences any more."""
+        self._clock.interrupt()
+        stopping = self.status is Status.STOPPING
+        if self._replica is not None and self._replica.info is not None:
+            self._replica.refused()
+        else:
+            self.lost = True
+        self.status = Status.MOVING
+        if stopping:
+            self._finish_cancelled()
+        elif self._restarts == MAX_RESTARTS:
+            self.give_up(f"{message}; it was begun {MAX_RESTARTS + 1} times")
+        else:
+            self._restarts += 1
+            self._pool.place(self)
+
+    def _finish_cancelled(self) -> None:
+        event = model_pb2.TokenEvent(finish_reason=FINISH_REASON_CANCELLED)
+        event.cached_prompt_tokens = self._cached_prompt_tokens or 0
+        self._clock.begin()
+        self._clock.add_to(event.timings)
+        self._finish(event)
+
+    def _finish(self, event: model_pb2.TokenEvent) -> None:
+        """Ends its turn, with the prompt tokens that were not computed, and itself."""
+        self._computed |= event.timings.compute.ToNanoseconds() > 0
+        self._turn.end(event.cached_prompt_tokens if self._computed else self.prompt_tokens)
+        self._end(event)
+
+    def _end(self, outcome: Outcome) -> None:
+        self.status = Status.ENDED
+        self._deliver(outcome)
+
+
+class _Clock:
+    """Where a generation's time went before its last start.
+
+    A lost replica's own account of it is lost, too, so these times are the gateway's: waiting for a
+    replica counts as queued, and what the lost ones spent on computing is not known.
+    """
+
+    def __init__(self) -> None:
+        self.first_token_at: float | None = None  # at the present replica
+        self._queued = self._prefill = self._decode = 0.0  # seconds
+        self._started_at = self._last_token_at = 0.0
+        self._interrupted_at: float | None = None
+
+    def begin(self) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is not None:
+            self._queued += now - self._interrupted_at
+        self._started_at, self.first_token_at, self._interrupted_at = now, None, None
+
+    def record_tokens(self, now: float) -> None:
+        self._last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+
+    def interrupt(self) -> None:
+        if self.first_token_at is None:
+            self._interrupted_at = self._started_at
             return
-        self._ended = True
-        unused = cached_prompt_tokens if self._computed else self.prompt_tokens
-        self._turn.end(unused)
+        self._prefill += self.first_token_at - self._started_at
+        self._decode += self._last_token_at - self.first_token_at
+        self._interrupted_at = self._last_token_at
+
+    def add_to(self, timings: model_pb2.Timings) -> None:
+        _add(timings.queued, self._queued)
+        _add(timings.prefill, self._prefill)
+        _add(timings.decode, self._decode)
+
+
+def _add(duration: Duration, seconds: float) -> None:
+    duration.FromNanoseconds(duration.ToNanoseconds() + round(seconds * 1e9))

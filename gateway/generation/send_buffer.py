@@ -1,82 +1,102 @@
-"""What waits for a client to read. Tokens that come before it has read the last ones become one
-event with those: a message costs the same whatever is in it, so whoever falls behind catches up.
-There is a bound. A client that stops reading blocks the task that writes to it, so that is
-interrupted: everything it holds is given back there and then, and not when the client cares to read
-on.
+"""The events that wait for a client to read them.
+
+Tokens that arrive before it has read the last ones are joined with those to one event: a message
+costs the same whatever is in it, so a slow client catches up. The buffer is bounded. A client that
+stops reading blocks the task that writes to it, so that task is cancelled, and everything that the
+request holds is released at once.
 """
 
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from types import TracebackType
+from typing import Generic, Self, TypeVar
 
-from gateway.generation.generation import Outcome
+from llama.v1 import model_pb2
 from serving.errors import RequestError, resource_exhausted
 
-Place = TypeVar("Place")
+KeyT = TypeVar("KeyT")
+OutcomeT = TypeVar("OutcomeT")
 
 
 @dataclass(slots=True)
-class _Unread(Generic[Place]):
-    place: Place
-    outcome: Outcome
+class _Waiting(Generic[KeyT, OutcomeT]):
+    key: KeyT
+    outcome: OutcomeT
     bytes: int
 
 
-class UnreadEvents(Generic[Place]):
+class SendBuffer(Generic[KeyT, OutcomeT]):
     """A queue of at most `max_bytes`, counted as they came over the wire.
 
-    Belongs to the task that makes it, which takes the events. When they are too many, that task is
-    cancelled; `close` turns that into the error it is.
+    The task that writes to the client enters it and gets its events. If they are too many, that
+    task is cancelled, and the end of the block turns that into RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._events: deque[_Unread[Place]] = deque()
-        self._last: dict[Place, _Unread[Place]] = {}  # of those, by place
-        self._arrived = asyncio.Event()
-        self._task = asyncio.current_task()
+        self._waiting: deque[_Waiting[KeyT, OutcomeT]] = deque()
+        self._last: dict[KeyT, _Waiting[KeyT, OutcomeT]] = {}  # of those, by key
+        self._arrival: asyncio.Future[None] | None = None  # while the task waits for one
+        self._task: asyncio.Task[object] | None = None
         self._overrun = False
         self._closed = False
 
-    def put(self, place: Place, event: Outcome) -> None:
-        if self._closed or self._overrun:
-            return
-        size = _size(event)
-        self._bytes += size
-        if self._bytes > self._max_bytes and self._task is not None:
-            self._overrun = True
-            self._events.clear()
-            self._last.clear()
-            self._task.cancel()
-            return
-        last = self._last.get(place)
-        if last is not None and _join(last.outcome, event):
-            last.bytes += size
-            return
-        self._last[place] = unread = _Unread(place, event, size)
-        self._events.append(unread)
-        self._arrived.set()
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.current_task()
+        return self
 
-    async def get(self) -> tuple[Place, Outcome]:
-        while not self._events:
-            self._arrived.clear()
-            await self._arrived.wait()
-        unread = self._events.popleft()
-        if self._last[unread.place] is unread:
-            del self._last[unread.place]
-        self._bytes -= unread.bytes
-        return unread.place, unread.outcome
-
-    def close(self) -> None:
-        """Takes no more; RESOURCE_EXHAUSTED if it were too many."""
-        self._closed = True
-        self._events.clear()
-        self._last.clear()
+    async def __aexit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.close()
         if self._overrun and self._task is not None:
             self._task.uncancel()
             raise self._too_slow()
+
+    def put(self, key: KeyT, outcome: OutcomeT) -> None:
+        """Adds an outcome behind those of its key; without effect once the buffer is closed."""
+        if self._closed or self._overrun:
+            return
+        size = outcome.ByteSize() if isinstance(outcome, model_pb2.TokenEvent) else 0
+        self._bytes += size
+        if self._bytes > self._max_bytes and self._task is not None:
+            self._overrun = True
+            self._clear()
+            self._task.cancel()
+            return
+        last = self._last.get(key)
+        if last is not None and _join(last.outcome, outcome):
+            last.bytes += size
+            return
+        self._last[key] = waiting = _Waiting(key, outcome, size)
+        self._waiting.append(waiting)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    def close(self) -> None:
+        """Drops what waits and what is still to come."""
+        self._closed = True
+        self._clear()
+
+    async def get(self) -> tuple[KeyT, OutcomeT]:
+        """The next outcome, with its key."""
+        while not self._waiting:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        waiting = self._waiting.popleft()
+        if self._last[waiting.key] is waiting:
+            del self._last[waiting.key]
+        self._bytes -= waiting.bytes
+        return waiting.key, waiting.outcome
+
+    def _clear(self) -> None:
+        self._waiting.clear()
+        self._last.clear()
 
     def _too_slow(self) -> RequestError:
         message = (
@@ -86,15 +106,14 @@ class UnreadEvents(Generic[Place]):
         return resource_exhausted(message, "max_unread_bytes")
 
 
-def _size(event: Outcome) -> int:
-    return 0 if isinstance(event, Exception) else event.ByteSize()
-
-
-def _join(earlier: Outcome, later: Outcome) -> bool:
-    """Puts `later` behind `earlier`, into it, where the two can be one event."""
-    if isinstance(earlier, Exception) or isinstance(later, Exception):
-        return False
-    if later.HasField("error") or earlier.HasField("error"):
+def _join(earlier: object, later: object) -> bool:
+    """Appends `later` to `earlier`, if the two can be one event."""
+    if not (
+        isinstance(earlier, model_pb2.TokenEvent)
+        and isinstance(later, model_pb2.TokenEvent)
+        and not earlier.HasField("error")
+        and not later.HasField("error")
+    ):
         return False
     # Each id has its alternatives, or none has.
     if earlier.ids and later.ids and bool(earlier.top) != bool(later.top):

@@ -4,22 +4,40 @@ sequence that was begun here gets its last event, whatever becomes of the replic
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import structlog
 
 from gateway.replicas.discovery import Discovery
-from gateway.replicas.failover import ResumableSequence
 from gateway.replicas.options import PoolOptions
-from gateway.replicas.replica import Deliver, Replica
+from gateway.replicas.replica import Generation, Replica
 from gateway.replicas.routing import choose
 from gateway.upstream.connect import Connect
 from gateway.upstream.session import UnfitUpstreamError
 from llama.v1 import model_pb2
 from serving.errors import unavailable
 
-__all__ = ["Deliver", "ReplicaPool", "ResumableSequence"]
-
 _log = structlog.stdlib.get_logger(__name__)
+
+
+class MovingGeneration(Generation, Protocol):
+    """A generation that needs a replica."""
+
+    fingerprint: str  # only replicas that have it can run the generation
+    lost: bool  # its last replica was lost
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and answer so far."""
+
+    def block_digests(self) -> list[bytes]:
+        """The digests by which replicas that know its beginning are found."""
+
+    def run_at(self, replica: Replica) -> None:
+        """Begins at a replica, or continues there."""
+
+    def give_up(self, message: str) -> None:
+        """Ends it with UNAVAILABLE, because no replica can continue it."""
 
 
 class ReplicaPool:
@@ -39,7 +57,7 @@ class ReplicaPool:
         self._discovery = Discovery(targets)
         self._notify = changed
         self._members: dict[str, tuple[Replica, asyncio.Task[None]]] = {}
-        self._waiting: dict[ResumableSequence, asyncio.TimerHandle] = {}
+        self._waiting: dict[MovingGeneration, asyncio.TimerHandle] = {}
         self._model: model_pb2.GetModelInfoResponse | None = None  # what was ready last
         self._tokenizer_fingerprint = ""
         self._vocab_size = 0
@@ -70,27 +88,25 @@ class ReplicaPool:
         raise unavailable("no model replica is available")
 
     @property
+    def latest_model(self) -> model_pb2.GetModelInfoResponse:
+        """The model that was ready last; UNAVAILABLE if there was none."""
+        return self._model or self.model
+
+    @property
     def places(self) -> int:
         """Sequences that the ready replicas run at once."""
         infos = (replica.info for replica in self._all if replica.ready)
         return sum(info.max_batch_size for info in infos if info is not None)
 
-    def start(self, start: model_pb2.StartSequence, deliver: Deliver) -> ResumableSequence:
-        """Starts a sequence of the model that was ready last, as soon as a replica is."""
-        model = self._model or self.model
-        sequence = ResumableSequence(start, model.fingerprint, deliver, self)
-        self.place(sequence)
-        return sequence
-
-    def place(self, sequence: ResumableSequence) -> None:
+    def place(self, generation: MovingGeneration) -> None:
         """Lets it run at a replica, as soon as one is ready; gives it up in the end."""
-        if not self._run(sequence):
+        if not self._run(generation):
             loop = asyncio.get_running_loop()
             timeout = self._options.failover_timeout
-            self._waiting[sequence] = loop.call_later(timeout, self._expire, sequence)
+            self._waiting[generation] = loop.call_later(timeout, self._expire, generation)
 
-    def withdraw(self, sequence: ResumableSequence) -> None:
-        if timer := self._waiting.pop(sequence, None):
+    def withdraw(self, generation: MovingGeneration) -> None:
+        if timer := self._waiting.pop(generation, None):
             timer.cancel()
 
     async def run(self, tokenizer_fingerprint: str, vocab_size: int) -> None:
@@ -121,35 +137,35 @@ class ReplicaPool:
                 task.cancel()
         self._changed()
 
-    def _run(self, sequence: ResumableSequence) -> bool:
+    def _run(self, generation: MovingGeneration) -> bool:
         """Lets it run where it fits best; False when no replica is ready for it."""
         ready = [
             replica
             for replica in self._all
             if replica.ready
             and replica.info is not None
-            and replica.info.fingerprint == sequence.fingerprint
+            and replica.info.fingerprint == generation.fingerprint
         ]
-        digests = sequence.block_digests()
-        replica = choose(ready, digests, len(sequence.ids))
+        digests = generation.block_digests()
+        replica = choose(ready, digests, len(generation.ids))
         if replica is None:
             return False
         replica.prefixes.add(digests)
-        self.failovers += sequence.lost
-        sequence.run_at(replica)
+        self.failovers += generation.lost
+        generation.run_at(replica)
         return True
 
     def _changed(self) -> None:
         self._notify()
-        for sequence, timer in [*self._waiting.items()]:
-            if self._run(sequence):
+        for generation, timer in [*self._waiting.items()]:
+            if self._run(generation):
                 timer.cancel()
-                del self._waiting[sequence]
+                del self._waiting[generation]
 
-    def _expire(self, sequence: ResumableSequence) -> None:
-        del self._waiting[sequence]
+    def _expire(self, generation: MovingGeneration) -> None:
+        del self._waiting[generation]
         timeout = self._options.failover_timeout
-        sequence.give_up(f"no model replica was ready within {timeout:g} seconds")
+        generation.give_up(f"no model replica was ready within {timeout:g} seconds")
 
     def _check(self, info: model_pb2.GetModelInfoResponse) -> None:
         theirs, ours = info.tokenizer_fingerprint, self._tokenizer_fingerprint

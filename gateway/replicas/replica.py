@@ -1,7 +1,9 @@
-"""A session with one replica of the model. It has one long-lived Generate stream for all sequences
-that run there; one message per engine step comes back and is handed out here, so work per event
-must stay small. Every sequence gets exactly one last event, with a finish reason or an error: where
-the replica is lost before it sent one, it is made here.
+"""A session with one replica of the model.
+
+It has one long-lived Generate stream for all sequences that run there. One message per engine step
+comes back and its events are handed to their generations here, so work per event must stay small.
+Every sequence gets exactly one last event, with a finish reason or an error: if the replica is lost
+before it sent one, it is made here.
 """
 
 import asyncio
@@ -9,8 +11,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import grpc
 import structlog
@@ -30,27 +31,21 @@ OVERDUE = 3.0  # seconds after which a report says that the replica may hang
 STEP_TIMEOUTS = 3
 MOST_INDEXED_BLOCKS = 65_536  # a million tokens, of which each block costs about 150 bytes here
 
-Deliver = Callable[[model_pb2.TokenEvent], None]
 # Raises UpstreamError where a replica does not fit.
 Check = Callable[[model_pb2.GetModelInfoResponse], None]
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class RunningSequence:
-    """A sequence at a replica."""
+class Generation(Protocol):
+    """A generation, as the replica that runs it sees it."""
 
-    sequence_id: str
-    deliver: Deliver
-    outstanding_tokens: int  # of prompt and answer, still to be computed
-    unreported_tokens: int  # of the prompt, computed with the first event but not among its ids
-    commands: asyncio.Queue[model_pb2.GenerateRequest]
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens of prompt and answer that the replica may still have to compute."""
 
-    def cancel(self) -> None:
-        """Asks for an early end; the last event still comes. Harmless after the end."""
-        cancel = model_pb2.CancelSequence(sequence_id=self.sequence_id)
-        self.commands.put_nowait(model_pb2.GenerateRequest(cancel=cancel))
+    def on_event(self, event: model_pb2.TokenEvent, now: float) -> bool:
+        """Handles an event that came at `now` (time.monotonic); whether it was the last."""
 
 
 class Replica:
@@ -72,14 +67,13 @@ class Replica:
         self.upstream = Upstream(target, changed)
         self.info: model_pb2.GetModelInfoResponse | None = None  # while a session lasts
         self.load: model_pb2.GetLoadResponse | None = None  # the last report, while it lasts
-        self.outstanding_tokens = 0
         self.retired = False  # it is not named any more: it finishes what it runs
         self.prefixes = PrefixIndex(MOST_INDEXED_BLOCKS)
         self._check = check
         self._hang_timeout = hang_timeout
         self._connect = connect
         self._name = name
-        self._sequences: dict[str, RunningSequence] = {}
+        self._sequences: dict[str, Generation] = {}
         self._numbers = itertools.count(1)
         self._commands: asyncio.Queue[model_pb2.GenerateRequest] = asyncio.Queue()
         self._load_at = 0.0
@@ -102,6 +96,11 @@ class Replica:
         return len(self._sequences)
 
     @property
+    def outstanding_tokens(self) -> int:
+        """Tokens that this gateway's sequences may still have computed there; from any thread."""
+        return sum(each.outstanding_tokens for each in [*self._sequences.values()])
+
+    @property
     def load_age(self) -> float | None:
         """Seconds since the last load report; None while there is none."""
         return None if self.load is None else time.monotonic() - self._load_at
@@ -118,22 +117,23 @@ class Replica:
         await keep_session(self.upstream, self._session)
 
     def start(
-        self, start: model_pb2.StartSequence, request_id: str | None, deliver: Deliver
-    ) -> RunningSequence:
+        self, start: model_pb2.StartSequence, request_id: str | None, generation: Generation
+    ) -> str:
         """Sends a sequence on its way; never waits.
 
-        Its id is made here, from the request id of its call: it must be unique on the stream.
+        Returns its id, made from the request id of its call: it must be unique on the stream.
         """
         start.sequence_id = f"{request_id}.{next(self._numbers)}"
-        tokens = len(start.prompt_ids) + start.sampling.max_gen_len - start.generated_tokens
-        unreported = 0 if start.prompt_logprobs else len(start.prompt_ids)
-        sequence = RunningSequence(start.sequence_id, deliver, tokens, unreported, self._commands)
         if not self._sequences:
             self._last_event_at = time.monotonic()  # from now on it owes steps
-        self._sequences[start.sequence_id] = sequence
-        self.outstanding_tokens += tokens
+        self._sequences[start.sequence_id] = generation
         self._commands.put_nowait(model_pb2.GenerateRequest(start=start))
-        return sequence
+        return start.sequence_id
+
+    def cancel(self, sequence_id: str) -> None:
+        """Asks for an early end; the last event still comes. Harmless after the end."""
+        cancel = model_pb2.CancelSequence(sequence_id=sequence_id)
+        self._commands.put_nowait(model_pb2.GenerateRequest(cancel=cancel))
 
     def refused(self) -> None:
         """It took no sequence although it seemed to serve: it drains, and will say so itself."""
@@ -191,9 +191,15 @@ class Replica:
         call: grpc.aio.StreamStreamCall[model_pb2.GenerateRequest, model_pb2.GenerateResponse],
     ) -> NoReturn:
         async for response in call:
-            self._last_event_at = time.monotonic()
+            self._last_event_at = now = time.monotonic()
+            sequences = self._sequences
             for event in response.events:
-                self._take(event)
+                generation = sequences.get(event.sequence_id)
+                if generation is None:
+                    unknown = event.sequence_id
+                    _log.warning("event of an unknown sequence", upstream=self.target, id=unknown)
+                elif generation.on_event(event, now):
+                    del sequences[event.sequence_id]
         raise UpstreamError("the Generate stream ended")
 
     async def _follow_load(self, stub: "model_pb2_grpc.ModelServiceAsyncStub") -> NoReturn:
@@ -222,24 +228,9 @@ class Replica:
                 async with asyncio.timeout(LOAD_INTERVAL):
                     await self._load_wanted.wait()
 
-    def _take(self, event: model_pb2.TokenEvent) -> None:
-        sequence = self._sequences.get(event.sequence_id)
-        if sequence is None:
-            _log.warning("event of an unknown sequence", upstream=self.target, id=event.sequence_id)
-            return
-        made = sequence.unreported_tokens + len(event.ids)
-        sequence.unreported_tokens = 0
-        if event.finish_reason or event.HasField("error"):
-            del self._sequences[event.sequence_id]
-            made = sequence.outstanding_tokens
-        sequence.outstanding_tokens -= made
-        self.outstanding_tokens -= made
-        sequence.deliver(event)
-
     def _lose(self) -> None:
         """What still runs is over here: the next session knows nothing of it."""
         self.info = self.load = None
-        self.outstanding_tokens = 0
         self.prefixes.clear()
         lost, self._sequences = self._sequences, {}
         # Before anything else goes on, as this one must not be chosen again.
@@ -250,8 +241,9 @@ class Replica:
             code=grpc.StatusCode.UNAVAILABLE.value[0],
             message="the model replica was lost while it made the answer",
         )
-        for sequence in lost.values():
-            sequence.deliver(model_pb2.TokenEvent(sequence_id=sequence.sequence_id, error=error))
+        now = time.monotonic()
+        for sequence_id, generation in lost.items():
+            generation.on_event(model_pb2.TokenEvent(sequence_id=sequence_id, error=error), now)
 
 
 def _indexed_blocks(load: model_pb2.GetLoadResponse) -> int:

@@ -21,7 +21,8 @@ from gateway.generation.completion import (
     Refusal,
     complete,
 )
-from gateway.generation.send_buffer import UnreadEvents
+from gateway.generation.generation import Outcome
+from gateway.generation.send_buffer import SendBuffer
 from gateway.request.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
 from gateway.request.read_dialogs import read_dialogs
 from gateway.request.validation import (
@@ -113,27 +114,27 @@ class Pipeline:
                     guard = Guard(self._classifier, subjects, chosen, time_remaining)
                     prompts = await guard.check(prompts)
                 del subjects
-                # Here and not in `complete`, which the guard has tasks of its own read.
                 max_bytes = self._settings.max_unread_bytes * len(prompts) * chosen.n
-                generations = Generations()
-                events = complete(
-                    prompts,
-                    chosen,
-                    self._tokenizer.vocabulary,
-                    self._replicas,
-                    admitted,
-                    arrived=account.arrived,
-                    made=UnreadEvents[Place](max_bytes),
-                    generations=generations,
-                )
-                if guard is not None:
-                    events = guard.watch(events, generations.cancel)
-                async with aclosing(events):
-                    async for place, event in events:
-                        if size is not None:
-                            size.add(event)
-                        account.observe(place, event)
-                        yield place, event
+                async with SendBuffer[Place, Outcome](max_bytes) as buffer:
+                    generations = Generations()
+                    events = complete(
+                        prompts,
+                        chosen,
+                        self._tokenizer.vocabulary,
+                        self._replicas,
+                        admitted,
+                        arrived=account.arrived,
+                        made=buffer,
+                        generations=generations,
+                    )
+                    if guard is not None:
+                        events = guard.watch(events, generations.cancel)
+                    async with aclosing(events):
+                        async for place, event in events:
+                            if size is not None:
+                                size.add(event)
+                            account.observe(place, event)
+                            yield place, event
 
     async def _check_chat(self, request: ChatRequest, context: Context) -> _Checked:
         self.require_model(request.model)

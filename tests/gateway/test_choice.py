@@ -1,6 +1,7 @@
 """Which replica a prompt goes to; the sessions stand still, only what is known of them counts."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 
@@ -8,7 +9,16 @@ from gateway.replicas.prefix_index import BLOCK, block_digests
 from gateway.replicas.replica import Replica
 from gateway.replicas.routing import choose
 from gateway.upstream.connect import plaintext
-from llama.v1.model_pb2 import GetLoadResponse, GetModelInfoResponse, StartSequence
+from llama.v1.model_pb2 import GetLoadResponse, GetModelInfoResponse, StartSequence, TokenEvent
+
+
+@dataclass(frozen=True)
+class Running:
+    outstanding_tokens: int
+
+    def on_event(self, event: TokenEvent, now: float) -> bool:
+        return False
+
 
 PROMPT = list(range(3 * BLOCK))
 MakeReplica = Callable[..., Replica]
@@ -25,7 +35,7 @@ async def replica() -> MakeReplica:
         made.report(GetLoadResponse(**load))
         made.prefixes.add(block_digests(PROMPT)[:known])
         for _ in range(running):
-            made.start(StartSequence(prompt_ids=[1] * tokens), "call", lambda _: None)
+            made.start(StartSequence(), "call", Running(tokens))
         return made
 
     return make

@@ -10,7 +10,7 @@ import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status.rpc_status import from_call
 
-from gateway.replicas.failover import MOST_RESTARTS
+from gateway.generation.generation import MAX_RESTARTS
 from llama.v1.chat_pb2 import (
     GetModelRequest,
     Prediction,
@@ -203,13 +203,13 @@ async def test_a_sequence_that_its_replicas_die_of_is_given_up(
     call = complete(fleet)
     [model] = fleet.models
     port = int(fleet.servers[0][0].rpartition(":")[2])
-    for _ in range(MOST_RESTARTS):
+    for _ in range(MAX_RESTARTS):
         await model.starts.get()
         await fleet.kill(0)
         fleet.servers = [await start_server(model.service(), port=port)]
     await model.starts.get()
     await fleet.kill(0)
-    with pytest.raises(grpc.aio.AioRpcError, match=f"begun {MOST_RESTARTS + 1} times"):
+    with pytest.raises(grpc.aio.AioRpcError, match=f"begun {MAX_RESTARTS + 1} times"):
         await call
 
 

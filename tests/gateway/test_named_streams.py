@@ -248,9 +248,7 @@ async def test_sequences_of_a_named_stream_carry_the_request_id_of_its_first_cal
     call.cancel()
 
 
-async def made(
-    count: int, release: asyncio.Event | None = None
-) -> AsyncGenerator[bytes, None]:
+async def made(count: int, release: asyncio.Event | None = None) -> AsyncGenerator[bytes, None]:
     """Events as the gateway makes them; the last waits for `release`."""
     for number in range(1, count + 1):
         if number == count and release is not None:

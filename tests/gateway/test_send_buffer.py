@@ -1,4 +1,4 @@
-"""What waits for a client: joined where it can be, in order, and bounded."""
+"""Events that wait for a client: joined if possible, in order, and bounded."""
 
 import asyncio
 from collections.abc import Sequence
@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.generation.send_buffer import UnreadEvents
+from gateway.generation.generation import Outcome
+from gateway.generation.send_buffer import SendBuffer
 from llama.v1.model_pb2 import SequenceError, TokenEvent, TopLogprobs
 from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH
 from serving.errors import RequestError
 
+Buffer = SendBuffer[int, Outcome]
 PLENTY = 1 << 20  # bytes
 # Ids of the events of some places, in the order in which they come.
 comings = st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(3, 99), max_size=4)))
@@ -22,7 +24,7 @@ def event(ids: Sequence[int], *, alternatives: bool = False) -> TokenEvent:
     return TokenEvent(ids=ids, logprobs=[-float(each) for each in ids], top=top)
 
 
-async def read(events: UnreadEvents[int], count: int) -> list[TokenEvent]:
+async def read(events: Buffer, count: int) -> list[TokenEvent]:
     read = [await asyncio.wait_for(events.get(), 1) for _ in range(count)]
     return [outcome for _, outcome in read if isinstance(outcome, TokenEvent)]
 
@@ -31,7 +33,7 @@ async def read(events: UnreadEvents[int], count: int) -> list[TokenEvent]:
 async def test_each_place_reads_its_tokens_once_and_in_order(
     coming: list[tuple[int, list[int]]],
 ) -> None:
-    events, read = UnreadEvents[int](PLENTY), dict[int, list[int]]()
+    events, read = Buffer(PLENTY), dict[int, list[int]]()
     for place, ids in coming:
         events.put(place, event(ids))
     for _ in {place for place, _ in coming}:
@@ -44,7 +46,7 @@ async def test_each_place_reads_its_tokens_once_and_in_order(
 
 
 async def test_a_last_event_ends_what_it_is_joined_with() -> None:
-    events = UnreadEvents[int](PLENTY)
+    events = Buffer(PLENTY)
     events.put(0, event([7]))
     events.put(0, TokenEvent(finish_reason=FINISH_REASON_LENGTH, cached_prompt_tokens=5))
     [joined] = await read(events, 1)
@@ -57,7 +59,7 @@ async def test_a_last_event_ends_what_it_is_joined_with() -> None:
     "later", [TokenEvent(error=SequenceError(code=14)), event([8], alternatives=True)]
 )
 async def test_what_cannot_be_one_event_stays_two(later: TokenEvent) -> None:
-    events = UnreadEvents[int](PLENTY)
+    events = Buffer(PLENTY)
     events.put(0, event([7]))
     events.put(0, later)
     first, second = await read(events, 2)
@@ -66,7 +68,7 @@ async def test_what_cannot_be_one_event_stays_two(later: TokenEvent) -> None:
 
 
 async def test_what_was_read_is_not_added_to() -> None:
-    events = UnreadEvents[int](PLENTY)
+    events = Buffer(PLENTY)
     events.put(0, event([7]))
     [first] = await read(events, 1)
     events.put(0, event([8]))
@@ -78,13 +80,10 @@ async def test_joined_events_count_in_full() -> None:
     """Too many bytes cancel the task that should have read them."""
 
     async def falls_behind() -> None:
-        events = UnreadEvents[int](event([7]).ByteSize() * 10)
-        try:
+        async with Buffer(event([7]).ByteSize() * 10) as events:
             for _ in range(11):
                 events.put(0, event([7]))
             await asyncio.Event().wait()  # until it is cancelled
-        finally:
-            events.close()
 
     with pytest.raises(RequestError, match="reads too slowly"):
         await falls_behind()
