@@ -55,8 +55,8 @@ class Answer:
         text = "".join(map(self._detokenizer.push, self._prompt_ids))
         return Delta(text if options.echo else "", [])
 
-    def take(self, event: model_pb2.TokenEvent) -> Delta:
-        """What an event adds."""
+    def append_event(self, event: model_pb2.TokenEvent) -> Delta:
+        """Appends the tokens of an event; returns what they add to the answer."""
         text: list[str] = []
         tokens: list[chat_pb2.Token] = []
         for position, token_id in enumerate(event.ids):

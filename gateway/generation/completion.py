@@ -1,6 +1,7 @@
-"""From prompts to events: all generations of a request run at once, and what the replicas make of
-them is passed on as it comes. This is the one code path of the four completion RPCs; unary ones
-fold it. Whoever iterates `complete` must close it (contextlib.aclosing): that cancels what runs.
+"""From prompts to the events of their answers.
+
+All generations of a request run at once, and their events are passed on as they come. Close
+`complete` after use (contextlib.aclosing): that cancels the generations that still run.
 """
 
 import secrets
@@ -41,7 +42,7 @@ _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which generation of a request: the dialog or prompt, and which of the answers to it."""
+    """Names one answer of a request: the dialog or prompt, and which of the answers to it."""
 
     index: int
     choice: int
@@ -170,10 +171,18 @@ async def complete(
             place, outcome = await made.get()
             if isinstance(outcome, Exception):
                 raise outcome
-            for event in _events(running[place], outcome, options, arrived):
-                yield place, event
+            if outcome.HasField("error"):
+                raise _failure(outcome.error)
+            generation = running[place]
+            delta = generation.answer.append_event(outcome)
+            if delta.text or delta.tokens:
+                yield place, delta
             if outcome.finish_reason:
+                yield place, _finished(generation, outcome, options, arrived)
                 del running[place]
+            elif generation.answer.stopped:
+                # The sequence's last event, which tells its usage, is still to come.
+                generation.cancel()
     finally:
         made.close()
         for generation in running.values():
@@ -261,7 +270,7 @@ def _started(
 def _first_events(
     request: _Request, generation: Generation | None, arrived: float
 ) -> Iterator[Event]:
-    """What is known before the model has made anything."""
+    """The events that come before the model has made anything."""
     if isinstance(refusal := request.prompt, Refusal):
         if refusal.text:
             yield Delta(refusal.text, [])
@@ -269,21 +278,6 @@ def _first_events(
         yield Finished(refusal.reason, usage, safety_categories=refusal.safety_categories)
     elif generation is not None and (echo := generation.answer.begin()).text:
         yield echo
-
-
-def _events(
-    generation: Generation, token_event: model_pb2.TokenEvent, options: Options, arrived: float
-) -> Iterator[Event]:
-    if token_event.HasField("error"):
-        raise _failure(token_event.error)
-    delta = generation.answer.take(token_event)
-    if delta.text or delta.tokens:
-        yield delta
-    if token_event.finish_reason:
-        yield _finished(generation, token_event, options, arrived)
-    elif generation.answer.stopped:
-        # The sequence's last event, which tells its usage, is still to come.
-        generation.cancel()
 
 
 def _finished(

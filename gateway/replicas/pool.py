@@ -1,5 +1,7 @@
-"""All replicas of the model: which there are, and which of them runs what. The one rule to keep: a
-sequence that was begun here gets its last event, whatever becomes of the replicas.
+"""All replicas of the model: which there are, and which of them runs a generation.
+
+The one rule to keep: a generation that was placed here gets its last event, whatever becomes of the
+replicas.
 """
 
 import asyncio
@@ -80,7 +82,7 @@ class ReplicaPool:
 
     @property
     def model(self) -> model_pb2.GetModelInfoResponse:
-        """What the ready replicas serve, all of them the same; UNAVAILABLE when there are none."""
+        """The model that all ready replicas serve; UNAVAILABLE if there are none."""
         for replica in self._all:
             if replica.ready and replica.info is not None:
                 self._model = replica.info

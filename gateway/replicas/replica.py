@@ -29,7 +29,7 @@ OVERDUE = 3.0  # seconds after which a report says that the replica may hang
 # Seconds without a step, in hang timeouts: a step over a long prompt on a slow machine takes its
 # time, while the event loop that answers GetLoad has no excuse.
 STEP_TIMEOUTS = 3
-MOST_INDEXED_BLOCKS = 65_536  # a million tokens, of which each block costs about 150 bytes here
+MAX_INDEXED_BLOCKS = 65_536  # a million tokens, of which each block costs about 150 bytes here
 
 # Raises UpstreamError where a replica does not fit.
 Check = Callable[[model_pb2.GetModelInfoResponse], None]
@@ -68,7 +68,7 @@ class Replica:
         self.info: model_pb2.GetModelInfoResponse | None = None  # while a session lasts
         self.load: model_pb2.GetLoadResponse | None = None  # the last report, while it lasts
         self.retired = False  # it is not named any more: it finishes what it runs
-        self.prefixes = PrefixIndex(MOST_INDEXED_BLOCKS)
+        self.prefixes = PrefixIndex(MAX_INDEXED_BLOCKS)
         self._check = check
         self._hang_timeout = hang_timeout
         self._connect = connect
@@ -229,7 +229,7 @@ class Replica:
                     await self._load_wanted.wait()
 
     def _lose(self) -> None:
-        """What still runs is over here: the next session knows nothing of it."""
+        """Ends the sequences that still run: the next session knows nothing of them."""
         self.info = self.load = None
         self.prefixes.clear()
         lost, self._sequences = self._sequences, {}
@@ -248,7 +248,7 @@ class Replica:
 
 def _indexed_blocks(load: model_pb2.GetLoadResponse) -> int:
     """How many of the index's blocks the replica's cache has room for."""
-    return min(load.total_blocks * load.block_size // BLOCK, MOST_INDEXED_BLOCKS)
+    return min(load.total_blocks * load.block_size // BLOCK, MAX_INDEXED_BLOCKS)
 
 
 async def _iterate(

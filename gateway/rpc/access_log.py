@@ -175,7 +175,7 @@ class Accounting:
 
 @dataclass(frozen=True, slots=True)
 class _Cost:
-    """Of all of a request's answers: tokens and compute time are sums, other times the longest."""
+    """Sums over all answers of a request; times other than compute time are the longest."""
 
     prompt_tokens: int
     cached_prompt_tokens: int

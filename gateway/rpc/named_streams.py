@@ -19,10 +19,10 @@ from gateway.rpc.ended_streams import EndedStreams, StreamKey
 from serving.errors import RequestError, clear_frames, unavailable
 from serving.security import caller
 
-# What it costs to keep an event, beyond its own bytes. Events are kept as they go over the wire:
+# The cost of keeping an event, beyond its own bytes. Events are kept as they go over the wire:
 # as an object of the protobuf library one of 33 bytes takes 930, one with alternatives six-fold.
 EVENT_OVERHEAD = 48
-# What it costs to keep a stream that has ended, beyond its events. Its objects take 4 KB, and the
+# The cost of keeping a stream that has ended, beyond its events. Its objects take 4 KB, and the
 # call's context, with what logs and traces say of it, some more.
 STREAM_OVERHEAD = 8 * 1024
 
@@ -31,7 +31,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """What named streams may keep, and how long."""
+    """Limits on the memory of named streams, and on the time that they are kept."""
 
     grace: float  # seconds without a reader
     buffer_bytes: int  # of one stream's events
@@ -50,7 +50,7 @@ class NamedStreams:
     @property
     def detached(self) -> int:
         """How many run while no call reads them; may be asked from any thread."""
-        return sum(stream.runs_unread for stream in [*self._streams.values()])
+        return sum(stream.is_detached for stream in [*self._streams.values()])
 
     def open(
         self, name: str, events: AsyncGenerator[bytes, None], within: float | None
@@ -167,11 +167,11 @@ class _Stream:
         return self._dropped + len(self._kept)
 
     @property
-    def runs_unread(self) -> bool:
+    def is_detached(self) -> bool:
         return self._reader is None and not self.ended
 
     def read(self, after: int) -> AsyncGenerator[bytes, None]:
-        """The events behind number `after`, as they come; whoever read until now is turned away."""
+        """The events behind number `after`, as they come; an earlier reader is turned away."""
         if after < self._dropped:
             raise RequestError(
                 grpc.StatusCode.OUT_OF_RANGE,

@@ -30,7 +30,7 @@ from serving.intake.time_slice import TimeSlice
 
 ResponseT = TypeVar("ResponseT", chat_pb2.ChatCompleteResponse, chat_pb2.TextCompleteResponse)
 
-# What a prediction has beside its text, tokens and sampling parameters: usage, fingerprint.
+# A prediction's bytes beside its text, tokens and sampling parameters: usage, fingerprint.
 PREDICTION_BYTES = 512
 # A token's or an alternative's, beside its text and its bytes: id, logprob, tags and lengths.
 _ENTRY_BYTES = 15

@@ -28,8 +28,8 @@ def ids(tokenizer: Tokenizer) -> list[int]:
 
 def test_stop_string_ends_text_tokens_and_count(vocabulary: Vocabulary, ids: list[int]) -> None:
     answer = start(vocabulary, [1], stop=" here", logprobs=True)
-    delta = answer.take(TokenEvent(ids=ids, logprobs=[-1.0] * len(ids)))
-    later = answer.take(TokenEvent(ids=ids, finish_reason=FINISH_REASON_LENGTH))
+    delta = answer.append_event(TokenEvent(ids=ids, logprobs=[-1.0] * len(ids)))
+    later = answer.append_event(TokenEvent(ids=ids, finish_reason=FINISH_REASON_LENGTH))
     assert (delta.text, later.text, later.tokens) == ("The llama is", "", [])
     assert answer.stopped
     assert answer.completion_tokens == len(delta.tokens) < len(ids)
@@ -39,7 +39,9 @@ def test_tokens_are_told_at_once_though_their_text_is_held_back(
     vocabulary: Vocabulary, tokenizer: Tokenizer
 ) -> None:
     answer = start(vocabulary, [1], logprobs=True)
-    deltas = [answer.take(TokenEvent(ids=[3 + byte], logprobs=[-1.0])) for byte in "é".encode()]
+    deltas = [
+        answer.append_event(TokenEvent(ids=[3 + byte], logprobs=[-1.0])) for byte in "é".encode()
+    ]
     assert [delta.text for delta in deltas] == ["", "é"]
     assert [delta.tokens[0].bytes for delta in deltas] == [b"\xc3", b"\xa9"]
 
@@ -47,8 +49,8 @@ def test_tokens_are_told_at_once_though_their_text_is_held_back(
 def test_end_tells_what_was_held_back(vocabulary: Vocabulary) -> None:
     answer = start(vocabulary, [1], stop="\ufffd!")
     cut_off = 3 + "é".encode()[0]
-    assert answer.take(TokenEvent(ids=[cut_off])).text == ""
-    assert answer.take(TokenEvent(finish_reason=FINISH_REASON_LENGTH)).text == "\ufffd"
+    assert answer.append_event(TokenEvent(ids=[cut_off])).text == ""
+    assert answer.append_event(TokenEvent(finish_reason=FINISH_REASON_LENGTH)).text == "\ufffd"
 
 
 def test_prompt_reported_by_the_model_is_neither_counted_nor_searched_for_stop_strings(
@@ -58,7 +60,7 @@ def test_prompt_reported_by_the_model_is_neither_counted_nor_searched_for_stop_s
     more = tokenizer.encode("one stop", bos=False, eos=False)
     answer = start(vocabulary, prompt, stop=" stop", logprobs=True, echo=True)
     made = [*prompt, *more]
-    delta = answer.take(TokenEvent(ids=made, logprobs=[0.0] * len(made)))
+    delta = answer.append_event(TokenEvent(ids=made, logprobs=[0.0] * len(made)))
     assert (answer.begin().text, delta.text) == ("", "one stop two one")
     assert answer.completion_tokens == len(more)
 
@@ -69,7 +71,7 @@ def test_echo_without_logprobs_tells_the_prompt_first(
     prompt = tokenizer.encode("one", bos=True, eos=False)
     answer = start(vocabulary, prompt, echo=True)
     more = tokenizer.encode("two", bos=False, eos=False)
-    assert [answer.begin().text, answer.take(TokenEvent(ids=more)).text] == ["one", " two"]
+    assert [answer.begin().text, answer.append_event(TokenEvent(ids=more)).text] == ["one", " two"]
 
 
 IDS = st.lists(st.integers(0, 559), max_size=8)
@@ -90,8 +92,8 @@ def test_exact_continuation_is_what_echo_shows_behind_the_prompt(
     events = [*(TokenEvent(ids=[each], logprobs=[-1.0]) for each in more), end]
     shown = echoed.begin().text
     assert exact.begin().text == ""
-    continuation = "".join(exact.take(event).text for event in events)
-    assert continuation == "".join(echoed.take(event).text for event in events)
+    continuation = "".join(exact.append_event(event).text for event in events)
+    assert continuation == "".join(echoed.append_event(event).text for event in events)
     assert shown + continuation == tokenizer.decode([*prompt, *more])
 
 
@@ -102,7 +104,7 @@ def test_a_text_and_its_exact_continuation_can_be_joined(
     ids = tokenizer.encode(prompt, bos=True, eos=False)
     answer = start(vocabulary, ids, exact_continuation=True)
     answer.begin()
-    text = answer.take(TokenEvent(ids=more, finish_reason=FINISH_REASON_LENGTH)).text
+    text = answer.append_event(TokenEvent(ids=more, finish_reason=FINISH_REASON_LENGTH)).text
     # U+2581 is how SentencePiece writes a space: it cannot be told from one.
     assert prompt.replace("\u2581", " ") + text == tokenizer.decode([*ids, *more])
 
@@ -110,7 +112,7 @@ def test_a_text_and_its_exact_continuation_can_be_joined(
 def test_alternatives_get_text_and_bytes(vocabulary: Vocabulary) -> None:
     answer = start(vocabulary, [1], logprobs=True, top_logprobs=2)
     top = TopLogprobs(ids=[393, 172], logprobs=[-0.2, -2])
-    [token] = answer.take(TokenEvent(ids=[393], logprobs=[-0.2], top=[top])).tokens
+    [token] = answer.append_event(TokenEvent(ids=[393], logprobs=[-0.2], top=[top])).tokens
     assert [(each.text, each.bytes) for each in token.top_logprobs] == [
         ("car", b" car"),
         ("\ufffd", b"\xa9"),
@@ -119,5 +121,5 @@ def test_alternatives_get_text_and_bytes(vocabulary: Vocabulary) -> None:
 
 def test_first_prompt_token_has_no_alternatives(vocabulary: Vocabulary) -> None:
     answer = start(vocabulary, [1], logprobs=True, top_logprobs=2, echo=True)
-    [token] = answer.take(TokenEvent(ids=[1], logprobs=[0.0])).tokens
+    [token] = answer.append_event(TokenEvent(ids=[1], logprobs=[0.0])).tokens
     assert not token.top_logprobs
