@@ -21,7 +21,7 @@ from gateway.rpc.messages import model_response, stream_response
 from gateway.rpc.metrics import RequestMetrics, StateMetrics
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.operator import OPERATOR_SERVICE_NAME, OperatorServicer
-from gateway.rpc.pipeline import Context, Pipeline, answer_room, refuse
+from gateway.rpc.pipeline import Context, Pipeline, PipelineLimits, answer_room, refuse
 from gateway.rpc.unary import unary_response
 from gateway.rpc.upstreams import Backend
 from gateway.settings import GatewaySettings
@@ -83,7 +83,10 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self._streams = streams
         log_client_addresses = settings.log_client_addresses
         self._accounting = Accounting(metrics, log_client_addresses=log_client_addresses)
-        self._pipeline = Pipeline(backend, settings, self.admission, self._accounting)
+        limits = PipelineLimits(
+            settings.request_limits, settings.max_response_bytes, settings.max_unread_bytes
+        )
+        self._pipeline = Pipeline(backend, limits, self.admission, self._accounting)
 
     async def ChatComplete(
         self, request: chat_pb2.ChatCompleteRequest, context: Context
@@ -163,7 +166,8 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             self._replicas.model,
             self._replicas.ready_count,
             self._pipeline.limits(),
-            self._settings,
+            max_request_bytes=self._settings.max_request_bytes,
+            max_response_bytes=self._settings.max_response_bytes,
         )
 
     def _stream(

@@ -8,7 +8,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from gateway.generation.answer import Delta
 from gateway.generation.completion import Event, Finished, Place, Prediction, Started
 from gateway.request.validation import SAMPLING_DEFAULTS, RequestLimits, default_max_gen_len
-from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import SamplingParams
 from serving.request_rules import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
@@ -116,7 +115,9 @@ def model_response(
     info: model_pb2.GetModelInfoResponse,
     replicas: int,
     limits: RequestLimits,
-    settings: GatewaySettings,
+    *,
+    max_request_bytes: int,
+    max_response_bytes: int,
 ) -> chat_pb2.GetModelResponse:
     """The model that `replicas` ready replicas serve, for a caller with these limits."""
     defaults = SamplingParams(max_gen_len=default_max_gen_len(info.context_length))
@@ -139,8 +140,8 @@ def model_response(
             max_top_logprobs=MAX_TOP_LOGPROBS,
             max_logprob_token_ids=MAX_LOGPROB_TOKEN_IDS,
             max_sequences=limits.max_sequences,
-            max_request_bytes=settings.max_request_bytes,
-            max_response_bytes=settings.max_response_bytes,
+            max_request_bytes=max_request_bytes,
+            max_response_bytes=max_response_bytes,
         ),
         sampling_defaults=defaults,
     )

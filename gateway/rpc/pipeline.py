@@ -39,7 +39,6 @@ from gateway.rpc.unary import AnswerSize, size_violations
 from gateway.rpc.upstreams import Backend
 from gateway.safety.classifier import Subject
 from gateway.safety.guard import Guard, dialogs_to_judge
-from gateway.settings import GatewaySettings
 from gateway.text.detokenizer import text_of
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, invalid_argument
@@ -61,20 +60,29 @@ class _Checked:
     encode: Callable[[], Awaitable[Encoded]]
 
 
+@dataclass(frozen=True, slots=True)
+class PipelineLimits:
+    """Limits on requests and their answers."""
+
+    request: RequestLimits
+    response_bytes: int  # of a unary answer
+    send_buffer_bytes: int  # of one generation's events that wait for the client
+
+
 class Pipeline:
     """Makes the answers of requests."""
 
     def __init__(
         self,
         backend: Backend,
-        settings: GatewaySettings,
+        limits: PipelineLimits,
         admission: Admission,
         accounting: Accounting,
     ) -> None:
         self._tokenizer = backend.tokenizer
         self._replicas = backend.replicas
         self._classifier = backend.classifier
-        self._settings = settings
+        self._limits = limits
         self._admission = admission
         self._accounting = accounting
 
@@ -95,7 +103,7 @@ class Pipeline:
             is_unary = isinstance(
                 request, chat_pb2.ChatCompleteRequest | chat_pb2.TextCompleteRequest
             )
-            size = AnswerSize(self._settings.max_response_bytes) if is_unary else None
+            size = AnswerSize(self._limits.response_bytes) if is_unary else None
             # A named stream outlives the call that began it.
             lasts = bool(getattr(request, "stream_name", ""))
             time_remaining = _without_end if lasts else context.time_remaining
@@ -103,7 +111,7 @@ class Pipeline:
             chosen, sequences = checked.options, checked.sequences
             if size is not None:
                 window, vocabulary = self.window(), self._tokenizer.vocabulary
-                limit = self._settings.max_response_bytes
+                limit = self._limits.response_bytes
                 refuse(size_violations(chosen, sequences, window, vocabulary, limit))
             time_left = context.time_remaining()
             with self._admission.admit(sequences, chosen.priority, time_left) as admitted:
@@ -114,7 +122,7 @@ class Pipeline:
                     guard = Guard(self._classifier, subjects, chosen, time_remaining)
                     prompts = await guard.check(prompts)
                 del subjects
-                max_bytes = self._settings.max_unread_bytes * len(prompts) * chosen.n
+                max_bytes = self._limits.send_buffer_bytes * len(prompts) * chosen.n
                 async with SendBuffer[Place, Outcome](max_bytes) as buffer:
                     generations = Generations()
                     events = complete(
@@ -188,7 +196,7 @@ class Pipeline:
 
     def limits(self) -> RequestLimits:
         """The limits of the current caller."""
-        return self._settings.request_limits.within(caller.current().limits)
+        return self._limits.request.within(caller.current().limits)
 
     def encoder(self, time_remaining: TimeRemaining) -> Encode:
         """Encoding within what is left of the caller's deadline."""
