@@ -60,7 +60,7 @@ def exported() -> list[str]:
     for statement in _tree(PACKAGE).body:
         match statement:
             case ast.Assign(targets=[ast.Name(id="__all__")], value=value):
-                return sorted(ast.literal_eval(value))
+                return sorted(name for name in ast.literal_eval(value) if name[0] != "_")
     raise ValueError(f"{PACKAGE} has no __all__")
 
 
@@ -70,8 +70,8 @@ def definition(module: str, name: str) -> Definition:
         match statement:
             case ast.ImportFrom(module=str(origin), names=names):
                 for alias in names:
-                    if (alias.asname or alias.name) == name:
-                        return definition(origin, alias.name)
+                    if alias.name == "*" or (alias.asname or alias.name) == name:
+                        return definition(origin, name if alias.name == "*" else alias.name)
             case ast.ClassDef() | ast.FunctionDef() if statement.name == name:
                 return Definition(name, statement, _source(module))
             case ast.Assign(targets=[ast.Name(id=target)]) if target == name:
