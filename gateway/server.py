@@ -79,7 +79,9 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     ) -> None:
         self._replicas = backend.replicas
         self._settings = settings
-        self.admission = Admission(settings.admission_bounds, lambda: backend.replicas.places)
+        self.admission = Admission(
+            settings.admission_bounds, lambda: backend.replicas.batch_capacity
+        )
         self._streams = streams
         log_client_addresses = settings.log_client_addresses
         self._accounting = Accounting(metrics, log_client_addresses=log_client_addresses)

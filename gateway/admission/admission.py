@@ -1,8 +1,9 @@
-"""What runs at the replicas, what waits for its turn here, and what is turned away: at once, as a
-caller that knows can go elsewhere, and one in an endless queue only times out. The replicas get
-little more than they run at once, because their own queues know no keys: who is next is decided
-here (`gateway.admission.fair_queue`), and so is which waiting request gives way when the queue is
-full (`gateway.admission.fair_share`).
+"""Admission: which generations run at the replicas, which wait, and which requests are refused.
+
+A request without room is refused at once, because its caller can go elsewhere, and in an endless
+queue it would only time out. The replicas get little more than they run at once, because their own
+queues know no keys: `gateway.admission.fair_queue` decides which generation is next, and
+`gateway.admission.fair_share` which waiting request loses its room when the queue is full.
 """
 
 import asyncio
@@ -15,24 +16,24 @@ from dataclasses import dataclass
 from gateway.admission.fair_queue import Claim, FairQueue
 from gateway.admission.fair_share import Holding, SharedRoom
 from gateway.admission.quota import Quota
-from gateway.admission.throughput import Pace
+from gateway.admission.throughput import ThroughputEstimator
 from serving.errors import RequestError, resource_exhausted, unavailable
 from serving.numbers import format_apart
 from serving.security import caller
 from serving.security.caller import Caller
 
-# Beyond what the replicas run at once, this part of it more is given to them, so that none waits
-# for the gateway when a sequence ends.
+# The replicas get this part more than they run at once, so that none of them waits for the gateway
+# when a sequence ends.
 _AHEAD = 0.25
-# The quota that a displaced request is told.
+# The quota named to a displaced request.
 SHARE = "key.share"
-# Bounds of what is told as the time to come again, in seconds.
-_LEAST_RETRY, _MOST_RETRY = 1.0, 60.0
+# Bounds of the time after which a refused request is told to retry, in seconds.
+_MIN_RETRY, _MAX_RETRY = 1.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Of what runs or waits, of all requests together; None is without such a bound."""
+    """Limits on what runs or waits, for all requests together; None: no such limit."""
 
     max_sequences: int
     max_tokens: int | None = None  # of prompts, and the most of answers
@@ -41,35 +42,35 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of one generation, in tokens."""
+    """The size of one generation, in tokens."""
 
     prompt: int
     max_answer: int
 
 
 class Admission:
-    """Counts what runs and waits, and gives out turns; lives in one event loop."""
+    """Counts what runs and waits, and grants tickets; used from one event loop."""
 
     def __init__(
         self,
         bounds: Bounds,
-        places: Callable[[], int],
+        batch_capacity: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`places` tells how many sequences the ready replicas run at once."""
+        """`batch_capacity` returns how many sequences the ready replicas run at once."""
         self.clock = clock
         self._bounds = bounds
-        self._places = places
+        self._batch_capacity = batch_capacity
         self.displaced_sequences: dict[str, int] = {}  # since the start, by key
         room, tokens = SharedRoom(bounds.max_sequences), SharedRoom(bounds.max_tokens)
         self._sequences = Quota(room, "sequences", "has", "max_queued_sequences")
         self._tokens = Quota(tokens, "tokens", "may take", "max_queued_tokens")
         self._requests: dict[Holding, Admitted] = {}
         self._queue = FairQueue()
-        self._turns: dict[Claim, Turn] = {}  # those that wait
+        self._tickets: dict[Claim, Ticket] = {}  # those that wait
         self._running = 0
         self._closed = False
-        self._pace = Pace()
+        self._throughput = ThroughputEstimator()
 
     @property
     def sequences(self) -> int:
@@ -83,8 +84,8 @@ class Admission:
 
     @property
     def queued_sequences(self) -> int:
-        """Generations that wait for their turn."""
-        return len(self._turns)
+        """Generations that wait to be granted."""
+        return len(self._tickets)
 
     @property
     def queued_tokens(self) -> Mapping[str, int]:
@@ -111,18 +112,18 @@ class Admission:
         admitted = Admitted(self, caller.current(), priority, deadline)
         self._requests[admitted.holding] = admitted
         try:
-            self.take_sequences(admitted, sequences)
+            self.reserve_sequences(admitted, sequences)
             with admitted.interruptible():
                 yield admitted
         finally:
             del self._requests[admitted.holding]
-            self.give_back(admitted)
+            self.release(admitted)
 
-    def take_sequences(self, admitted: "Admitted", sequences: int) -> None:
+    def reserve_sequences(self, admitted: "Admitted", sequences: int) -> None:
         """Counts a request's sequences; RESOURCE_EXHAUSTED where they are too many."""
-        self._take(self._sequences, admitted, sequences, admitted.caller.limits.max_sequences)
+        self._reserve(self._sequences, admitted, sequences, admitted.caller.limits.max_sequences)
 
-    def take_tokens(self, admitted: "Admitted", tokens: int) -> None:
+    def reserve_tokens(self, admitted: "Admitted", tokens: int) -> None:
         """Counts a request's tokens; RESOURCE_EXHAUSTED where they are too many."""
         quota, own_bound = self._tokens, admitted.caller.limits.max_tokens
         for bound, whose, subject in (
@@ -132,81 +133,83 @@ class Admission:
             if bound is not None and tokens > bound:
                 message = quota.never_fits(tokens, bound, whose)
                 raise resource_exhausted(message, subject, retry_after=None)
-        self._take(quota, admitted, tokens, own_bound)
+        self._reserve(quota, admitted, tokens, own_bound)
 
-    def give_back(self, admitted: "Admitted") -> None:
+    def release(self, admitted: "Admitted") -> None:
         """The request holds no room any more."""
-        self._sequences.room.free(admitted.holding)
-        self._tokens.room.free(admitted.holding)
+        self._sequences.room.release(admitted.holding)
+        self._tokens.room.release(admitted.holding)
 
-    def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list["Turn"]:
-        """A turn for each generation; RESOURCE_EXHAUSTED if the last came after the deadline."""
+    def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list["Ticket"]:
+        """A ticket for each generation; RESOURCE_EXHAUSTED if the last was granted too late."""
         key = admitted.caller
         claims = [
             Claim(
                 key.name,
                 key.limits.weight,
                 admitted.priority,
-                size.prompt + self._pace.answer_tokens(size.max_answer),
+                size.prompt + self._throughput.answer_tokens(size.max_answer),
             )
             for size in sizes
         ]
         self._refuse_if_late(admitted, claims)
-        turns = [
-            Turn(self, claim, size, admitted.holding)
+        tickets = [
+            Ticket(self, claim, size, admitted.holding)
             for claim, size in zip(claims, sizes, strict=True)
         ]
-        for claim, turn in zip(claims, turns, strict=True):
-            self._turns[claim] = turn
+        for claim, ticket in zip(claims, tickets, strict=True):
+            self._tickets[claim] = ticket
             self._queue.push(claim)
         self._grant()
-        return turns
+        return tickets
 
     def withdraw(self, claim: Claim) -> None:
-        """A turn that has not come is no longer wanted."""
-        del self._turns[claim]
+        """A ticket that was not granted is no longer wanted."""
+        del self._tickets[claim]
         self._queue.remove(claim)
-        self._note(0)
+        self._record(0)
 
     def charge(self, claim: Claim, tokens: int) -> None:
-        """The replicas served tokens of a turn that has come."""
+        """The replicas served tokens of a granted ticket."""
         self._queue.charge(claim, tokens)
-        self._note(tokens)
-        # Another replica may have become ready since.
-        self._grant()
+        if self._tickets or self._throughput.measuring:
+            self._record(tokens)
+            self._grant()  # because another replica may have become ready since
 
     def end(self, claim: Claim, answer_tokens: int, unused_tokens: int) -> None:
-        """A turn that has come is over; `unused_tokens` were charged and not computed."""
-        self._pace.note_answer(answer_tokens)
+        """A granted ticket is over; `unused_tokens` were charged and not computed."""
+        self._throughput.record_answer(answer_tokens)
         self._queue.charge(claim, -unused_tokens)
         self._queue.end(claim)
         self._running -= 1
         self._grant()
 
     def _grant(self) -> None:
-        if not self._turns:
+        if not self._tickets:
             return
         capacity, tokens = self._capacity(), 0
-        while self._turns and self._running < capacity:
+        while self._tickets and self._running < capacity:
             claim = self._queue.pop()
-            turn = self._turns.pop(claim)
-            turn.holding.begun = True
+            ticket = self._tickets.pop(claim)
+            ticket.holding.begun = True
             self._running += 1
-            self._queue.charge(claim, turn.size.prompt)
-            tokens += turn.size.prompt
-            turn.come()
-        self._note(tokens)
+            self._queue.charge(claim, ticket.size.prompt)
+            tokens += ticket.size.prompt
+            ticket.grant()
+        self._record(tokens)
 
-    def _note(self, tokens: int) -> None:
-        self._pace.note(tokens, waiting=bool(self._turns), now=self.clock())
+    def _record(self, tokens: int) -> None:
+        self._throughput.record(tokens, waiting=bool(self._tickets), now=self.clock())
 
     def _capacity(self) -> int:
         if self._bounds.max_running is not None:
             return self._bounds.max_running
-        # Without a replica one at a time goes on and is told so, and nobody waits for nothing.
-        return max(1, math.ceil(self._places() * (1 + _AHEAD)))
+        # With no ready replica, grant one ticket at a time so that it fails fast with UNAVAILABLE.
+        return max(1, math.ceil(self._batch_capacity() * (1 + _AHEAD)))
 
-    def _take(self, quota: Quota, admitted: "Admitted", amount: int, own_bound: int | None) -> None:
+    def _reserve(
+        self, quota: Quota, admitted: "Admitted", amount: int, own_bound: int | None
+    ) -> None:
         """Takes room, if need be that of requests that wait; RESOURCE_EXHAUSTED without."""
         holding = admitted.holding
         if own_bound is not None and quota.room.used_by(holding.key) + amount > own_bound:
@@ -219,7 +222,7 @@ class Admission:
             raise resource_exhausted(message, quota.setting, self._retry_after(admitted))
         for each in displaced:
             self._displace(self._requests[each], quota, holding)
-        quota.room.take(holding, amount)
+        quota.room.reserve(holding, amount)
 
     def _displace(self, admitted: "Admitted", quota: Quota, newcomer: Holding) -> None:
         """Ends a request of which nothing has begun."""
@@ -227,13 +230,13 @@ class Admission:
         error = resource_exhausted(message, SHARE, self._retry_after(admitted))
         key, sequences = admitted.holding.key, self._sequences.room.amount(admitted.holding)
         self.displaced_sequences[key] = self.displaced_sequences.get(key, 0) + sequences
-        self.give_back(admitted)
+        self.release(admitted)
         admitted.displace(error)
 
     def _refuse_if_late(self, admitted: "Admitted", claims: Sequence[Claim]) -> None:
         if admitted.deadline is None:
             return
-        if not self._turns and self._running + len(claims) <= self._capacity():
+        if not self._tickets and self._running + len(claims) <= self._capacity():
             return
         wait = self._wait(admitted, sum(claim.tokens for claim in claims))
         remaining = admitted.deadline - self.clock()
@@ -247,23 +250,23 @@ class Admission:
             )
 
     def _wait(self, admitted: "Admitted", own_tokens: int) -> float | None:
-        """Seconds until the last of a request's turns; None as long as too little is known.
+        """Seconds until the last of a request's tickets is granted; None while too little is known.
 
-        What is ahead in the fair order has to be served, and about one generation like its own,
-        so that a place gets free.
+        First what is ahead in the fair order must be served, and then about one generation like
+        its own must end.
         """
         key = admitted.caller
         ahead = self._queue.tokens_ahead(key.name, key.limits.weight, admitted.priority)
-        return self._pace.seconds(ahead + own_tokens, self.clock())
+        return self._throughput.seconds(ahead + own_tokens, self.clock())
 
     def _retry_after(self, admitted: "Admitted") -> float:
         """When what would be served before the request now has been."""
         wait = self._wait(admitted, 0)
-        return _LEAST_RETRY if wait is None else _bounded(wait)
+        return _MIN_RETRY if wait is None else _bounded(wait)
 
 
 class Admitted:
-    """A request for which there is room. Belongs to the task that makes it."""
+    """A request for which there is room; used by the task that creates it."""
 
     def __init__(
         self, admission: Admission, caller: Caller, priority: int, deadline: float | None
@@ -274,31 +277,31 @@ class Admitted:
         self.deadline = deadline
         self.holding = Holding(caller.name, caller.limits.weight, priority)
         self._admission = admission
-        self._turns: list[Turn] | None = None  # None before it is queued
+        self._tickets: list[Ticket] | None = None  # None before it is queued
         self._task = asyncio.current_task()
         self._interruption: RequestError | None = None
 
-    def queue(self, sizes: Sequence[Size]) -> list["Turn"]:
-        """A turn for each of the request's generations; RESOURCE_EXHAUSTED if they are too large,
+    def queue(self, sizes: Sequence[Size]) -> list["Ticket"]:
+        """A ticket for each of the request's generations; RESOURCE_EXHAUSTED if they are too large,
         or if they would wait longer than the deadline allows.
         """
         if not sizes:  # all of it is refused: it takes nothing, and need not wait
-            self._turns = []
-            self._admission.give_back(self)
+            self._tickets = []
+            self._admission.release(self)
             return []
-        self._admission.take_tokens(self, sum(size.prompt + size.max_answer for size in sizes))
-        self._turns = self._admission.queue(self, sizes)
-        return self._turns
+        self._admission.reserve_tokens(self, sum(size.prompt + size.max_answer for size in sizes))
+        self._tickets = self._admission.queue(self, sizes)
+        return self._tickets
 
     def displace(self, error: RequestError) -> None:
         """Ends the request with `error`, whose generations all wait or are still to be queued."""
-        if self._turns is None:
+        if self._tickets is None:
             self._interruption = error
             if self._task is not None:
                 self._task.cancel()
             return
-        for turn in self._turns:
-            turn.displace(error)
+        for ticket in self._tickets:
+            ticket.displace(error)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -316,18 +319,17 @@ class Admitted:
             self._interruption = None  # its traceback leads here
 
 
-class Turn:
-    """One generation's place: first in the queue, then at a replica.
+class Ticket:
+    """One generation's right to run: it waits in the queue, then is granted.
 
-    It ends exactly once: by `leave` or `displace` before it has come, by `end` after.
+    It ends exactly once: by `withdraw` or `displace` before it was granted, by `end` after.
     """
 
     def __init__(self, admission: Admission, claim: Claim, size: Size, holding: Holding) -> None:
         self.size = size
         self.holding = holding  # the request's
-        # Done when the turn has come, or failed if it will not. Its callbacks run in the context of
-        # whoever added them.
-        self.has_come: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Fails with the reason if the request is displaced.
+        self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waited = 0.0  # seconds in the queue
         self._admission = admission
         self._claim = claim
@@ -335,30 +337,29 @@ class Turn:
         self._answer_tokens = 0
 
     @property
-    def granted(self) -> bool:
-        """Whether it has come."""
-        done = self.has_come.done() and not self.has_come.cancelled()
-        return done and self.has_come.exception() is None
+    def is_granted(self) -> bool:
+        done = self.granted.done() and not self.granted.cancelled()
+        return done and self.granted.exception() is None
 
-    def come(self) -> None:
-        """For the one who gives out turns."""
+    def grant(self) -> None:
+        """Called by the admission alone."""
         self.waited = self._admission.clock() - self._arrived
-        self.has_come.set_result(None)
+        self.granted.set_result(None)
 
-    def leave(self) -> None:
-        """Gives up a turn that has not come."""
-        if not self.has_come.done():
+    def withdraw(self) -> None:
+        """Gives up a ticket that was not granted."""
+        if not self.granted.done():
             self._admission.withdraw(self._claim)
-            self.has_come.cancel()
+            self.granted.cancel()
 
     def displace(self, error: RequestError) -> None:
-        """Fails a turn that has not come, unless it was given up."""
-        if not self.has_come.done():
+        """Fails a ticket that was not granted, unless it was withdrawn."""
+        if not self.granted.done():
             self._admission.withdraw(self._claim)
-            self.has_come.set_exception(error)
+            self.granted.set_exception(error)
 
     def served(self, tokens: int) -> None:
-        """More of the answer was made."""
+        """Counts more tokens of the answer; runs with every token."""
         self._answer_tokens += tokens
         self._admission.charge(self._claim, tokens)
 
@@ -370,4 +371,4 @@ class Turn:
 
 
 def _bounded(seconds: float) -> float:
-    return min(max(seconds, _LEAST_RETRY), _MOST_RETRY)
+    return min(max(seconds, _MIN_RETRY), _MAX_RETRY)

@@ -50,7 +50,7 @@ class SharedRoom:
         unit = self.bound / sum(weights.values())
         return {each: weight * unit for each, weight in weights.items()}
 
-    def take(self, holding: Holding, amount: int) -> None:
+    def reserve(self, holding: Holding, amount: int) -> None:
         """Holds `amount` more, whether there is room or not."""
         if not amount:
             return
@@ -59,7 +59,7 @@ class SharedRoom:
         self._used_by_key[holding.key] = self.used_by(holding.key) + amount
         self._weights[holding.key] = holding.weight
 
-    def free(self, holding: Holding) -> None:
+    def release(self, holding: Holding) -> None:
         """Gives back all that a request holds, if anything."""
         amount = self._amounts.pop(holding, 0)
         if not amount:

@@ -1,16 +1,16 @@
-"""How fast the replicas serve, as far as it tells how long a queue will take. Measured only while
+"""Estimates how fast the replicas serve, to tell how long a queue will take. Measured only while
 generations wait: with fewer at once than fit, tokens come more slowly than they could.
 """
 
 # Seconds of waiting after which a measurement counts half.
 _HALF_LIFE = 10.0
 # Fewer seconds of waiting than this say nothing.
-_LEAST_SECONDS = 0.5
-# One answer's part in the mean length.
+_MIN_SECONDS = 0.5
+# The weight of one answer in the mean length.
 _LENGTH_WEIGHT = 1 / 16
 
 
-class Pace:
+class ThroughputEstimator:
     """Tokens per second, and tokens per answer. Times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
@@ -20,8 +20,13 @@ class Pace:
         self._at = 0.0
         self._answer_tokens: float | None = None
 
-    def note(self, tokens: int, *, waiting: bool, now: float) -> None:
-        """Tokens were served; `waiting` is whether from now on anybody waits."""
+    @property
+    def measuring(self) -> bool:
+        """Whether a generation waited at the last record."""
+        return self._waiting
+
+    def record(self, tokens: int, *, waiting: bool, now: float) -> None:
+        """Tokens were served; `waiting`: whether from now on a generation waits."""
         if self._waiting:
             elapsed = now - self._at
             kept = 0.5 ** (elapsed / _HALF_LIFE)
@@ -29,7 +34,7 @@ class Pace:
             self._tokens = self._tokens * kept + tokens
         self._waiting, self._at = waiting, now
 
-    def note_answer(self, tokens: int) -> None:
+    def record_answer(self, tokens: int) -> None:
         """An answer ended with so many tokens."""
         if self._answer_tokens is None:
             self._answer_tokens = float(tokens)
@@ -43,6 +48,6 @@ class Pace:
         """How long so many tokens take; None as long as too little is known."""
         elapsed = now - self._at if self._waiting else 0.0
         measured = self._seconds + elapsed
-        if measured < _LEAST_SECONDS or not self._tokens or self._answer_tokens is None:
+        if measured < _MIN_SECONDS or not self._tokens or self._answer_tokens is None:
             return None
         return tokens * measured / self._tokens

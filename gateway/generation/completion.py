@@ -137,7 +137,7 @@ async def complete(
 ) -> AsyncGenerator[PlacedEvent, None]:
     """The events of `options.n` generations per prompt, interleaved; a refusal is its own answer.
 
-    Each runs when its turn comes. `arrived` is the time.monotonic of the request's arrival;
+    Each runs when its ticket is granted. `arrived` is the time.monotonic of the request's arrival;
     `made`, empty before, belongs to the task that writes to the client. `generations`, empty
     before, holds those that run while it lasts.
 
@@ -154,14 +154,14 @@ async def complete(
         if isinstance(each.prompt, Prompt)
     }
     running = generations.running
-    turns = iter(admitted.queue([*map(_size, starts.values())]))
+    tickets = iter(admitted.queue([*map(_size, starts.values())]))
     try:
         for each in requests:
             if isinstance(prompt := each.prompt, Prompt):
                 answer = Answer(prompt.ids, options, vocabulary)
                 deliver = _deliver_to(made, each.place)
                 running[each.place] = Generation(
-                    answer, starts[each.place], next(turns), replicas, deliver
+                    answer, starts[each.place], next(tickets), replicas, deliver
                 )
         for each in requests:
             yield each.place, _started(each, model, options, response_id, created)

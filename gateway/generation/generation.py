@@ -2,8 +2,8 @@
 
 Sampling draws each token from the seed and the token's position alone. So the prompt and the answer
 so far, sent to another replica of the same model, continue as if nothing had happened: the client
-sees a pause, and the same events as ever. A generation can outlive its call: its turn lasts until
-the replica has finished with it.
+sees a pause, and the same events as ever. A generation can outlive its call: its ticket is
+held until the replica has finished with it.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from enum import Enum, auto
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from gateway.admission.admission import Turn
+from gateway.admission.admission import Ticket
 from gateway.generation.answer import Answer
 from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.prefix_index import block_digests
@@ -32,7 +32,7 @@ Outcome = model_pb2.TokenEvent | Exception
 
 
 class Status(Enum):
-    QUEUED = auto()  # waits for its turn
+    QUEUED = auto()  # waits for its ticket to be granted
     MOVING = auto()  # waits for a replica: its first one, or another one
     RUNNING = auto()  # a replica computes it
     STOPPING = auto()  # a replica was asked to end it early
@@ -46,7 +46,7 @@ class Generation:
         self,
         answer: Answer,
         start: model_pb2.StartSequence,
-        turn: Turn,
+        ticket: Ticket,
         pool: ReplicaPool,
         deliver: Callable[[Outcome], None],
     ) -> None:
@@ -56,7 +56,7 @@ class Generation:
         self.failovers = 0  # how often it continued after its replica was lost
         self.lost = False  # its replica was, and it has no other yet
         self._start = start
-        self._turn = turn
+        self._ticket = ticket
         self._pool = pool
         self._deliver = deliver
         self._request_id = request_id.current()
@@ -68,7 +68,7 @@ class Generation:
         self._sequence_id = ""  # at that replica
         self._restarts = 0
         self._clock = _Clock()
-        turn.has_come.add_done_callback(self._on_turn)
+        ticket.granted.add_done_callback(self._on_grant)
 
     @property
     def prompt_tokens(self) -> int:
@@ -81,8 +81,8 @@ class Generation:
 
     @property
     def waited(self) -> float:
-        """Seconds until its turn came."""
-        return self._turn.waited
+        """Seconds until its ticket was granted."""
+        return self._ticket.waited
 
     @property
     def ids(self) -> list[int]:
@@ -104,8 +104,8 @@ class Generation:
     def cancel(self) -> None:
         """Asks for an early end; the last event still comes. Harmless after the end."""
         match self.status:
-            case Status.QUEUED if not self._turn.granted:
-                self._turn.leave()
+            case Status.QUEUED if not self._ticket.is_granted:
+                self._ticket.withdraw()
                 self._end(model_pb2.TokenEvent(finish_reason=FINISH_REASON_CANCELLED))
             case Status.QUEUED:
                 self._finish(model_pb2.TokenEvent(finish_reason=FINISH_REASON_CANCELLED))
@@ -148,9 +148,9 @@ class Generation:
             self._on_last_event(event)
         return True
 
-    def _on_turn(self, has_come: asyncio.Future[None]) -> None:
-        displaced = None if has_come.cancelled() else has_come.exception()
-        if has_come.cancelled() or self.status is Status.ENDED:
+    def _on_grant(self, granted: asyncio.Future[None]) -> None:
+        displaced = None if granted.cancelled() else granted.exception()
+        if granted.cancelled() or self.status is Status.ENDED:
             return
         if isinstance(displaced, Exception):
             self._end(displaced)
@@ -160,7 +160,7 @@ class Generation:
             self.status = Status.MOVING
             self._pool.place(self)
         except Exception as error:  # the reader of its outcomes must get it
-            self._turn.end(self.prompt_tokens)
+            self._ticket.end(self.prompt_tokens)
             self._end(error)
 
     def _on_tokens(self, event: model_pb2.TokenEvent, now: float) -> None:
@@ -172,10 +172,10 @@ class Generation:
         if self._reports_prompt:
             self._reports_prompt = False
             self._answer_ids += ids[self.prompt_tokens :]
-            self._turn.served(len(ids) - self.prompt_tokens)  # the prompt was charged before
+            self._ticket.served(len(ids) - self.prompt_tokens)  # the prompt was charged before
         else:
             self._answer_ids += ids
-            self._turn.served(len(ids))
+            self._ticket.served(len(ids))
 
     def _on_last_event(self, event: model_pb2.TokenEvent) -> None:
         if self._replica is not None:
@@ -211,9 +211,9 @@ class Generation:
         self._finish(event)
 
     def _finish(self, event: model_pb2.TokenEvent) -> None:
-        """Ends its turn, with the prompt tokens that were not computed, and itself."""
+        """Returns its ticket, with the prompt tokens that were not computed, and itself."""
         self._computed |= event.timings.compute.ToNanoseconds() > 0
-        self._turn.end(event.cached_prompt_tokens if self._computed else self.prompt_tokens)
+        self._ticket.end(event.cached_prompt_tokens if self._computed else self.prompt_tokens)
         self._end(event)
 
     def _end(self, outcome: Outcome) -> None:

@@ -95,7 +95,7 @@ class ReplicaPool:
         return self._model or self.model
 
     @property
-    def places(self) -> int:
+    def batch_capacity(self) -> int:
         """Sequences that the ready replicas run at once."""
         infos = (replica.info for replica in self._all if replica.ready)
         return sum(info.max_batch_size for info in infos if info is not None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 
-from gateway.admission.admission import Admission, Admitted, Bounds, Size, Turn
+from gateway.admission.admission import Admission, Admitted, Bounds, Size, Ticket
 from serving.errors import RequestError
 from serving.security import caller
 from serving.security.caller import Caller, CallerLimits
@@ -40,37 +40,37 @@ class House:
         admitted = self.admission.admit(sequences, priority, time_remaining)
         return self.requests.enter_context(admitted)
 
-    def queue(self, key: str, *, count: int = 1, priority: int = 0) -> list[Turn]:
+    def queue(self, key: str, *, count: int = 1, priority: int = 0) -> list[Ticket]:
         """Turns of a request of ten tokens each."""
         admitted = self.enter(key, sequences=count, priority=priority)
         return admitted.queue([TEN] * count)
 
-    def serve(self, turn: Turn, seconds: float) -> None:
+    def serve(self, ticket: Ticket, seconds: float) -> None:
         """Six tokens, for each of which the time passes."""
         for _ in range(6):
             self.now += seconds
-            turn.served(1)
-        turn.end(0)
+            ticket.served(1)
+        ticket.end(0)
 
 
-def has_come(turns: list[Turn]) -> list[bool]:
-    return [turn.has_come.done() for turn in turns]
+def granted(tickets: list[Ticket]) -> list[bool]:
+    return [ticket.granted.done() for ticket in tickets]
 
 
 async def test_key_with_one_request_is_next_after_the_running_one_of_a_key_with_many() -> None:
     house = House()
     many = house.queue("many", count=50)
     [one] = house.queue("one")
-    assert has_come([many[0], many[1], one]) == [True, False, False]
+    assert granted([many[0], many[1], one]) == [True, False, False]
     house.serve(many[0], seconds=0.1)
-    assert has_come([many[1], one]) == [False, True]
+    assert granted([many[1], one]) == [False, True]
 
 
 async def test_higher_priority_is_next() -> None:
     house = House()
     [runs], [low], [high] = house.queue("a"), house.queue("b"), house.queue("a", priority=1)
     house.serve(runs, seconds=0.1)
-    assert has_come([low, high]) == [False, True]
+    assert granted([low, high]) == [False, True]
 
 
 async def test_key_above_its_own_bound_is_refused_and_others_are_not() -> None:
@@ -109,10 +109,10 @@ async def test_request_without_generations_takes_nothing_and_waits_for_nothing()
 
 async def test_everything_is_given_back_when_requests_end() -> None:
     house = House()
-    turns = house.queue("a", count=3)
-    turns[1].leave()
-    turns[2].leave()
-    house.serve(turns[0], seconds=0.1)
+    tickets = house.queue("a", count=3)
+    tickets[1].withdraw()
+    tickets[2].withdraw()
+    house.serve(tickets[0], seconds=0.1)
     house.requests.close()
     admission = house.admission
     assert (admission.sequences, admission.running_sequences) == (0, 0)
@@ -130,8 +130,8 @@ async def test_queue_is_told_in_sequences_and_tokens_of_each_key() -> None:
 
 async def test_wait_longer_than_the_deadline_is_refused_at_once_and_said_how_long() -> None:
     house = House()
-    turns = house.queue("a", count=9)
-    house.serve(turns[0], seconds=1)  # six seconds for ten tokens, the next prompt's included
+    tickets = house.queue("a", count=9)
+    house.serve(tickets[0], seconds=1)  # six seconds for ten tokens, the next prompt's included
     # Seven wait; with the patient one and the next one's own, 90 tokens: about 54 seconds.
     patient = house.enter("a", time_remaining=60).queue([TEN])
     with pytest.raises(RequestError, match=r"wait about 5\d\.\d seconds, .* in 20.0") as refused:
@@ -139,13 +139,13 @@ async def test_wait_longer_than_the_deadline_is_refused_at_once_and_said_how_lon
     assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert refused.value.quota == "deadline"
     assert refused.value.retry_after == pytest.approx(34, rel=0.15)
-    assert has_come(patient) == [False]
+    assert granted(patient) == [False]
 
 
 async def test_key_with_little_waits_less_than_the_one_with_much() -> None:
     house = House()
-    turns = house.queue("a", count=20)
-    house.serve(turns[0], seconds=1)
+    tickets = house.queue("a", count=20)
+    house.serve(tickets[0], seconds=1)
     with pytest.raises(RequestError, match="the queue is too long"):
         house.enter("a", time_remaining=30).queue([TEN])
     house.enter("b", time_remaining=30).queue([TEN])
@@ -153,8 +153,8 @@ async def test_key_with_little_waits_less_than_the_one_with_much() -> None:
 
 async def test_full_queue_says_when_what_is_ahead_will_have_been_served() -> None:
     house = House(Bounds(max_sequences=10, max_running=1))
-    turns = house.queue("a", count=10)
-    house.serve(turns[0], seconds=1)
+    tickets = house.queue("a", count=10)
+    house.serve(tickets[0], seconds=1)
     with pytest.raises(RequestError, match="10 of 10 sequences") as refused:
         house.enter("a")
     assert refused.value.retry_after == pytest.approx(48, rel=0.15)
@@ -171,29 +171,29 @@ async def test_tokens_that_were_not_computed_are_given_back_to_the_key() -> None
     for _ in range(4):
         other[0].served(1)
     other[0].end(0)  # it cost eight
-    assert has_come([cached[1], other[1]]) == [True, False]
+    assert granted([cached[1], other[1]]) == [True, False]
 
 
 async def test_without_a_replica_the_queue_moves_on() -> None:
     admission = Admission(Bounds(max_sequences=10), lambda: 0)
     with admission.admit(2, 0, None) as admitted:
         first, second = admitted.queue([TEN] * 2)
-        assert has_come([first, second]) == [True, False]
+        assert granted([first, second]) == [True, False]
         first.end(4)
-        assert has_come([second]) == [True]
+        assert granted([second]) == [True]
         second.end(4)
 
 
 async def test_replicas_are_given_a_quarter_more_than_they_run() -> None:
     admission = Admission(Bounds(max_sequences=100), lambda: 8)
     with admission.admit(20, 0, None) as admitted:
-        turns = admitted.queue([TEN] * 20)
-        assert sum(has_come(turns)) == 10
+        tickets = admitted.queue([TEN] * 20)
+        assert sum(granted(tickets)) == 10
 
 
-def refusal(turn: Turn) -> RequestError:
-    """Why a turn will not come."""
-    error = turn.has_come.exception()
+def refusal(ticket: Ticket) -> RequestError:
+    """Why a ticket will not come."""
+    error = ticket.granted.exception()
     assert isinstance(error, RequestError)
     return error
 
@@ -203,7 +203,7 @@ async def test_newest_waiting_request_of_the_key_with_the_most_gives_way() -> No
     *older, newest = [house.queue("a")[0] for _ in range(4)]
     house.queue("c", count=2)
     house.queue("b", count=2)
-    assert has_come(older) == [True, False, False]
+    assert granted(older) == [True, False, False]
     assert refusal(newest).code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (refusal(newest).quota, refusal(newest).retry_after) == ("key.share", 1)
     assert "this request's key had 4 of 6 sequences; the key's share is 2" in str(refusal(newest))
@@ -215,7 +215,7 @@ async def test_request_goes_as_a_whole_and_its_room_is_free_at_once() -> None:
     house.queue("a")
     displaced = house.queue("a", count=7)
     house.queue("b", count=4)
-    assert {refusal(turn).quota for turn in displaced} == {"key.share"}
+    assert {refusal(ticket).quota for ticket in displaced} == {"key.share"}
     assert (house.admission.sequences, house.admission.queued_sequences) == (5, 4)
     assert house.admission.queued_tokens == {"b": 40}
     house.requests.close()
@@ -226,9 +226,9 @@ async def test_request_that_has_begun_keeps_its_waiting_generations() -> None:
     house = House(Bounds(max_sequences=8, max_running=1))
     begun = house.queue("a", count=8)
     [other] = house.queue("b")
-    assert has_come([*begun, other]) == [True] + 8 * [False]
+    assert granted([*begun, other]) == [True] + 8 * [False]
     house.serve(begun[0], seconds=0.1)
-    assert has_come([begun[1], other]) == [False, True]
+    assert granted([begun[1], other]) == [False, True]
 
 
 async def test_tokens_are_shared_as_sequences_are() -> None:
@@ -262,7 +262,7 @@ async def test_request_that_is_still_encoded_is_interrupted_when_it_is_displaced
 
 async def test_without_keys_a_full_queue_displaces_nothing() -> None:
     house = House(Bounds(max_sequences=4, max_running=1))
-    turns = house.queue("", count=4, priority=-100)
+    tickets = house.queue("", count=4, priority=-100)
     with pytest.raises(RequestError, match=r"the request has 1$"):
         house.queue("", priority=100)
-    assert has_come(turns) == [True, False, False, False]
+    assert granted(tickets) == [True, False, False, False]

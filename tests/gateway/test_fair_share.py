@@ -24,7 +24,7 @@ def filled(key: str, *sizes: int) -> tuple[SharedRoom, list[Holding]]:
     """A room in which one key's requests wait."""
     room, held = SharedRoom(BOUND), [holding(key) for _ in sizes]
     for each, size in zip(held, sizes, strict=True):
-        room.take(each, size)
+        room.reserve(each, size)
     return room, held
 
 
@@ -36,8 +36,8 @@ def test_newest_request_of_the_largest_key_gives_way() -> None:
 def test_lowest_priority_gives_way_before_newer_requests() -> None:
     room, _ = filled("a", 5)
     low = holding("a", priority=-1)
-    room.take(low, 5)
-    room.take(holding("a"), 10)
+    room.reserve(low, 5)
+    room.reserve(holding("a"), 10)
     assert room.displaced_by(holding("b"), 3) == [low]
 
 
@@ -102,10 +102,10 @@ class Door(RuleBasedStateMachine):
         for each in displaced:
             self.may_be_displaced(each, newcomer, amount, shares)
             self.held.remove((each, self.room.amount(each)))
-            self.room.free(each)
+            self.room.release(each)
         if displaced:
             assert self.room.used_by(key) + amount <= shares[key]
-        self.room.take(newcomer, amount)
+        self.room.reserve(newcomer, amount)
         self.held.append((newcomer, amount))
 
     def is_rightly_refused(
@@ -138,7 +138,7 @@ class Door(RuleBasedStateMachine):
     def end(self, data: st.DataObject) -> None:
         over = data.draw(st.sampled_from(self.held))
         self.held.remove(over)
-        self.room.free(over[0])
+        self.room.release(over[0])
 
     @invariant()
     def counts_what_is_held(self) -> None:

@@ -4,15 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.admission.throughput import Pace
+from gateway.admission.throughput import ThroughputEstimator
 
 
-def measured(rate: int, seconds: int, *, waiting: bool = True) -> Pace:
+def measured(rate: int, seconds: int, *, waiting: bool = True) -> ThroughputEstimator:
     """A pace after so many seconds, with an answer of ten tokens."""
-    pace = Pace()
+    pace = ThroughputEstimator()
     for now in range(seconds + 1):
-        pace.note(rate, waiting=waiting, now=now)
-    pace.note_answer(10)
+        pace.record(rate, waiting=waiting, now=now)
+    pace.record_answer(10)
     return pace
 
 
@@ -26,9 +26,9 @@ def test_nothing_is_estimated_before_anybody_waited() -> None:
 
 
 def test_nothing_is_estimated_before_an_answer_ended() -> None:
-    pace = Pace()
-    pace.note(0, waiting=True, now=0)
-    pace.note(100, waiting=True, now=5)
+    pace = ThroughputEstimator()
+    pace.record(0, waiting=True, now=0)
+    pace.record(100, waiting=True, now=5)
     assert pace.seconds(10, 5) is None
 
 
@@ -43,13 +43,13 @@ def test_replicas_that_stand_still_make_the_wait_longer() -> None:
 def test_the_last_seconds_count_most() -> None:
     pace = measured(100, 60)
     for now in range(61, 101):
-        pace.note(10, waiting=True, now=now)
+        pace.record(10, waiting=True, now=now)
     assert pace.seconds(150, 100) == pytest.approx(10, rel=0.1)
 
 
 @given(st.lists(st.integers(0, 500), min_size=1), st.integers(1, 100))
 def test_expected_answer_is_within_what_was_seen_and_asked(lengths: list[int], most: int) -> None:
-    pace = Pace()
+    pace = ThroughputEstimator()
     for each in lengths:
-        pace.note_answer(each)
+        pace.record_answer(each)
     assert min([*lengths, most]) <= pace.answer_tokens(most) <= most
