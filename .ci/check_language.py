@@ -32,7 +32,7 @@ RETIRED_NAMES = {
     r"_?take|_?note": "on_event, feed, append_chunk, record or observe",
     r"_?[Pp]ace|\w+Pace": "ThroughputEstimator or PrefillBudget",
     r"Placement": "routing",
-    r"\w*[Uu]nread(?!able)\w*": "send_buffer",
+    r"\w*[Uu]nread(?!able|_bytes)\w*": "send_buffer",
     r"_?held_answer|HeldAnswer": "moderation_buffer",
     r"gateway/.*:_?(coming|judged|due)": "in_progress, on_verdict or next_chunk",
     r"gateway/.*:class (Replica|Tokenizer)": "ReplicaClient or TokenizerClient",

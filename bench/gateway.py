@@ -1,4 +1,4 @@
-"""What the gateway costs: python -m bench.gateway
+"""Measures the cost of the gateway: python -m bench.gateway
 
 The same prompts go to a model service directly, on one Generate stream as the gateway uses it, and
 through the gateway, each on a TextCompleteStream of its own; in turn, round after round. Prompts
@@ -32,13 +32,13 @@ VOCABULARY = 1920  # of the demonstration checkpoint
 
 @dataclass(slots=True)
 class Latencies:
-    """Of some rounds' tokens, in seconds."""
+    """Latencies of some rounds' tokens, in seconds."""
 
     first_token: list[float] = field(default_factory=list)
     inter_token: list[float] = field(default_factory=list)
     arrivals: int = 0
 
-    def take(self, sent: float, arrivals: Sequence[float]) -> None:
+    def record(self, sent: float, arrivals: Sequence[float]) -> None:
         """One stream's: when it was asked for, and when its tokens came."""
         self.arrivals += len(arrivals)
         self.first_token.append(arrivals[0] - sent)
@@ -156,7 +156,7 @@ async def _through_model(
         for event in response.events:
             arrivals.setdefault(event.sequence_id, []).extend([now] * len(event.ids))
     for times in arrivals.values():
-        latencies.take(sent, times)
+        latencies.record(sent, times)
 
 
 async def _stream(
@@ -175,7 +175,7 @@ async def _stream(
         async for response in stub.TextCompleteStream(request)
         if response.event.HasField("delta")
     ]
-    latencies.take(sent, arrivals)
+    latencies.record(sent, arrivals)
 
 
 def _sampling(answer: int) -> sampling_pb2.SamplingParams:

@@ -1,4 +1,4 @@
-"""What the modules of the `chasqui` command share: flags, and how an error is shown."""
+"""Flags of the `chasqui` command that several modules share, and how it shows an error."""
 
 import contextlib
 import functools
@@ -105,11 +105,11 @@ def _access(
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What went wrong goes to stderr without a traceback, and the exit status is 1."""
+    """An error goes to stderr without a traceback, and the exit status is 1."""
     try:
         yield
     except BrokenPipeError:
-        raise  # whoever read the output has enough: click ends the command without a word
+        raise  # the reader of the output has left: click ends the command silently
     except ConnectionSettingsError as error:
         raise click.ClickException(str(error)) from error
     except UnreachableError as error:

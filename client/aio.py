@@ -164,14 +164,14 @@ class AsyncClient:
         return results.rendered_prompt(response)
 
     async def get_status(self, **options: Unpack[CallOptions]) -> status.GatewayStatus:
-        """What the gateway sees: its replicas, their load, and what runs and waits."""
+        """The gateway's view: its replicas, their load, and what runs and waits."""
         request = requests.get_status(options)
         async with self._readable_errors():
             response = await self._operator.GetStatus(request, timeout=requests.deadline(options))
         return status.gateway_status(response)
 
     async def get_model(self, **options: Unpack[CallOptions]) -> Model:
-        """What is served: model, limits, defaults."""
+        """The served model, limits and defaults."""
         request = requests.get_model(options)
         async with self._readable_errors():
             response = await self._stub.GetModel(request, timeout=requests.deadline(options))

@@ -27,7 +27,7 @@ _FLAGS = frozenset({True, False})
 
 
 def kind(value: object) -> str:
-    """What a value is, in words for an error message."""
+    """Describes a value in an error message."""
     if value is None or isinstance(value, int | float):
         return repr(value)
     for types, words in _KINDS:

@@ -1,4 +1,4 @@
-"""What can go wrong with a call, as Python exceptions that say what to do about it.
+"""The errors of calls, as Python exceptions that say what to do about them.
 
 Every gRPC status becomes one of these in `from_rpc_error` alone. The servers send the request id
 when they begin (in the initial metadata) and when they end a call (in the trailing metadata), which
@@ -98,7 +98,7 @@ class StreamLostError(ChasquiError):
 
 
 def invalid_request(violations: Iterable[Violation]) -> InvalidRequestError:
-    """What the server would answer to a request that cannot even be sent."""
+    """The error that the server would return for a request that cannot even be sent."""
     violations = tuple(violations)
     return InvalidRequestError(
         "; ".join(f"{each.field}: {each.description}" for each in violations), violations

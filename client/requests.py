@@ -41,7 +41,7 @@ Prompt = str | Sequence[int]
 
 
 class Sampling(TypedDict, total=False):
-    """How to choose tokens. What is absent or None takes the server's default (`get_model`)."""
+    """How to choose tokens. An absent field or None takes the server's default (`get_model`)."""
 
     temperature: float | None
     top_p: float | None
@@ -69,7 +69,7 @@ class CallOptions(TypedDict, total=False):
 
 
 class _Answers(CallOptions, Sampling, total=False):
-    """What the chat and the completion methods have in common."""
+    """The options that the chat and the completion methods share."""
 
     model: str | None  # another than the one that is served is NOT_FOUND
     logprobs: bool | None
@@ -232,7 +232,7 @@ class _Refusals:
 @contextmanager
 def _refusals(options: CallOptions, known: frozenset[str]) -> Iterator[_Refusals]:
     """For the options of a call; raises at the end what could not be sent."""
-    # What Python does by itself for a function that spells its keyword arguments out.
+    # Python does the same for a function that names its keyword arguments.
     unknown = sorted(options.keys() - known)
     if unknown:
         raise TypeError(

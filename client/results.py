@@ -34,7 +34,7 @@ _FINISH_REASONS: Mapping[int, FinishReason] = {reason.value: reason for reason i
 
 
 class Determinism(Enum):
-    """What a replay may depend on."""
+    """The conditions of an exact replay."""
 
     UNSPECIFIED = sampling_pb2.DETERMINISM_UNSPECIFIED
     SEEDED = sampling_pb2.DETERMINISM_SEEDED
@@ -69,7 +69,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a prediction cost."""
+    """The cost of a prediction."""
 
     prompt_tokens: int
     cached_prompt_tokens: int
@@ -99,7 +99,7 @@ class Prediction:
     fingerprint: str
     determinism: Determinism
     failovers: int
-    # Of the response, equal for all of its predictions:
+    # Fields of the response, equal for all of its predictions:
     id: str
     created: datetime
     model: str
@@ -168,7 +168,7 @@ Event = Started | Delta | Finished
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """What the model would see of a dialog."""
+    """The prompt that the model would get for a dialog."""
 
     ids: tuple[int, ...]
     segments: tuple[str, ...]
@@ -180,7 +180,7 @@ class RenderedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may hold."""
+    """The limits of a request."""
 
     max_dialogs: int
     max_messages: int
@@ -194,7 +194,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is served."""
+    """The served model."""
 
     name: str
     context_length: int

@@ -89,11 +89,11 @@ class ResumableStream:
 
     @property
     def wants_cancel(self) -> bool:
-        """Whether the gateway may still work on it, though nobody reads it any more."""
+        """Whether the gateway may still work on it, though it is not read any more."""
         return bool(self.name) and self._called and not self.ended
 
     def next_request(self) -> NextRequest:
-        """What to send now; the first call begins the time that the stream may take."""
+        """The request to send now; the first call begins the time that the stream may take."""
         if not self._called and self._timeout is not None:
             self._deadline = self._clock() + self._timeout
         self._called = True
@@ -194,12 +194,14 @@ class ResumableStream:
 
 
 class _DifferentAnswerError(Exception):
-    """What was made again is not what had been delivered."""
+    """The repeated answer differs from the one that had been delivered."""
 
 
 @dataclass(slots=True)
 class _Answer:
-    """What the reader has of one answer, and how far the present run of the stream has come."""
+    """The part of one answer that the reader has, and how far the present run of the stream has
+    come.
+    """
 
     started: Started
     text: list[str] = field(default_factory=list)

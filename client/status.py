@@ -1,4 +1,4 @@
-"""What a gateway says of itself and of what is behind it, as frozen dataclasses.
+"""The status of a gateway and of its upstreams, as frozen dataclasses.
 
 Names are the contract's; `protos/llama/v1/operator.proto` and `model.proto` say what each means.
 States that this client is too old to know read as UpstreamState.UNSPECIFIED.
@@ -37,7 +37,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
-    """What a replica loaded."""
+    """The model that a replica loaded."""
 
     name: str
     parameters: int
@@ -83,7 +83,7 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class GatewayStatus:
-    """What one gateway sees."""
+    """The view of one gateway."""
 
     tokenizer: Upstream
     replicas: tuple[ReplicaStatus, ...]

@@ -163,14 +163,14 @@ class Client:
         return results.rendered_prompt(response)
 
     def get_status(self, **options: Unpack[CallOptions]) -> status.GatewayStatus:
-        """What the gateway sees: its replicas, their load, and what runs and waits."""
+        """The gateway's view: its replicas, their load, and what runs and waits."""
         request = requests.get_status(options)
         with self._readable_errors():
             response = self._operator.GetStatus(request, timeout=requests.deadline(options))
         return status.gateway_status(response)
 
     def get_model(self, **options: Unpack[CallOptions]) -> Model:
-        """What is served: model, limits, defaults."""
+        """The served model, limits and defaults."""
         request = requests.get_model(options)
         with self._readable_errors():
             response = self._stub.GetModel(request, timeout=requests.deadline(options))

@@ -67,7 +67,7 @@ class Conversation:
             except (ChasquiError, OSError) as error:
                 if not interactive:
                     raise
-                _note(f"Error: {error}")
+                _say(f"Error: {error}")
 
     def ask(self, question: str) -> None:
         """Prints the answer while it is made. Ctrl-C ends it; what there is of it stays."""
@@ -93,7 +93,7 @@ class Conversation:
             _show([token for delta in deltas for token in delta.tokens])
         answer = "".join(delta.text for delta in deltas)
         if not answer and finish_reason is FinishReason.STOP:
-            _note("(the answer is empty)")
+            _say("(the answer is empty)")
         # A refused question would have every later one refused, too, and a turn needs an answer.
         if finish_reason is FinishReason.SPECIAL_TAGS:
             _note_refusal(question)
@@ -112,7 +112,7 @@ class Conversation:
         kept = without_special_tags(answer)
         if tags := special_tags(answer):
             left_out = "the tags" if kept.strip() else "this turn"
-            _note(
+            _say(
                 f"(the answer holds {' and '.join(tags)}, which no dialog may hold: the "
                 f"conversation goes on without {left_out})"
             )
@@ -129,35 +129,35 @@ class Conversation:
         if count:
             self._dropped_turns += count
             turns = "turn does" if self._dropped_turns == 1 else "turns do"
-            _note(f"(the oldest {self._dropped_turns} {turns} not fit the context any more)")
+            _say(f"(the oldest {self._dropped_turns} {turns} not fit the context any more)")
 
     def _obey(self, text: str) -> None:
         command, _, argument = text.partition(" ")
         match command:
             case "/system" if tags := special_tags(argument):
-                _note(f"instructions must not hold {' or '.join(tags)}: they are as before")
+                _say(f"instructions must not hold {' or '.join(tags)}: they are as before")
             case "/system":
                 self._system = argument.strip() or None
-                _note("instructions set" if self._system else "instructions taken back")
+                _say("instructions set" if self._system else "instructions taken back")
             case "/reset":
                 self._turns, self._dropped_turns = [], 0
-                _note("conversation forgotten")
+                _say("conversation forgotten")
             case "/logprobs":
                 self._options["logprobs"] = not self._options.get("logprobs", False)
-                _note(f"logprobs {'on' if self._options['logprobs'] else 'off'}")
+                _say(f"logprobs {'on' if self._options['logprobs'] else 'off'}")
             case "/save" if argument:
                 self._save(Path(argument.strip()))
             case "/save":
-                _note("/save needs the name of a file")
+                _say("/save needs the name of a file")
             case "/help":
-                _note(HELP)
+                _say(HELP)
             case _:
-                _note(f"there is no {command}; /help lists the commands")
+                _say(f"there is no {command}; /help lists the commands")
 
     def _save(self, path: Path) -> None:
         dialog = json.dumps(self._dialog(), ensure_ascii=False, indent=2)
         path.write_text(f"{dialog}\n", encoding="utf-8")
-        _note(f"saved to {path}")
+        _say(f"saved to {path}")
 
 
 def printed(stream: Iterator[Event]) -> Iterator[Event]:
@@ -190,7 +190,7 @@ def print_choices(stream: Iterator[Event], n: int) -> None:
     for event in printed(in_turn(stream)):
         match event:
             case Started():
-                _note(f"(answer {event.choice_index + 1} of {n}, seed {event.seed})")
+                _say(f"(answer {event.choice_index + 1} of {n}, seed {event.seed})")
             case Finished():
                 _note_ending(event.finish_reason, event.safety_categories)
 
@@ -199,12 +199,12 @@ def _note_ending(reason: FinishReason, categories: Sequence[str]) -> None:
     """Says why an answer ended, where that is not plain to see, and what a classifier found."""
     if reason in _ENDINGS:
         found = f": {', '.join(categories)}" if categories else ""
-        _note(f"({_ENDINGS[reason]}{found})")
+        _say(f"({_ENDINGS[reason]}{found})")
 
 
 def _note_refusal(question: str) -> None:
     if tags := special_tags(question):
-        _note(
+        _say(
             f"(the question holds {' and '.join(tags)}, which no dialog may hold: it was not "
             "answered, and the conversation goes on without it)"
         )
@@ -238,5 +238,5 @@ def _show(tokens: Sequence[Token]) -> None:
         click.echo(f"{token.logprob:9.4f} {exp(token.logprob):7.1%}  {text!r}")
 
 
-def _note(text: str) -> None:
+def _say(text: str) -> None:
     click.secho(text, err=True, dim=True)

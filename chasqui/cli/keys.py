@@ -21,7 +21,7 @@ def keys() -> None:
     multiple=True,
     default=("generate",),
     show_default=True,
-    help="What it may do; may be repeated.",
+    help="a permission of the key; can be repeated",
 )
 def new(name: str, permissions: tuple[str, ...]) -> None:
     """Make a key: print it, once, and the entry for the file given as --api_keys."""

@@ -61,7 +61,7 @@ def _watch(client: Client, *, as_json: bool) -> bool:
 
 
 def table(target: str, found: GatewayStatus) -> str:
-    """What people read; `target` is the gateway's address."""
+    """The text for people; `target` is the gateway's address."""
     return "\n".join(_lines(target, found))
 
 

@@ -42,7 +42,9 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Until:
-    """What ends the sending, whichever comes first; None is no bound. What was sent is awaited."""
+    """The bounds that end the sending, the first that is reached; None is no bound. Requests
+    that were sent are awaited.
+    """
 
     requests: int | None = None
     seconds: float | None = None

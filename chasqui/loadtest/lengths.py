@@ -1,6 +1,6 @@
 """How many tokens prompts and answers have: the distributions that flags spell as text.
 
-A draw knows no bounds; whoever uses it clips it to what the context holds.
+A draw has no bounds; its user clips it to the context length.
 """
 
 import math

@@ -13,7 +13,7 @@ from client.results import Model
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure; `warmup` requests go first, in the same loop, and are not counted."""
+    """A measurement to make; `warmup` requests go first, in the same loop, and are not counted."""
 
     target: str
     loop: Closed | Open
@@ -37,7 +37,7 @@ class Measurement:
 async def measure(plan: Plan, model: Model, access: Access = OPEN) -> Measurement | None:
     """Carries the plan out; None if a signal came before the part that counts.
 
-    InvalidRequestError: the requests cannot be sent at all. What becomes of those that are sent is
+    InvalidRequestError: the requests cannot be sent at all. The results of those that are sent are
     in the measurement.
     """
     # Made for its errors only: inside the run they would be the generator's own.

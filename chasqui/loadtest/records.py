@@ -1,4 +1,4 @@
-"""What is recorded of a run: one record per request, and the latencies that follow from it.
+"""The records of a run: one record per request, and the latencies that follow from it.
 
 Times are seconds since the run began, latencies are seconds. All latencies count from when the
 request was meant to be sent, `intended`, and not from when it was.
@@ -78,7 +78,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What was measured.
+    """A measurement.
 
     `seconds`: from the start of the run to the end of its last answer. `cpu_share`: the time that
     this process computed, all of its threads together, as a share of one core. `interrupted`: the

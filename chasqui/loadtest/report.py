@@ -17,19 +17,19 @@ from chasqui.loadtest.records import Failure, Record, Run, Success
 from chasqui.loadtest.summary import PERCENTILES, Distribution, Summary
 from client.results import Model
 
-# Of one core. The generator computes in one thread, and a busy one sees events late.
+# A share of one core. The generator computes in one thread, and a busy one sees events late.
 BUSY_CPU_SHARE = 0.7
 
 SHOWN_PERCENTILES = (50, 90, 99)
 
 
 def headline(plan: Plan, model: Model) -> str:
-    """What is measured, known before it is."""
+    """The description of a measurement, known before it begins."""
     return f"{model.name} at {plan.target}, {plan.loop}; {plan.workload}\n"
 
 
 def table(measurement: Measurement) -> str:
-    """What people read: counts, rates, latencies in ms, and what is wrong with the measurement."""
+    """The text for people: counts, rates, latencies in ms, and faults of the measurement."""
     return "\n".join(_lines(measurement))
 
 
@@ -65,7 +65,7 @@ def _lines(measurement: Measurement) -> Iterator[str]:
     yield f"{'ms':22}" + "".join(f"{head:>10}" for head in heads)
     for name, distribution in _latencies(summary).items():
         yield f"{name:22}" + _row(distribution)
-    yield from (f"\nnote: {note}" for note in _notes(measurement))
+    yield from (f"\nnote: {text}" for text in _notes(measurement))
 
 
 def _row(distribution: Distribution | None) -> str:

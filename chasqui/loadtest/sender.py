@@ -26,7 +26,7 @@ from client.results import Finished
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 
-# What a closed loop waits after a broken connection, or it would count how fast those fail.
+# The pause of a closed loop after a broken connection: without it the loop would count failures.
 RECONNECT_SECONDS = 1.0
 
 Response = chat_pb2.TextCompleteStreamResponse | chat_pb2.ChatCompleteStreamResponse

@@ -27,7 +27,7 @@ DIALOG_FORMS = '[{"role": …, "content": …}, …] or {"messages": […]}'
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What to ask for.
+    """The requests to send.
 
     With `dialogs` the prompts are those, in turn, and end of sequence ends an answer. Without, they
     are `prompt_tokens` random ids, of which the first `shared_prefix` are the same in all requests,

@@ -1,4 +1,4 @@
-"""What the synchronous and the asyncio client have in common below their methods: how to reach a
+"""The shared base of the synchronous and the asyncio client: how to reach a
 gateway, how to know it, and how to be known.
 """
 
@@ -72,7 +72,7 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a gateway that is not open to everybody asks for."""
+    """The TLS settings and the key of a client."""
 
     tls: Tls | None = None
     api_key: str | None = field(default=None, repr=False)

@@ -51,7 +51,7 @@ async def explained_aio(error: ChasquiError, target: str, tls: "Tls | None") -> 
 
 
 def _problem(address: targets.Address, tls: "Tls | None") -> str | None:
-    """What is wrong between the two sides; None where this connection finds nothing."""
+    """The fault between the two sides; None if this connection finds none."""
     try:
         if _speaks_tls(address):
             if tls is None:

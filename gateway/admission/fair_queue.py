@@ -1,7 +1,7 @@
-"""Who is next when more generations are asked for than run at once: higher priority first, and at
-equal priority the key that was served least. The latter is the Virtual Token Counter of Sheng et
-al., "Fairness in Serving Large Language Models" (OSDI 2024), one for each level of priority. Knows
-no clock and no network, so that fairness can be tested as arithmetic.
+"""The order of waiting generations, when more generations are asked for than run at once: higher
+priority first, and at equal priority the key that was served least. The latter is the Virtual Token
+Counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), one for each level
+of priority. Knows no clock and no network, so that fairness can be tested as arithmetic.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """One generation that somebody asks for; each is equal to itself alone."""
+    """One requested generation; each is equal to itself alone."""
 
     key: str
     weight: float  # its key's share, relative to the other keys'
@@ -40,10 +40,10 @@ class FairQueue:
         self._levels.setdefault(claim.priority, _Level()).push(claim)
 
     def pop(self) -> Claim:
-        """Takes the next in turn out; IndexError when nobody waits. Call `end` for it later."""
+        """Removes the next in turn; IndexError if none waits. Call `end` for it later."""
         waiting = [priority for priority, level in self._levels.items() if len(level)]
         if not waiting:
-            raise IndexError("nobody waits")
+            raise IndexError("none waits")
         return self._levels[max(waiting)].pop()
 
     def remove(self, claim: Claim) -> None:
@@ -69,7 +69,7 @@ class FairQueue:
         return higher + (level.tokens_ahead(key, weight) if level else 0)
 
     def _forget_if_idle(self, priority: int) -> None:
-        # Who was served how much counts only among those who compete.
+        # The tokens that a key was served count only among the keys that compete.
         level = self._levels[priority]
         if not len(level) and not level.running:
             del self._levels[priority]

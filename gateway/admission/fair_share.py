@@ -70,7 +70,7 @@ class SharedRoom:
             del self._used_by_key[holding.key], self._weights[holding.key]
 
     def displaced_by(self, newcomer: Holding, amount: int) -> list[Holding] | None:
-        """What has to be freed so that `newcomer` may take `amount`; None if it may not.
+        """The room to free so that `newcomer` may take `amount`; None if it may not.
 
         The key with the most waiting for its weight loses first: its lowest priority, and of that
         the newest request. No request displaces one of higher priority, which would be served
@@ -99,7 +99,7 @@ class SharedRoom:
     def _waiting_of_others(
         self, newcomer: Holding
     ) -> tuple[dict[str, int], dict[str, list[Holding]]]:
-        """What requests of other keys hold that have not begun, by key; and those of them that
+        """The room of other keys' requests that have not begun, by key; and those of them that
         `newcomer` may displace, the first to go at the end.
         """
         waiting: defaultdict[str, int] = defaultdict(int)

@@ -18,7 +18,7 @@ from gateway.admission.admission import Ticket
 from gateway.generation.answer import Answer
 from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.prefix_index import block_digests
-from gateway.replicas.replica import Replica
+from gateway.replicas.replica import ReplicaClient
 from llama.v1 import model_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_CANCELLED
 from serving.telemetry import request_id
@@ -64,7 +64,7 @@ class Generation:
         self._reports_prompt = start.prompt_logprobs  # with the next tokens
         self._cached_prompt_tokens: int | None = None  # at the first start
         self._computed = False  # a replica spent time on it
-        self._replica: Replica | None = None
+        self._replica: ReplicaClient | None = None
         self._sequence_id = ""  # at that replica
         self._restarts = 0
         self._clock = _Clock()
@@ -116,7 +116,7 @@ class Generation:
                 self.status = Status.STOPPING
                 self._replica.cancel(self._sequence_id)
 
-    def run_at(self, replica: Replica) -> None:
+    def run_at(self, replica: ReplicaClient) -> None:
         """Begins at a replica, or continues there."""
         self.failovers += self.lost
         self.lost = False

@@ -31,7 +31,7 @@ class Discovery:
     async def addresses(self) -> dict[str, str | None]:
         """All addresses now, each with the name it was found under, None if there is none.
 
-        Of a name that cannot be resolved they are the last ones known.
+        For a name that cannot be resolved they are the last ones known.
         """
         await asyncio.gather(*map(self._resolve, self._targets))
         found: dict[str, str | None] = {}

@@ -12,7 +12,7 @@ import structlog
 
 from gateway.replicas.discovery import Discovery
 from gateway.replicas.options import PoolOptions
-from gateway.replicas.replica import Generation, Replica
+from gateway.replicas.replica import Generation, ReplicaClient
 from gateway.replicas.routing import choose
 from gateway.upstream.connect import Connect
 from gateway.upstream.session import UnfitUpstreamError
@@ -35,7 +35,7 @@ class MovingGeneration(Generation, Protocol):
     def block_digests(self) -> list[bytes]:
         """The digests by which replicas that know its beginning are found."""
 
-    def run_at(self, replica: Replica) -> None:
+    def run_at(self, replica: ReplicaClient) -> None:
         """Begins at a replica, or continues there."""
 
     def give_up(self, message: str) -> None:
@@ -58,21 +58,21 @@ class ReplicaPool:
         self._connect = connect
         self._discovery = Discovery(targets)
         self._notify = changed
-        self._members: dict[str, tuple[Replica, asyncio.Task[None]]] = {}
+        self._members: dict[str, tuple[ReplicaClient, asyncio.Task[None]]] = {}
         self._waiting: dict[MovingGeneration, asyncio.TimerHandle] = {}
         self._model: model_pb2.GetModelInfoResponse | None = None  # what was ready last
         self._tokenizer_fingerprint = ""
         self._vocab_size = 0
 
     @property
-    def replicas(self) -> list[Replica]:
+    def replicas(self) -> list[ReplicaClient]:
         """Those that are named or found, and those that still finish what they run, by address;
         may be asked from any thread.
         """
         return sorted(self._all, key=lambda replica: replica.target)
 
     @property
-    def _all(self) -> list[Replica]:
+    def _all(self) -> list[ReplicaClient]:
         # Copied first: other threads look, too, while members come and go.
         return [replica for replica, _ in [*self._members.values()]]
 
@@ -127,7 +127,7 @@ class ReplicaPool:
         for target, name in addresses.items():
             if target not in self._members:
                 timeout = self._options.hang_timeout
-                replica = Replica(
+                replica = ReplicaClient(
                     target, self._check, self._changed, timeout, self._connect, name=name
                 )
                 self._members[target] = replica, tasks.create_task(replica.run())

@@ -1,5 +1,5 @@
-"""What a replica's prefix cache probably holds, as its gateway knows it: the blocks of tokens that
-were sent there or made there lately. It is a guess that costs no call: a wrong one costs the
+"""The probable content of a replica's prefix cache, as its gateway knows it: the blocks of tokens
+that were sent there or made there lately. It is a guess that costs no call: a wrong one costs the
 replica the computation of a prompt that another has in its cache, and nothing else.
 """
 

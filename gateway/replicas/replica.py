@@ -48,7 +48,7 @@ class Generation(Protocol):
         """Handles an event that came at `now` (time.monotonic); whether it was the last."""
 
 
-class Replica:
+class ReplicaClient:
     """A session with one model service; `changed` is called when `ready` may have changed."""
 
     def __init__(

@@ -5,14 +5,16 @@ room, as a sequence that waits loses more than it saves.
 
 from collections.abc import Sequence
 
-from gateway.replicas.replica import Replica
+from gateway.replicas.replica import ReplicaClient
 
 
-def choose(ready: Sequence[Replica], digests: Sequence[bytes], tokens: int) -> Replica | None:
+def choose(
+    ready: Sequence[ReplicaClient], digests: Sequence[bytes], tokens: int
+) -> ReplicaClient | None:
     """The one of `ready` for a prompt of `tokens` tokens whose blocks have these digests.
 
     The longest known beginning among those with room decides, else the least outstanding tokens.
-    Who is late with its load report is chosen only where all are.
+    A replica that is late with its load report is chosen only if all are.
     """
     candidates = [replica for replica in ready if not replica.overdue] or ready
     if not candidates:
@@ -29,7 +31,7 @@ def choose(ready: Sequence[Replica], digests: Sequence[bytes], tokens: int) -> R
     return best
 
 
-def _has_room(replica: Replica, least: Replica, tokens: int) -> bool:
+def _has_room(replica: ReplicaClient, least: ReplicaClient, tokens: int) -> bool:
     """Whether a sequence would run at once, on a replica not much busier than the idlest."""
     info, load = replica.info, replica.load
     if info is None or replica.sequences >= info.max_batch_size:

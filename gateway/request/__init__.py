@@ -1,1 +1,1 @@
-"""What is asked: validation, and prompts in tokens."""
+"""Requests: validation, and prompts in tokens."""

@@ -1,6 +1,7 @@
 """Dialogs and texts to the token ids that the model is given, within the context length.
 
-What cannot fit is not encoded: a text has at least its bytes divided by the longest token's, and
+Text that cannot fit is not encoded: a text has at least its bytes divided by the longest token's,
+and
 where that is too much already, the request is refused, or the dialog loses turns, before the
 tokenizer service sees it. The rest of a request is encoded in one call of `encode`. Only a dialog
 with a system message that must lose turns costs further ones, because the system message is encoded
@@ -24,7 +25,7 @@ _ESTIMATES = 3
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model is given."""
+    """The prompt that the model gets."""
 
     ids: list[int]
     dropped_turns: int = 0

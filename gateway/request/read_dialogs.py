@@ -15,7 +15,7 @@ from serving.request_rules import count_violations
 
 @dataclass(frozen=True, slots=True)
 class Dialogs:
-    """What a request's dialogs are: by field path, and which of them hold special tags."""
+    """A request's dialogs by field path, and which of them hold special tags."""
 
     messages: dict[str, list[dialog.Message]] = field(default_factory=dict)
     unsafe: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""What a request may hold: each field is checked against the range that protos/llama/v1 documents,
+"""The rules of a request: each field is checked against the range that protos/llama/v1 documents,
 and every violation is gathered with its field path, so that a client mends all of them at once. The
 rules that the model service and `llama.Llama` check too are in `serving.request_rules`.
 """
@@ -31,7 +31,7 @@ from serving.security.caller import CallerLimits
 STREAM_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 
-# What absent fields mean; `max_gen_len` has a default too, which depends on the context length.
+# The values of absent fields; `max_gen_len` has a default too, which depends on the context length.
 SAMPLING_DEFAULTS = SamplingParams(
     temperature=DEFAULT_TEMPERATURE,
     top_p=DEFAULT_TOP_P,
@@ -55,7 +55,7 @@ TextRequest = chat_pb2.TextCompleteRequest | chat_pb2.TextCompleteStreamRequest
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request may hold, as configured."""
+    """The configured limits of a request."""
 
     max_dialogs: int
     max_messages: int
@@ -64,8 +64,9 @@ class RequestLimits:
     max_priority: int = MAX_PRIORITY
 
     def within(self, key: CallerLimits) -> "RequestLimits":
-        """The same for a caller who may have less. What is above its bounds even alone would be
-        turned away for ever, but be told to try again.
+        """The same for a caller who may have less.
+
+        A request above the bounds even alone would be refused for ever, but be told to try again.
         """
         max_sequences = self.max_sequences
         if key.max_sequences is not None:
@@ -81,7 +82,7 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a checked request asks for."""
+    """The options of a checked request."""
 
     sampling: SamplingParams  # defaults filled in, without `stop` and perhaps without `seed`
     stop: tuple[StopString, ...]

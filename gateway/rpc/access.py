@@ -1,4 +1,4 @@
-"""Who may call what of the gateway, and for how long a connection lasts."""
+"""Permissions of the gateway's services, and how long a connection lasts."""
 
 from gateway.settings import GatewaySettings
 from llama.v1 import chat_pb2, operator_pb2

@@ -27,7 +27,9 @@ _STATES = {
 
 
 class RequestMetrics:
-    """What requests took and made. Keys are told by their configured names, so there are few."""
+    """Metrics of requests: time and tokens. Keys are told by their configured names, so there are
+    few.
+    """
 
     def __init__(self) -> None:
         self.inter_token = Histogram(  # the only one observed with every token: 1 µs

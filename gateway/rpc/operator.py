@@ -1,4 +1,4 @@
-"""What whoever runs a gateway can ask it. All of it is kept elsewhere: this only says it."""
+"""OperatorService: read-only status of the gateway. Holds no state."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from gateway.admission.admission import Admission
-from gateway.replicas.replica import Replica
+from gateway.replicas.replica import ReplicaClient
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.upstreams import Backend
 from gateway.upstream.session import Upstream
@@ -52,7 +52,7 @@ def _upstream(upstream: Upstream) -> operator_pb2.Upstream:
     )
 
 
-def _replica_status(replica: Replica) -> operator_pb2.ReplicaStatus:
+def _replica_status(replica: ReplicaClient) -> operator_pb2.ReplicaStatus:
     age = replica.load_age
     return operator_pb2.ReplicaStatus(
         upstream=_upstream(replica.upstream),

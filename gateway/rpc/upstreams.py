@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from gateway.replicas.options import PoolOptions
 from gateway.replicas.pool import ReplicaPool
-from gateway.safety.classifier import Classifier
+from gateway.safety.classifier import SafetyClient
 from gateway.safety.options import SafetyOptions
-from gateway.text.tokenizer import Tokenizer
+from gateway.text.tokenizer import TokenizerClient
 from gateway.upstream.connect import Connect, plaintext
 from serving.server import Health
 
@@ -27,11 +27,13 @@ class Backend:
         safety: SafetyOptions | None = None,
     ) -> None:
         self._changed = asyncio.Event()
-        self.tokenizer = Tokenizer(
+        self.tokenizer = TokenizerClient(
             tokenizer_target, self._changed.set, connect, options.failover_timeout
         )
         self.replicas = ReplicaPool(model_targets, self._changed.set, options, connect)
-        self.classifier = None if safety is None else Classifier(safety, self._changed.set, connect)
+        self.classifier = (
+            None if safety is None else SafetyClient(safety, self._changed.set, connect)
+        )
 
     async def run(self, health: Health) -> None:
         """Keeps the sessions and the health; ends when cancelled."""
@@ -48,8 +50,8 @@ class Backend:
     @property
     def ready(self) -> bool:
         """Whether requests can be answered."""
-        judged = self.classifier is None or self.classifier.ready
-        return self.tokenizer.ready and self.replicas.ready_count > 0 and judged
+        can_judge = self.classifier is None or self.classifier.ready
+        return self.tokenizer.ready and self.replicas.ready_count > 0 and can_judge
 
     async def _run_replicas(self) -> None:
         vocabulary = await self.tokenizer.loaded()

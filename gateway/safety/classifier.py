@@ -1,6 +1,7 @@
-"""The gateway's side of the safety service: one `Classify` at a time, within its time, and what it
-means that there is none. Closed, a request that nobody can judge fails; open, it goes on unjudged,
-which is logged once per outage and counted. No text of anybody is ever logged here.
+"""The client of the safety service: one `Classify` call for each judgement, with a timeout.
+
+If the service does not answer, a request fails (closed) or goes on unjudged (open); the latter is
+logged once per outage and counted. No texts of users are logged here.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ _ROLES = {
     dialog.ASSISTANT: chat_pb2.ROLE_ASSISTANT,
 }
 
-# What is judged: the last message of a dialog, or a text.
+# The text to judge: the last message of a dialog, or a text.
 Subject = Sequence[Message] | str
 TimeRemaining = Callable[[], float | None]
 
@@ -47,7 +48,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What the classifier found; `categories` are its own words, none where it found nothing."""
+    """The verdict of the classifier; `categories` are its own words, none if it found nothing."""
 
     unsafe: bool
     categories: tuple[str, ...] = ()
@@ -56,7 +57,7 @@ class Judgement:
 SAFE = Judgement(unsafe=False)
 
 
-class Classifier:
+class SafetyClient:
     """A session with a safety service; `changed` is called when `ready` may have changed."""
 
     def __init__(
@@ -82,7 +83,7 @@ class Classifier:
         await keep_session(self.upstream, self._session)
 
     async def judge(self, subject: Subject, time_remaining: TimeRemaining) -> Judgement:
-        """What the classifier says; without its answer UNAVAILABLE if closed, SAFE if open.
+        """The classifier's verdict; without its answer UNAVAILABLE if closed, SAFE if open.
 
         Closed, a service that restarts costs a pause: it is waited for as long as one judgement may
         take. Open, nothing is waited for that is known to be away.

@@ -11,20 +11,20 @@ from typing import Any
 from gateway.generation.completion import Event, Place, PlacedEvent, Refusal, Started
 from gateway.request.prompts import Prompt
 from gateway.request.validation import Options
-from gateway.safety.classifier import Classifier, Judgement, Subject, TimeRemaining
-from gateway.safety.moderation_buffer import HeldAnswer
+from gateway.safety.classifier import Judgement, SafetyClient, Subject, TimeRemaining
+from gateway.safety.moderation_buffer import ModerationBuffer
 from llama.prompt_format.dialog import Message, drop_oldest_turns
 from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY
 
-# How the chat models themselves decline. A text has nobody who could: its continuation is empty.
+# The refusal that the chat models themselves give. The continuation of an unsafe text is empty.
 DIALOG_REFUSAL = "I apologize, but I cannot fulfill your request."
 
 
 def dialogs_to_judge(
     prompts: Sequence[Prompt | Refusal], dialogs: Sequence[Sequence[Message]]
 ) -> list[Subject]:
-    """What each prompt was made of. It is held until the answers end, so nothing is in it that was
-    dropped or refused.
+    """The dialog or text that each prompt was made of. It is held until the answers end, so nothing
+    is in it that was dropped or refused.
     """
     return [
         () if isinstance(prompt, Refusal) else drop_oldest_turns(dialog, prompt.dropped_turns)
@@ -37,7 +37,7 @@ class Guard:
 
     def __init__(
         self,
-        classifier: Classifier,
+        classifier: SafetyClient,
         subjects: Sequence[Subject],
         options: Options,
         time_remaining: TimeRemaining,
@@ -47,7 +47,7 @@ class Guard:
         self._options = options
         self._time_remaining = time_remaining
         self._unjudged: set[int] = set()  # subjects that are refused, so that nothing is made
-        self._answers: dict[Place, HeldAnswer] = {}
+        self._answers: dict[Place, ModerationBuffer] = {}
         self._judging: dict[asyncio.Task[Judgement], Place] = {}
 
     async def check(self, prompts: Sequence[Prompt | Refusal]) -> list[Prompt | Refusal]:
@@ -74,62 +74,62 @@ class Guard:
     ) -> AsyncGenerator[PlacedEvent, None]:
         """The events of the checked prompts, each as soon as it may be shown; owns `events`.
 
-        `cancel` ends an answer that is unsafe. Whoever iterates must close this, as `complete`.
+        `cancel` ends an answer that is unsafe. Close this after use, as `complete`.
         """
         async with aclosing(events):
-            coming: asyncio.Task[PlacedEvent | None] | None = _read(events)
+            next_event: asyncio.Task[PlacedEvent | None] | None = _read(events)
             try:
-                while coming or self._judging:
+                while next_event or self._judging:
                     waited_for: list[asyncio.Task[Any]] = [*self._judging]
-                    if coming:
-                        waited_for.append(coming)
+                    if next_event:
+                        waited_for.append(next_event)
                     await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-                    for shown in self._take_judgements(cancel):
+                    for shown in self._on_verdicts(cancel):
                         yield shown
-                    if coming and coming.done():
-                        placed = coming.result()
-                        coming = None
+                    if next_event and next_event.done():
+                        placed = next_event.result()
+                        next_event = None
                         if placed is not None:
-                            for shown in self._take(*placed):
+                            for shown in self._on_event(*placed):
                                 yield shown
-                            coming = _read(events)
+                            next_event = _read(events)
             finally:
-                reading = coming is not None and not coming.done()
-                await _cancel([*self._judging, *([coming] if coming else [])])
+                reading = next_event is not None and not next_event.done()
+                await _cancel([*self._judging, *([next_event] if next_event else [])])
                 # Closing `events` may fail: RESOURCE_EXHAUSTED where the client read too slowly.
-                if coming and reading and not coming.cancelled():
-                    coming.result()
+                if next_event and reading and not next_event.cancelled():
+                    next_event.result()
 
-    def _take(self, place: Place, event: Event) -> Iterator[PlacedEvent]:
+    def _on_event(self, place: Place, event: Event) -> Iterator[PlacedEvent]:
         if isinstance(event, Started):
             if place.index not in self._unjudged:
                 self._answers[place] = self._hold(place)
             yield place, event
         elif place in self._answers:
-            yield from self._show(place, self._answers[place].take(event))
+            yield from self._show(place, self._answers[place].on_event(event))
         else:
             yield place, event
 
-    def _take_judgements(self, cancel: Callable[[Place], None]) -> Iterator[PlacedEvent]:
+    def _on_verdicts(self, cancel: Callable[[Place], None]) -> Iterator[PlacedEvent]:
         for task in [task for task in self._judging if task.done()]:
             place, judgement = self._judging.pop(task), task.result()
             if judgement.unsafe:
                 cancel(place)
-            yield from self._show(place, self._answers[place].judged(judgement))
+            yield from self._show(place, self._answers[place].on_verdict(judgement))
 
     def _show(self, place: Place, events: Iterable[Event]) -> Iterator[PlacedEvent]:
         """Also has the next chunk judged, if there is one."""
-        subject = self._answers[place].due()
+        subject = self._answers[place].next_chunk()
         if subject is not None:
             self._judging[self._judge(subject)] = place
         for event in events:
             yield place, event
 
-    def _hold(self, place: Place) -> HeldAnswer:
+    def _hold(self, place: Place) -> ModerationBuffer:
         subject = self._subjects[place.index]
         if self._options.echo:
             subject = ""  # the answer begins with it
-        return HeldAnswer(subject, self._classifier.chunk, logprobs=self._options.logprobs)
+        return ModerationBuffer(subject, self._classifier.chunk, logprobs=self._options.logprobs)
 
     def _judge(self, subject: Subject) -> asyncio.Task[Judgement]:
         return asyncio.create_task(self._classifier.judge(subject, self._time_remaining))

@@ -17,12 +17,12 @@ from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY
 _LONGEST_CHUNK = 2
 
 
-class HeldAnswer:
-    """What was made of an answer and not yet shown.
+class ModerationBuffer:
+    """The part of an answer that was made and not yet shown.
 
-    `take` and `judged` return what may be shown now; after either, `due` says whether something is
-    to be judged. With `logprobs` the answer is read from its tokens, which come before their text
-    where that could still become a stop string.
+    `on_event` and `on_verdict` return what may be shown now; after either, `next_chunk` says
+    whether something is to be judged. With `logprobs` the answer is read from its tokens, which
+    come before their text where that could still become a stop string.
     """
 
     def __init__(self, subject: Subject, chunk: int, *, logprobs: bool) -> None:
@@ -39,7 +39,7 @@ class HeldAnswer:
         self._unsafe: Judgement | None = None
         self._finished: Finished | None = None
 
-    def take(self, event: Delta | Finished) -> list[Event]:
+    def on_event(self, event: Delta | Finished) -> list[Event]:
         """More of the answer."""
         if isinstance(event, Finished):
             self._finished = event
@@ -47,7 +47,7 @@ class HeldAnswer:
             self._hold(event)
         return self._end()
 
-    def due(self) -> Subject | None:
+    def next_chunk(self) -> Subject | None:
         """The answer up to the end of a chunk, in its dialog or text; None while none is due."""
         if self._in_judgement is not None or not self._held_size:
             return None
@@ -57,8 +57,8 @@ class HeldAnswer:
             return self._judge(len(self._held), self._held_size)
         return None
 
-    def judged(self, judgement: Judgement) -> list[Event]:
-        """What the classifier said of what was due."""
+    def on_verdict(self, judgement: Judgement) -> list[Event]:
+        """Handles the verdict on the last chunk."""
         chunk, self._in_judgement = self._in_judgement or [], None
         if judgement.unsafe:
             self._unsafe = judgement

@@ -22,7 +22,7 @@ def _next_byte(error: UnicodeError) -> int:
 
 
 class PieceKind(IntEnum):
-    """What a piece is; the numbers are those of `llama.v1.PieceKind`."""
+    """The kind of a piece; the numbers are those of `llama.v1.PieceKind`."""
 
     NORMAL = 1
     CONTROL = 2
@@ -32,12 +32,13 @@ class PieceKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What each token id stands for; three ways to look at it, precomputed."""
+    """The texts of each token id, in three forms, precomputed."""
 
     pieces: tuple[bytes, ...]
-    # What the id adds inside a text; None for a byte piece, whose text depends on its neighbours.
+    # The text that the id adds inside a text; None for a byte piece, whose text depends on its
+    # neighbours.
     inner_texts: tuple[str | None, ...]
-    # What the id decodes to on its own.
+    # The text of the id on its own.
     lone_texts: tuple[str, ...]
     eos_id: int
     # No token stands for more bytes of an encoded text; None where there is no bound.
@@ -99,11 +100,11 @@ class Detokenizer:
         return self.finish() + inner_text
 
     def finish(self) -> str:
-        """What an unfinished character leaves when no byte follows it."""
+        """The text of an unfinished character that no byte follows."""
         return self._utf8.decode(b"", final=True)
 
 
 def text_of(ids: Iterable[int], vocabulary: Vocabulary) -> str:
-    """What `ids` decode to."""
+    """The text that `ids` decode to."""
     detokenizer = Detokenizer(vocabulary)
     return "".join(map(detokenizer.push, ids)) + detokenizer.finish()

@@ -67,6 +67,6 @@ class StopFilter:
         return pending[:certain]
 
     def finish(self) -> str:
-        """What is still held back when no more text follows."""
+        """The text that is still held back when no more follows."""
         held, self._held = self._held, ""
         return held

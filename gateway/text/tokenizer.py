@@ -32,19 +32,20 @@ from serving.security import caller
 
 SERVICE = "llama.v1.TokenizerService"
 MAX_SEGMENTS_PER_CALL = 4096  # the contract's limit
-# Of the texts in one call: a large request is encoded in pieces, and others take turns with it.
+# Bytes of the texts in one call: a large request is encoded in pieces, and others take turns with
+# it.
 BYTES_PER_CALL = 256 * 1024
-# Of the texts that are encoded at once, for all callers; others wait for their turn.
+# Bytes of the texts that are encoded at once, for all callers; others wait for their turn.
 MAX_BYTES_AT_ONCE = 1024 * 1024
-# What a segment costs beyond its bytes.
+# The cost of a segment beyond its bytes.
 _SEGMENT_BYTES = 64
-# What a call gets whose server goes away.
+# The status of a call whose server goes away.
 _CUT_OFF = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class Tokenizer:
+class TokenizerClient:
     """A session with the tokenizer service; `changed` is called when `ready` may have changed."""
 
     def __init__(
@@ -141,7 +142,7 @@ class Tokenizer:
     async def _session(self) -> None:
         async with connected(self._connect, self.upstream.target) as channel:
             stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
-            self._take(await stub.GetVocabulary(tokenizer_pb2.GetVocabularyRequest()))
+            self._set_vocabulary(await stub.GetVocabulary(tokenizer_pb2.GetVocabularyRequest()))
             self._stub = stub
             try:
                 await follow_health(channel, SERVICE, self.upstream)
@@ -150,7 +151,7 @@ class Tokenizer:
                 self._stub = None
                 self.upstream.become(UPSTREAM_STATE_CONNECTING, "the session broke")
 
-    def _take(self, response: tokenizer_pb2.GetVocabularyResponse) -> None:
+    def _set_vocabulary(self, response: tokenizer_pb2.GetVocabularyResponse) -> None:
         if self._vocabulary is None:
             self._vocabulary = Vocabulary.build(
                 ((piece.bytes, piece.kind) for piece in response.pieces),
@@ -194,7 +195,7 @@ def _unavailable() -> RequestError:
 
 
 def _refusal(error: grpc.aio.AioRpcError) -> RequestError | None:
-    """What a failed Encode means for the request; None: it is a bug."""
+    """The error of a request whose Encode failed; None: it is a bug."""
     match error.code():
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return RequestError(error.code(), "the deadline passed while the prompt was encoded")

@@ -16,7 +16,7 @@ from serving.server import channel
 # Shorter than the longest pause between two sessions, after which one counts as begun.
 CONNECT_SECONDS = 4.0
 
-# What gRPC says of a connection that TLS prevents, and what it means here.
+# gRPC's messages for a connection that TLS prevents, and their meaning here.
 _TLS_PROBLEMS = (
     ("WRONG_VERSION_NUMBER", "it speaks plaintext; --upstream_ca makes this gateway speak TLS"),
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is not valid by --upstream_ca"),
@@ -68,7 +68,7 @@ async def connected(
 
 
 def failure_reason(error: grpc.aio.AioRpcError) -> str:
-    """Why a call failed, for whoever set the gateway up."""
+    """Why a call failed, for the operator of the gateway."""
     details = error.details() or ""
     if details.startswith("failed to connect"):
         for sign, meaning in _TLS_PROBLEMS:

@@ -33,7 +33,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class UpstreamError(Exception):
-    """The upstream cannot be used now; the message says why, to whoever runs the services."""
+    """The upstream cannot be used now; the message tells the operator why."""
 
 
 class UnfitUpstreamError(UpstreamError):
@@ -71,7 +71,7 @@ class Upstream:
         self._changed()
 
     def told(self, *, serving: bool) -> None:
-        """What its health service said."""
+        """The answer of its health service."""
         if serving:
             self.become(UPSTREAM_STATE_SERVING)
         else:
@@ -119,7 +119,7 @@ async def follow_health(channel: grpc.aio.Channel, service: str, upstream: Upstr
 
 
 async def answer(call: grpc.aio.UnaryUnaryCall[RequestT, ResponseT]) -> ResponseT:
-    """What a unary call gets; with its task, the call ends.
+    """The response of a unary call; with its task, the call ends.
 
     Raises:
         grpc.aio.AioRpcError: it failed.

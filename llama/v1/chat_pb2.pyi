@@ -67,7 +67,7 @@ class _ContextPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Context
     """
 
 class ContextPolicy(_ContextPolicy, metaclass=_ContextPolicyEnumTypeWrapper):
-    """What happens to a dialog that does not fit the context length."""
+    """The treatment of a dialog that does not fit the context length."""
 
 CONTEXT_POLICY_UNSPECIFIED: ContextPolicy.ValueType  # 0
 """As CONTEXT_POLICY_REJECT."""
@@ -160,7 +160,7 @@ class ChatCompleteRequest(_message.Message):
     GetModelResponse.limits.max_top_logprobs; needs `logprobs`.
     """
     context_policy: Global___ContextPolicy.ValueType
-    """What to do with a dialog that is too long."""
+    """The treatment of a dialog that is too long."""
     priority: _builtins.int
     """When requests wait, those of higher priority go first; those of equal priority take turns by caller.
     Range -100 to 100, and at most what the caller's key allows; default 0.
@@ -271,7 +271,7 @@ class ChatCompleteStreamRequest(_message.Message):
     GetModelResponse.limits.max_top_logprobs; needs `logprobs`.
     """
     context_policy: Global___ContextPolicy.ValueType
-    """What to do with a dialog that is too long."""
+    """The treatment of a dialog that is too long."""
     priority: _builtins.int
     """When requests wait, those of higher priority go first; those of equal priority take turns by caller.
     Range -100 to 100, and at most what the caller's key allows; default 0.
@@ -629,7 +629,7 @@ class Prediction(_message.Message):
     be exact, and with DETERMINISM_BATCH_INVARIANT that is enough.
     """
     determinism: _sampling_pb2.Determinism.ValueType
-    """What a replay of it may depend on."""
+    """The conditions of an exact replay of it."""
     failovers: _builtins.int
     """How often it continued on another replica because its replica was lost. With
     DETERMINISM_BATCH_INVARIANT the tokens are the same as without.
@@ -644,12 +644,12 @@ class Prediction(_message.Message):
 
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """What it cost."""
+        """Its cost."""
 
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams:
         """The sampling parameters as they were applied: defaults filled in, max_gen_len and min_gen_len at most
-        what the context leaves, and the seed that the tokens are drawn with. What is absent is off.
+        what the context leaves, and the seed that the tokens are drawn with. An absent parameter is off.
         """
 
     def __init__(
@@ -854,7 +854,7 @@ class Finished(_message.Message):
 
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """What it cost."""
+        """Its cost."""
 
     def __init__(
         self,
@@ -968,7 +968,7 @@ Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """What a prediction cost."""
+    """The cost of a prediction."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1004,9 +1004,7 @@ class Usage(_message.Message):
 
     @_builtins.property
     def compute_time(self) -> _duration_pb2.Duration:
-        """This answer's share of model time: each step's time, split over the tokens it computed. What lost
-        replicas spent on it is not known and not counted.
-        """
+        """This answer's share of model time: each step's time, split over the tokens it computed. The time that lost replicas spent on it is not known and not counted."""
 
     def __init__(
         self,
@@ -1130,7 +1128,7 @@ class RenderPromptRequest(_message.Message):
     model: _builtins.str
     """As ChatCompleteRequest.model."""
     context_policy: Global___ContextPolicy.ValueType
-    """What to do with a dialog that is too long."""
+    """The treatment of a dialog that is too long."""
     max_gen_len: _builtins.int
     """`SamplingParams.max_gen_len` of the request to come: CONTEXT_POLICY_DROP_OLDEST_TURNS keeps room
     for it. Default: context length - 1.
@@ -1159,7 +1157,7 @@ Global___RenderPromptRequest: _TypeAlias = RenderPromptRequest  # noqa: Y015
 
 @_typing.final
 class RenderPromptResponse(_message.Message):
-    """What the model would see."""
+    """The prompt that the model would get."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1264,14 +1262,14 @@ class GetModelResponse(_message.Message):
     fingerprint: _builtins.str
     """As Prediction.fingerprint, of the answers that are generated now."""
     determinism: _sampling_pb2.Determinism.ValueType
-    """What a replay may depend on."""
+    """The conditions of an exact replay."""
     @_builtins.property
     def limits(self) -> Global___Limits:
-        """What a request of this caller may hold: the gateway's limits, and those of the caller's key."""
+        """The limits of this caller's requests: the gateway's limits, and those of the caller's key."""
 
     @_builtins.property
     def sampling_defaults(self) -> _sampling_pb2.SamplingParams:
-        """What absent sampling fields mean."""
+        """The values of absent sampling fields."""
 
     def __init__(
         self,
@@ -1299,7 +1297,7 @@ Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """What a request may hold."""
+    """The limits of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

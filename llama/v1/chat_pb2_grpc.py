@@ -124,7 +124,7 @@ class ChatServiceServicer(object):
 
     def CancelStream(self, request, context):
         """Ends a named stream, whether a call reads it or not, and forgets it; a call that reads it ends with
-        CANCELLED. What it used is free within one step. NOT_FOUND as for ResumeStream.
+        CANCELLED. Its memory is free within one step. NOT_FOUND as for ResumeStream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,7 +53,7 @@ class ChatServiceStub:
     """
     CancelStream: _grpc.UnaryUnaryMultiCallable[_chat_pb2.CancelStreamRequest, _chat_pb2.CancelStreamResponse]
     """Ends a named stream, whether a call reads it or not, and forgets it; a call that reads it ends with
-    CANCELLED. What it used is free within one step. NOT_FOUND as for ResumeStream.
+    CANCELLED. Its memory is free within one step. NOT_FOUND as for ResumeStream.
     """
     RenderPrompt: _grpc.UnaryUnaryMultiCallable[_chat_pb2.RenderPromptRequest, _chat_pb2.RenderPromptResponse]
     """Returns the exact token ids and text that a dialog becomes. Uses no model time."""
@@ -85,7 +85,7 @@ class ChatServiceAsyncStub(ChatServiceStub):
     """
     CancelStream: _aio.UnaryUnaryMultiCallable[_chat_pb2.CancelStreamRequest, _chat_pb2.CancelStreamResponse]  # type: ignore[assignment]
     """Ends a named stream, whether a call reads it or not, and forgets it; a call that reads it ends with
-    CANCELLED. What it used is free within one step. NOT_FOUND as for ResumeStream.
+    CANCELLED. Its memory is free within one step. NOT_FOUND as for ResumeStream.
     """
     RenderPrompt: _aio.UnaryUnaryMultiCallable[_chat_pb2.RenderPromptRequest, _chat_pb2.RenderPromptResponse]  # type: ignore[assignment]
     """Returns the exact token ids and text that a dialog becomes. Uses no model time."""
@@ -150,7 +150,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.CancelStreamResponse, _abc.Awaitable[_chat_pb2.CancelStreamResponse]]:
         """Ends a named stream, whether a call reads it or not, and forgets it; a call that reads it ends with
-        CANCELLED. What it used is free within one step. NOT_FOUND as for ResumeStream.
+        CANCELLED. Its memory is free within one step. NOT_FOUND as for ResumeStream.
         """
 
     @_abc_1.abstractmethod

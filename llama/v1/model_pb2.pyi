@@ -308,7 +308,7 @@ class SequenceError(_message.Message):
     code: _builtins.int
     """A google.rpc.Code."""
     message: _builtins.str
-    """What went wrong, and what the caller can do about it."""
+    """The error, and what the caller can do about it."""
     def __init__(
         self,
         *,
@@ -419,7 +419,7 @@ class GetModelInfoResponse(_message.Message):
     fingerprint: _builtins.str
     """Weights, shard count, arithmetic types and kernels, as one short hash."""
     determinism: _sampling_pb2.Determinism.ValueType
-    """What a replay may depend on."""
+    """The conditions of an exact replay."""
     tokenizer_fingerprint: _builtins.str
     """SHA-256 of the tokenizer's model file, if the service was given one; else empty."""
     max_batch_size: _builtins.int
@@ -467,7 +467,7 @@ Global___GetLoadRequest: _TypeAlias = GetLoadRequest  # noqa: Y015
 
 @_typing.final
 class GetLoadResponse(_message.Message):
-    """What the engine is doing now."""
+    """The engine's present load."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

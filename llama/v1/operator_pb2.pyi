@@ -122,7 +122,7 @@ class ReplicaStatus(_message.Message):
 
     @_builtins.property
     def info(self) -> _model_pb2.GetModelInfoResponse:
-        """What it loaded; absent before the first connection."""
+        """The model that it loaded; absent before the first connection."""
 
     @_builtins.property
     def load(self) -> _model_pb2.GetLoadResponse:
@@ -154,7 +154,7 @@ Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
-    """What this gateway sees now."""
+    """This gateway's present view."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

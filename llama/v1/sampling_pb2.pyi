@@ -40,7 +40,7 @@ class _DeterminismEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Determini
     """The logits do not depend on any of these, to the last bit: a replay gives the same tokens."""
 
 class Determinism(_Determinism, metaclass=_DeterminismEnumTypeWrapper):
-    """What a replay may depend on. A replay is the same prompt and settings with the same seed, on a replica
+    """The conditions of an exact replay. A replay is the same prompt and settings with the same seed, on a replica
     with the same fingerprint: a call that is repeated, or a generation that continues on another replica.
     """
 

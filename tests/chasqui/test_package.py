@@ -1,4 +1,4 @@
-"""What `import chasqui` gives its users."""
+"""The names that `import chasqui` gives its users."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""What the clients' arguments become on the wire."""
+"""The clients' arguments on the wire."""
 
 import math
 import sys

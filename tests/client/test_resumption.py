@@ -1,4 +1,4 @@
-"""What a stream does when its connection breaks, told without a network."""
+"""Streams whose connection breaks, without a network."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ class Reader:
         self.stream = ResumableStream(request, self.timeout, 30.0, self.clock)
         self.request = self.stream.next_request()
 
-    def take(self, response: TextCompleteStreamResponse) -> None:
+    def append(self, response: TextCompleteStreamResponse) -> None:
         event = self.stream.on_response(response)
         self.events += [] if event is None else [event]
 
@@ -90,11 +90,11 @@ def run_of(
 def repeated(reader: Reader, responses: Iterator[TextCompleteStreamResponse]) -> None:
     """Reads up to the middle, loses the gateway, and reads what the next one makes."""
     for response in [*run_of(["Chasquis ", "ran by day"])][:3]:
-        reader.take(response)
+        reader.append(response)
     reader.fails(BROKEN)
     reader.fails(UNKNOWN)
     for response in responses:
-        reader.take(response)
+        reader.append(response)
 
 
 @st.composite
@@ -125,7 +125,7 @@ def test_any_pattern_of_breaks_and_restarts_delivers_each_token_once(
             if position == len(responses) - 1 and number < len(drawn) - 1:
                 reader.fails(UNKNOWN)
                 break
-            reader.take(response)
+            reader.append(response)
     deltas = [event for event in reader.events if isinstance(event, Delta)]
     assert "".join(event.text for event in deltas) == ANSWER
     assert "".join(chr(token.id) for event in deltas for token in event.tokens) == ANSWER
@@ -167,14 +167,14 @@ def test_several_prompts_without_a_seed_are_not_repeated() -> None:
 def test_event_that_is_missing_is_an_error() -> None:
     started, _, finished = run_of([ANSWER])
     reader = Reader()
-    reader.take(started)
+    reader.append(started)
     with pytest.raises(StreamLostError, match="event 3 came after event 1"):
-        reader.take(finished)
+        reader.append(finished)
 
 
 def test_pauses_grow_until_the_stream_is_given_up() -> None:
     reader = Reader()
-    reader.take(next(run_of([ANSWER])))
+    reader.append(next(run_of([ANSWER])))
     pauses: list[float] = []
     with pytest.raises(StreamLostError, match="could not be resumed within 30 seconds"):
         pauses.extend(iter(lambda: reader.fails(REFUSED), None))
@@ -184,7 +184,7 @@ def test_pauses_grow_until_the_stream_is_given_up() -> None:
 
 def test_deadline_holds_over_all_calls() -> None:
     reader = Reader(timeout=5)
-    reader.take(next(run_of([ANSWER])))
+    reader.append(next(run_of([ANSWER])))
     reader.clock.now += 2
     assert reader.stream.time_left() == 3
     with pytest.raises(DeadlineExceededError):
@@ -199,7 +199,7 @@ def test_stream_that_never_reached_a_gateway_fails_at_once() -> None:
 
 def test_error_of_the_gateway_ends_the_stream() -> None:
     reader = Reader()
-    reader.take(next(run_of([ANSWER])))
+    reader.append(next(run_of([ANSWER])))
     with pytest.raises(UnavailableError, match="no replica"):
         reader.fails(UnavailableError("no replica", request_id="abc"))
     assert not reader.stream.wants_cancel
@@ -207,7 +207,7 @@ def test_error_of_the_gateway_ends_the_stream() -> None:
 
 def test_restarted_gateway_is_waited_for_until_it_takes_the_stream() -> None:
     reader = Reader()
-    reader.take(next(run_of([ANSWER])))
+    reader.append(next(run_of([ANSWER])))
     reader.fails(UNKNOWN)
     waited = reader.fails(UnavailableError("no replica", request_id="abc", retry_after=2.0))
     assert waited == 2.0

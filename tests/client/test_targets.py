@@ -1,4 +1,4 @@
-"""What a target may be, which are this machine, and when a proxy is on the way."""
+"""Targets: valid ones, those on this machine, and those behind a proxy."""
 
 import asyncio
 import socket

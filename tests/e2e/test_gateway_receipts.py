@@ -1,4 +1,4 @@
-"""What an answer says of itself: its parameters, what ended it, and its tokens' ranks."""
+"""The receipt of an answer: its parameters, what ended it, and its tokens' ranks."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any

@@ -133,7 +133,7 @@ class RunningGateway:
 
 
 class Log:
-    """What this process logs, for tests that wait until something is said."""
+    """The log of this process, for tests that wait for a line."""
 
     def __init__(self) -> None:
         self._entries: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
@@ -151,7 +151,7 @@ class Log:
         return entry
 
     def rest(self) -> list[MutableMapping[str, Any]]:
-        """The entries that nobody waited for."""
+        """The entries that no test waited for."""
         return [self._entries.get_nowait() for _ in range(self._entries.qsize())]
 
 

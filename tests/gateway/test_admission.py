@@ -1,4 +1,4 @@
-"""Who is let in, who waits, and what those who are not let in are told."""
+"""Requests that are admitted, that wait, and that are refused."""
 
 import asyncio
 from contextlib import ExitStack

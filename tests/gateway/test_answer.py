@@ -1,4 +1,4 @@
-"""What a client reads of one generation, event by event."""
+"""The text and tokens of one generation, event by event."""
 
 from typing import Any
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from gateway.replicas.prefix_index import BLOCK, block_digests
-from gateway.replicas.replica import Replica
+from gateway.replicas.replica import ReplicaClient
 from gateway.replicas.routing import choose
 from gateway.upstream.connect import plaintext
 from llama.v1.model_pb2 import GetLoadResponse, GetModelInfoResponse, StartSequence, TokenEvent
@@ -21,15 +21,15 @@ class Running:
 
 
 PROMPT = list(range(3 * BLOCK))
-MakeReplica = Callable[..., Replica]
+MakeReplica = Callable[..., ReplicaClient]
 
 
 @pytest.fixture
 async def replica() -> MakeReplica:
     """A replica that knows the first `known` blocks of PROMPT and runs `running` sequences."""
 
-    def make(known: int = 0, running: int = 0, tokens: int = 10, **load: int) -> Replica:
-        made = Replica("127.0.0.1:1", lambda _: None, lambda: None, 1.0, plaintext)
+    def make(known: int = 0, running: int = 0, tokens: int = 10, **load: int) -> ReplicaClient:
+        made = ReplicaClient("127.0.0.1:1", lambda _: None, lambda: None, 1.0, plaintext)
         made.info = GetModelInfoResponse(max_batch_size=4, context_length=100)
         load = {"total_blocks": 99, "free_blocks": 99, "block_size": BLOCK, **load}
         made.report(GetLoadResponse(**load))
@@ -41,7 +41,7 @@ async def replica() -> MakeReplica:
     return make
 
 
-def chosen(*replicas: Replica) -> int:
+def chosen(*replicas: ReplicaClient) -> int:
     best = choose(replicas, block_digests(PROMPT), len(PROMPT))
     assert best is not None
     return replicas.index(best)

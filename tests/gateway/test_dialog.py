@@ -24,7 +24,7 @@ ROLES = st.sampled_from(["system", "user", "assistant", ""])
 
 
 class Encoded(NamedTuple):
-    """What Meta's tokenizer is asked to encode."""
+    """The texts that Meta's tokenizer is asked to encode."""
 
     text: str
     bos: bool

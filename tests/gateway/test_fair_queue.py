@@ -26,7 +26,7 @@ def claim(key: str, tokens: int = 1, weight: float = 1.0, priority: int = 0) -> 
 
 
 def serve(queue: FairQueue, places: int) -> Iterator[str]:
-    """The keys of the tokens that are made until nobody waits, in order."""
+    """The keys of the tokens that are made until none waits, in order."""
     running: dict[Claim, int] = {}
     while len(queue):
         while len(queue) and len(running) < places:
@@ -56,7 +56,7 @@ def test_keys_that_all_wait_are_served_by_their_weights(
     for key in KEYS:
         fill(queue, key, shares[key], 40, tokens[key])
     served: Counter[str] = Counter()
-    # What runs at once may be another key's; nothing else may set them apart.
+    # The generations that run at once may be another key's; nothing else may set them apart.
     apart = 2 * places * LARGEST / min(shares.values())
     for key in serve(queue, places):
         served[key] += 1
@@ -76,7 +76,7 @@ def test_one_claim_is_not_starved_by_a_thousand(
     for _ in range(patience):
         next(served)
     queue.push(claim("one"))
-    # All that runs may have to end, and each place be taken once by whoever is as far behind.
+    # All that runs may have to end, and each place be taken once by a key that is as far behind.
     assert "one" in itertools.islice(served, 3 * places * LARGEST)
 
 
@@ -139,7 +139,7 @@ class Bookkeeping(RuleBasedStateMachine):
 
     @precondition(lambda self: self.waiting)
     @rule()
-    def take(self) -> None:
+    def serve_next(self) -> None:
         self.taken.append(self.queue.pop())
         self.waiting.remove(self.taken[-1])
 

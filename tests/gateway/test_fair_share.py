@@ -1,4 +1,4 @@
-"""Who displaces whom at the queue's door, as arithmetic."""
+"""The requests that a new one displaces from a full queue, as arithmetic."""
 
 from collections.abc import Mapping
 
@@ -84,7 +84,7 @@ class Door(RuleBasedStateMachine):
         self.held: list[tuple[Holding, int]] = []
 
     def waiting(self) -> dict[str, int]:
-        """What has not begun, by key."""
+        """The room of requests that have not begun, by key."""
         waiting = dict.fromkeys(WEIGHTS, 0)
         for each, amount in self.held:
             waiting[each.key] += 0 if each.begun else amount

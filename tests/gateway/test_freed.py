@@ -1,5 +1,5 @@
-"""What a request took is free with its answer, without the garbage collector's help: that runs
-seldom, and frames that wait for it hold megabytes of requests.
+"""The memory of a request is free with its answer, without the garbage collector's help: that runs
+rarely, and frames that wait for it hold megabytes of requests.
 """
 
 import asyncio

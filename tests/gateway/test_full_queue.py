@@ -22,7 +22,7 @@ from serving.security.keys import key_digest
 from serving.server import channel
 
 NAMES = ("ann", "ben")
-MOST_RUNNING = 80  # the replica runs 64 at once, and is given a quarter more
+MAX_RUNNING = 80  # the replica runs 64 at once, and is given a quarter more
 
 
 def by(name: str) -> tuple[tuple[str, str], ...]:
@@ -64,7 +64,7 @@ async def status(gateway: Any) -> GetStatusResponse:
 
 
 async def quotas(call: Any) -> list[str]:
-    """What a call was refused for; it is told when to come again."""
+    """The reason for which a call was refused; it is told when to try again."""
     assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     found = await rpc_status.from_call(call)
     assert found is not None
@@ -102,9 +102,9 @@ async def test_key_that_fills_the_queue_and_leaves_does_not_keep_another_out(
 ) -> None:
     gateway = await shared()
     await leave_streams(gateway, 16, n=16, priority=-100)
-    starts = [await model.starts.get() for _ in range(MOST_RUNNING)]
+    starts = [await model.starts.get() for _ in range(MAX_RUNNING)]
     answer = chat(gateway, sampling=length(9))
-    while not answer.done() and (await status(gateway)).queued_sequences <= 256 - MOST_RUNNING:
+    while not answer.done() and (await status(gateway)).queued_sequences <= 256 - MAX_RUNNING:
         pass
     model.tell(starts[0].sequence_id, finish_reason=FINISH_REASON_STOP)
     next_start = await model.starts.get()

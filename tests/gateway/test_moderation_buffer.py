@@ -1,4 +1,4 @@
-"""What is shown of an answer, whatever its deltas, its chunks, and the time that verdicts take."""
+"""The shown part of an answer, for any deltas, chunks and times of verdicts."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gateway.generation.answer import Delta
 from gateway.generation.completion import Event, Finished
 from gateway.safety.classifier import SAFE, Judgement
-from gateway.safety.moderation_buffer import HeldAnswer
+from gateway.safety.moderation_buffer import ModerationBuffer
 from llama.prompt_format.dialog import ASSISTANT, USER, Message
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY, FINISH_REASON_STOP
@@ -29,7 +29,7 @@ def tokens_of(piece: str) -> list[chat_pb2.Token]:
 
 
 def run(
-    held: HeldAnswer,
+    held: ModerationBuffer,
     pieces: Sequence[str],
     arrivals: Sequence[bool],
     is_unsafe: Callable[[str], object] = lambda _: False,
@@ -40,7 +40,7 @@ def run(
 
     def judge() -> None:
         nonlocal judged
-        subject = held.due()
+        subject = held.next_chunk()
         if subject is not None:
             judged = subject if isinstance(subject, str) else subject[-1].content
 
@@ -48,15 +48,15 @@ def run(
         nonlocal judged
         if judged is not None:
             unsafe, judged = is_unsafe(judged), None
-            shown.extend(held.judged(Judgement(True, ("x",)) if unsafe else SAFE))
+            shown.extend(held.on_verdict(Judgement(True, ("x",)) if unsafe else SAFE))
             judge()
 
     for piece, arrives in zip(pieces, arrivals, strict=False):
-        shown += held.take(Delta(piece, tokens_of(piece)))
+        shown += held.on_event(Delta(piece, tokens_of(piece)))
         judge()
         if arrives:
             answer()
-    shown += held.take(END)
+    shown += held.on_event(END)
     judge()
     while judged is not None:
         answer()
@@ -71,7 +71,7 @@ def text(events: Sequence[Event]) -> str:
 def test_all_of_a_safe_answer_is_shown_in_order(
     pieces: list[str], chunk: int, arrivals: list[bool], logprobs: bool
 ) -> None:
-    events = run(HeldAnswer("text", chunk, logprobs=logprobs), pieces, arrivals)
+    events = run(ModerationBuffer("text", chunk, logprobs=logprobs), pieces, arrivals)
     tokens = [token for event in events if isinstance(event, Delta) for token in event.tokens]
     assert text(events) == "".join(pieces)
     assert tokens == tokens_of("".join(pieces))
@@ -84,7 +84,7 @@ def test_unsafe_word_is_never_shown(
     pieces: list[str], chunk: int, arrivals: list[bool], logprobs: bool
 ) -> None:
     said = [*pieces[:20], " bo", "mb", *pieces[20:]]
-    held = HeldAnswer("", chunk, logprobs=logprobs)
+    held = ModerationBuffer("", chunk, logprobs=logprobs)
     events = run(held, said, [*arrivals, True, True], lambda answer: "bomb" in answer)
     tokens = [token for event in events if isinstance(event, Delta) for token in event.tokens]
     assert "bomb" not in text(events)
@@ -100,38 +100,38 @@ def test_phrase_that_rules_find_is_not_shown_wherever_chunks_cut_it(
     borders = [0, *sorted(cuts), len(HIDDEN_PHRASE)]
     phrase = [HIDDEN_PHRASE[first:last] for first, last in itertools.pairwise(borders)]
     said = [*pieces, " ", *phrase, " ", *pieces]
-    events = run(HeldAnswer("", chunk, logprobs=False), said, arrivals * 3, Rules.read().find)
+    events = run(ModerationBuffer("", chunk, logprobs=False), said, arrivals * 3, Rules.read().find)
     assert HIDDEN_PHRASE not in text(events)
     assert "".join(said).startswith(text(events))
     assert events[-1] == Finished(FINISH_REASON_SAFETY, END.usage, safety_categories=("x",))
 
 
 def test_chunk_ends_in_front_of_a_space() -> None:
-    held = HeldAnswer([Message(USER, "?")], 6, logprobs=False)
+    held = ModerationBuffer([Message(USER, "?")], 6, logprobs=False)
     for piece in ("seven", "teen"):
-        held.take(Delta(piece, []))
-        assert held.due() is None
-    held.take(Delta(" llam", []))
-    assert held.due() == [Message(USER, "?"), Message(ASSISTANT, "seventeen")]
+        held.on_event(Delta(piece, []))
+        assert held.next_chunk() is None
+    held.on_event(Delta(" llam", []))
+    assert held.next_chunk() == [Message(USER, "?"), Message(ASSISTANT, "seventeen")]
 
 
 def test_chunk_without_a_space_is_judged_when_it_is_twice_as_long() -> None:
-    held = HeldAnswer("of ", 4, logprobs=False)
-    held.take(Delta("sevente", []))
-    assert held.due() is None
-    held.take(Delta("en", []))
-    assert held.due() == "of seventeen"
+    held = ModerationBuffer("of ", 4, logprobs=False)
+    held.on_event(Delta("sevente", []))
+    assert held.next_chunk() is None
+    held.on_event(Delta("en", []))
+    assert held.next_chunk() == "of seventeen"
 
 
 def test_chunk_tells_how_many_tokens_the_answer_has() -> None:
-    held = HeldAnswer("", 4, logprobs=False)
+    held = ModerationBuffer("", 4, logprobs=False)
     for count, piece in enumerate(["one", " two", " three"], start=1):
-        held.take(Delta(piece, [], count))
-    assert held.due() == "one two"
-    assert held.judged(SAFE) == [Delta("one two", [], 2)]
+        held.on_event(Delta(piece, [], count))
+    assert held.next_chunk() == "one two"
+    assert held.on_verdict(SAFE) == [Delta("one two", [], 2)]
 
 
 def test_empty_answer_needs_no_judgement() -> None:
-    held = HeldAnswer("text", 4, logprobs=False)
-    assert held.take(END) == [END]
-    assert held.due() is None
+    held = ModerationBuffer("text", 4, logprobs=False)
+    assert held.on_event(END) == [END]
+    assert held.next_chunk() is None

@@ -69,8 +69,10 @@ async def read(call: Any, count: int) -> list[StreamEvent]:
 
 
 def tokens(events: Sequence[StreamEvent]) -> list[Token]:
-    """Of all deltas. What comes faster than it is read is joined: how many events there are, and
-    which tokens each holds, depends on the machine.
+    """The tokens of all deltas.
+
+    Deltas that come faster than they are read are joined: how many events there are, and which
+    tokens each holds, depends on the machine.
     """
     return [token for event in events for token in event.delta.tokens]
 
@@ -133,7 +135,7 @@ async def test_deadline_of_the_first_call_is_not_what_a_later_cancel_is_logged_a
     assert (await log.wait_for("request finished"))["code"] == "CANCELLED"
 
 
-async def test_stream_that_ended_unread_is_replayed_as_often_as_asked(
+async def test_stream_that_ended_without_a_reader_is_replayed_as_often_as_asked(
     gateway: Any, model: Any, ids: list[int]
 ) -> None:
     call = gateway.stub.TextCompleteStream(request("ended"))

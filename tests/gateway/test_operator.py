@@ -1,4 +1,4 @@
-"""What a gateway says of itself, in front of scripted replicas."""
+"""The status of a gateway in front of scripted replicas."""
 
 import asyncio
 import copy

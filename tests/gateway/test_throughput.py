@@ -8,12 +8,12 @@ from gateway.admission.throughput import ThroughputEstimator
 
 
 def measured(rate: int, seconds: int, *, waiting: bool = True) -> ThroughputEstimator:
-    """A pace after so many seconds, with an answer of ten tokens."""
-    pace = ThroughputEstimator()
+    """A estimator after so many seconds, with an answer of ten tokens."""
+    estimator = ThroughputEstimator()
     for now in range(seconds + 1):
-        pace.record(rate, waiting=waiting, now=now)
-    pace.record_answer(10)
-    return pace
+        estimator.record(rate, waiting=waiting, now=now)
+    estimator.record_answer(10)
+    return estimator
 
 
 @given(st.integers(1, 10_000), st.integers(1, 100), st.integers(0, 100_000))
@@ -26,30 +26,30 @@ def test_nothing_is_estimated_before_anybody_waited() -> None:
 
 
 def test_nothing_is_estimated_before_an_answer_ended() -> None:
-    pace = ThroughputEstimator()
-    pace.record(0, waiting=True, now=0)
-    pace.record(100, waiting=True, now=5)
-    assert pace.seconds(10, 5) is None
+    estimator = ThroughputEstimator()
+    estimator.record(0, waiting=True, now=0)
+    estimator.record(100, waiting=True, now=5)
+    assert estimator.seconds(10, 5) is None
 
 
 def test_replicas_that_stand_still_make_the_wait_longer() -> None:
-    pace = measured(100, 10)
-    before, after = pace.seconds(1000, 10), pace.seconds(1000, 70)
+    estimator = measured(100, 10)
+    before, after = estimator.seconds(1000, 10), estimator.seconds(1000, 70)
     assert before is not None
     assert after is not None
     assert after > 4 * before
 
 
 def test_the_last_seconds_count_most() -> None:
-    pace = measured(100, 60)
+    estimator = measured(100, 60)
     for now in range(61, 101):
-        pace.record(10, waiting=True, now=now)
-    assert pace.seconds(150, 100) == pytest.approx(10, rel=0.1)
+        estimator.record(10, waiting=True, now=now)
+    assert estimator.seconds(150, 100) == pytest.approx(10, rel=0.1)
 
 
 @given(st.lists(st.integers(0, 500), min_size=1), st.integers(1, 100))
 def test_expected_answer_is_within_what_was_seen_and_asked(lengths: list[int], most: int) -> None:
-    pace = ThroughputEstimator()
+    estimator = ThroughputEstimator()
     for each in lengths:
-        pace.record_answer(each)
-    assert min([*lengths, most]) <= pace.answer_tokens(most) <= most
+        estimator.record_answer(each)
+    assert min([*lengths, most]) <= estimator.answer_tokens(most) <= most

@@ -1,4 +1,4 @@
-"""What a unary answer may hold: beyond it a request is refused, or stopped."""
+"""The size of a unary answer: beyond it a request is refused, or stopped."""
 
 from typing import Any
 

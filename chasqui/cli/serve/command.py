@@ -68,8 +68,8 @@ PATIENCE = 5.0
     type=click.Choice(["auto", "text", "json"]),
     default="auto",
     show_default=True,
-    help="Of the logs: auto is text on a terminal and else JSON, an object a line. json is also "
-    "for what this command itself says.",
+    help="format of the logs: auto is text on a terminal and else JSON, an object a line. json is "
+    "also for the lines of this command itself.",
 )
 @setting(
     "log_level",
@@ -131,7 +131,7 @@ def summary(model: Model) -> str:
 
 
 class _Terminal:
-    """What the command itself says, as text or as JSON lines like the services' logs."""
+    """Lines of the command itself, as text or as JSON lines like the services' logs."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json

@@ -1,4 +1,4 @@
-"""What `chasqui serve` runs on this machine: a deployment, and the commands of its services."""
+"""A deployment of `chasqui serve` on this machine, and the commands of its services."""
 
 import math
 import os
@@ -16,7 +16,7 @@ GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What to serve on this machine; `model_settings` are flags of the model service by name."""
+    """The services of this machine; `model_settings` are flags of the model service by name."""
 
     ckpt_dir: Path
     tokenizer_path: Path

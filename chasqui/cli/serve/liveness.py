@@ -13,7 +13,7 @@ from client.connection.channel import channel_options
 
 PERIOD = 5.0  # seconds from one check to the next
 TIMEOUT = 5.0  # seconds for an answer
-MOST_UNANSWERED = 3  # in a row
+MAX_UNANSWERED = 3  # in a row
 
 
 async def until_hung(address: str, most_not_serving: float) -> str:
@@ -36,7 +36,7 @@ async def until_hung(address: str, most_not_serving: float) -> str:
                 response = await health.Check(request, timeout=TIMEOUT)
             except grpc.aio.AioRpcError:
                 unanswered += 1
-                if unanswered == MOST_UNANSWERED:
+                if unanswered == MAX_UNANSWERED:
                     return f"it left {unanswered} health checks in a row unanswered"
                 continue
             unanswered = 0

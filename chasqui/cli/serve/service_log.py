@@ -38,13 +38,15 @@ def as_json(service: str, line: str) -> str:
 
 
 def is_below(level: str, line: str) -> bool:
-    """Whether a line has a lower level. What has none, such as a traceback, is never below."""
+    """Whether a line has a lower level. A line without a level, such as one of a traceback, is
+    never below.
+    """
     own = _record(line).get("level")
     return own in LEVELS and LEVELS.index(str(own)) < LEVELS.index(level)
 
 
 def failure(lines: Sequence[str]) -> str:
-    """Of a service's last lines, those that say why it ended; each once, as shards say it all."""
+    """The last lines that say why a service ended; each once, because all shards say it."""
     errors = list(filter(is_error, lines))
     if errors:
         return "; ".join(dict.fromkeys(map(readable, errors)))

@@ -41,9 +41,9 @@ EXTRAS = {"serving": "grpc_health", "tokenizer": "sentencepiece", "model": "torc
 GUARD = "read _; kill -KILL 0"
 GATEWAY = "gateway"
 LINE_LIMIT = 1 << 20  # bytes
-MOST_RESTARTS = 5  # in a row
+MAX_RESTARTS = 5  # in a row
 FIRST_PAUSE = 0.5  # seconds before the first restart; each further one waits twice as long
-# Seconds beyond the grace period. What has not ended by then hangs.
+# Seconds beyond the grace period. A service that has not ended by then hangs.
 STOP_MARGIN = 10.0
 
 
@@ -104,7 +104,7 @@ class Supervisor:
         try:
             while True:
                 child = await self._ended.get()
-                if child.name not in self._replica_ports or child.failures_in_a_row > MOST_RESTARTS:
+                if child.name not in self._replica_ports or child.failures_in_a_row > MAX_RESTARTS:
                     raise SupervisorError(child.obituary())
                 event = f"{child.obituary()}; it is started again"
                 self._log(child.name, own_line("warning", event))

@@ -193,7 +193,7 @@ def test_a_replica_that_dies_is_started_again_and_answers_go_on(
 
 async def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chasqui.cli.serve.liveness.PERIOD", 0.5)
-    monkeypatch.setattr("chasqui.cli.serve.liveness.MOST_UNANSWERED", 1)
+    monkeypatch.setattr("chasqui.cli.serve.liveness.MAX_UNANSWERED", 1)
     lines: list[str] = []
     others = children()
     services = Supervisor(demonstration(), log=lambda *line: lines.append(" ".join(line)))
