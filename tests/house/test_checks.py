@@ -84,7 +84,7 @@ def test_a_wrong_reading_list_is_refused(
     check: Check, references: list[str], complaint: str
 ) -> None:
     files = {f"gateway/{number}.py": "" for number in range(24)}
-    files |= {"client/aio.py": CLIENT, "gateway/long.py": "pass\n" * 4000}
+    files |= {"client/aio.py": CLIENT, "gateway/long.py": "pass\n" * 5000}
     result = check("reading_list", {**files, "docs/architecture.md": page(*references)})
     assert result.returncode == 1
     assert complaint in result.stderr
