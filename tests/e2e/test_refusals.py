@@ -93,7 +93,8 @@ async def test_refused_requests_cost_neither_memory_nor_the_streams_of_others(
     for _ in range(ATTEMPTS):
         watched = {process: Watched(process) for process in limits}
         ends, gaps = await gaps_while_refused(stack, chat)
-        assert ends.keys() == {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
+        # A request may also name a model that is not served.
+        assert ends.keys() == {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
         assert ends.total() == COUNT
         for process, memory in watched.items():
             assert memory.peak < limits[process]
