@@ -19,26 +19,30 @@ def choose(
     candidates = [replica for replica in ready if not replica.overdue] or ready
     if not candidates:
         return None
-    least = min(candidates, key=lambda replica: replica.outstanding_tokens)
+    # Read once: each is a sum over all that runs there.
+    outstanding = {replica: replica.outstanding_tokens for replica in candidates}
+    least = min(candidates, key=outstanding.__getitem__)
     best, most = least, 0
     for replica in candidates:
         known = replica.prefixes.known_blocks(digests)
-        nearer = known > most or (
-            known == most > 0 and replica.outstanding_tokens < best.outstanding_tokens
-        )
-        if nearer and _has_room(replica, least, tokens):
+        nearer = known > most or (known == most > 0 and outstanding[replica] < outstanding[best])
+        excess = outstanding[replica] - outstanding[least]
+        if nearer and _has_room(replica, excess, tokens):
             best, most = replica, known
     return best
 
 
-def _has_room(replica: ReplicaClient, least: ReplicaClient, tokens: int) -> bool:
-    """Whether a sequence would run at once, on a replica not much busier than the idlest."""
+def _has_room(replica: ReplicaClient, excess: int, tokens: int) -> bool:
+    """Whether a sequence would run at once, on a replica not much busier than the idlest.
+
+    `excess` is how many more outstanding tokens it has than that one.
+    """
     info, load = replica.info, replica.load
     if info is None or replica.sequences >= info.max_batch_size:
         return False
     # Half of the work that it can hold: as much as the other sequences of a batch slow one down.
     imbalance = info.max_batch_size * info.context_length // 2
-    if replica.outstanding_tokens > least.outstanding_tokens + imbalance:
+    if excess > imbalance:
         return False
     return load is None or (
         load.waiting_sequences == 0 and load.free_blocks * load.block_size >= tokens
