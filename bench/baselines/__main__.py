@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
             "medians to Chasqui with as many bits per weight. Only these ratios are claims."
         )
         names = args.contenders or default_names(host, args.device)
-        recorder.attempt("comparison", lambda names=names, run=comparison.run: run(names))  # type: ignore[misc]
+        recorder.attempt("comparison", partial(comparison.run, names))
         print(recorder.write() / "result.md")
         failed |= recorder.failed
     if failed:
