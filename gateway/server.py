@@ -7,7 +7,7 @@ from typing import cast
 import grpc
 
 from gateway.admission.admission import Admission
-from gateway.generation.completion import PlacedEvent
+from gateway.generation.completion import KeyedEvent
 from gateway.request.prompts import encode_dialogs
 from gateway.request.read_dialogs import Dialogs, read_dialog
 from gateway.request.validation import (
@@ -189,10 +189,10 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 raise
 
 
-async def _serialized(events: AsyncGenerator[PlacedEvent, None]) -> AsyncGenerator[bytes, None]:
+async def _serialized(events: AsyncGenerator[KeyedEvent, None]) -> AsyncGenerator[bytes, None]:
     """The events as responses, numbered from 1."""
     event_number = 0
     async with aclosing(events):
-        async for place, event in events:
+        async for key, event in events:
             event_number += 1
-            yield stream_response(event_number, place, event)
+            yield stream_response(event_number, key, event)

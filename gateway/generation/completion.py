@@ -7,8 +7,9 @@ All generations of a request run at once, and their events are passed on as they
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -41,7 +42,7 @@ _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AnswerKey:
     """Names one answer of a request: the dialog or prompt, and which of the answers to it."""
 
     index: int
@@ -68,7 +69,7 @@ class Finished:
 
     reason: "FinishReason.ValueType"
     usage: chat_pb2.Usage
-    resumed: int = 0  # how often it went on at another replica
+    failovers: int = 0  # how often it went on at another replica
     stop_token_id: int | None = None
     stop_string: str = ""
     safety_categories: tuple[str, ...] = ()
@@ -76,14 +77,14 @@ class Finished:
 
 Event = Started | Delta | Finished
 # With the generation that it belongs to.
-PlacedEvent = tuple[Place, Event]
+KeyedEvent = tuple[AnswerKey, Event]
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """All events of one generation, folded."""
 
-    place: Place
+    key: AnswerKey
     started: Started
     text: str
     tokens: list[bytes]  # serialized predictions, each with some of the tokens
@@ -107,7 +108,7 @@ SPECIAL_TAGS_REFUSAL = Refusal(UNSAFE_ERROR, FINISH_REASON_SPECIAL_TAGS)
 class _Request:
     """One generation as it is asked for."""
 
-    place: Place
+    key: AnswerKey
     prompt: Prompt | Refusal
     sampling: SamplingParams  # as applied, without stop strings
 
@@ -116,12 +117,12 @@ class _Request:
 class Generations:
     """The generations of a request that run or wait now."""
 
-    running: dict[Place, Generation] = field(default_factory=dict)
+    running: dict[AnswerKey, Generation] = field(default_factory=dict)
 
-    def cancel(self, place: Place) -> None:
+    def cancel(self, key: AnswerKey) -> None:
         """Ends one, if it runs or waits; its last event still comes."""
-        if place in self.running:
-            self.running[place].cancel()
+        if key in self.running:
+            self.running[key].cancel()
 
 
 async def complete(
@@ -132,13 +133,13 @@ async def complete(
     admitted: Admitted,
     *,
     arrived: float,
-    made: SendBuffer[Place, Outcome],
+    buffer: SendBuffer[AnswerKey, Outcome],
     generations: Generations,
-) -> AsyncGenerator[PlacedEvent, None]:
+) -> AsyncGenerator[KeyedEvent, None]:
     """The events of `options.n` generations per prompt, interleaved; a refusal is its own answer.
 
     Each runs when its ticket is granted. `arrived` is the time.monotonic of the request's arrival;
-    `made`, empty before, belongs to the task that writes to the client. `generations`, empty
+    `buffer`, empty before, belongs to the task that writes to the client. `generations`, empty
     before, holds those that run while it lasts.
 
     Raises:
@@ -149,7 +150,7 @@ async def complete(
     response_id, created = str(uuid.uuid4()), Timestamp()
     created.GetCurrentTime()
     starts = {
-        each.place: _start(each.prompt, each.sampling, options, vocabulary.eos_id)
+        each.key: _start(each.prompt, each.sampling, options, vocabulary.eos_id)
         for each in requests
         if isinstance(each.prompt, Prompt)
     }
@@ -159,32 +160,32 @@ async def complete(
         for each in requests:
             if isinstance(prompt := each.prompt, Prompt):
                 answer = Answer(prompt.ids, options, vocabulary)
-                deliver = _deliver_to(made, each.place)
-                running[each.place] = Generation(
-                    answer, starts[each.place], next(tickets), replicas, deliver
+                deliver = partial(buffer.put, each.key)
+                running[each.key] = Generation(
+                    answer, starts[each.key], next(tickets), replicas, deliver
                 )
         for each in requests:
-            yield each.place, _started(each, model, options, response_id, created)
-            for event in _first_events(each, running.get(each.place), arrived):
-                yield each.place, event
+            yield each.key, _started(each, model, options, response_id, created)
+            for event in _first_events(each, running.get(each.key), arrived):
+                yield each.key, event
         while running:
-            place, outcome = await made.get()
+            key, outcome = await buffer.get()
             if isinstance(outcome, Exception):
                 raise outcome
             if outcome.HasField("error"):
                 raise _failure(outcome.error)
-            generation = running[place]
+            generation = running[key]
             delta = generation.answer.append_event(outcome)
             if delta.text or delta.tokens:
-                yield place, delta
+                yield key, delta
             if outcome.finish_reason:
-                yield place, _finished(generation, outcome, options, arrived)
-                del running[place]
+                yield key, _finished(generation, outcome, options, arrived)
+                del running[key]
             elif generation.answer.stopped:
                 # The sequence's last event, which tells its usage, is still to come.
                 generation.cancel()
     finally:
-        made.close()
+        buffer.close()
         for generation in running.values():
             generation.cancel()
 
@@ -198,7 +199,7 @@ def _requests(
         room = context_length - (len(prompt.ids) if isinstance(prompt, Prompt) else 0)
         for choice in range(options.n):
             sampling = _applied(options.sampling, (first_seed + choice) % 2**64, room)
-            yield _Request(Place(index, choice), prompt, sampling)
+            yield _Request(AnswerKey(index, choice), prompt, sampling)
 
 
 def _seed(sampling: SamplingParams) -> int:
@@ -234,13 +235,6 @@ def _start(
 
 def _size(start: model_pb2.StartSequence) -> Size:
     return Size(len(start.prompt_ids), start.sampling.max_gen_len)
-
-
-def _deliver_to(made: SendBuffer[Place, Outcome], place: Place) -> Callable[[Outcome], None]:
-    def deliver(outcome: Outcome) -> None:
-        made.put(place, outcome)
-
-    return deliver
 
 
 def _started(

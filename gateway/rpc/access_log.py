@@ -15,7 +15,7 @@ import grpc
 import structlog
 
 from gateway.generation.answer import Delta
-from gateway.generation.completion import Finished, Place, Started
+from gateway.generation.completion import AnswerKey, Finished, Started
 from gateway.request.validation import ChatRequest, TextRequest
 from gateway.rpc.metrics import RequestMetrics
 from llama.v1 import chat_pb2
@@ -49,12 +49,12 @@ class Account:
     echo: bool  # the first delta of each answer is its prompt
     metrics: RequestMetrics
     response_id: str = ""
-    answers: dict[Place, _Answer] = field(default_factory=dict)
+    answers: dict[AnswerKey, _Answer] = field(default_factory=dict)
 
-    def observe(self, place: Place, event: Started | Delta | Finished) -> None:
+    def observe(self, key: AnswerKey, event: Started | Delta | Finished) -> None:
         """Counts an event of an answer. Runs with every token, so it must stay cheap."""
         if isinstance(event, Delta):
-            answer = self.answers[place]
+            answer = self.answers[key]
             answer.completion_tokens = event.completion_tokens
             if answer.begins_with_echo:
                 answer.begins_with_echo = False
@@ -67,9 +67,9 @@ class Account:
                 answer.last_token_at = now
         elif isinstance(event, Started):
             self.response_id = event.response_id
-            self.answers[place] = _Answer(event.usage.prompt_tokens, self.echo)
+            self.answers[key] = _Answer(event.usage.prompt_tokens, self.echo)
         else:
-            answer = self.answers[place]
+            answer = self.answers[key]
             answer.completion_tokens = event.usage.completion_tokens
             answer.finished = event
 
@@ -199,7 +199,7 @@ def _cost(account: Account) -> _Cost:
         completion_tokens=sum(answer.completion_tokens for answer in answers),
         finish_reasons=Counter(_name(each.reason) for each in finished),
         seconds=dict(seconds),
-        failovers=sum(each.resumed for each in finished),
+        failovers=sum(each.failovers for each in finished),
     )
 
 

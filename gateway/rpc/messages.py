@@ -6,15 +6,15 @@ from typing import TypedDict
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.generation.answer import Delta
-from gateway.generation.completion import Event, Finished, Place, Prediction, Started
+from gateway.generation.completion import AnswerKey, Event, Finished, Prediction, Started
 from gateway.request.validation import SAMPLING_DEFAULTS, RequestLimits, default_max_gen_len
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import SamplingParams
 from serving.request_rules import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 
 
-def stream_response(event_number: int, place: Place, event: Event) -> bytes:
-    """The serialized stream response with an event of the answer at `place`.
+def stream_response(event_number: int, key: AnswerKey, event: Event) -> bytes:
+    """The serialized stream response with an event of the answer at `key`.
 
     The responses of the three streaming RPCs are the same bytes. This runs with every token:
     fields that are set one by one cost half as much as messages that are put into each other.
@@ -35,8 +35,8 @@ def stream_response(event_number: int, place: Place, event: Event) -> bytes:
         case Finished():
             part = message.finished
             part.MergeFrom(_finished(event))
-    part.index = place.index
-    part.choice_index = place.choice
+    part.index = key.index
+    part.choice_index = key.choice
     part.SetInParent()
     return response.SerializeToString()
 
@@ -60,7 +60,7 @@ def _finished(event: Finished) -> chat_pb2.Finished:
         **_stopped_by(event),
         safety_categories=event.safety_categories,
         usage=event.usage,
-        failovers=event.resumed,
+        failovers=event.failovers,
     )
 
 
@@ -96,8 +96,8 @@ def response_head(predictions: Sequence[Prediction]) -> ResponseHead:
 def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
     """A prediction without its tokens."""
     return chat_pb2.Prediction(
-        index=prediction.place.index,
-        choice_index=prediction.place.choice,
+        index=prediction.key.index,
+        choice_index=prediction.key.choice,
         text=prediction.text,
         finish_reason=prediction.finished.reason,
         **_stopped_by(prediction.finished),
@@ -107,7 +107,7 @@ def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
         dropped_turns=prediction.started.dropped_turns,
         fingerprint=prediction.started.fingerprint,
         determinism=prediction.started.determinism,
-        failovers=prediction.finished.resumed,
+        failovers=prediction.finished.failovers,
     )
 
 

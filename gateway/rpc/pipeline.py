@@ -15,9 +15,9 @@ import grpc
 from gateway.admission.admission import Admission
 from gateway.generation.completion import (
     SPECIAL_TAGS_REFUSAL,
+    AnswerKey,
     Generations,
-    Place,
-    PlacedEvent,
+    KeyedEvent,
     Refusal,
     complete,
 )
@@ -45,6 +45,8 @@ from serving.errors import RequestError, Violation, invalid_argument
 from serving.security import caller
 
 Context = grpc.aio.ServicerContext[Any, Any]
+# Characters of a wrong model's name in its error, so that the rule behind it fits.
+MAX_SHOWN_NAME = 64
 # Seconds; None where there is no deadline.
 TimeRemaining = Callable[[], float | None]
 # The prompts of a request, and for each the dialog or text that a safety classifier judges.
@@ -88,7 +90,7 @@ class Pipeline:
 
     async def run(
         self, request: ChatRequest | TextRequest, context: Context
-    ) -> AsyncGenerator[PlacedEvent, None]:
+    ) -> AsyncGenerator[KeyedEvent, None]:
         """The events of a request's answers, interleaved; close it (contextlib.aclosing).
 
         Raises:
@@ -123,7 +125,7 @@ class Pipeline:
                     prompts = await guard.check(prompts)
                 del subjects
                 max_bytes = self._limits.send_buffer_bytes * len(prompts) * chosen.n
-                async with SendBuffer[Place, Outcome](max_bytes) as buffer:
+                async with SendBuffer[AnswerKey, Outcome](max_bytes) as buffer:
                     generations = Generations()
                     events = complete(
                         prompts,
@@ -132,17 +134,17 @@ class Pipeline:
                         self._replicas,
                         admitted,
                         arrived=account.arrived,
-                        made=buffer,
+                        buffer=buffer,
                         generations=generations,
                     )
                     if guard is not None:
                         events = guard.watch(events, generations.cancel)
                     async with aclosing(events):
-                        async for place, event in events:
+                        async for key, event in events:
                             if size is not None:
                                 size.add(event)
-                            account.observe(place, event)
-                            yield place, event
+                            account.observe(key, event)
+                            yield key, event
 
     async def _check_chat(self, request: ChatRequest, context: Context) -> _Checked:
         self.require_model(request.model)
@@ -186,7 +188,8 @@ class Pipeline:
         """NOT_FOUND if a request names another model than the one that is served."""
         served = self._replicas.model.name
         if name not in ("", served):
-            message = f"model: {name!r} is not served here, {served!r} is"
+            shown = name if len(name) <= MAX_SHOWN_NAME else f"{name[:MAX_SHOWN_NAME]}…"
+            message = f"model: {shown!r} is not served here, {served!r} is"
             raise RequestError(grpc.StatusCode.NOT_FOUND, message)
 
     def window(self) -> Window:

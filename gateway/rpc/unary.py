@@ -13,10 +13,10 @@ from typing import TypeVar
 
 from gateway.generation.answer import Delta
 from gateway.generation.completion import (
+    AnswerKey,
     Event,
     Finished,
-    Place,
-    PlacedEvent,
+    KeyedEvent,
     Prediction,
     Started,
 )
@@ -83,31 +83,31 @@ class AnswerSize:
             raise _too_large(self._max_bytes)
 
 
-async def fold(events: AsyncIterator[PlacedEvent]) -> list[Prediction]:
+async def fold(events: AsyncIterator[KeyedEvent]) -> list[Prediction]:
     """The predictions of a request, in the order in which its generations were begun."""
-    started: dict[Place, Started] = {}
-    texts: defaultdict[Place, list[str]] = defaultdict(list)
-    tokens: defaultdict[Place, list[bytes]] = defaultdict(list)
-    finished: dict[Place, Finished] = {}
-    async for place, event in events:
+    started: dict[AnswerKey, Started] = {}
+    texts: defaultdict[AnswerKey, list[str]] = defaultdict(list)
+    tokens: defaultdict[AnswerKey, list[bytes]] = defaultdict(list)
+    finished: dict[AnswerKey, Finished] = {}
+    async for key, event in events:
         match event:
             case Started():
-                started[place] = event
+                started[key] = event
             case Delta():
-                texts[place].append(event.text)
+                texts[key].append(event.text)
                 if event.tokens:
                     part = chat_pb2.Prediction(tokens=event.tokens)
-                    tokens[place].append(part.SerializeToString())
+                    tokens[key].append(part.SerializeToString())
             case Finished():
-                finished[place] = event
+                finished[key] = event
     return [
-        Prediction(place, begun, "".join(texts[place]), tokens[place], finished[place])
-        for place, begun in started.items()
+        Prediction(key, begun, "".join(texts[key]), tokens[key], finished[key])
+        for key, begun in started.items()
     ]
 
 
 async def unary_response(
-    response_type: type[ResponseT], events: AsyncGenerator[PlacedEvent, None]
+    response_type: type[ResponseT], events: AsyncGenerator[KeyedEvent, None]
 ) -> ResponseT:
     """The response with the predictions that the events make; closes `events`."""
     async with aclosing(events):

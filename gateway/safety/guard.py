@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequen
 from contextlib import aclosing
 from typing import Any
 
-from gateway.generation.completion import Event, Place, PlacedEvent, Refusal, Started
+from gateway.generation.completion import AnswerKey, Event, KeyedEvent, Refusal, Started
 from gateway.request.prompts import Prompt
 from gateway.request.validation import Options
 from gateway.safety.classifier import Judgement, SafetyClient, Subject, TimeRemaining
@@ -47,8 +47,8 @@ class Guard:
         self._options = options
         self._time_remaining = time_remaining
         self._unjudged: set[int] = set()  # subjects that are refused, so that nothing is made
-        self._answers: dict[Place, ModerationBuffer] = {}
-        self._judging: dict[asyncio.Task[Judgement], Place] = {}
+        self._answers: dict[AnswerKey, ModerationBuffer] = {}
+        self._judging: dict[asyncio.Task[Judgement], AnswerKey] = {}
 
     async def check(self, prompts: Sequence[Prompt | Refusal]) -> list[Prompt | Refusal]:
         """The prompts of the subjects, with a refusal in the place of each that is unsafe."""
@@ -70,14 +70,14 @@ class Guard:
         return checked
 
     async def watch(
-        self, events: AsyncGenerator[PlacedEvent, None], cancel: Callable[[Place], None]
-    ) -> AsyncGenerator[PlacedEvent, None]:
+        self, events: AsyncGenerator[KeyedEvent, None], cancel: Callable[[AnswerKey], None]
+    ) -> AsyncGenerator[KeyedEvent, None]:
         """The events of the checked prompts, each as soon as it may be shown; owns `events`.
 
         `cancel` ends an answer that is unsafe. Close this after use, as `complete`.
         """
         async with aclosing(events):
-            next_event: asyncio.Task[PlacedEvent | None] | None = _read(events)
+            next_event: asyncio.Task[KeyedEvent | None] | None = _read(events)
             try:
                 while next_event or self._judging:
                     waited_for: list[asyncio.Task[Any]] = [*self._judging]
@@ -87,46 +87,42 @@ class Guard:
                     for shown in self._on_verdicts(cancel):
                         yield shown
                     if next_event and next_event.done():
-                        placed = next_event.result()
+                        keyed = next_event.result()
                         next_event = None
-                        if placed is not None:
-                            for shown in self._on_event(*placed):
+                        if keyed is not None:
+                            for shown in self._on_event(*keyed):
                                 yield shown
                             next_event = _read(events)
             finally:
-                reading = next_event is not None and not next_event.done()
                 await _cancel([*self._judging, *([next_event] if next_event else [])])
-                # Closing `events` may fail: RESOURCE_EXHAUSTED where the client read too slowly.
-                if next_event and reading and not next_event.cancelled():
-                    next_event.result()
 
-    def _on_event(self, place: Place, event: Event) -> Iterator[PlacedEvent]:
+    def _on_event(self, key: AnswerKey, event: Event) -> Iterator[KeyedEvent]:
         if isinstance(event, Started):
-            if place.index not in self._unjudged:
-                self._answers[place] = self._hold(place)
-            yield place, event
-        elif place in self._answers:
-            yield from self._show(place, self._answers[place].on_event(event))
+            if key.index not in self._unjudged:
+                self._answers[key] = self._hold(key)
+            yield key, event
+        elif key in self._answers:
+            yield from self._show(key, self._answers[key].on_event(event))
         else:
-            yield place, event
+            yield key, event
 
-    def _on_verdicts(self, cancel: Callable[[Place], None]) -> Iterator[PlacedEvent]:
+    def _on_verdicts(self, cancel: Callable[[AnswerKey], None]) -> Iterator[KeyedEvent]:
         for task in [task for task in self._judging if task.done()]:
-            place, judgement = self._judging.pop(task), task.result()
+            key, judgement = self._judging.pop(task), task.result()
             if judgement.unsafe:
-                cancel(place)
-            yield from self._show(place, self._answers[place].on_verdict(judgement))
+                cancel(key)
+            yield from self._show(key, self._answers[key].on_verdict(judgement))
 
-    def _show(self, place: Place, events: Iterable[Event]) -> Iterator[PlacedEvent]:
+    def _show(self, key: AnswerKey, events: Iterable[Event]) -> Iterator[KeyedEvent]:
         """Also has the next chunk judged, if there is one."""
-        subject = self._answers[place].next_chunk()
+        subject = self._answers[key].next_chunk()
         if subject is not None:
-            self._judging[self._judge(subject)] = place
+            self._judging[self._judge(subject)] = key
         for event in events:
-            yield place, event
+            yield key, event
 
-    def _hold(self, place: Place) -> ModerationBuffer:
-        subject = self._subjects[place.index]
+    def _hold(self, key: AnswerKey) -> ModerationBuffer:
+        subject = self._subjects[key.index]
         if self._options.echo:
             subject = ""  # the answer begins with it
         return ModerationBuffer(subject, self._classifier.chunk, logprobs=self._options.logprobs)
@@ -135,8 +131,8 @@ class Guard:
         return asyncio.create_task(self._classifier.judge(subject, self._time_remaining))
 
 
-def _read(events: AsyncGenerator[PlacedEvent, None]) -> asyncio.Task[PlacedEvent | None]:
-    async def read() -> PlacedEvent | None:
+def _read(events: AsyncGenerator[KeyedEvent, None]) -> asyncio.Task[KeyedEvent | None]:
+    async def read() -> KeyedEvent | None:
         return await anext(events, None)
 
     return asyncio.create_task(read())

@@ -49,6 +49,14 @@ async def test_another_model_is_not_found(chat: Any, method: str) -> None:
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_long_name_of_another_model_leaves_room_for_the_served_one(chat: Any) -> None:
+    served = (await chat.GetModel(GetModelRequest())).name
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await chat.GetModel(GetModelRequest(model="x" * 10_000))
+    message = f"model: '{'x' * 64}…' is not served here, '{served}' is"
+    assert refused.value.details() == message
+
+
 async def test_receipt_repeats_the_answer(chat: Any) -> None:
     asked = SamplingParams(temperature=1.5, top_p=1, max_gen_len=30, stop=["zzz"])
     first = await complete(chat, asked, logprobs=True)
