@@ -24,7 +24,7 @@ from gateway.generation.completion import (
 from gateway.generation.generation import Outcome
 from gateway.generation.send_buffer import SendBuffer
 from gateway.request.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
-from gateway.request.read_dialogs import read_dialogs
+from gateway.request.read_dialogs import Dialogs, read_dialogs
 from gateway.request.validation import (
     ChatRequest,
     Options,
@@ -59,6 +59,7 @@ class _Checked:
 
     options: Options
     sequences: int
+    # No closure: the frame of an error would hold its variables until the garbage collector runs.
     encode: Callable[[], Awaitable[Encoded]]
 
 
@@ -153,16 +154,7 @@ class Pipeline:
         refuse(chat_violations(request, read.violations, limits, len(vocabulary)))
         chosen = options(request, window.length)
         room = answer_room(request.context_policy, window, chosen.sampling.max_gen_len)
-
-        async def encode() -> Encoded:
-            encoder = self.encoder(context.time_remaining)
-            encoded = await encode_dialogs(read.safe, encoder, window, answer_room=room)
-            by_path = dict(zip(read.safe, encoded, strict=True))
-            prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in read.messages]
-            if self._classifier is None:
-                return prompts, []
-            return prompts, dialogs_to_judge(prompts, [*read.messages.values()])
-
+        encode = functools.partial(self._encode_chat, read, window, room, context)
         return _Checked(chosen, len(read.safe) * chosen.n, encode)
 
     def _check_text(self, request: TextRequest, context: Context) -> _Checked:
@@ -171,18 +163,32 @@ class Pipeline:
         refuse(text_violations(request, self.limits(), len(vocabulary), window))
         chosen = options(request, window.length)
         texts, ids = [*request.prompts], [[*each.ids] for each in request.prompt_ids]
-
-        async def encode() -> Encoded:
-            if ids:
-                prompts = [Prompt(each) for each in ids]
-            else:
-                named = {f"prompts[{index}]": text for index, text in enumerate(texts)}
-                prompts = await encode_texts(named, self.encoder(context.time_remaining), window)
-            if self._classifier is None:
-                return [*prompts], []
-            return [*prompts], texts or [text_of(each.ids, vocabulary) for each in prompts]
-
+        encode = functools.partial(self._encode_text, texts, ids, window, context)
         return _Checked(chosen, (len(texts) + len(ids)) * chosen.n, encode)
+
+    async def _encode_chat(
+        self, read: Dialogs, window: Window, room: int | None, context: Context
+    ) -> Encoded:
+        encoder = self.encoder(context.time_remaining)
+        encoded = await encode_dialogs(read.safe, encoder, window, answer_room=room)
+        by_path = dict(zip(read.safe, encoded, strict=True))
+        prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in read.messages]
+        if self._classifier is None:
+            return prompts, []
+        return prompts, dialogs_to_judge(prompts, [*read.messages.values()])
+
+    async def _encode_text(
+        self, texts: list[str], ids: list[list[int]], window: Window, context: Context
+    ) -> Encoded:
+        if ids:
+            prompts = [Prompt(each) for each in ids]
+        else:
+            named = {f"prompts[{index}]": text for index, text in enumerate(texts)}
+            prompts = await encode_texts(named, self.encoder(context.time_remaining), window)
+        if self._classifier is None:
+            return [*prompts], []
+        vocabulary = self._tokenizer.vocabulary
+        return [*prompts], texts or [text_of(each.ids, vocabulary) for each in prompts]
 
     def require_model(self, name: str) -> None:
         """NOT_FOUND if a request names another model than the one that is served."""

@@ -4,6 +4,7 @@ rarely, and frames that wait for it hold megabytes of requests.
 
 import asyncio
 import gc
+import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -92,6 +93,25 @@ async def test_refused_request_is_freed_with_its_answer(
             answers = call(request.SerializeToString())
             assert await answers.code() is grpc.StatusCode.INVALID_ARGUMENT
     await freed()
+
+
+@pytest.mark.parametrize("name", ["text", "stream", "dialog", "roles"])
+async def test_text_of_a_refused_request_is_freed_with_its_answer(
+    gateway: RunningGateway, freed: Freed, name: str
+) -> None:
+    request, count = REFUSED[name], 20
+    method = type(request).__name__.removesuffix("Request")
+    async with grpc.aio.insecure_channel(gateway.address) as channel:
+        call: Any = channel.unary_stream(f"/llama.v1.ChatService/{method}")
+        await call(request.SerializeToString()).code()
+        await freed()
+        tracemalloc.start()
+        for _ in range(count):
+            await call(request.SerializeToString()).code()
+        await freed()
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert held < count * len(LONG) / 4
 
 
 LASTING = {
