@@ -12,14 +12,20 @@ from collections import Counter
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
+
+from llama.v1 import chat_pb2, sampling_pb2, tokenizer_pb2
 
 SIZE = 4 * 1024 * 1024
 CHAT, TOKENIZER = "/llama.v1.ChatService/", "/llama.v1.TokenizerService/"
 COUNT, AT_ONCE = 200, 8
 
 
-def field(number: int, payload: bytes) -> bytes:
-    """A field that holds bytes, a text or a message, as it goes over the wire."""
+def field(kind: type[Message], name: str, payload: bytes | int) -> bytes:
+    """A field by its name in the contract: a number, or bytes, a text or a message."""
+    number = kind.DESCRIPTOR.fields_by_name[name].number
+    if isinstance(payload, int):
+        return varint(number << 3) + varint(payload)
     return varint(number << 3 | 2) + varint(len(payload)) + payload
 
 
@@ -36,37 +42,63 @@ def many(part: bytes) -> bytes:
     return part * ((SIZE - 32) // len(part))
 
 
+def message(role: int, content: bytes) -> bytes:
+    parts = field(chat_pb2.Message, "role", role), field(chat_pb2.Message, "content", content)
+    return field(chat_pb2.Dialog, "messages", b"".join(parts))
+
+
 def biases() -> bytes:
-    entries = (field(11, b"\x08" + varint(token)) for token in itertools.count())
-    return field(2, b"".join(itertools.islice(entries, SIZE // 8)))
+    entry = sampling_pb2.SamplingParams.LogitBiasEntry
+    entries = (
+        field(sampling_pb2.SamplingParams, "logit_bias", field(entry, "key", token))
+        for token in itertools.count()
+    )
+    return b"".join(itertools.islice(entries, SIZE // 8))
 
 
 def shapes() -> list[tuple[str, bytes]]:
     """Methods with requests."""
-    user = b"\x08\x02"
-    pair = field(1, user + field(2, b"a")) + field(1, b"\x08\x03" + field(2, b"b"))
-    long = field(1, b"\x08\x01" + field(2, many(b"s")[16 * 1024 :]))  # a system message
+    text, chat = chat_pb2.TextCompleteRequest, chat_pb2.ChatCompleteRequest
+    render, sampling = chat_pb2.RenderPromptRequest, sampling_pb2.SamplingParams
+    encode, decode = tokenizer_pb2.EncodeRequest, tokenizer_pb2.DecodeRequest
+    drop = chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS
+    user, assistant = chat_pb2.ROLE_USER, chat_pb2.ROLE_ASSISTANT
+    turns = (message(user, b"a") + message(assistant, b"b")) * 500 + message(user, b"a")
+    long = message(chat_pb2.ROLE_SYSTEM, many(b"s")[16 * 1024 :])
+    in_turns = field(chat, "dialogs", long + turns) + field(chat, "context_policy", drop)
+    in_one = field(render, "dialog", long + message(user, b"a"))
+    in_one += field(render, "context_policy", drop)
+    ids, not_utf8 = field(sampling_pb2.TokenIds, "ids", 5), many(b"a")[:-1] + b"\xff"
+    packed = field(sampling_pb2.TokenIds, "ids", many(b"\x05"))
+    empty_dialog = field(chat, "dialogs", many(field(chat_pb2.Dialog, "messages", b"")))
     return [
-        (CHAT + "TextComplete", field(6, field(1, many(b"\x05")))),
-        (CHAT + "TextComplete", field(6, many(b"\x08\x05"))),
-        (CHAT + "TextComplete", field(1, many(b"\0"))),
-        (CHAT + "TextComplete", field(1, many("🦙".encode()))),
-        (CHAT + "TextComplete", field(1, many(b"a")[:-1] + b"\xff")),
-        (CHAT + "TextComplete", many(field(1, b""))),
-        (CHAT + "TextCompleteStream", many(field(6, b""))),
-        (CHAT + "ChatComplete", many(field(1, b""))),
-        (CHAT + "ChatComplete", field(1, many(field(1, b"")))),
-        (CHAT + "ChatComplete", field(1, field(1, user + field(2, many(b"x"))))),
-        (CHAT + "ChatComplete", field(2, many(field(6, b"")))),
-        (CHAT + "ChatComplete", field(2, field(13, many(b"\x05")))),
-        (CHAT + "ChatCompleteStream", biases()),
-        (CHAT + "ChatComplete", field(1, long + pair * 500 + field(1, user)) + b"\x28\x02"),
-        (CHAT + "RenderPrompt", field(1, long + field(1, user)) + b"\x10\x02"),
-        (CHAT + "RenderPrompt", field(1, field(1, user + field(2, many(b"[INST "))))),
-        (CHAT + "GetModel", many(b"\xf8\x07\x00")),
-        (TOKENIZER + "Encode", many(field(1, b""))),
-        (TOKENIZER + "Decode", field(1, field(1, many(b"\x05")))),
-        (TOKENIZER + "Encode", field(1, field(1, many(b"a")[:-1] + b"\xff"))),
+        (CHAT + "TextComplete", field(text, "prompt_ids", packed)),
+        (CHAT + "TextComplete", field(text, "prompt_ids", many(ids))),
+        (CHAT + "TextComplete", field(text, "prompts", many(b"\0"))),
+        (CHAT + "TextComplete", field(text, "prompts", many("🦙".encode()))),
+        (CHAT + "TextComplete", field(text, "prompts", not_utf8)),
+        (CHAT + "TextComplete", many(field(text, "prompts", b""))),
+        (CHAT + "TextComplete", field(text, "model", many(b"a"))),
+        (CHAT + "TextCompleteStream", many(field(text, "prompt_ids", b""))),
+        (CHAT + "ChatComplete", many(field(chat, "dialogs", b""))),
+        (CHAT + "ChatComplete", empty_dialog),
+        (CHAT + "ChatComplete", field(chat, "dialogs", message(user, many(b"x")))),
+        (CHAT + "ChatComplete", field(chat, "sampling", many(field(sampling, "stop", b"")))),
+        (
+            CHAT + "ChatComplete",
+            field(chat, "sampling", field(sampling, "stop_token_ids", many(b"\x05"))),
+        ),
+        (CHAT + "ChatCompleteStream", field(chat, "sampling", biases())),
+        (CHAT + "ChatComplete", in_turns),
+        (CHAT + "RenderPrompt", in_one),
+        (CHAT + "RenderPrompt", field(render, "dialog", message(user, many(b"[INST ")))),
+        (CHAT + "GetModel", many(b"\xf8\x07\x00")),  # unknown fields
+        (TOKENIZER + "Encode", many(field(encode, "segments", b""))),
+        (TOKENIZER + "Decode", field(decode, "sequences", packed)),
+        (
+            TOKENIZER + "Encode",
+            field(encode, "segments", field(tokenizer_pb2.Segment, "text", not_utf8)),
+        ),
     ]
 
 

@@ -75,11 +75,16 @@ async def test_malformed_message_is_left_to_the_parser(serialized: bytes, limit:
 
 
 @pytest.mark.parametrize(
-    ("kind", "part"),
-    [(ChatCompleteRequest, b"\x0a\x00"), (RenderPromptRequest, b"\x0a\x02\x0a\x00")],
+    "part",
+    [
+        ChatCompleteRequest(dialogs=[Dialog()]),
+        RenderPromptRequest(dialog=Dialog(messages=[Message()])),
+    ],
 )
-async def test_others_run_while_a_large_message_is_counted(kind: Any, part: bytes) -> None:
-    counting = asyncio.create_task(has_more_fields_than(900_000, part * 1_000_000, kind.DESCRIPTOR))
+async def test_others_run_while_a_large_message_is_counted(part: ProtoMessage) -> None:
+    serialized = part.SerializeToString() * 1_000_000
+    descriptor: Any = part.DESCRIPTOR
+    counting = asyncio.create_task(has_more_fields_than(900_000, serialized, descriptor))
     turns = 0
     while not counting.done():
         await asyncio.sleep(0)
