@@ -51,8 +51,9 @@ async def test_answers_of_a_request_are_summed_in_one_line(chat: Any, stack: Any
 
 
 async def test_cancelled_and_refused_requests_have_their_line(chat: Any, stack: Any) -> None:
+    # More sequences than run at once: their end is far away when the client cancels.
     endless = SamplingParams(temperature=0, ignore_eos=True)
-    request = TextCompleteStreamRequest(prompts=[PROMPT], sampling=endless)
+    request = TextCompleteStreamRequest(prompts=[PROMPT] * 64, sampling=endless, n=4)
     stream = chat.TextCompleteStream(request, metadata=(("x-request-id", "left"),))
     while not (await stream.read()).event.HasField("delta"):
         pass

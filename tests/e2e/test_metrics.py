@@ -28,6 +28,13 @@ def exactly(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_gen_len=tokens, ignore_eos=True)
 
 
+def lasting(stream_name: str = "") -> TextCompleteStreamRequest:
+    """More sequences than run at once: their end is far when the client cancels or scrapes."""
+    return TextCompleteStreamRequest(
+        prompts=[PROMPT] * 64, n=4, sampling=exactly(200), stream_name=stream_name
+    )
+
+
 class Difference:
     """How much a service's metrics have grown since this was created."""
 
@@ -79,12 +86,7 @@ async def test_named_streams_without_a_reader_are_counted(
     def detached() -> float:
         return float(stack.gateway.scrape().value("chasqui_gateway_detached_streams"))
 
-    # More sequences than run at once: the stream outlasts the scrapes.
-    sampling = exactly(200)
-    request = TextCompleteStreamRequest(
-        stream_name="left", prompts=[PROMPT] * 64, sampling=sampling, n=4
-    )
-    stream = chat.TextCompleteStream(request)
+    stream = chat.TextCompleteStream(lasting("left"))
     await stream.read()
     assert detached() == 0
     stream.cancel()
@@ -133,18 +135,26 @@ async def test_each_delta_is_one_latency(chat: Any, stack: Any, echo: bool) -> N
     assert gateway("chasqui_gateway_inter_token_seconds_count") == len(deltas) - 1 > 0
 
 
-async def test_cancelled_stream_is_counted_with_the_tokens_it_had(chat: Any, stack: Any) -> None:
+async def test_cancelled_answers_are_counted_with_the_tokens_they_had(
+    chat: Any, stack: Any, idle_load: Any
+) -> None:
     gateway = Difference(stack.gateway)
-    request = TextCompleteStreamRequest(prompts=[PROMPT], sampling=exactly(200))
-    stream = chat.TextCompleteStream(request)
+    stream = chat.TextCompleteStream(lasting())
     while not (await stream.read()).event.HasField("delta"):
         pass
     stream.cancel()
-    until(lambda: gateway("chasqui_gateway_cancelled_after_tokens_count") == 1)
-    tokens = gateway("chasqui_gateway_cancelled_after_tokens_sum")
-    assert tokens == gateway("chasqui_gateway_completion_tokens_total")
-    assert 0 < tokens < 200
+
+    def finished() -> float:
+        return gateway("chasqui_gateway_finished_total", finish_reason="length")
+
+    # The cancelled answers are counted last.
+    until(lambda: gateway("chasqui_gateway_cancelled_after_tokens_count") + finished() == 64 * 4)
     assert gateway("chasqui_gateway_request_seconds_count", grpc_code="Canceled") == 1
+    assert gateway("chasqui_gateway_cancelled_after_tokens_count") > 0
+    tokens = gateway("chasqui_gateway_cancelled_after_tokens_sum") + 200 * finished()
+    assert tokens == gateway("chasqui_gateway_completion_tokens_total")
+    assert 0 < tokens < 64 * 4 * 200
+    await idle_load()
 
 
 async def test_refused_request_is_counted_though_it_made_nothing(chat: Any, stack: Any) -> None:
