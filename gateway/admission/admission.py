@@ -18,6 +18,7 @@ from gateway.admission.fair_queue import Claim, FairQueue
 from gateway.admission.fair_share import Holding, SharedRoom
 from gateway.admission.quota import Quota
 from gateway.admission.throughput import ThroughputEstimator
+from gateway.admission.ticket import Size, Ticket
 from serving.errors import RequestError, resource_exhausted, unavailable
 from serving.numbers import format_apart
 from serving.security import caller
@@ -39,14 +40,6 @@ class Bounds:
     max_sequences: int
     max_tokens: int | None = None  # prompt tokens plus max_gen_len
     max_running: int | None = None  # sequences at the replicas; None: from their batch capacity
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """The size of one generation, in tokens."""
-
-    prompt: int
-    max_answer: int
 
 
 class Admission:
@@ -140,7 +133,7 @@ class Admission:
         self._sequences.room.release(admitted.holding)
         self._tokens.room.release(admitted.holding)
 
-    def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list["Ticket"]:
+    def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list[Ticket]:
         """A ticket for each generation; RESOURCE_EXHAUSTED if the deadline would pass first."""
         key = admitted.caller
         claims = [
@@ -280,7 +273,7 @@ class Admitted:
         self._task = asyncio.current_task()
         self._interruption: RequestError | None = None
 
-    def queue(self, sizes: Sequence[Size]) -> list["Ticket"]:
+    def queue(self, sizes: Sequence[Size]) -> list[Ticket]:
         """A ticket for each of the request's generations; RESOURCE_EXHAUSTED if they are too large,
         or if they would wait longer than the deadline allows.
         """
@@ -316,55 +309,6 @@ class Admitted:
             raise self._interruption from None
         finally:
             self._interruption = None  # its traceback refers to this frame
-
-
-class Ticket:
-    """One generation's right to run: it waits in the queue, then is granted.
-
-    It ends exactly once: by `withdraw` or `displace` before it was granted, by `end` after.
-    """
-
-    def __init__(self, admission: Admission, claim: Claim, size: Size, holding: Holding) -> None:
-        self.size = size
-        self.holding = holding  # the request's
-        # Fails with the reason if the request is displaced.
-        self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waited = 0.0  # seconds in the queue
-        self._admission = admission
-        self._claim = claim
-        self._arrived = admission.clock()
-        self._answer_tokens = 0
-
-    @property
-    def is_granted(self) -> bool:
-        done = self.granted.done() and not self.granted.cancelled()
-        return done and self.granted.exception() is None
-
-    def grant(self) -> None:
-        """Called by the admission alone."""
-        self.waited = self._admission.clock() - self._arrived
-        self.granted.set_result(None)
-
-    def withdraw(self) -> None:
-        """Leaves the queue; no effect on a granted ticket."""
-        if not self.granted.done():
-            self._admission.withdraw(self._claim)
-            self.granted.cancel()
-
-    def displace(self, error: RequestError) -> None:
-        """Fails the ticket with `error`, unless it was granted or withdrawn."""
-        if not self.granted.done():
-            self._admission.withdraw(self._claim)
-            self.granted.set_exception(error)
-
-    def served(self, tokens: int) -> None:
-        """Counts more tokens of the answer; runs with every token."""
-        self._answer_tokens += tokens
-        self._admission.charge(self._claim, tokens)
-
-    def end(self, unused_prompt_tokens: int) -> None:
-        """Ends a granted ticket; refunds the prompt tokens that were charged but not computed."""
-        self._admission.end(self._claim, self._answer_tokens, unused_prompt_tokens)
 
 
 def _bounded(seconds: float) -> float:
