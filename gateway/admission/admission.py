@@ -19,8 +19,8 @@ from gateway.admission.fair_share import Holding, SharedRoom
 from gateway.admission.quota import Quota
 from gateway.admission.throughput import ThroughputEstimator
 from gateway.admission.ticket import Size, Ticket
+from gateway.admission.wait_estimate import WaitEstimate
 from serving.errors import RequestError, resource_exhausted, unavailable
-from serving.numbers import format_apart
 from serving.security import caller
 from serving.security.caller import Caller
 
@@ -29,8 +29,6 @@ from serving.security.caller import Caller
 _AHEAD = 0.25
 # The quota that the error of a displaced request names.
 SHARE = "key.share"
-# Bounds of the retry delay that the error of a refused request gives, in seconds.
-_MIN_RETRY, _MAX_RETRY = 1.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +63,7 @@ class Admission:
         self._running = 0
         self._closed = False
         self._throughput = ThroughputEstimator()
+        self._waits = WaitEstimate(self._queue, self._throughput, clock)
 
     @property
     def sequences(self) -> int:
@@ -145,7 +144,9 @@ class Admission:
             )
             for size in sizes
         ]
-        self._refuse_if_late(admitted, claims)
+        if self._tickets or self._running + len(claims) > self._capacity():
+            tokens = sum(claim.tokens for claim in claims)
+            self._waits.require_in_time(key, admitted.priority, tokens, admitted.deadline)
         tickets = [
             Ticket(self, claim, size, admitted.holding)
             for claim, size in zip(claims, sizes, strict=True)
@@ -226,35 +227,8 @@ class Admission:
         self.release(admitted)
         admitted.displace(error)
 
-    def _refuse_if_late(self, admitted: "Admitted", claims: Sequence[Claim]) -> None:
-        if admitted.deadline is None:
-            return
-        if not self._tickets and self._running + len(claims) <= self._capacity():
-            return
-        wait = self._wait(admitted, sum(claim.tokens for claim in claims))
-        remaining = admitted.deadline - self.clock()
-        if wait is not None and wait > remaining:
-            waiting, left = format_apart(wait, max(remaining, 0))
-            raise resource_exhausted(
-                f"the queue is too long: the request would wait about {waiting} seconds, and its "
-                f"deadline is in {left}",
-                "deadline",
-                _bounded(wait - remaining),
-            )
-
-    def _wait(self, admitted: "Admitted", own_tokens: int) -> float | None:
-        """Estimated seconds until a request's last ticket is granted; None: too few measurements.
-
-        The tokens ahead in the fair order must be served first, then about as many as its own.
-        """
-        key = admitted.caller
-        ahead = self._queue.tokens_ahead(key.name, key.limits.weight, admitted.priority)
-        return self._throughput.seconds(ahead + own_tokens, self.clock())
-
     def _retry_after(self, admitted: "Admitted") -> float:
-        """Estimated seconds until everything ahead of the request is served."""
-        wait = self._wait(admitted, 0)
-        return _MIN_RETRY if wait is None else _bounded(wait)
+        return self._waits.retry_after(admitted.caller, admitted.priority)
 
 
 class Admitted:
@@ -309,7 +283,3 @@ class Admitted:
             raise self._interruption from None
         finally:
             self._interruption = None  # its traceback refers to this frame
-
-
-def _bounded(seconds: float) -> float:
-    return min(max(seconds, _MIN_RETRY), _MAX_RETRY)
