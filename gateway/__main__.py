@@ -16,7 +16,7 @@ async def start(settings: GatewaySettings) -> None:
         settings.tokenizer_target,
         settings.model_target_list,
         settings.pool_options,
-        connector(settings),
+        connector(settings.upstream_tls, settings.upstream_name),
         settings.safety_options,
     )
     await serve(settings, gateway_service(backend, settings))

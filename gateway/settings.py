@@ -10,6 +10,7 @@ from gateway.replicas.options import PoolOptions
 from gateway.request.options import RequestLimits
 from gateway.rpc.named_streams import StreamLimits
 from gateway.safety.options import SafetyOptions
+from serving.security.tls import TlsFiles
 from serving.settings import Port, ServerSettings
 
 # Seconds, 31 years. gRPC counts deadlines in 64-bit nanoseconds, and a longer one passes at once.
@@ -194,6 +195,13 @@ class GatewaySettings(ServerSettings):
                 f"({self.max_queued_sequences}): a full request would never be admitted"
             )
         return self
+
+    @property
+    def upstream_tls(self) -> TlsFiles | None:
+        """None: plaintext."""
+        if self.upstream_ca is None:
+            return None
+        return TlsFiles(self.upstream_cert, self.upstream_key, self.upstream_ca)
 
     @property
     def model_target_list(self) -> list[str]:
