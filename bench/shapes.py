@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from model_service.model.config import ModelConfig
 
-FIRST_ORDINARY_ID = 259  # ids before it are the control and byte pieces of a Llama 2 vocabulary
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:

@@ -7,7 +7,6 @@ GGUF, quantized by the `gguf` package's own quantizers, and Hugging Face's. Both
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,19 +14,13 @@ from pathlib import Path
 import torch
 
 from bench.baselines.environments import REPOSITORY, UnavailableError
+from bench.checkpoint import complete_or_absent
 from model_service.model.config import ROPE_THETA, ModelConfig
 from model_service.model.weights.checkpoint import open_checkpoint
 
 CONTEXT_LENGTH = 4096
 CPU = torch.device("cpu")
 BYTES_END = 3 + 256  # ids 3 to 258 are the bytes in a Llama 2 vocabulary
-GGUF_FILE_TYPES = {
-    "F32": "ALL_F32",
-    "F16": "MOSTLY_F16",
-    "BF16": "MOSTLY_BF16",
-    "Q8_0": "MOSTLY_Q8_0",
-    "Q4_0": "MOSTLY_Q4_0",
-}
 HF_NAMES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -50,7 +43,7 @@ def ensure_model(kind: str, ckpt_dir: Path, work_dir: Path) -> Path:
     Exports run in a process of their own: its memory is free before anything is measured.
 
     Args:
-        kind: meta, hf, or a key of GGUF_FILE_TYPES.
+        kind: meta, hf, or the name of a GGUF type, such as Q8_0.
         ckpt_dir: the shape's checkpoint in Meta's format.
         work_dir: where exports are kept.
 
@@ -61,18 +54,19 @@ def ensure_model(kind: str, ckpt_dir: Path, work_dir: Path) -> Path:
         return ckpt_dir
     target = work_dir / "exports" / ckpt_dir.name / ("hf" if kind == "hf" else f"{kind}.gguf")
     if not target.exists():
-        partial = target.with_name(f"{os.getpid()}.{target.name}")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "bench.baselines.exports"]
-        command += [str(ckpt_dir), str(partial), kind]
+        command = [sys.executable, "-m", "bench.baselines.exports", str(ckpt_dir)]
         variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-        if done.returncode:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.unlink(missing_ok=True)
-            reason = (done.stderr.splitlines() or ["no output"])[-1]
-            raise UnavailableError(f"export to {kind} failed: {reason}")
-        partial.rename(target)
+        with complete_or_absent(target) as partial:
+            done = subprocess.run(
+                [*command, str(partial), kind],
+                capture_output=True,
+                text=True,
+                env=variables,
+                check=False,
+            )
+            if done.returncode:
+                reason = (done.stderr.splitlines() or ["no output"])[-1]
+                raise UnavailableError(f"export to {kind} failed: {reason}")
     return target
 
 
@@ -144,7 +138,7 @@ def halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
-    """Writes a file with all matrices in the type, a key of GGUF_FILE_TYPES.
+    """Writes a file with all matrices in the type, a name of gguf.GGMLQuantizationType.
 
     llama.cpp opens no file without a vocabulary, so it names one made-up piece per id; nothing here
     ever turns text into ids.
@@ -155,7 +149,8 @@ def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
     config = checkpoint.config
     writer = gguf.GGUFWriter(file, "llama", use_temp_file=False)
     writer.add_name("random weights")
-    writer.add_file_type(gguf.LlamaFileType[GGUF_FILE_TYPES[type_name]])
+    mostly = "ALL" if type_name == "F32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{type_name}"])
     writer.add_context_length(CONTEXT_LENGTH)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)

@@ -15,7 +15,8 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # as its profiler does
 from torch.profiler import ProfilerActivity, profile
 
-from bench.engine.throughput import Load, Loaded
+from bench.engine.driver import Load
+from bench.engine.throughput import Loaded
 from bench.report import Row, Value
 
 MAX_ROWS = 16
