@@ -1,11 +1,8 @@
-"""The effect of speculation and quantization on real text.
+"""The effect of speculation and quantization on real text, the demonstration checkpoint's.
 
-On the demonstration checkpoint, because random weights neither repeat a text nor answer a question.
-
-`speculation`: two texts, dialogs whose last turn asks an earlier question again, so that the answer
-repeats, and single questions at temperature 1, which repeat nothing. Each is answered with and
-without drafts in turn, and the tokens must be equal. Rates are of the steps without prompt tokens.
-Answers end where the model ends them: forced to go on they would repeat nothing.
+`speculation`: dialogs whose last turn asks an earlier question again, so that the answer repeats,
+and single questions at temperature 1, which repeat nothing. Each is answered with and without
+drafts in turn, and the tokens must be equal. Rates are of the steps without prompt tokens.
 
 `quantization`: perplexity of the first written answer to every topic, and of the end of sequence
 behind it, given the question; and how many held-out questions are answered sensibly.
@@ -17,9 +14,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from bench.command import command_parser, finish
 from bench.engine.driver import GREEDY, Driver, Prompt, Trial
-from bench.report import Recorder, Row, Value, spread
+from bench.report import Recorder, Row, Value, command_parser, finish, spread
 from demo.checkpoint import CHECKPOINT, TOKENIZER
 from demo.evaluate import Answer, is_sensible, prompt_of, topic_prompts
 from demo.text import expand, read_corpus, read_questions

@@ -1,35 +1,34 @@
 """The cost of the gateway: its CPU time per token, and the latency that it adds.
 
-The same prompts go to a model service directly, on one Generate stream as the gateway uses it, and
-through the gateway, each on a TextCompleteStream of its own; in turn, round after round. Prompts
-are token ids, so the tokenizer service has no part in it. The gateway's CPU time is what its
-process used, over the tokens that passed; the latency that it adds is the difference between the
-two ways' percentiles.
+The same prompts, as ids, go to a model service directly, on one Generate stream as the gateway uses
+it, and through the gateway, each on a TextCompleteStream of its own; in turn, round after round.
+The latency that the gateway adds is the difference between the two ways' percentiles.
 """
 
 import argparse
 import asyncio
 import itertools
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 
 import psutil
 
-from bench.command import command_parser, finish
-from bench.prompts import random_prompts
-from bench.report import Recorder, Row
+from bench.report import Recorder, Row, command_parser, finish
+from bench.shapes import random_prompts
 from chasqui.cli.serve.deployment import demonstration
 from chasqui.cli.serve.supervisor import in_background
-from chasqui.loadtest.records import Failure
-from chasqui.loadtest.sender import Sender
+from chasqui.loadtest.records import Failure, Record
+from chasqui.loadtest.sender import Sender, clock
 from chasqui.loadtest.summary import distribution
 from chasqui.loadtest.workload import Work
 from client.connection.channel import open_aio_channel
-from llama.v1 import chat_pb2, model_pb2, model_pb2_grpc, sampling_pb2
+from llama.v1 import model_pb2, model_pb2_grpc
+from llama.v1.chat_pb2 import ChatCompleteStreamRequest, TextCompleteStreamRequest
+from llama.v1.sampling_pb2 import SamplingParams, TokenIds
 
 VOCABULARY = 1920  # of the demonstration checkpoint
 
+Request = TextCompleteStreamRequest | ChatCompleteStreamRequest
 Arrivals = list[float]  # of one stream's tokens: seconds since it was asked for
 
 
@@ -80,11 +79,11 @@ async def _compare(
             prompts = random_prompts(streams, args.prompt, VOCABULARY, seed=number)
             to_model = await _through_model(model, prompts, args.answer)
             before = _cpu_seconds(gateway)
-            to_gateway = await _through_gateway(sender, prompts, args.answer)
+            records = await ask(sender, [text_request(each, args.answer) for each in prompts])
             if number:  # what the first round warmed up is not counted
                 cpu += _cpu_seconds(gateway) - before
                 direct += to_model
-                through += to_gateway
+                through += ([at - each.sent for at in each.arrivals] for each in records)
     tokens = args.rounds * streams * args.answer
     return Row(
         "gateway",
@@ -125,40 +124,39 @@ async def _through_model(
         for number, prompt in enumerate(prompts):
             yield model_pb2.GenerateRequest(
                 start=model_pb2.StartSequence(
-                    sequence_id=str(number), prompt_ids=prompt, sampling=_sampling(answer)
+                    sequence_id=str(number), prompt_ids=prompt, sampling=greedy(answer)
                 )
             )
 
-    sent = time.perf_counter()
+    sent = clock()
     arrivals: dict[str, Arrivals] = {}
     async for response in stub.Generate(starts()):
-        now = time.perf_counter() - sent
+        now = clock() - sent
         for event in response.events:
             arrivals.setdefault(event.sequence_id, []).extend([now] * len(event.ids))
     return [*arrivals.values()]
 
 
-async def _through_gateway(
-    sender: Sender, prompts: Sequence[Sequence[int]], answer: int
-) -> list[Arrivals]:
-    """Each prompt on a stream. Tokens that came in one delta count once, as one arrival."""
-    now = time.perf_counter()
-    requests = [
-        chat_pb2.TextCompleteStreamRequest(
-            prompt_ids=[sampling_pb2.TokenIds(ids=prompt)], sampling=_sampling(answer)
-        )
-        for prompt in prompts
-    ]
+async def ask(sender: Sender, requests: Sequence[Request]) -> list[Record]:
+    """All requests at once, each on a stream; times by `clock`. RuntimeError: one failed.
+
+    Tokens that came in one delta are one arrival.
+    """
     works = (Work(number, request) for number, request in enumerate(requests))
-    records = await asyncio.gather(*(sender.send(work, now, now) for work in works))
+    records = await asyncio.gather(*(sender.send(each, clock(), origin=0.0) for each in works))
     for record in records:
         if isinstance(record.outcome, Failure):
             raise RuntimeError(f"{record.outcome.status}: {record.outcome.message}")
-    return [[each - record.sent for each in record.arrivals] for record in records]
+    return records
 
 
-def _sampling(answer: int) -> sampling_pb2.SamplingParams:
-    return sampling_pb2.SamplingParams(temperature=0, max_gen_len=answer, ignore_eos=True)
+def text_request(prompt: Sequence[int], answer: int) -> TextCompleteStreamRequest:
+    return TextCompleteStreamRequest(prompt_ids=[TokenIds(ids=prompt)], sampling=greedy(answer))
+
+
+def greedy(answer: int) -> SamplingParams:
+    """For an answer of exactly so many tokens."""
+    return SamplingParams(temperature=0, max_gen_len=answer, ignore_eos=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Results: rows, the machine they were measured on, and the files they are written to.
 
 A run writes `result.json`, the record, and `result.md`, the same rows as tables, after every case.
-So a run that is cut off loses one case, and a case that fails is a note in the result and not the
-end of the run.
 """
 
 import contextlib
@@ -17,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,6 +28,8 @@ import torch
 from serving.errors import StartError
 
 SCHEMA = 2
+RESULTS = Path(__file__).parent / "results"
+WORK_DIR = Path.home() / ".cache" / "chasqui-bench"
 # Name in results: flags of which the processor must have one (Linux's names, x86 and Arm).
 FEATURES: Mapping[str, frozenset[str]] = {
     "avx2": frozenset({"avx2"}),
@@ -248,3 +249,29 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def command_parser(
+    name: str, description: str | None, *, default_device: str | None = None
+) -> ArgumentParser:
+    """The parser of `python -m bench.<name>`; without a device the command has no work folder."""
+    parser = ArgumentParser(
+        f"python -m bench.{name}",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--results", type=Path, default=RESULTS, help="folder of all results")
+    if default_device:
+        devices = ["cuda", "cpu"]
+        add("--device", choices=devices, default=default_device, help=f"default: {default_device}")
+        add("--work_dir", type=Path, default=WORK_DIR, help="keeps checkpoints, exports, …")
+    return parser
+
+
+def finish(*recorders: Recorder) -> None:
+    """Names the results. Exit status 1 if a case failed."""
+    for recorder in recorders:
+        print(recorder.folder / "result.md")
+    if any(recorder.failed for recorder in recorders):
+        raise SystemExit(1)

@@ -1,14 +1,10 @@
 """The cost of the way through gRPC.
 
 The same requests go to an engine in a process of its own and, through the gateway, to services on
-the same machine; in turn, round after round. Only one of the two exists at a time, because a second
-set of weights in memory slows the first. Two rates are compared: tokens per second while all
-streams decode, and answer tokens over the time from the first request to the last token. The second
-includes the prompts, which an engine computes in one step when all are there at once, and in parts
-when they arrive one after the other. Both sides read the same checkpoint of random weights.
-
-With --shares, `chasqui bench` measures the services, too: a closed loop for the capacity, then
-Poisson arrivals at these shares of it.
+the same machine; in turn, and only one of the two exists at a time, because a second set of weights
+in memory slows the first. Two rates are compared: tokens per second while all streams decode, and
+answer tokens from the first request to the last token. The second includes the prompts, which an
+engine computes in one step when all are there at once, and in parts when they arrive one by one.
 """
 
 import argparse
@@ -17,8 +13,7 @@ import json
 import statistics
 import struct
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +21,16 @@ from typing import Any
 import torch
 
 from bench.checkpoint import ensure_checkpoint
-from bench.command import command_parser, finish
 from bench.engine.driver import QUANTIZED, Job, Load, in_own_process, loaded
-from bench.prompts import random_prompts
-from bench.report import Recorder, Row, Value, read_host, spread
-from bench.shapes import SHAPES, Shape
-from chasqui import AsyncClient, Delta, Finished
+from bench.gateway import Request, ask, greedy, text_request
+from bench.report import Recorder, Row, Value, command_parser, finish, read_host, spread
+from bench.shapes import SHAPES, Shape, random_prompts
 from chasqui.cli.main import main as chasqui
 from chasqui.cli.serve.deployment import Deployment
 from chasqui.cli.serve.supervisor import in_background
-from client.requests import Sampling
+from chasqui.loadtest.sender import Sender, clock
 from demo.checkpoint import CHECKPOINT, TOKENIZER
+from llama.v1.chat_pb2 import ChatCompleteStreamRequest, Dialog, Message, Role
 
 KNOWN_PIECES = 1920  # of the demonstration's tokenizer
 PROMPT_TAGS = 12  # tokens of a dialog's format around its one message
@@ -154,34 +148,32 @@ async def service_rates(
     address: str, call: str, streams: int, job: Job, args: argparse.Namespace
 ) -> list[Rates]:
     """As `engine_rates`, for one number of streams, each prompt on a stream of its own."""
-    found = []
-    async with AsyncClient(address) as client:
+    request, found = CALLS[call], []
+    async with Sender(address) as sender:
         for number in range(args.trials + 1):
             prompts = random_prompts(streams, args.prompt, job.shape.config.vocab_size, number)
-            started = time.perf_counter()
-            asked = (_answer(client, call, prompt, args.answer) for prompt in prompts)
-            found.append(rates(started, await asyncio.gather(*asked)))
+            requests = [request(prompt, args.answer) for prompt in prompts]
+            started = clock()
+            records = await ask(sender, requests)
+            # A few tokens are no text of their own, so the server counts them.
+            answers = [Answer(r.arrivals[0], r.ended, r.completion_tokens) for r in records]
+            if any(each.tokens != args.answer for each in answers):
+                raise RuntimeError(f"an answer of another length than {args.answer} tokens")
+            found.append(rates(started, answers))
     return found[1:]
 
 
-async def _answer(client: AsyncClient, call: str, prompt: list[int], answer: int) -> Answer:
-    """Asks for one answer. A few tokens are no text of their own, so the server counts them."""
-    sampling: Sampling = {"temperature": 0.0, "max_gen_len": answer, "ignore_eos": True}
-    if call == "chat":
-        # Each digit is a token of its own.
-        digits = "".join(str(token % 10) for token in prompt[PROMPT_TAGS:]) or "0"
-        stream = client.chat_stream([{"role": "user", "content": digits}], **sampling)
-    else:
-        stream = client.complete_stream(prompt, **sampling)
-    first, usage = 0.0, None
-    async for event in stream:
-        if isinstance(event, Delta):
-            first = first or time.perf_counter()
-        elif isinstance(event, Finished):
-            usage = event.usage
-    if usage is None or usage.completion_tokens != answer or not first:
-        raise RuntimeError(f"an answer of another length than {answer} tokens")
-    return Answer(first, time.perf_counter(), answer)
+def chat_request(prompt: Sequence[int], answer: int) -> ChatCompleteStreamRequest:
+    """A dialog with about as many tokens: each digit is one of its own."""
+    digits = "".join(str(token % 10) for token in prompt[PROMPT_TAGS:]) or "0"
+    dialog = Dialog(messages=[Message(role=Role.ROLE_USER, content=digits)])
+    return ChatCompleteStreamRequest(dialogs=[dialog], sampling=greedy(answer))
+
+
+CALLS: Mapping[str, Callable[[Sequence[int], int], Request]] = {
+    "text": text_request,
+    "chat": chat_request,
+}
 
 
 def under_load(address: str, at_once: int, args: argparse.Namespace) -> Iterator[Row]:
@@ -242,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--streams", type=int, nargs="+", default=[1, 8])
     add("--prompt", type=int, default=32, help="tokens")
     add("--answer", type=int, default=128, help="tokens")
-    add("--calls", nargs="+", choices=["text", "chat"], default=["text"], help="RPCs to measure")
+    add("--calls", nargs="+", choices=CALLS, default=["text"], help="RPCs to measure")
     add("--rounds", type=int, default=5, help="starts of engine and services")
     add("--trials", type=int, default=1, help="measurements after each start")
     add("--shares", type=float, nargs="+", default=[], help="loads in parts of the capacity")

@@ -9,8 +9,7 @@ import torch
 from bench.baselines.comparison import Comparison, parse_case
 from bench.baselines.contenders import CONTENDERS, default_names
 from bench.checkpoint import ensure_checkpoint
-from bench.command import command_parser, finish
-from bench.report import Recorder, read_host
+from bench.report import Recorder, command_parser, finish, read_host
 from bench.shapes import SHAPES
 
 

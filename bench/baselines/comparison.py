@@ -1,9 +1,7 @@
 """One shape's comparison: prepare, check that all compute the same function, measure in rounds.
 
-Equal tokens would be too much to ask: two tokens may be equally probable up to rounding. So every
-contender writes a greedy answer, and Chasqui's float32 engine, which tests hold to Meta's code,
-says how much less probable each token was than the best one. A wrong permutation or a missing norm
-costs several units of logprob, rounding next to nothing.
+Equal tokens would be too much to ask: two tokens may be equally probable up to rounding. A wrong
+permutation or a missing norm costs several units of logprob, rounding next to nothing.
 """
 
 import itertools
@@ -20,9 +18,8 @@ from bench.baselines.environments import Environment, UnavailableError, prepare
 from bench.baselines.exports import ensure_model, model_bytes
 from bench.baselines.fleet import Fleet, WorkerError, WorkerSpec
 from bench.engine.roofline import Rates, measure_rates
-from bench.prompts import random_prompts
 from bench.report import Host, Row, ratio, spread
-from bench.shapes import Shape
+from bench.shapes import Shape, random_prompts
 
 GIB = 2**30
 PROMPT_SEED = 7

@@ -1,20 +1,19 @@
-"""Exports of a checkpoint: `python -m bench.baselines.exports CHECKPOINT TARGET KIND`
+"""Exports of a checkpoint: GGUF, with the `gguf` package's own quantizers, and Hugging Face's.
 
-GGUF, quantized by the `gguf` package's own quantizers, and Hugging Face's. Both need the extra
-`bench`. Meta rotates neighbouring features (0 with 1, 2 with 3), and so does GGUF's architecture
-`llama`; Hugging Face rotates feature i with i + head_dim / 2, so there the rows of wq and wk move.
+Both need the extra `bench`. Meta rotates neighbouring features (0 with 1, 2 with 3), and so does
+GGUF's architecture `llama`; Hugging Face rotates feature i with i + head_dim / 2, so there the rows
+of wq and wk move.
 """
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.baselines.environments import REPOSITORY, UnavailableError
+from bench.baselines.environments import UnavailableError
 from bench.checkpoint import complete_or_absent
+from bench.engine.driver import in_own_process
 from model_service.model.config import ROPE_THETA, ModelConfig
 from model_service.model.weights.checkpoint import open_checkpoint
 
@@ -54,19 +53,12 @@ def ensure_model(kind: str, ckpt_dir: Path, work_dir: Path) -> Path:
         return ckpt_dir
     target = work_dir / "exports" / ckpt_dir.name / ("hf" if kind == "hf" else f"{kind}.gguf")
     if not target.exists():
-        command = [sys.executable, "-m", "bench.baselines.exports", str(ckpt_dir)]
-        variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        with complete_or_absent(target) as partial:
-            done = subprocess.run(
-                [*command, str(partial), kind],
-                capture_output=True,
-                text=True,
-                env=variables,
-                check=False,
-            )
-            if done.returncode:
-                reason = (done.stderr.splitlines() or ["no output"])[-1]
-                raise UnavailableError(f"export to {kind} failed: {reason}")
+        export = export_hf if kind == "hf" else partial(export_gguf, type_name=kind)
+        try:
+            with complete_or_absent(target) as unfinished:
+                in_own_process(export, ckpt_dir, unfinished)
+        except Exception as error:  # the others are measured, whatever it is
+            raise UnavailableError(f"export to {kind} failed: {error}") from error
     return target
 
 
@@ -185,11 +177,3 @@ def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-if __name__ == "__main__":
-    source, destination = Path(sys.argv[1]), Path(sys.argv[2])
-    if sys.argv[3] == "hf":
-        export_hf(source, destination)
-    else:
-        export_gguf(source, destination, sys.argv[3])

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from bench.checkpoint import ensure_checkpoint
-from bench.command import command_parser, finish
 from bench.engine import arrivals, memory, throughput, variants
 from bench.engine.crowd import crowd
 from bench.engine.driver import Job, Load, free_memory, loaded
@@ -22,7 +21,7 @@ from bench.engine.roofline import WEIGHT_BYTES, Rates, measure_rates
 from bench.engine.shards import shards
 from bench.engine.throughput import Loaded
 from bench.engine.trace import profile_steps
-from bench.report import Recorder, Row, cores, read_host
+from bench.report import Recorder, Row, command_parser, cores, finish, read_host
 from bench.shapes import SHAPES
 from model_service.loading.precision import DTYPES
 

@@ -21,8 +21,7 @@ import torch
 
 from bench.checkpoint import RandomWeights
 from bench.engine.roofline import Network, Work
-from bench.prompts import FIRST_ORDINARY_ID
-from bench.shapes import Shape
+from bench.shapes import FIRST_ORDINARY_ID, Shape
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest, SamplingParams, TokenLogprobs
 from model_service.engine.step.plan import StepPlan

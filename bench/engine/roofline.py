@@ -1,18 +1,13 @@
-"""The roofline: what the device does at best, measured, and the least time that a step can take.
+"""The roofline: the rates of the device, measured, and the least time that a step can take.
 
-A step has to read all weights once and every cached key and value that its tokens attend to; it has
-to multiply each token with every weight of the layers, and each row whose logits are wanted with
-the output matrix. The larger of bytes over bandwidth and operations over the matrix rate bounds any
-engine. Norms, scales, activations, the embedding's rows and what is written to the cache are left
-out because they are small, so the bounds are a little lower than any engine can reach.
-
-The rates are measured in the same run. Matrices are random: a GPU multiplies zeros faster, as they
-draw less power.
+Norms, scales, activations, the embedding's rows and what is written to the cache are left out
+because they are small, so the bounds are a little lower than any engine can reach. Matrices are
+random: a GPU multiplies zeros faster, as they draw less power.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Self
 
 import torch
@@ -66,12 +61,8 @@ class Work:
     pairs: float = 0  # a query with a key that it sees
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(
-            self.tokens + other.tokens,
-            self.logits + other.logits,
-            self.context + other.context,
-            self.pairs + other.pairs,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return type(self)(*(ours + theirs for ours, theirs in pairs))
 
     @classmethod
     def decode(cls, contexts: Iterable[int]) -> Self:

@@ -5,6 +5,7 @@ On the CPU in eager mode with its dynamic cache; on CUDA with a static cache and
 """
 
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -21,10 +22,10 @@ class TransformersWorker:
     def load(self, job: Job) -> dict[str, str]:
         torch.set_num_threads(job.threads)
         self._cuda = job.device == "cuda"
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             job.model, dtype=getattr(torch, job.precision), attn_implementation="sdpa"
         )
-        self._model = self._model.to(job.device).eval()
+        self._model = model.to(job.device).eval()
         self._length = job.length
         self._compiled = self._forward
         if self._cuda:
