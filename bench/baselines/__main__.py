@@ -20,18 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _compare(name: str, args: argparse.Namespace) -> Recorder:
     shape, host = SHAPES[name], read_host(args.device)
-    comparison = Comparison(
-        shape=shape,
-        ckpt_dir=ensure_checkpoint(shape, args.work_dir, torch.device(args.device)),
-        work_dir=args.work_dir,
-        host=host,
-        device=args.device,
-        cases=tuple(args.cases),
-        rounds=args.rounds,
-        context=args.context,
-        steps=args.steps,
-        memory=int(args.memory * 2**30),
-    )
+    ckpt_dir = ensure_checkpoint(shape, args.work_dir, torch.device(args.device))
+    comparison = Comparison(shape, ckpt_dir, host, args)
     details = {"shape": name, "contenders": comparison.infos}
     recorder = Recorder("baselines", args.results, details, name, host)
     recorder.add_note(
@@ -56,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=32, help="tokens that decoding sequences begin with")
     add("--steps", type=int, default=16, help="decode steps of a measurement")
     free = psutil.virtual_memory().available / 2**30
-    add("--memory", type=float, default=0.6 * free, help="GiB that loaded workers may hold")
+    add("--memory", type=float, default=0.6 * free, help="GiB of all loaded workers together")
     return parser
 
 

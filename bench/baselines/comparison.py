@@ -7,6 +7,7 @@ permutation or a missing norm costs several units of logprob, rounding next to n
 import itertools
 import random
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,14 +89,8 @@ class Comparison:
 
     shape: Shape
     ckpt_dir: Path
-    work_dir: Path
     host: Host
-    device: str
-    cases: Sequence[Case]
-    rounds: int
-    context: int  # tokens that decoding sequences begin with
-    steps: int  # decode steps of a measurement
-    memory: int  # bytes that all loaded workers may hold together
+    args: Namespace  # of `python -m bench.baselines`
     specs: dict[str, WorkerSpec] = field(default_factory=dict)
     infos: dict[str, dict[str, str]] = field(default_factory=dict)
     rates: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -108,9 +103,9 @@ class Comparison:
                 self.specs[name] = self._prepared(CONTENDERS[name], broken)
             except UnavailableError as error:
                 yield self._drop(name, str(error))
-        logs = self.work_dir / "logs"
+        logs = self.args.work_dir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        with Fleet(self.memory, logs, self.host.cores) as fleet:
+        with Fleet(int(self.args.memory * GIB), logs, self.host.cores) as fleet:
             yield from self._check(fleet)
             yield from self._measure(fleet)
         yield from rate_rows(self.rates)
@@ -121,20 +116,20 @@ class Comparison:
         if error := broken.get(contender.engine):
             raise error
         try:
-            environment = prepare(contender.engine, self.work_dir)
+            environment = prepare(contender.engine, self.args.work_dir)
         except UnavailableError as error:
             broken[contender.engine] = error
             raise
-        model = ensure_model(contender.model, self.ckpt_dir, self.work_dir)
+        model = ensure_model(contender.model, self.ckpt_dir, self.args.work_dir)
         return self._spec(contender, environment, model)
 
     def _spec(self, contender: Contender, environment: Environment, model: Path) -> WorkerSpec:
-        sequences = max((case.size for case in self.cases if case.kind == "decode"), default=1)
-        prompt = max((case.size for case in self.cases if case.kind == "prefill"), default=1)
+        sequences = max((case.size for case in self.args.cases if case.kind == "decode"), default=1)
+        prompt = max((case.size for case in self.args.cases if case.kind == "prefill"), default=1)
         # Room for warm-up steps, and for engines that end their prompts in different steps.
-        answer = self.steps + WARM_STEPS + sequences
-        length = max(prompt, self.context + answer, 64) + 16
-        tokens = max(length, sequences * (self.context + self.steps + 32))
+        answer = self.args.steps + WARM_STEPS + sequences
+        length = max(prompt, self.args.context + answer, 64) + 16
+        tokens = max(length, sequences * (self.args.context + self.args.steps + 32))
         weights = self.shape.parameters * contender.bits // 8
         # Twice the tokens: engines round each sequence up to their own granularity.
         cache_gib = -(-2 * tokens * self.shape.kv_elements_per_token * 4 // GIB)
@@ -146,7 +141,7 @@ class Comparison:
             {
                 "model": str(model),
                 "precision": contender.precision,
-                "device": self.device,
+                "device": self.args.device,
                 "threads": self.host.cores,
                 "sequences": sequences,
                 "length": length,
@@ -181,17 +176,19 @@ class Comparison:
             fleet.stop(REFERENCE)
 
     def _measure(self, fleet: Fleet) -> Iterator[Row]:
-        machine: dict[int, Rates] = {}
-        for turn in schedule(tuple(self.specs), self.cases, self.rounds, PROMPT_SEED):
+        machine, device = dict[int, Rates](), torch.device(self.args.device)
+        for turn in schedule(tuple(self.specs), self.args.cases, self.args.rounds, PROMPT_SEED):
             if turn.round not in machine:
-                machine[turn.round] = measure_rates(torch.device(self.device), self.host.wide_dtype)
+                machine[turn.round] = measure_rates(
+                    torch.device(self.args.device), self.host.wide_dtype
+                )
             spec = self.specs.get(turn.contender)
             if spec is None:
                 continue
             try:
                 if not fleet.warmed(spec, turn.case.name):
                     self._ask(fleet, spec, turn.case, WARM_STEPS, seed=turn.seed ^ 1)
-                rate = turn.case.rate(self._ask(fleet, spec, turn.case, self.steps, turn.seed))
+                rate = turn.case.rate(self._ask(fleet, spec, turn.case, self.args.steps, turn.seed))
             except WorkerError as error:
                 yield self._drop(turn.contender, f"{turn.case.name}: {error}")
                 continue
@@ -206,7 +203,7 @@ class Comparison:
         if case.kind == "prefill":
             (prompt,) = self._prompts(1, case.size, seed)
             return fleet.call(spec, "prefill", prompt=prompt)
-        prompts = self._prompts(case.size, self.context, seed)
+        prompts = self._prompts(case.size, self.args.context, seed)
         return fleet.call(spec, "decode", prompts=prompts, steps=steps)
 
     def _prompts(self, count: int, length: int, seed: int) -> list[list[int]]:

@@ -77,6 +77,7 @@ SHARED: dict[str, Callable[[Sizes], list[Load]]] = {
 ALONE = ("load", "dialog", "stall", "kv_cache", "shards", "formats", "blocks")
 ON_CPU = ("load", "prefill", "decode", "context", "dialog", "stall", "kv_cache", "shards")
 ON_GPU = ("one_stream", "batch", "prefill", "first_token", "profile", "crowd", "formats", "blocks")
+SIZE_FLAGS = ("rounds", "steps", "streams", "contexts")  # fields of Sizes
 ALL_FORMATS = ("formats", "blocks")  # each has all formats by itself
 
 
@@ -185,7 +186,7 @@ def _run_shape(name: str, args: argparse.Namespace, deadline: float) -> Recorder
     host = read_host(args.device)
     details = {"shape": name, "parameters": shape.parameters}
     recorder = Recorder("engine", args.results, details, name, host, deadline)
-    given = {flag: getattr(args, flag) for flag in FLAGS if getattr(args, flag) is not None}
+    given = {flag: getattr(args, flag) for flag in SIZE_FLAGS if getattr(args, flag) is not None}
     sizes = dataclasses.replace(PRESETS[args.sizes or ("gpu" if cuda else "cpu")], **given)
     cases = args.cases or (ON_GPU if cuda else ON_CPU)
     folder = None
@@ -202,14 +203,6 @@ def _run_shape(name: str, args: argparse.Namespace, deadline: float) -> Recorder
     return recorder
 
 
-FLAGS = {
-    "rounds": "repetitions of each measurement",
-    "steps": "decode steps per repetition, of the sweeps, of crowd and of shards",
-    "streams": "numbers of streams of the case decode",
-    "contexts": "tokens that the streams of the case context begin with",
-}
-
-
 def _parser(device: str | None) -> argparse.ArgumentParser:
     default = device or ("cuda" if torch.cuda.is_available() else "cpu")
     parser = command_parser("gpu" if device else "engine", __doc__, default_device=default)
@@ -218,10 +211,10 @@ def _parser(device: str | None) -> argparse.ArgumentParser:
     add("--shapes", nargs="+", choices=SHAPES, help="default: 110M, on a GPU 7B")
     add("--precisions", nargs="+", choices=WEIGHT_BYTES, help="formats of the weights")
     add("--sizes", choices=PRESETS, help="how much each case measures; default: by device")
-    for name in ("rounds", "steps"):
-        add(f"--{name}", type=int, help=FLAGS[name])
-    for name in ("streams", "contexts"):
-        add(f"--{name}", type=int, nargs="+", help=FLAGS[name])
+    add("--rounds", type=int, help="repetitions of each measurement")
+    add("--steps", type=int, help="decode steps per repetition, of the sweeps, crowd and shards")
+    add("--streams", type=int, nargs="+", help="numbers of streams of the case decode")
+    add("--contexts", type=int, nargs="+", help="tokens that the streams of context begin with")
     add("--seconds", type=float, default=float("inf"), help="no case begins later; default: no end")
     return parser
 
