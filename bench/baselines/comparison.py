@@ -179,9 +179,7 @@ class Comparison:
         machine, device = dict[int, Rates](), torch.device(self.args.device)
         for turn in schedule(tuple(self.specs), self.args.cases, self.args.rounds, PROMPT_SEED):
             if turn.round not in machine:
-                machine[turn.round] = measure_rates(
-                    torch.device(self.args.device), self.host.wide_dtype
-                )
+                machine[turn.round] = measure_rates(device, self.host.wide_dtype)
             spec = self.specs.get(turn.contender)
             if spec is None:
                 continue

@@ -18,7 +18,7 @@ def shards(job: Job, counts: Iterable[int], load: Load) -> Iterator[Row]:
     """Decode steps on each number of shards; all share the cores.
 
     Raises:
-        RuntimeError: the processes failed; the message is their output.
+        RuntimeError: the processes failed; the message is the last line of their output.
     """
     if job.device.type != "cpu":
         raise SkippedError("ranks share one device: --device cpu")
@@ -29,7 +29,8 @@ def shards(job: Job, counts: Iterable[int], load: Load) -> Iterator[Row]:
         command += ["-m", "bench.engine.shards", asked]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{count} shards: {done.stderr[-2000:]}")
+            reason = done.stderr.strip().rpartition("\n")[2]
+            raise RuntimeError(f"{count} shards: {reason}")
         seconds = json.loads(done.stdout.splitlines()[-1])
         yield Row(
             "shards",
