@@ -51,7 +51,7 @@ class Record:
     @property
     def time_to_first_token(self) -> float | None:
         """None without an answer. Tokens without text show at the end of the answer only."""
-        if not self._completion_tokens:
+        if not self.completion_tokens:
             return None
         return (self.arrivals[0] if self.arrivals else self.ended) - self.intended
 
@@ -63,12 +63,12 @@ class Record:
     @property
     def time_per_output_token(self) -> float | None:
         """From the first text to the last, per token after the first; None without a second."""
-        if self._completion_tokens < 2 or len(self.arrivals) < 2:
+        if self.completion_tokens < 2 or len(self.arrivals) < 2:
             return None
-        return (self.arrivals[-1] - self.arrivals[0]) / (self._completion_tokens - 1)
+        return (self.arrivals[-1] - self.arrivals[0]) / (self.completion_tokens - 1)
 
     @property
-    def _completion_tokens(self) -> int:
+    def completion_tokens(self) -> int:
         match self.outcome:
             case Success(usage=usage):
                 return usage.completion_tokens
