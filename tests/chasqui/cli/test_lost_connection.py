@@ -74,11 +74,11 @@ def test_an_answer_whose_gateway_is_killed_says_at_once_that_it_tries_again(
         assert chat.stderr is not None
         assert chat.stdout.read(4) == "word"
         process.kill()
-        note = chat.stderr.readline()
+        warning = chat.stderr.readline()
         chat.send_signal(signal.SIGINT)
         stdout, stderr = chat.communicate(timeout=60)
-    assert note.startswith(f"(the connection to {target} broke (")
-    assert note.endswith("); trying for up to 30 seconds to continue the answer)\n")
+    assert warning.startswith(f"(the connection to {target} broke (")
+    assert warning.endswith("); trying for up to 30 seconds to continue the answer)\n")
     assert (stdout, stderr) == ("\n", "(stopped)\n")
 
 
@@ -91,7 +91,7 @@ def test_a_lost_answer_ends_with_the_address_and_what_to_do(
         next(stream)
         process.kill()
         with pytest.raises(StreamLostError) as lost:
-            next(stream)
+            list(stream)
     text = with_advice(lost.value)
     assert f"could not be resumed within 0.2 seconds (nothing answers at {target} (" in text
     assert text.endswith(f". {ADVICE}")
