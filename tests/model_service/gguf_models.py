@@ -52,7 +52,7 @@ def make_model(**settings: Any) -> torch.nn.Module:
 
     torch.manual_seed(7)
     config = transformers.LlamaConfig(**(SIZES | settings))
-    model: torch.nn.Module = transformers.LlamaForCausalLM(config).eval()
+    model: torch.nn.Module = transformers.LlamaForCausalLM(config)
     with torch.no_grad():  # norms of ones would not tell one from another
         for name, weight in model.named_parameters():
             if "norm" in name:
@@ -73,7 +73,7 @@ def converted(model: torch.nn.Module, type_name: str, *, tied: bool = False) -> 
         values = weight.numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             values = _permute(values, HEADS if ".q_proj" in name else KV_HEADS)
-        stored = names.get_name(name, try_suffixes=(".weight",))
+        stored = str(names.get_name(name, try_suffixes=(".weight",)))
         tensors[stored] = _stored(values, "F32" if values.ndim == 1 else type_name, number)
     return tensors
 
@@ -128,7 +128,7 @@ def _value_type(value: object) -> GGUFValueType:
     return GGUFValueType[types[type(value)]]
 
 
-def loaded_by_transformers(path: Path, **settings: Any) -> torch.nn.Module:
+def loaded_by_transformers(path: Path) -> torch.nn.Module:
     """The network that transformers reads from a file, dequantized to float32.
 
     `from_pretrained(gguf_file=…)` does the same with the package accelerate.
@@ -138,10 +138,11 @@ def loaded_by_transformers(path: Path, **settings: Any) -> torch.nn.Module:
         load_gguf_checkpoint,
     )
 
-    stated = load_gguf_checkpoint(str(path))["config"]
+    load: Any = load_gguf_checkpoint
+    stated = load(str(path))["config"]
     tied = stated.get("tie_word_embeddings", True)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(stated | settings))).eval()
-    read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    model: torch.nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**stated))
+    read = load(str(path), return_tensors=True, model_to_load=model)["tensors"]
     left = model.load_state_dict(read, strict=False)
     assert left.missing_keys == ["lm_head.weight"] * tied, left
     return model
