@@ -15,7 +15,7 @@ from bench.baselines.environments import UnavailableError
 from bench.checkpoint import complete_or_absent
 from bench.engine.driver import in_own_process
 from model_service.model.config import ROPE_THETA, ModelConfig
-from model_service.model.weights.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 
 CONTEXT_LENGTH = 4096
 CPU = torch.device("cpu")
