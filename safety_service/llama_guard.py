@@ -34,7 +34,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 def read_policy(path: Path | None = None) -> str:
     """The categories for the prompt, by default in our words; StartError."""
-    source = path or resources.files("safety_service") / "guard_policy.txt"
+    source = path or resources.files("llama.prompt_format") / "guard_policy.txt"
     try:
         policy = source.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
