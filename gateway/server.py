@@ -7,18 +7,16 @@ from typing import cast
 import grpc
 
 from gateway.admission.admission import Admission
-from gateway.generation.completion import KeyedEvent
+from gateway.generation.events import KeyedEvent
+from gateway.request.options import default_max_gen_len
 from gateway.request.prompts import encode_dialogs
 from gateway.request.read_dialogs import Dialogs, read_dialog
-from gateway.request.validation import (
-    default_max_gen_len,
-    render_violations,
-    stream_name_violations,
-)
+from gateway.request.validation import render_violations, stream_name_violations
 from gateway.rpc.access import authorizer, connection_options
 from gateway.rpc.access_log import Accounting
-from gateway.rpc.messages import model_response, stream_response
+from gateway.rpc.messages import stream_response
 from gateway.rpc.metrics import RequestMetrics, StateMetrics
+from gateway.rpc.model_message import model_response
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.operator import OPERATOR_SERVICE_NAME, OperatorServicer
 from gateway.rpc.pipeline import Context, Pipeline, PipelineLimits, answer_room, refuse

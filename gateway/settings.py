@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from gateway.admission.admission import Bounds
 from gateway.replicas.options import PoolOptions
-from gateway.request.validation import RequestLimits
+from gateway.request.options import RequestLimits
 from gateway.rpc.named_streams import StreamLimits
 from gateway.safety.options import SafetyOptions
 from serving.settings import Port, ServerSettings

@@ -5,7 +5,8 @@ thousands of messages, which would block the event loop, and so all streams, if 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gateway.request.validation import RequestLimits, parse_dialog
+from gateway.request.options import RequestLimits
+from gateway.request.validation import parse_dialog
 from llama.prompt_format import dialog
 from llama.v1 import chat_pb2
 from serving.errors import MAX_VIOLATIONS, Violation

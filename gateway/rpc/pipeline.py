@@ -13,27 +13,14 @@ from typing import Any
 import grpc
 
 from gateway.admission.admission import Admission
-from gateway.generation.completion import (
-    SPECIAL_TAGS_REFUSAL,
-    AnswerKey,
-    Generations,
-    KeyedEvent,
-    Refusal,
-    complete,
-)
+from gateway.generation.completion import Generations, complete
+from gateway.generation.events import SPECIAL_TAGS_REFUSAL, AnswerKey, KeyedEvent, Refusal
 from gateway.generation.generation import Outcome
 from gateway.generation.send_buffer import SendBuffer
+from gateway.request.options import ChatRequest, Options, RequestLimits, TextRequest, options
 from gateway.request.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
 from gateway.request.read_dialogs import Dialogs, read_dialogs
-from gateway.request.validation import (
-    ChatRequest,
-    Options,
-    RequestLimits,
-    TextRequest,
-    chat_violations,
-    options,
-    text_violations,
-)
+from gateway.request.validation import chat_violations, text_violations
 from gateway.rpc.access_log import Accounting
 from gateway.rpc.unary import AnswerSize, size_violations
 from gateway.rpc.upstreams import Backend
