@@ -114,7 +114,7 @@ _ZEPHYR = _pattern(
 )
 _VICUNA = _pattern(
     _SPLIT,
-    f"{{%else%}}{{%set loop_messages=messages%}}{{%set system_message='⟨default⟩'%}}{{%endif%}}",
+    "{%else%}{%set loop_messages=messages%}{%set system_message='⟨default⟩'%}{%endif%}",
     _FOR_LOOP_MESSAGES,
     "{%if loop.first%}{{system_message}}{%endif%}",
     _IF_USER,

@@ -8,22 +8,34 @@ without an error.
 import re
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Literal
 
 from llama.prompt_format.formats import FORMATS, LLAMA2, PromptFormat, marked
 from llama.prompt_format.published import TEMPLATE_PARTS, WHOLE_TEMPLATES, WholeTemplate
 from llama.prompt_format.template_text import canonical, unescaped
 
-AUTO = "auto"
-NAMES = (AUTO, *FORMATS)
+# For settings: `auto` is the format of the model's chat template.
+FormatName = Literal[
+    "auto",
+    "llama2",
+    "llama3",
+    "llama3.1",
+    "chatml",
+    "zephyr",
+    "vicuna",
+    "mistral",
+    "mistral-v3",
+    "llama-guard",
+]
 
 
 class PromptFormatError(ValueError):
     """No format can be used; the message says why and what to do."""
 
 
-def prompt_format(name: str, template: str) -> PromptFormat:
+def choose_format(name: FormatName, template: str) -> PromptFormat:
     """The format `name`, or with `auto` that of the template; PromptFormatError."""
-    return recognised(template) if name == AUTO else FORMATS[name]
+    return recognised(template) if name == "auto" else FORMATS[name]
 
 
 def recognised(template: str) -> PromptFormat:
