@@ -150,7 +150,7 @@ async def complete(
     response_id, created = str(uuid.uuid4()), Timestamp()
     created.GetCurrentTime()
     starts = {
-        each.key: _start(each.prompt, each.sampling, options, vocabulary.eos_id)
+        each.key: _start(each.prompt, each.sampling, options, vocabulary.eos_ids)
         for each in requests
         if isinstance(each.prompt, Prompt)
     }
@@ -217,7 +217,7 @@ def _applied(asked: SamplingParams, seed: int, room: int) -> SamplingParams:
 
 
 def _start(
-    prompt: Prompt, sampling: SamplingParams, options: Options, eos_id: int
+    prompt: Prompt, sampling: SamplingParams, options: Options, eos_ids: Sequence[int]
 ) -> model_pb2.StartSequence:
     return model_pb2.StartSequence(
         prompt_ids=prompt.ids,
@@ -226,7 +226,7 @@ def _start(
         prompt_logprobs=options.prompt_logprobs,
         top_logprobs=options.top_logprobs,
         logprob_token_ids=options.logprob_token_ids,
-        eos_ids=[eos_id],
+        eos_ids=eos_ids,
         priority=options.priority,
         traceparent=tracing.traceparent(),
         cache_scope=caller.current().cache_scope,

@@ -156,7 +156,15 @@ class TokenizerClient:
             self._vocabulary = Vocabulary.build(
                 ((piece.bytes, piece.kind) for piece in response.pieces),
                 dummy_prefix=response.dummy_prefix,
-                eos_id=response.eos_id,
+                # A tokenizer service of an earlier version tells eos_id alone.
+                eos_ids=response.eos_ids or [response.eos_id],
+                byte_level=response.byte_level,
+                control_ids={
+                    piece.name: token_id
+                    for token_id, piece in enumerate(response.pieces)
+                    if piece.name
+                },
+                chat_template=response.chat_template,
                 max_token_bytes=response.max_token_bytes or None,
             )
             self.fingerprint = response.fingerprint
@@ -184,7 +192,9 @@ def _calls(
         if request.segments and full:
             yield request, cost
             request, cost = tokenizer_pb2.EncodeRequest(caller=caller_name), 0
-        request.segments.add(text=each.text, bos=each.bos, eos=each.eos)
+        request.segments.add(
+            text=each.text, bos=each.bos, eos=each.eos, control_token=each.control_token
+        )
         cost += size
     if request.segments:
         yield request, cost

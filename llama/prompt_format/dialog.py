@@ -33,11 +33,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A text that is encoded on its own, with control tokens before and after it."""
+    """A text that is encoded on its own, with control tokens before and after it.
+
+    `bos` and `eos` put in the tokenizer's own beginning and end of a sequence. `control_token` is
+    the name of a token in front of the text, which is then encoded as one in the middle of a
+    prompt; an empty text has no ids. As in `llama.v1.Segment`.
+    """
 
     text: str
-    bos: bool
-    eos: bool
+    bos: bool = False
+    eos: bool = False
+    control_token: str = ""
 
 
 def violations(dialog: Sequence[Message], path: str) -> list[Violation]:
