@@ -10,6 +10,7 @@ from gateway.replicas.options import PoolOptions
 from gateway.request.options import RequestLimits
 from gateway.rpc.named_streams import StreamLimits
 from gateway.safety.options import SafetyOptions
+from llama.prompt_format.recognition import FormatName
 from serving.security.tls import TlsFiles
 from serving.settings import Port, ServerSettings
 
@@ -24,6 +25,13 @@ class GatewaySettings(ServerSettings):
     tokenizer_target: Annotated[
         str, Field(min_length=1, description="address of the tokenizer service")
     ] = "127.0.0.1:50052"
+    prompt_format: Annotated[
+        FormatName,
+        Field(
+            description="how a dialog becomes a prompt; auto: by the chat template in the model's "
+            "files, llama2 if they have none"
+        ),
+    ] = "auto"
     model_targets: Annotated[
         str,
         Field(

@@ -50,7 +50,7 @@ def _applied(asked: SamplingParams, seed: int, room: int) -> SamplingParams:
 
 
 def start_message(
-    prompt: Prompt, sampling: SamplingParams, options: Options, eos_id: int
+    prompt: Prompt, sampling: SamplingParams, options: Options, eos_ids: Sequence[int]
 ) -> model_pb2.StartSequence:
     return model_pb2.StartSequence(
         prompt_ids=prompt.ids,
@@ -59,7 +59,7 @@ def start_message(
         prompt_logprobs=options.prompt_logprobs,
         top_logprobs=options.top_logprobs,
         logprob_token_ids=options.logprob_token_ids,
-        eos_ids=[eos_id],
+        eos_ids=eos_ids,
         priority=options.priority,
         traceparent=tracing.traceparent(),
         cache_scope=caller.current().cache_scope,

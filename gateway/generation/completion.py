@@ -73,7 +73,7 @@ async def complete(
     response_id, created = str(uuid.uuid4()), Timestamp()
     created.GetCurrentTime()
     starts = {
-        each.key: start_message(each.prompt, each.sampling, options, vocabulary.eos_id)
+        each.key: start_message(each.prompt, each.sampling, options, vocabulary.eos_ids)
         for each in requests
         if isinstance(each.prompt, Prompt)
     }

@@ -27,6 +27,7 @@ from gateway.rpc.upstreams import Backend
 from gateway.safety.classifier import Subject
 from gateway.safety.guard import Guard, dialogs_to_judge
 from gateway.text.detokenizer import text_of
+from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, invalid_argument
 from serving.security import caller
@@ -137,7 +138,7 @@ class Pipeline:
     async def _check_chat(self, request: ChatRequest, context: Context) -> _Checked:
         self.require_model(request.model)
         vocabulary, window, limits = self._tokenizer.vocabulary, self.window(), self.limits()
-        read = await read_dialogs(request.dialogs, limits)
+        read = await read_dialogs(request.dialogs, limits, self.prompt_format)
         refuse(chat_violations(request, read.violations, limits, len(vocabulary)))
         chosen = options(request, window.length)
         room = answer_room(request.context_policy, window, chosen.sampling.max_gen_len)
@@ -157,7 +158,9 @@ class Pipeline:
         self, read: Dialogs, window: Window, room: int | None, context: Context
     ) -> Encoded:
         encoder = self.encoder(context.time_remaining)
-        encoded = await encode_dialogs(read.safe, encoder, window, answer_room=room)
+        encoded = await encode_dialogs(
+            read.safe, encoder, window, answer_room=room, prompt_format=self.prompt_format
+        )
         by_path = dict(zip(read.safe, encoded, strict=True))
         prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in read.messages]
         if self._classifier is None:
@@ -188,7 +191,13 @@ class Pipeline:
     def window(self) -> Window:
         """The model's context; UNAVAILABLE before the vocabulary is read or without a replica."""
         max_token_bytes = self._tokenizer.vocabulary.max_token_bytes
-        return Window(self._replicas.model.context_length, max_token_bytes)
+        has_bos = self._tokenizer.has_bos
+        return Window(self._replicas.model.context_length, max_token_bytes, has_bos)
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """The format of the served model's prompts."""
+        return self._tokenizer.prompt_format
 
     def limits(self) -> RequestLimits:
         """The limits of the current caller."""
