@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from tests.model_service.hugging_face_models import greedy
 
 from model_service.engine.sequence import GenerationRequest, SamplingParams
 from model_service.loading.load_replica import load_replica
@@ -30,6 +29,7 @@ from tests.model_service.gguf_models import (
     make_model,
     write_gguf,
 )
+from tests.model_service.hugging_face_models import greedy
 
 CPU = torch.device("cpu")
 LENGTH = 16
