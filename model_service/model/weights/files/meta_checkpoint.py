@@ -46,6 +46,11 @@ class Checkpoint:
         """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
         return shard_parameters(self.config, shards, linear=linear)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type of the parameter `name` in the files; float32 if it is quantized."""
+        stored = self.files[0][name]
+        return stored.dtype if isinstance(stored, torch.Tensor) else torch.float32
+
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[str, torch.Tensor]]:
