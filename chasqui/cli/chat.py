@@ -20,7 +20,7 @@ from client.errors import ChasquiError
 from client.requests import ChatOptions, Message
 from client.results import Delta, Event, Finished, FinishReason, Started, Token
 from client.sync import Client
-from llama.prompt_format.tags import special_tags, without_special_tags
+from llama.prompt_format.tags import SPECIAL_TAGS, special_tags, without_special_tags
 
 HELP = """\
 /system TEXT  give the model instructions; without TEXT, take them back
@@ -49,6 +49,8 @@ class Conversation:
         self._turns: list[Message] = []
         # Pairs of messages at the beginning that fit the context no more and are not sent again.
         self._dropped_turns = 0
+        # The model's, as its last answer told them.
+        self._special_tags = SPECIAL_TAGS
 
     def run(self) -> None:
         """Answers what comes in, line by line, until the end of the input."""
@@ -80,6 +82,7 @@ class Conversation:
                 for event in printed(stream):
                     match event:
                         case Started():
+                            self._special_tags = event.special_tags
                             self._drop_turns(event.dropped_turns)
                         case Delta():
                             deltas.append(event)
@@ -96,7 +99,7 @@ class Conversation:
             _say("(the answer is empty)")
         # A refused question would have every later one refused, too, and a turn needs an answer.
         if finish_reason is FinishReason.SPECIAL_TAGS:
-            _note_refusal(question)
+            _note_refusal(special_tags(question, self._special_tags))
         elif answer and finish_reason is not FinishReason.SAFETY:
             self._keep(user, answer)
 
@@ -105,12 +108,11 @@ class Conversation:
         user: Message = {"role": "user", "content": question}
         dialog = [*self._dialog(first_turn=self._dropped_turns), user]
         with closing(self._client.chat_stream(dialog, n=n, **self._options)) as stream:
-            print_choices(stream, n)
-        _note_refusal(question)
+            _note_refusal(special_tags(question, print_choices(stream, n)))
 
     def _keep(self, user: Message, answer: str) -> None:
-        kept = without_special_tags(answer)
-        if tags := special_tags(answer):
+        kept = without_special_tags(answer, self._special_tags)
+        if tags := special_tags(answer, self._special_tags):
             left_out = "the tags" if kept.strip() else "this turn"
             _say(
                 f"(the answer holds {' and '.join(tags)}, which no dialog may hold: the "
@@ -134,7 +136,7 @@ class Conversation:
     def _obey(self, text: str) -> None:
         command, _, argument = text.partition(" ")
         match command:
-            case "/system" if tags := special_tags(argument):
+            case "/system" if argument and (tags := refused_tags(self._client, argument)):
                 _say(f"instructions must not hold {' or '.join(tags)}: they are as before")
             case "/system":
                 self._system = argument.strip() or None
@@ -185,14 +187,25 @@ def _form() -> Callable[[str], str]:
     return WordWrap(lambda: os.get_terminal_size(terminal).columns)
 
 
-def print_choices(stream: Iterator[Event], n: int) -> None:
-    """Prints `n` answers to one dialog or prompt, each under a note with its number and seed."""
+def print_choices(stream: Iterator[Event], n: int) -> tuple[str, ...]:
+    """Prints `n` answers to one dialog or prompt, each under a note with its number and seed.
+
+    Returns the special tags of the model.
+    """
+    tags = SPECIAL_TAGS
     for event in printed(in_turn(stream)):
         match event:
             case Started():
+                tags = event.special_tags
                 _say(f"(answer {event.choice_index + 1} of {n}, seed {event.seed})")
             case Finished():
                 _note_ending(event.finish_reason, event.safety_categories)
+    return tags
+
+
+def refused_tags(client: Client, text: str) -> tuple[str, ...]:
+    """The tags in a text that no dialog with the served model may hold."""
+    return special_tags(text, client.get_model().special_tags)
 
 
 def _note_ending(reason: FinishReason, categories: Sequence[str]) -> None:
@@ -202,8 +215,8 @@ def _note_ending(reason: FinishReason, categories: Sequence[str]) -> None:
         _say(f"({_ENDINGS[reason]}{found})")
 
 
-def _note_refusal(question: str) -> None:
-    if tags := special_tags(question):
+def _note_refusal(tags: Sequence[str]) -> None:
+    if tags:
         _say(
             f"(the question holds {' and '.join(tags)}, which no dialog may hold: it was not "
             "answered, and the conversation goes on without it)"

@@ -10,16 +10,18 @@ import pytest
 from gateway.request.prompts import Window, encode_dialogs
 from llama.prompt_format.dialog import ASSISTANT, SYSTEM, USER, Segment, drop_oldest_turns
 from llama.prompt_format.dialog import Message as DialogMessage
-from llama.prompt_format.formats import FORMATS, PromptFormat
+from llama.prompt_format.formats import FORMATS, ZEPHYR_TAGS, PromptFormat
 from llama.v1.chat_pb2 import (
     ROLE_ASSISTANT,
     ROLE_SYSTEM,
     ROLE_USER,
     ChatCompleteRequest,
     Dialog,
+    GetModelRequest,
     Message,
     RenderPromptRequest,
 )
+from llama.v1.chat_pb2 import PromptFormat as PromptFormatMessage
 from llama.v1.operator_pb2 import UPSTREAM_STATE_REFUSED, GetStatusRequest
 from llama.v1.sampling_pb2 import FINISH_REASON_SPECIAL_TAGS, FINISH_REASON_STOP
 from tests.llama.prompt_format import templates
@@ -100,6 +102,8 @@ async def test_special_tags_are_those_of_the_format(
     dialog = Dialog(messages=[Message(role=ROLE_USER, content=content)])
     rendered = await gateway.stub.RenderPrompt(RenderPromptRequest(dialog=dialog))
     assert rendered.has_special_tags is refused
+    model = await gateway.stub.GetModel(GetModelRequest())
+    assert model.prompt_format == PromptFormatMessage(name="zephyr", special_tags=ZEPHYR_TAGS)
     if refused:
         response = await gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog]))
         assert response.predictions[0].finish_reason == FINISH_REASON_SPECIAL_TAGS
