@@ -112,5 +112,5 @@ def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
 
 
 def prompt_format_message(prompt_format: PromptFormat) -> chat_pb2.PromptFormat:
-    """What clients are told of a prompt format."""
+    """A prompt format as clients see it."""
     return chat_pb2.PromptFormat(name=prompt_format.name, special_tags=prompt_format.special_tags)
