@@ -55,6 +55,7 @@ async def complete(
     replicas: ReplicaPool,
     admitted: Admitted,
     *,
+    prompt_format: chat_pb2.PromptFormat,
     arrived: float,
     buffer: SendBuffer[AnswerKey, Outcome],
     generations: Generations,
@@ -88,7 +89,10 @@ async def complete(
                     answer, starts[each.key], next(tickets), replicas, deliver
                 )
         for each in requests:
-            yield each.key, _started(each, model, options, response_id, created)
+            yield (
+                each.key,
+                _started(each, model, options, response_id, created, prompt_format=prompt_format),
+            )
             for event in _first_events(each, running.get(each.key), arrived):
                 yield each.key, event
         while running:
@@ -119,6 +123,8 @@ def _started(
     options: Options,
     response_id: str,
     created: Timestamp,
+    *,
+    prompt_format: chat_pb2.PromptFormat,
 ) -> Started:
     prompt_tokens = dropped_turns = 0
     if isinstance(prompt := request.prompt, Prompt):
@@ -134,6 +140,7 @@ def _started(
         model.fingerprint,
         model.determinism,
         dropped_turns,
+        prompt_format,
     )
 
 

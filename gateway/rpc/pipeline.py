@@ -22,6 +22,7 @@ from gateway.request.prompts import Encode, Prompt, Window, encode_dialogs, enco
 from gateway.request.read_dialogs import Dialogs, read_dialogs
 from gateway.request.validation import chat_violations, text_violations
 from gateway.rpc.access_log import Accounting
+from gateway.rpc.messages import prompt_format_message
 from gateway.rpc.unary import AnswerSize, size_violations
 from gateway.rpc.upstreams import Backend
 from gateway.safety.classifier import Subject
@@ -122,6 +123,7 @@ class Pipeline:
                         self._tokenizer.vocabulary,
                         self._replicas,
                         admitted,
+                        prompt_format=prompt_format_message(self.prompt_format),
                         arrived=account.arrived,
                         buffer=buffer,
                         generations=generations,

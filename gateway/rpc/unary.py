@@ -66,6 +66,7 @@ class AnswerSize:
         match event:
             case Started():
                 self._bytes += PREDICTION_BYTES + event.sampling.ByteSize()
+                self._bytes += event.prompt_format.ByteSize()
             case Delta():
                 # Each token with its tag and length.
                 self._bytes += len(event.text.encode())

@@ -229,6 +229,7 @@ def start_gateway(servers: AsyncExitStack) -> StartGateway:
             chosen.model_target_list,
             chosen.pool_options,
             safety=chosen.safety_options,
+            prompt_format=chosen.prompt_format,
         )
         own = await servers.enter_async_context(AsyncExitStack())
         server = await own.enter_async_context(running(chosen, gateway_service(backend, chosen)))
