@@ -137,14 +137,17 @@ def byte_level_gguf(description: dict[str, Any], pre: str, path: Path, **metadat
     ids = description["model"]["vocab"] | {
         each["content"]: each["id"] for each in description["added_tokens"]
     }
-    special = {each["content"] for each in description["added_tokens"] if each["special"]}
+    kinds = {
+        each["content"]: CONTROL if each["special"] else USER_DEFINED
+        for each in description["added_tokens"]
+    }
     tokens = sorted(ids, key=lambda name: ids[name])
     return write_gguf(
         path,
         model="gpt2",
         pre=pre,
         tokens=tokens,
-        token_type=[CONTROL if name in special else NORMAL for name in tokens],
+        token_type=[kinds.get(name, NORMAL) for name in tokens],
         merges=[" ".join(pair) for pair in description["model"]["merges"]],
         **metadata,
     )
