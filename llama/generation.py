@@ -300,5 +300,5 @@ def _encode(dialog: "Sequence[DialogMessage]", tokenizer: "Tokenizer") -> list[i
     return [
         token
         for segment in render(dialog)
-        for token in tokenizer.encode(segment.text, bos=segment.bos, eos=segment.eos)
+        for token in tokenizer.encode(segment.text, segment.bos, segment.eos, segment.control_token)
     ]
