@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,16 @@ def test_no_token_stands_for_more_bytes_than_told(tokenizer: Tokenizer, text: st
     assert tokenizer.max_token_bytes is not None
     ids = tokenizer.encode(text, bos=False, eos=False)
     assert len(ids) * tokenizer.max_token_bytes >= len(text.encode())
+
+
+def test_threads_get_the_same_ids(tokenizer: Tokenizer) -> None:
+    texts = [path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, bos=False, eos=False, control_token=BOS)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(encode, texts * 4)) == [*map(encode, texts)] * 4
 
 
 def test_special_ids_are_those_of_the_files(tokenizer: Tokenizer, from_gguf: Tokenizer) -> None:

@@ -25,7 +25,7 @@ from llama.v1.tokenizer_pb2 import (
     Segment,
 )
 from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
-from tests.tokenizer_service.forms import llama_gguf
+from tests.tokenizer_service.forms import llama_gguf, llama_tokenizer_json
 from tokenizer_service.open_tokenizer import open_tokenizer
 from tokenizer_service.server import MAX_BYTES_AT_ONCE, TokenizerServicer
 from tokenizer_service.tokenizer import Tokenizer
@@ -154,13 +154,27 @@ def test_lone_surrogate_on_the_wire_is_the_callers_fault(channel: grpc.Channel) 
     assert "strings must be valid UTF-8" in failed.details()
 
 
-def test_health_answers_while_a_long_text_is_encoded(channel: grpc.Channel, begin: Any) -> None:
+def health_answers_while_encoding(channel: grpc.Channel, begin: Any, words: int) -> None:
     health: Any = health_pb2_grpc.HealthStub(channel)
-    encoding = begin(channel, EncodeRequest(segments=[Segment(text="llama " * 600_000)]))
+    encoding = begin(channel, EncodeRequest(segments=[Segment(text="llama " * words)]))
     answer = health.Check(HealthCheckRequest(service=SERVICE))
     assert not encoding.done()
     assert answer.status == HealthCheckResponse.SERVING
-    assert len(next(encoding).segments[0].ids) > 600_000
+    assert len(next(encoding).segments[0].ids) > words
+
+
+def test_health_answers_while_a_long_text_is_encoded(channel: grpc.Channel, begin: Any) -> None:
+    health_answers_while_encoding(channel, begin, 600_000)
+
+
+def test_health_answers_while_a_tokenizer_json_encodes(
+    launch: Any, begin: Any, reference: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    path = llama_tokenizer_json(reference, tmp_path / "tokenizer.json")
+    process = launch("--tokenizer_path", path, "--port", "0")
+    with grpc.insecure_channel(process.wait_for("listening")["address"]) as channel:
+        process.ignore_log()
+        health_answers_while_encoding(channel, begin, 300_000)
 
 
 def test_reflection_describes_the_service(channel: grpc.Channel) -> None:
