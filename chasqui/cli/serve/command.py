@@ -12,12 +12,12 @@ from typing import TextIO
 import click
 import grpc
 
-from chasqui.cli.serve.deployment import Deployment, demonstration
+from chasqui.cli.serve.deployment import deployment_of
 from chasqui.cli.serve.service_log import as_json, is_below, own_line, readable
 from chasqui.cli.serve.service_process import Log
 from chasqui.cli.serve.supervisor import Supervisor
 from chasqui.errors import SupervisorError
-from chasqui.flags import one_line_errors, setting
+from chasqui.flags import checkpoint_settings, one_line_errors, setting
 from client.aio import AsyncClient
 from client.errors import ChasquiError
 from client.results import Model
@@ -27,16 +27,7 @@ PATIENCE = 5.0
 
 
 @click.command()
-@setting(
-    "ckpt_dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of a checkpoint in Meta's format.  [default: the demonstration checkpoint]",
-)
-@setting(
-    "tokenizer_path",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The checkpoint's tokenizer.model.",
-)
+@checkpoint_settings
 @setting("model_name", help="Model name for clients.  [default: the name of --ckpt_dir]")
 @setting("shards", type=click.IntRange(1), default=1, help="Processes that share one model.")
 @setting("replicas", type=click.IntRange(1), default=1, help="Copies of the model to run.")
@@ -83,6 +74,7 @@ def serve(
     *,
     ckpt_dir: Path | None,
     tokenizer_path: Path | None,
+    prompt_format: str | None,
     model_name: str | None,
     shards: int,
     replicas: int,
@@ -95,14 +87,10 @@ def serve(
     **model_settings: object,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
-    if ckpt_dir is not None and tokenizer_path is not None:
-        checkpoint = Deployment(ckpt_dir, tokenizer_path)
-    elif ckpt_dir is None and tokenizer_path is None:
-        checkpoint = demonstration()
-    else:
-        raise click.UsageError("--ckpt_dir and --tokenizer_path belong together: give both")
+    checkpoint = deployment_of(ckpt_dir, tokenizer_path)
     deployment = replace(
         checkpoint,
+        prompt_format=prompt_format,
         model_name=model_name or checkpoint.model_name,
         shards=shards,
         replicas=replicas,

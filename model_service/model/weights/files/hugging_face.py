@@ -15,10 +15,10 @@ import torch
 from model_service.model.config import ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.weights.files.digest import digest
 from model_service.model.weights.files.hugging_face_config import read_config
 from model_service.model.weights.files.safetensors_files import (
     StoredTensor,
-    digest,
     open_safetensors,
 )
 from model_service.model.weights.finite import check_finite, extremes
@@ -71,6 +71,10 @@ class HuggingFaceCheckpoint:
     def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
         """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
         return shard_parameters(self.config, shards, linear=linear)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type of the parameter `name` in its file."""
+        return self.tensors[stored_as(name, self.config)].dtype
 
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device

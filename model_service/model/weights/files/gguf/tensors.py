@@ -48,7 +48,6 @@ _PIECE = 2**19  # weights that a thread dequantizes at once: 2 MiB in float32
 
 _PARALLEL_FROM = 2**15  # elements: at::internal::GRAIN_SIZE
 
-_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -66,11 +65,16 @@ class StoredTensor:
     type: Any
     data: NDArray[np.uint8]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers, or of dequantized ones."""
+        return _PLAIN.get(self.type, torch.float32)
+
     def plain(self) -> torch.Tensor | None:
         """The numbers, a view of the file; None if they are quantized."""
         if self.type not in _PLAIN:
             return None
-        return torch.from_numpy(self.data).view(_PLAIN[self.type]).view(self.shape)
+        return torch.from_numpy(self.data).view(self.dtype).view(self.shape)
 
     def copy_part(
         self,
@@ -104,7 +108,7 @@ class StoredTensor:
             _copy_in_this_thread(dequantized(begin), target[begin : begin + rows])
 
         begins = range(0, height, rows)
-        if target.is_cpu:
+        if upload.is_direct:
             deque(pool.ordered(fill, begins), maxlen=0)
             return
         for begin, values in zip(begins, pool.ordered(dequantized, begins), strict=True):
@@ -135,7 +139,7 @@ class WorkerPool:
         self._executor.shutdown(cancel_futures=True)
 
     def ordered(
-        self, function: Callable[[_Item], _Result], items: Iterable[_Item]
+        self, function: Callable[[int], _Result], items: Iterable[int]
     ) -> Iterator[_Result]:
         """The results of `function` for all items, in their order."""
         waiting: deque[Future[_Result]] = deque()
