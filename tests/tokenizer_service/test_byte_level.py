@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from gateway.text.detokenizer import Vocabulary, text_of
 from llama.gguf_metadata import read_metadata
-from tests.tokenizer_service.forms import bos_template, byte_level_gguf
+from tests.tokenizer_service.forms import added_token, bos_template, byte_level_gguf
 from tokenizer_service.open_tokenizer import open_tokenizer
 from tokenizer_service.tokenizer import Tokenizer
 from tokenizer_service.vocabularies.pre_tokenizers import PRE_TOKENIZERS as PRE_TOKENIZERS_BY_NAME
@@ -162,6 +162,20 @@ def test_threads_get_the_same_ids(tokenizer: Tokenizer) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(encode, texts * 4)) == [*map(encode, texts)] * 4
+
+
+def test_word_that_is_the_name_of_a_control_token_is_text(llama_3: Path, tmp_path: Path) -> None:
+    description = json.loads(llama_3.read_text())
+    description["model"]["vocab"]["PAD"] = 1501
+    added = [*description["added_tokens"], added_token("PAD", 1501)]
+    tokenizer = changed(llama_3, tmp_path, added_tokens=added, model=description["model"])
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.encode_special_tokens = True
+    assert library.encode("PAD", add_special_tokens=False).ids == [1501]  # by ignore_merges
+    ids = tokenizer.encode("PAD", bos=False, eos=False)
+    assert 1501 not in ids
+    assert tokenizer.decode(ids) == "PAD"
+    assert tokenizer.control_ids["PAD"] == 1501
 
 
 def test_special_ids_are_those_of_the_files(tokenizer: Tokenizer, from_gguf: Tokenizer) -> None:
