@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
 
-from llama.model_files import MAX_PADDING
+from llama.model_files import max_embedding_rows
 
 _REPLACE_EACH_BYTE = "gateway.replace_each_byte"
 # The codec's own "replace" puts one U+FFFD for several bytes of a truncated character.
@@ -81,7 +81,7 @@ class Vocabulary:
         """
         table = [(piece, PieceKind(kind)) for piece, kind in pieces]
         size = len(table)
-        table += [(b"", PieceKind.CONTROL)] * int(size * MAX_PADDING)
+        table += [(b"", PieceKind.CONTROL)] * (max_embedding_rows(size) - size)
         errors = _broken_bytes(byte_level=byte_level)
         return cls(
             size=size,
