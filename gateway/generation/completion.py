@@ -21,9 +21,9 @@ from gateway.generation.events import AnswerKey, Event, Finished, KeyedEvent, Re
 from gateway.generation.generation import Generation, Outcome
 from gateway.generation.send_buffer import SendBuffer
 from gateway.replicas.pool import ReplicaPool
+from gateway.request.draft import Prompt
 from gateway.request.options import Options
-from gateway.request.prompts import Prompt
-from gateway.text.detokenizer import Vocabulary
+from gateway.text.vocabulary import Vocabulary
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import (
     FINISH_REASON_CONTEXT_LENGTH,

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Tokenizers
 from tokenizers import decoders, models
 
-from gateway.text.detokenizer import Detokenizer, PieceKind, Vocabulary
+from gateway.text.detokenizer import Detokenizer
+from gateway.text.vocabulary import PieceKind, Vocabulary
 from llama.model_files import max_embedding_rows
 from tokenizer_service.tokenizer import Tokenizer
 from tokenizer_service.vocabularies.byte_alphabet import CHARACTERS

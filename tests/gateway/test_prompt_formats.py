@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gateway.request.prompts import Window, encode_dialogs
+from gateway.request.prompts import encode_dialogs
+from gateway.request.window import Window
 from llama.prompt_format.dialog import ASSISTANT, SYSTEM, USER, Segment, drop_oldest_turns
 from llama.prompt_format.dialog import Message as DialogMessage
 from llama.prompt_format.formats import FORMATS, ZEPHYR_TAGS, PromptFormat

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from gateway.text.detokenizer import Vocabulary, text_of
+from gateway.text.detokenizer import text_of
+from gateway.text.vocabulary import Vocabulary
 from llama.gguf_metadata import read_metadata
 from tests.tokenizer_service.forms import added_token, bos_template, byte_level_gguf
 from tokenizer_service.open_tokenizer import open_tokenizer
