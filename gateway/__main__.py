@@ -16,8 +16,9 @@ async def start(settings: GatewaySettings) -> None:
         settings.tokenizer_target,
         settings.model_target_list,
         settings.pool_options,
-        connector(settings),
-        settings.safety_options,
+        connector(settings.upstream_tls, settings.upstream_name),
+        safety=settings.safety_options,
+        prompt_format=settings.prompt_format,
     )
     await serve(settings, gateway_service(backend, settings))
 

@@ -26,12 +26,12 @@ class ModelSettings(ServerSettings):
         Path,
         Field(
             description="folder with Meta's params.json and consolidated.*.pth, or with Hugging "
-            "Face's config.json and *.safetensors"
+            "Face's config.json and *.safetensors; or a GGUF file"
         ),
     ]
     tokenizer_path: Annotated[
         Path | None,
-        Field(description="the checkpoint's tokenizer.model; the gateway then refuses another"),
+        Field(description="the tokenizer of the checkpoint; the gateway then refuses another"),
     ] = None
     shards: Annotated[
         int | None,

@@ -1,6 +1,6 @@
 """`chasqui model`: work on checkpoints.
 
-It needs PyTorch, which the client does without: the model service does it, in a process of its own.
+They need PyTorch, which the client does not, so a module of the model service runs as a process.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import click
 
 @click.group()
 def model() -> None:
-    """Work on checkpoints."""
+    """Convert checkpoints."""
 
 
 @model.command()
@@ -35,16 +35,16 @@ def model() -> None:
     type=click.Choice(["int8", "int4", "fp8"]),
     default="int8",
     show_default=True,
-    help="Form of the linear layers' weights.",
+    help="Number format of the linear layers' weights.",
 )
 def quantize(ckpt_dir: Path, output_dir: Path, quantization: str) -> None:
-    """Write a quantized checkpoint, which loads as it is.
+    """Write a quantized checkpoint, which the model service loads directly.
 
-    It is half as large as one in 16 bits with int8 and fp8, three eighths with int4.
+    With int8 and fp8 it is half as large as a 16-bit one, with int4 three eighths.
     """
     if importlib.util.find_spec("torch") is None:
         raise click.ClickException(
-            "PyTorch is not installed here: pip install '.[model]' in the source tree brings it"
+            "PyTorch is not installed: run pip install '.[model]' in the source tree"
         )
     command = [sys.executable, "-m", "model_service.quantize", "--ckpt_dir", str(ckpt_dir)]
     command += ["--output_dir", str(output_dir), "--quantize", quantization]

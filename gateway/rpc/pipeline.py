@@ -13,41 +13,29 @@ from typing import Any
 import grpc
 
 from gateway.admission.admission import Admission
-from gateway.generation.completion import (
-    SPECIAL_TAGS_REFUSAL,
-    AnswerKey,
-    Generations,
-    KeyedEvent,
-    Refusal,
-    complete,
-)
+from gateway.generation.completion import Generations, complete
+from gateway.generation.events import SPECIAL_TAGS_REFUSAL, AnswerKey, KeyedEvent, Refusal
 from gateway.generation.generation import Outcome
 from gateway.generation.send_buffer import SendBuffer
+from gateway.request.options import ChatRequest, Options, RequestLimits, TextRequest, options
 from gateway.request.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
 from gateway.request.read_dialogs import Dialogs, read_dialogs
-from gateway.request.validation import (
-    ChatRequest,
-    Options,
-    RequestLimits,
-    TextRequest,
-    chat_violations,
-    options,
-    text_violations,
-)
+from gateway.request.validation import chat_violations, text_violations
 from gateway.rpc.access_log import Accounting
 from gateway.rpc.unary import AnswerSize, size_violations
 from gateway.rpc.upstreams import Backend
 from gateway.safety.classifier import Subject
 from gateway.safety.guard import Guard, dialogs_to_judge
 from gateway.text.detokenizer import text_of
+from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, invalid_argument
 from serving.security import caller
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# Characters of a wrong model's name in its error, so that the rule behind it fits.
+# Characters of an unknown model's name that an error shows, so that the rest of the error fits.
 MAX_SHOWN_NAME = 64
-# Seconds; None where there is no deadline.
+# Seconds until the deadline; None: there is none.
 TimeRemaining = Callable[[], float | None]
 # The prompts of a request, and for each the dialog or text that a safety classifier judges.
 Encoded = tuple[list[Prompt | Refusal], Sequence[Subject]]
@@ -55,7 +43,7 @@ Encoded = tuple[list[Prompt | Refusal], Sequence[Subject]]
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A request without faults. It does not hold the request itself, which can have megabytes."""
+    """A valid request. It does not hold the message itself, which can have megabytes."""
 
     options: Options
     sequences: int
@@ -73,7 +61,7 @@ class PipelineLimits:
 
 
 class Pipeline:
-    """Makes the answers of requests."""
+    """Answers completion requests."""
 
     def __init__(
         self,
@@ -107,10 +95,10 @@ class Pipeline:
                 request, chat_pb2.ChatCompleteRequest | chat_pb2.TextCompleteRequest
             )
             size = AnswerSize(self._limits.response_bytes) if is_unary else None
-            # A named stream outlives the call that began it.
+            # A named stream outlives the call that started it.
             lasts = bool(getattr(request, "stream_name", ""))
             time_remaining = _without_end if lasts else context.time_remaining
-            del request  # as its callers have done
+            del request  # can have megabytes, and its callers have dropped it, too
             chosen, sequences = checked.options, checked.sequences
             if size is not None:
                 window, vocabulary = self.window(), self._tokenizer.vocabulary
@@ -150,7 +138,7 @@ class Pipeline:
     async def _check_chat(self, request: ChatRequest, context: Context) -> _Checked:
         self.require_model(request.model)
         vocabulary, window, limits = self._tokenizer.vocabulary, self.window(), self.limits()
-        read = await read_dialogs(request.dialogs, limits)
+        read = await read_dialogs(request.dialogs, limits, self.prompt_format)
         refuse(chat_violations(request, read.violations, limits, len(vocabulary)))
         chosen = options(request, window.length)
         room = answer_room(request.context_policy, window, chosen.sampling.max_gen_len)
@@ -170,7 +158,9 @@ class Pipeline:
         self, read: Dialogs, window: Window, room: int | None, context: Context
     ) -> Encoded:
         encoder = self.encoder(context.time_remaining)
-        encoded = await encode_dialogs(read.safe, encoder, window, answer_room=room)
+        encoded = await encode_dialogs(
+            read.safe, encoder, window, answer_room=room, prompt_format=self.prompt_format
+        )
         by_path = dict(zip(read.safe, encoded, strict=True))
         prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in read.messages]
         if self._classifier is None:
@@ -199,16 +189,22 @@ class Pipeline:
             raise RequestError(grpc.StatusCode.NOT_FOUND, message)
 
     def window(self) -> Window:
-        """UNAVAILABLE while there is no tokenizer service or no replica."""
+        """The model's context; UNAVAILABLE before the vocabulary is read or without a replica."""
         max_token_bytes = self._tokenizer.vocabulary.max_token_bytes
-        return Window(self._replicas.model.context_length, max_token_bytes)
+        has_bos = self._tokenizer.has_bos
+        return Window(self._replicas.model.context_length, max_token_bytes, has_bos)
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """The format of the served model's prompts."""
+        return self._tokenizer.prompt_format
 
     def limits(self) -> RequestLimits:
         """The limits of the current caller."""
         return self._limits.request.within(caller.current().limits)
 
     def encoder(self, time_remaining: TimeRemaining) -> Encode:
-        """Encoding within what is left of the caller's deadline."""
+        """The function that encodes segments within the caller's deadline."""
         return functools.partial(self._tokenizer.encode, time_remaining=time_remaining)
 
 
@@ -221,11 +217,11 @@ def refuse(violations: Sequence[Violation]) -> None:
 def answer_room(
     policy: "chat_pb2.ContextPolicy.ValueType", window: Window, max_gen_len: int
 ) -> int | None:
-    """The room that dropping turns keeps for an answer; None where no turns may be dropped."""
+    """Tokens to keep free for an answer by dropping turns; None: no turns may be dropped."""
     if policy != chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS:
         return None
     return window.answer_room(max_gen_len)
 
 
 def _without_end() -> None:
-    """The time that is left to a named stream."""
+    """The remaining time of a named stream: None, as it has no deadline."""

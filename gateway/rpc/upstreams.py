@@ -1,6 +1,6 @@
-"""The services behind the gateway, taken together. Keeps the gateway's health true: SERVING while
-the tokenizer service and at least one replica are ready, and a safety classifier that requests may
-not go without, so that balancers go elsewhere otherwise.
+"""All services behind the gateway, and the health that follows from them: SERVING while the
+tokenizer service, at least one replica and, unless it may be skipped, the safety classifier are
+ready, so that load balancers avoid a gateway that cannot answer.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from gateway.safety.classifier import SafetyClient
 from gateway.safety.options import SafetyOptions
 from gateway.text.tokenizer import TokenizerClient
 from gateway.upstream.connect import Connect, plaintext
+from llama.prompt_format.recognition import FormatName
 from serving.server import Health
 
 
@@ -24,11 +25,13 @@ class Backend:
         model_targets: Sequence[str],
         options: PoolOptions,
         connect: Connect = plaintext,
+        *,
         safety: SafetyOptions | None = None,
+        prompt_format: FormatName = "auto",
     ) -> None:
         self._changed = asyncio.Event()
         self.tokenizer = TokenizerClient(
-            tokenizer_target, self._changed.set, connect, options.failover_timeout
+            tokenizer_target, self._changed.set, connect, options.failover_timeout, prompt_format
         )
         self.replicas = ReplicaPool(model_targets, self._changed.set, options, connect)
         self.classifier = (
@@ -36,7 +39,7 @@ class Backend:
         )
 
     async def run(self, health: Health) -> None:
-        """Keeps the sessions and the health; ends when cancelled."""
+        """Keeps the sessions, and the health up to date, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.tokenizer.run())
             tasks.create_task(self._run_replicas())

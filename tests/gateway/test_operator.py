@@ -5,7 +5,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from gateway.replicas.replica import FRESH_LOAD_SECONDS
+from gateway.replicas.load_reports import FRESH_LOAD_SECONDS
 from llama.v1.chat_pb2 import TextCompleteRequest, TextCompleteStreamRequest
 from llama.v1.operator_pb2 import (
     UPSTREAM_STATE_CONNECTING,
@@ -68,7 +68,7 @@ async def test_status_tells_why_a_replica_takes_no_work(
     model: Any, start_gateway: Any, start_server: Any, tokenizer_target: str
 ) -> None:
     other = copy.deepcopy(model.info)
-    other.vocab_size += 1
+    other.vocab_size -= 1
     unfit, _ = await start_server(type(model)(other).service())
     gateway = await start_gateway(tokenizer_target, unfit, UNREACHABLE)
     found = await status_when(

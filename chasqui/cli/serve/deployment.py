@@ -1,4 +1,4 @@
-"""A deployment of `chasqui serve` on this machine, and the commands of its services."""
+"""The settings of a `chasqui serve` deployment, and the command lines of its services."""
 
 import math
 import os
@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from chasqui.errors import SupervisorError
+from llama.model_files import ModelFileError, find_tokenizer
 
 LOOPBACK = "127.0.0.1"
 GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
@@ -16,23 +17,24 @@ GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """The services of this machine; `model_settings` are flags of the model service by name."""
+    """The services to run; `model_settings` are flags of the model service by name."""
 
     ckpt_dir: Path
     tokenizer_path: Path
+    prompt_format: str | None = None
     model_name: str | None = None
     shards: int = 1
     replicas: int = 1
     host: str = LOOPBACK
     port: int = 0
-    safety: bool = False  # whether dialogs and answers are judged, by the rules that ship
-    # Whether the services log debug lines. Lines of the level info are always needed, see below.
+    safety: bool = False  # run a safety service with its default rules
+    # Services log at level debug instead of info. The supervisor needs their lines of level info.
     debug: bool = False
     model_settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def grace_period(self) -> float:
-        """Seconds that running answers get at the end."""
+        """Seconds that running answers get to finish when the services are stopped."""
         given = os.environ.get(GRACE_PERIOD_VARIABLE) or "30"
         try:
             seconds = float(given)
@@ -48,7 +50,7 @@ class Deployment:
         return self._command("tokenizer_service", port=0, tokenizer_path=self.tokenizer_path)
 
     def model_command(self, port: int = 0) -> list[str]:
-        # A model takes all cores unless told that it shares them.
+        # Without --threads, each replica would use all cores.
         share = max(1, (os.cpu_count() or 1) // (self.shards * self.replicas))
         return self._command(
             "model_service",
@@ -74,13 +76,11 @@ class Deployment:
             tokenizer_target=tokenizer,
             model_targets=",".join(models),
             safety_target=safety,
+            prompt_format=self.prompt_format,
         )
 
     def _command(self, module: str, **flags: object) -> list[str]:
-        """How to run a service so that its log can be read here; None leaves a flag out.
-
-        True and False become `--name` and `--no-name`, as the services want it.
-        """
+        """The command line of a service, with its log in JSON; a flag of None is left out."""
         flags = {
             "host": LOOPBACK,
             "log_format": "json",
@@ -92,8 +92,26 @@ class Deployment:
         return [sys.executable, "-m", module, *given]
 
 
+def deployment_of(ckpt_dir: Path | None, tokenizer_path: Path | None) -> Deployment:
+    """A deployment of a checkpoint, by default of the demonstration checkpoint.
+
+    Raises:
+        SupervisorError: there is a tokenizer and no checkpoint, or the checkpoint has no tokenizer.
+    """
+    if ckpt_dir is None:
+        if tokenizer_path is not None:
+            raise SupervisorError("--tokenizer_path needs --ckpt_dir: give both")
+        return demonstration()
+    if tokenizer_path is None:
+        try:
+            tokenizer_path = find_tokenizer(ckpt_dir).path
+        except ModelFileError as error:
+            raise SupervisorError(f"--tokenizer_path is needed: {error}") from error
+    return Deployment(ckpt_dir, tokenizer_path)
+
+
 def demonstration() -> Deployment:
-    """The checkpoint that comes with the distribution."""
+    """A deployment of the demonstration checkpoint, which is part of the distribution."""
     folder = Path(str(resources.files("demo") / "checkpoint"))
     if not folder.is_dir():
         raise SupervisorError(f"the demonstration checkpoint is missing: no folder {folder}")
