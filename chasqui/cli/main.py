@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from chasqui.cli.chat import Conversation, print_choices, printed
 from chasqui.cli.keys import keys
-from chasqui.cli.model import model
+from chasqui.cli.model.command import model
 from chasqui.cli.serve.command import serve, summary
 from chasqui.cli.serve.deployment import demonstration
 from chasqui.cli.serve.supervisor import in_background
