@@ -1,6 +1,7 @@
-"""The shape of a Llama 2 network, as `params.json` states it.
+"""The shape of a Llama network, and how Meta's `params.json` states it.
 
-Sizes that Meta's code derives (head and hidden dimension) are derived only here.
+Sizes that Meta's code derives (head and hidden dimension) are derived only here. Other formats of
+checkpoints state them.
 """
 
 import dataclasses
@@ -15,19 +16,87 @@ from typing import Literal, get_args
 from model_service.model.errors import CheckpointError
 
 Quantization = Literal["none", "int8", "int4", "fp8"]
+RopeScalingKind = Literal["linear", "llama3"]
 
 ROPE_THETA = 10000.0
 VOCAB_SIZE_FROM_EMBEDDING = -1
-# Far above any Llama 2: a larger number is a mistake, and computing with it could overflow.
+# Far above any Llama: a larger number is a mistake, and computing with it could overflow.
 MAX_SIZE = 2**20
-_FRACTION_LIMITS = {"norm_eps": 0.1, "ffn_dim_multiplier": 64.0}
+# The smallest and the largest value of a setting; 0 itself is excluded.
+_NUMBER_LIMITS = {
+    "norm_eps": (0.0, 0.1),
+    "ffn_dim_multiplier": (0.0, 64.0),
+    "rope_theta": (1.0, 1e12),
+    "factor": (1.0, 1024.0),
+    "low_freq_factor": (0.0, 1024.0),
+    "high_freq_factor": (0.0, 1024.0),
+}
+# Context lengths for which Meta trained its models; params.json does not state them.
+_LLAMA_2_CONTEXT, _LLAMA_3_CONTEXT, _SCALED_CONTEXT = 4096, 8192, 131072
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """A change of the rotary frequencies, by which a model reads longer contexts.
+
+    Attributes:
+        kind: linear divides all frequencies by `factor` (Chen et al., 2023); llama3 divides the
+            low ones, keeps the high ones and interpolates between them.
+        factor: at least 1.
+        low_freq_factor: frequencies that turn fewer times than this within
+            `original_context_length` tokens are divided; llama3 only, like the rest.
+        high_freq_factor: frequencies that turn more often than this stay; above the former.
+        original_context_length: tokens for which the model was trained before it was extended.
+    """
+
+    kind: RopeScalingKind
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int = 8192
+
+    @classmethod
+    def checked(cls, settings: Mapping[str, object]) -> "RopeScaling":
+        """The scaling with these fields.
+
+        Raises:
+            ValueError: a field is unknown, missing or out of range; the text says which.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(settings) - set(names)):
+            raise ValueError(f"has the unknown field {unknown[0]!r}, not only {', '.join(names)}")
+        for name in ("kind", "factor"):
+            if name not in settings:
+                raise ValueError(f"lacks {name}")
+        for name, value in settings.items():
+            if rule := broken_rule(name, value):
+                raise ValueError(f"has {name} {reprlib.repr(value)}, not {rule}")
+        scaling = cls(**settings)  # type: ignore[arg-type]  # each value was checked above
+        if scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise ValueError(
+                f"has low_freq_factor {scaling.low_freq_factor:g}, not a number below its "
+                f"high_freq_factor {scaling.high_freq_factor:g}"
+            )
+        return scaling
+
+
+# `apply_scaling` in the llama/model.py of Meta's Llama 3.
+LLAMA_3_SCALING = RopeScaling("llama3", factor=8.0)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Meta's `ModelArgs` (llama/model.py), without the run-time limits.
+    """Meta's `ModelArgs` (llama/model.py), without the run-time limits, and what others add to it.
 
-    Chasqui adds `quantization`: how the checkpoint stores the weights of its linear layers.
+    Attributes:
+        head_dim: features of one head; 0 stands for dim / n_heads.
+        hidden_dim: width of the feed-forward layer; 0 stands for Meta's formula. Neither is 0 in
+            a made configuration.
+        multiple_of: only for that formula, like `ffn_dim_multiplier`.
+        quantization: how the checkpoint stores the weights of its linear layers.
+        rope_theta: base of the rotary frequencies.
+        tied_embeddings: whether the output matrix is the embedding, stored once.
+        trained_context_length: most tokens of a sequence; None if nothing is known about it.
     """
 
     dim: int = 4096
@@ -39,6 +108,25 @@ class ModelConfig:
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     quantization: Quantization = "none"
+    rope_theta: float = ROPE_THETA
+    rope_scaling: RopeScaling | None = None
+    head_dim: int = 0
+    hidden_dim: int = 0
+    tied_embeddings: bool = False
+    trained_context_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if not self.hidden_dim:
+            object.__setattr__(self, "hidden_dim", self._derived_hidden_dim())
+
+    def _derived_hidden_dim(self) -> int:
+        """Width of the feed-forward layer: `FeedForward.__init__` in Meta's llama/model.py."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
 
     @property
     def kv_heads(self) -> int:
@@ -46,19 +134,21 @@ class ModelConfig:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def parameters(self) -> int:
+        """Number of different weights: a tied output matrix is the embedding's."""
+        counted = sum(math.prod(shape) for shape in self.parameter_shapes().values())
+        return counted - (self.vocab_size * self.dim if self.tied_embeddings else 0)
 
-    @property
-    def hidden_dim(self) -> int:
-        """Width of the feed-forward layer: `FeedForward.__init__` in Meta's llama/model.py."""
-        hidden = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+    def uneven_heads(self) -> str:
+        """The rule that the sizes of heads break; empty if they break none."""
+        if self.head_dim % 2:
+            return f"head_dim {self.head_dim} is odd, but its features rotate in pairs"
+        if self.n_heads % self.kv_heads:
+            return f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.kv_heads}"
+        return ""
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full (unsharded) shape of every parameter, by Meta's names."""
+        """Full (unsharded) shape of every parameter, by Meta's names; a tied output is one, too."""
         query, key_value = self.n_heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
@@ -124,21 +214,23 @@ def read_params(path: Path) -> ModelConfig:
 
 
 def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = sorted(set(params) - known)
+    unknown = sorted(set(params) - _PARAMS)
     if unknown:
         raise CheckpointError(
             path,
-            f"has settings that Llama 2 does not know: {', '.join(unknown)}",
-            "serve a Llama 2 checkpoint in Meta's format",
+            f"has settings that Llama does not know: {', '.join(unknown)}",
+            "serve a Llama checkpoint in Meta's format",
         )
-    for name, value in params.items():
-        if rule := _broken_rule(name, value):
+    scaling = _scaling(path, params)
+    plain = {name: params[name] for name in params if name not in _SCALING_PARAMS}
+    for name, value in plain.items():
+        if rule := broken_rule(name, value):
             raise CheckpointError(
                 path, f"{name} is {reprlib.repr(value)}, not {rule}", "correct it"
             )
-    config = ModelConfig(**params)  # type: ignore[arg-type]  # each value was checked above
-    if config.dim % config.n_heads or config.head_dim % 2 or config.n_heads % config.kv_heads:
+    plain.setdefault("trained_context_length", _metas_context(params))
+    config = ModelConfig(rope_scaling=scaling, **plain)  # type: ignore[arg-type]  # checked above
+    if ("head_dim" not in params and config.dim % config.n_heads) or config.uneven_heads():
         raise CheckpointError(
             path,
             f"dim {config.dim}, n_heads {config.n_heads} and n_kv_heads {config.kv_heads} do not "
@@ -148,21 +240,59 @@ def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:
     return config
 
 
-def _broken_rule(name: str, value: object) -> str:
+# The file of Llama 3 says `use_scaled_rope`; converted checkpoints say which scaling.
+_SCALING_PARAMS = {"rope_scaling", "use_scaled_rope"}
+_PARAMS = {field.name for field in dataclasses.fields(ModelConfig)} | {"use_scaled_rope"}
+_PARAMS -= {"tied_embeddings"}  # Meta's files hold the output matrix in any case
+
+
+def _scaling(path: Path, params: Mapping[str, object]) -> RopeScaling | None:
+    stated, is_scaled = params.get("rope_scaling"), params.get("use_scaled_rope", False)
+    if not isinstance(is_scaled, bool):
+        shown = reprlib.repr(is_scaled)
+        raise CheckpointError(path, f"use_scaled_rope is {shown}, not true or false", "correct it")
+    if stated is None:
+        return LLAMA_3_SCALING if is_scaled else None
+    if not isinstance(stated, dict):
+        shown = reprlib.repr(stated)
+        raise CheckpointError(path, f"rope_scaling is {shown}, not an object", "correct it")
+    try:
+        return RopeScaling.checked(stated)
+    except ValueError as error:
+        raise CheckpointError(path, f"rope_scaling {error}", "correct it") from None
+
+
+def _metas_context(params: Mapping[str, object]) -> int:
+    if params.get("use_scaled_rope"):
+        return _SCALED_CONTEXT
+    return (
+        _LLAMA_2_CONTEXT if params.get("rope_theta", ROPE_THETA) == ROPE_THETA else _LLAMA_3_CONTEXT
+    )
+
+
+def broken_rule(name: str, value: object) -> str:
     """The rule that `value` breaks as the setting `name`; empty if it breaks none."""
-    if name == "quantization":
-        names = get_args(Quantization)
-        return "" if value in names else " or ".join(names)
-    if value is None and name in {"n_kv_heads", "ffn_dim_multiplier"}:
+    if name in _CHOICES:
+        return "" if value in _CHOICES[name] else " or ".join(_CHOICES[name])
+    if value is None and name in {"n_kv_heads", "ffn_dim_multiplier", "trained_context_length"}:
         return ""
     if name == "vocab_size" and value == VOCAB_SIZE_FROM_EMBEDDING:
         return ""
-    if name in _FRACTION_LIMITS:
-        limit = _FRACTION_LIMITS[name]
-        holds = _is_number(value, (int, float)) and 0 < value <= limit  # type: ignore[operator]
-        return "" if holds else f"a number above 0 and at most {limit:g}"
-    holds = _is_number(value, (int,)) and 1 <= value <= MAX_SIZE  # type: ignore[operator]
-    return "" if holds else f"an integer from 1 to {MAX_SIZE}"
+    if name in _NUMBER_LIMITS:
+        low, high = _NUMBER_LIMITS[name]
+        holds = _is_number(value, (int, float)) and value > 0 and low <= value <= high  # type: ignore[operator]
+        rule = f"from {low:g} to {high:g}" if low else f"above 0 and at most {high:g}"
+        return "" if holds else f"a number {rule}"
+    holds = _is_number(value, (int,)) and 1 <= value <= _MAX_LENGTHS.get(name, MAX_SIZE)  # type: ignore[operator]
+    return "" if holds else f"an integer from 1 to {_MAX_LENGTHS.get(name, MAX_SIZE)}"
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "quantization": get_args(Quantization),
+    "kind": get_args(RopeScalingKind),
+}
+# Some models state 10 million tokens and more.
+_MAX_LENGTHS = {"trained_context_length": 2**30, "original_context_length": 2**30}
 
 
 def _is_number(value: object, types: tuple[type, ...]) -> bool:

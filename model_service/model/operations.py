@@ -5,13 +5,14 @@ each in one FlashInfer kernel, in float32 inside, and overwrites its inputs. The
 know which of them it has.
 """
 
+import math
 from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
 from model_service.model.attention.select import can_use_flashinfer
-from model_service.model.config import ROPE_THETA, ModelConfig
+from model_service.model.config import ROPE_THETA, ModelConfig, RopeScaling
 
 
 class Operations(Protocol):
@@ -44,20 +45,41 @@ def make_operations(
         # float32 stands for the results of Meta's code. So no product may round its factors to
         # TF32, which keeps 10 bits of 23, even if other code in this process has allowed it.
         torch.set_float32_matmul_precision("highest")
-    rotary = rotary_frequencies(config.head_dim, context_length)
+    rotary = rotary_frequencies(
+        config.head_dim, context_length, config.rope_theta, config.rope_scaling
+    )
     if can_use_flashinfer(dtype, device, config.head_dim):
         return FusedOperations(rotary.to(device))
     return PlainOperations(rotary.to(device))
 
 
-def rotary_frequencies(head_dim: int, length: int) -> torch.Tensor:
+def rotary_frequencies(
+    head_dim: int, length: int, theta: float = ROPE_THETA, scaling: RopeScaling | None = None
+) -> torch.Tensor:
     """Unit complex numbers [length, head_dim / 2] that rotate a pair of features at each position.
 
     RoPE (Su et al., 2021), as `precompute_freqs_cis` in Meta's llama/model.py.
     """
-    inverse = 1.0 / (ROPE_THETA ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    inverse = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    if scaling is not None:
+        inverse = _scaled(inverse, scaling)
     angles = torch.outer(torch.arange(length).float(), inverse)
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def _scaled(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Frequencies [head_dim / 2], in radians per token, for a longer context.
+
+    llama3 is `apply_scaling` in the llama/model.py of Meta's Llama 3, `_compute_llama3_parameters`
+    in transformers.
+    """
+    divided = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return divided
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_context_length * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0 for low frequencies, 1 for high ones
+    return (1 - kept) * divided + kept * frequencies
 
 
 def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:

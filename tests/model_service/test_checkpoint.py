@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_service.model.config import ModelConfig, read_params
+from model_service.model.config import ModelConfig, RopeScaling, read_params
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.checkpoint import open_checkpoint
 from model_service.quantize import quantize_checkpoint
@@ -83,6 +83,41 @@ def test_hidden_dimension_is_that_of_metas_models(
     params: dict[str, float], hidden_dim: int
 ) -> None:
     assert ModelConfig(**params).hidden_dim == hidden_dim  # type: ignore[arg-type]
+
+
+def test_params_of_llama_3_are_understood(tmp_path: Path) -> None:
+    llama_3 = {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "multiple_of": 1024,
+        "ffn_dim_multiplier": 1.3,
+        "norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+    }
+    path = tmp_path / "params.json"
+    path.write_text(json.dumps(llama_3))
+    config = read_params(path)
+    assert (config.rope_theta, config.rope_scaling) == (500000.0, None)
+    assert (config.hidden_dim, config.trained_context_length) == (14336, 8192)
+    assert config.parameters == 8_030_261_248
+    path.write_text(json.dumps(llama_3 | {"use_scaled_rope": True}))
+    config = read_params(path)
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert config.trained_context_length == 131072
+
+
+def test_params_may_state_sizes_that_metas_code_derives(tmp_path: Path) -> None:
+    path = tmp_path / "params.json"
+    scaling = {"kind": "linear", "factor": 4}
+    stated = {"head_dim": 48, "hidden_dim": 1000, "trained_context_length": 16384}
+    path.write_text(json.dumps({"dim": 100, "n_heads": 3, "rope_scaling": scaling} | stated))
+    config = read_params(path)
+    assert config.rope_scaling == RopeScaling("linear", 4)
+    assert {name: getattr(config, name) for name in stated} == stated
+    assert config.parameter_shapes()["layers.0.attention.wo.weight"] == (100, 144)
 
 
 class RunsCode:
@@ -226,7 +261,23 @@ def test_damaged_checkpoint_names_file_and_fix(
     [
         ("{", "is not JSON"),
         ("[]", "holds no JSON object"),
-        ({"rope_theta": 500000.0}, "Llama 2 does not know: rope_theta"),
+        ({"n_experts": 8}, "Llama does not know: n_experts"),
+        ({"tied_embeddings": True}, "Llama does not know: tied_embeddings"),
+        ({"rope_theta": 0.5}, "rope_theta is 0.5, not a number from 1 to 1e+12"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope is 1, not true or false"),
+        ({"rope_scaling": 8}, "rope_scaling is 8, not an object"),
+        ({"rope_scaling": {"factor": 8}}, "rope_scaling lacks kind"),
+        ({"rope_scaling": {"kind": "yarn"}}, "rope_scaling lacks factor"),
+        (
+            {"rope_scaling": {"kind": "yarn", "factor": 8}},
+            "rope_scaling has kind 'yarn', not linear or llama3",
+        ),
+        (
+            {"rope_scaling": {"kind": "llama3", "factor": 8, "low_freq_factor": 4}},
+            "has low_freq_factor 4, not a number below its high_freq_factor 4",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling has the unknown field 'type'"),
+        ({"head_dim": 15}, "do not divide into heads of even size"),
         ({"dim": 0}, "dim is 0, not an integer from 1 to 1048576"),
         ({"dim": True}, "dim is True, not an integer"),
         ({"n_heads": "many"}, "n_heads is 'many', not an integer"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model_service.model.config import ROPE_THETA
+from model_service.model.config import LLAMA_3_SCALING, ROPE_THETA, RopeScaling
 from model_service.model.operations import (
     FusedOperations,
     Operations,
@@ -54,6 +54,34 @@ def test_neighbouring_features_turn_by_position(operations: Operations) -> None:
             expected[token, :, 2 * pair + 1] = a * math.sin(angle) + b * math.cos(angle)
     rotated = operations.rotate(heads, QUERIES, operations.rotation(positions))
     torch.testing.assert_close(rotated, expected)
+
+
+def frequencies(theta: float, scaling: RopeScaling | None) -> list[float]:
+    """Radians per token of each pair of a head of 64 features."""
+    rotary = rotary_frequencies(64, 2, theta, scaling)
+    return [float(angle) for angle in rotary[1].angle()]
+
+
+def test_frequencies_have_the_base_of_the_checkpoint() -> None:
+    expected = [1e6 ** (-pair / 32) for pair in range(32)]
+    assert frequencies(1e6, None) == pytest.approx(expected)
+    linear = frequencies(1e6, RopeScaling("linear", 4))
+    assert linear == pytest.approx([frequency / 4 for frequency in expected])
+
+
+def test_low_frequencies_of_llama_3_are_divided_and_high_ones_kept() -> None:
+    expected = []
+    for pair in range(32):  # `apply_scaling` in the llama/model.py of Meta's Llama 3, in float64
+        frequency = 500000.0 ** (-pair / 32)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            expected.append(frequency)
+        elif wavelength > 8192 / 1:
+            expected.append(frequency / 8)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            expected.append((1 - smooth) * frequency / 8 + smooth * frequency)
+    assert frequencies(500000.0, LLAMA_3_SCALING) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_gate_is_the_first_half(operations: Operations) -> None:

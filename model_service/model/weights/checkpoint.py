@@ -44,8 +44,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of weights in the network."""
-        shapes = self.config.parameter_shapes().values()
-        return sum(torch.Size(shape).numel() for shape in shapes)
+        return self.config.parameters
 
     def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
         """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
