@@ -10,8 +10,9 @@ import torch.distributed as dist
 from model_service.engine.step.plan_channel import LEADER, PlanChannel
 from model_service.engine.step.runner import ModelRunner
 from model_service.loading import distributed
+from model_service.loading.host_memory import readable_size
 from model_service.loading.layout import Layout
-from model_service.loading.memory import MemoryPlan, readable_size
+from model_service.loading.memory import MemoryPlan
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Precision, choose_device, choose_precision
 from model_service.loading.replica import ModelInfo, Replica

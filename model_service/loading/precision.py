@@ -7,9 +7,9 @@ import torch
 
 from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu import computes_in_bfloat16
-from model_service.model.weights.packing import weight_bytes
 from model_service.model.weights.quantization import FP8, GROUP_SIZE
 from model_service.model.weights.source import WeightSource
+from model_service.model.weights.weight_sizes import weight_bytes
 from serving.errors import StartError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,7 +84,7 @@ class Precision:
         """Memory for the weights of one of `shards` ranks."""
         linear = source.shard_parameters(shards, linear=True)
         others = source.shard_parameters(shards, linear=False)
-        of_linear = weight_bytes(self.quantization, self.dtype, self.device_type)
+        of_linear = weight_bytes(self.quantization, self.dtype.itemsize, self.device_type)
         return round(linear * of_linear + others * self.dtype.itemsize)
 
     def check(self, config: ModelConfig, shards: int) -> None:
