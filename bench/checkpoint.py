@@ -18,7 +18,7 @@ import torch
 
 from bench.shapes import Shape
 from model_service.model.config import ModelConfig
-from model_service.model.weights.partition import is_linear, split_dimension
+from model_service.model.weights.partition import shard_parameters, split_dimension
 
 SEED = 2023
 CPU = torch.device("cpu")
@@ -89,15 +89,11 @@ class RandomWeights:
     @property
     def parameters(self) -> int:
         """Number of weights in the network."""
-        return self.shard_parameters(1)
+        return self.config.parameters
 
     def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
         """Number of weights that one of `shards` ranks holds; `linear` counts those or the rest."""
-        return sum(
-            math.prod(size) // (1 if split_dimension(name) is None else shards)
-            for name, size in self.config.parameter_shapes().items()
-            if linear is None or is_linear(name) is linear
-        )
+        return shard_parameters(self.config, shards, linear=linear)
 
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device

@@ -12,11 +12,11 @@ import torch
 
 from model_service.model.config import Quantization
 from model_service.model.errors import CheckpointError
-from model_service.model.weights.checkpoint import Checkpoint, open_checkpoint
+from model_service.model.weights.files.meta_checkpoint import Checkpoint, open_checkpoint
+from model_service.model.weights.files.meta_files import shard_files
+from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import is_linear
 from model_service.model.weights.quantization import FORMATS, GROUP_SIZE
-from model_service.model.weights.shard_checks import check_finite, extremes
-from model_service.model.weights.shard_files import shard_files
 from serving.errors import StartError
 
 

@@ -16,7 +16,7 @@ import torch
 
 from bench.baselines.environments import REPOSITORY, UnavailableError
 from model_service.model.config import ROPE_THETA, ModelConfig
-from model_service.model.weights.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 
 CONTEXT_LENGTH = 4096
 CPU = torch.device("cpu")

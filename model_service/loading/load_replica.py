@@ -22,7 +22,7 @@ from model_service.model.config import ModelConfig
 from model_service.model.cuda_graphs import record_decode
 from model_service.model.load_network import load_network
 from model_service.model.network import Transformer
-from model_service.model.weights.checkpoint import Checkpoint, open_checkpoint
+from model_service.model.weights.files.meta_checkpoint import Checkpoint, open_checkpoint
 from model_service.model.weights.packing import packing
 from model_service.model.weights.source import WeightSource
 from serving.errors import StartError

@@ -35,7 +35,7 @@ from bench.engine.driver import Job, loaded
 from bench.report import read_host
 from bench.shapes import SHAPES
 from model_service.model.operations import apply_rotary, rotary_frequencies
-from model_service.model.weights.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 
 NAMES = st.lists(st.text("abc", min_size=1), min_size=1, max_size=6, unique=True)
 CASES = st.lists(

@@ -14,9 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_service.model.config import ModelConfig, RopeScaling, read_params
+from model_service.model.config import ModelConfig, RopeScaling
 from model_service.model.errors import CheckpointError
-from model_service.model.weights.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta_params import read_params
 from model_service.quantize import quantize_checkpoint
 from serving.errors import StartError
 

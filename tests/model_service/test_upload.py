@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model_service.model import pinned_transfer
 from model_service.model.pinned_transfer import WeightUpload
-from model_service.model.weights.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]

@@ -3,6 +3,10 @@
 Llama 2 splits `tok_embeddings` on dimension 1 (fairscale's ParallelEmbedding), unlike Llama 3.
 """
 
+import math
+
+from model_service.model.config import ModelConfig
+
 SPLIT_DIMENSION = {
     "tok_embeddings": 1,
     "wq": 0,
@@ -32,3 +36,15 @@ def part_shape(name: str, shape: tuple[int, ...], parts: int) -> tuple[int, ...]
     if dimension is None:
         return shape
     return (*shape[:dimension], shape[dimension] // parts, *shape[dimension + 1 :])
+
+
+def shard_parameters(config: ModelConfig, shards: int, *, linear: bool | None = None) -> int:
+    """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest.
+
+    A tied output matrix counts, because a rank holds its part of it in the form of linear layers.
+    """
+    return sum(
+        math.prod(shape) // (1 if split_dimension(name) is None else shards)
+        for name, shape in config.parameter_shapes().items()
+        if linear is None or is_linear(name) is linear
+    )

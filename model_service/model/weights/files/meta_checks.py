@@ -11,6 +11,7 @@ import torch
 
 from model_service.model.config import ModelConfig
 from model_service.model.errors import CheckpointError
+from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import is_linear, part_shape, split_dimension
 from model_service.model.weights.quantization import FP8, GROUP_SIZE
 
@@ -84,23 +85,6 @@ def check_copies(
             _log.warning(
                 "%s: norms differ by up to %.2g from those of %s, which are taken",
                 *(path, drift, paths[0].name),
-            )
-
-
-def extremes(weight: torch.Tensor) -> torch.Tensor:
-    """The smallest and the largest value [2]; NaN if the weight holds one."""
-    return torch.stack(torch.aminmax(weight))
-
-
-def check_finite(path: Path, found: Mapping[str, torch.Tensor]) -> None:
-    """Raises CheckpointError unless the `extremes` of all tensors are finite."""
-    for name, values in found.items():
-        if not values.isfinite().all():
-            dtype = str(values.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                path,
-                f"{name} holds NaN, or numbers that are infinite in {dtype}",
-                "use a checkpoint whose weights are finite, or another --dtype",
             )
 
 

@@ -13,22 +13,19 @@ from pathlib import Path
 
 import torch
 
-from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig, read_params
+from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
 from model_service.model.pinned_transfer import WeightUpload
-from model_service.model.weights.partition import is_linear, split_dimension
-from model_service.model.weights.quantization import FORMATS, QuantizedWeight
-from model_service.model.weights.shard_checks import (
-    check_copies,
-    check_finite,
-    check_tensors,
-    extremes,
-)
-from model_service.model.weights.shard_files import (
+from model_service.model.weights.files.meta_checks import check_copies, check_tensors
+from model_service.model.weights.files.meta_files import (
     check_archive,
     check_format,
     open_tensors,
     shard_files,
 )
+from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.finite import check_finite, extremes
+from model_service.model.weights.partition import is_linear, shard_parameters, split_dimension
+from model_service.model.weights.quantization import FORMATS, QuantizedWeight
 
 StoredWeight = torch.Tensor | QuantizedWeight
 
@@ -48,11 +45,7 @@ class Checkpoint:
 
     def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
         """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
-        return sum(
-            torch.Size(shape).numel() // (1 if split_dimension(name) is None else shards)
-            for name, shape in self.config.parameter_shapes().items()
-            if linear is None or is_linear(name) is linear
-        )
+        return shard_parameters(self.config, shards, linear=linear)
 
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
