@@ -25,31 +25,31 @@ _sym_db = _symbol_database.Default()
 from llama.v1 import sampling_pb2 as llama_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18llama/v1/tokenizer.proto\x12\x08llama.v1\x1a\x17llama/v1/sampling.proto\"1\n\x07Segment\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0b\n\x03\x62os\x18\x02 \x01(\x08\x12\x0b\n\x03\x65os\x18\x03 \x01(\x08\"D\n\rEncodeRequest\x12#\n\x08segments\x18\x01 \x03(\x0b\x32\x11.llama.v1.Segment\x12\x0e\n\x06\x63\x61ller\x18\x02 \x01(\t\"6\n\x0e\x45ncodeResponse\x12$\n\x08segments\x18\x01 \x03(\x0b\x32\x12.llama.v1.TokenIds\"6\n\rDecodeRequest\x12%\n\tsequences\x18\x01 \x03(\x0b\x32\x12.llama.v1.TokenIds\"\x1f\n\x0e\x44\x65\x63odeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"\x16\n\x14GetVocabularyRequest\"9\n\x05Piece\x12\r\n\x05\x62ytes\x18\x01 \x01(\x0c\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.llama.v1.PieceKind\"\xe5\x01\n\x15GetVocabularyResponse\x12\x1f\n\x06pieces\x18\x01 \x03(\x0b\x32\x0f.llama.v1.Piece\x12\x13\n\x06\x62os_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06\x65os_id\x18\x03 \x01(\r\x12\x13\n\x06pad_id\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0c\x64ummy_prefix\x18\x05 \x01(\x08\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x1c\n\x0fmax_token_bytes\x18\x07 \x01(\rH\x02\x88\x01\x01\x42\t\n\x07_bos_idB\t\n\x07_pad_idB\x12\n\x10_max_token_bytes*\x83\x01\n\tPieceKind\x12\x1a\n\x16PIECE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11PIECE_KIND_NORMAL\x10\x01\x12\x16\n\x12PIECE_KIND_CONTROL\x10\x02\x12\x13\n\x0fPIECE_KIND_BYTE\x10\x03\x12\x16\n\x12PIECE_KIND_UNKNOWN\x10\x04\x32\xde\x01\n\x10TokenizerService\x12;\n\x06\x45ncode\x12\x17.llama.v1.EncodeRequest\x1a\x18.llama.v1.EncodeResponse\x12;\n\x06\x44\x65\x63ode\x12\x17.llama.v1.DecodeRequest\x1a\x18.llama.v1.DecodeResponse\x12P\n\rGetVocabulary\x12\x1e.llama.v1.GetVocabularyRequest\x1a\x1f.llama.v1.GetVocabularyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18llama/v1/tokenizer.proto\x12\x08llama.v1\x1a\x17llama/v1/sampling.proto\"H\n\x07Segment\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0b\n\x03\x62os\x18\x02 \x01(\x08\x12\x0b\n\x03\x65os\x18\x03 \x01(\x08\x12\x15\n\rcontrol_token\x18\x04 \x01(\t\"D\n\rEncodeRequest\x12#\n\x08segments\x18\x01 \x03(\x0b\x32\x11.llama.v1.Segment\x12\x0e\n\x06\x63\x61ller\x18\x02 \x01(\t\"6\n\x0e\x45ncodeResponse\x12$\n\x08segments\x18\x01 \x03(\x0b\x32\x12.llama.v1.TokenIds\"6\n\rDecodeRequest\x12%\n\tsequences\x18\x01 \x03(\x0b\x32\x12.llama.v1.TokenIds\"\x1f\n\x0e\x44\x65\x63odeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"\x16\n\x14GetVocabularyRequest\"G\n\x05Piece\x12\r\n\x05\x62ytes\x18\x01 \x01(\x0c\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.llama.v1.PieceKind\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xa1\x02\n\x15GetVocabularyResponse\x12\x1f\n\x06pieces\x18\x01 \x03(\x0b\x32\x0f.llama.v1.Piece\x12\x13\n\x06\x62os_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06\x65os_id\x18\x03 \x01(\r\x12\x13\n\x06pad_id\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0c\x64ummy_prefix\x18\x05 \x01(\x08\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x1c\n\x0fmax_token_bytes\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\x0f\n\x07\x65os_ids\x18\x08 \x03(\r\x12\x15\n\rchat_template\x18\t \x01(\t\x12\x12\n\nbyte_level\x18\n \x01(\x08\x42\t\n\x07_bos_idB\t\n\x07_pad_idB\x12\n\x10_max_token_bytes*\x83\x01\n\tPieceKind\x12\x1a\n\x16PIECE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11PIECE_KIND_NORMAL\x10\x01\x12\x16\n\x12PIECE_KIND_CONTROL\x10\x02\x12\x13\n\x0fPIECE_KIND_BYTE\x10\x03\x12\x16\n\x12PIECE_KIND_UNKNOWN\x10\x04\x32\xde\x01\n\x10TokenizerService\x12;\n\x06\x45ncode\x12\x17.llama.v1.EncodeRequest\x1a\x18.llama.v1.EncodeResponse\x12;\n\x06\x44\x65\x63ode\x12\x17.llama.v1.DecodeRequest\x1a\x18.llama.v1.DecodeResponse\x12P\n\rGetVocabulary\x12\x1e.llama.v1.GetVocabularyRequest\x1a\x1f.llama.v1.GetVocabularyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llama.v1.tokenizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PIECEKIND']._serialized_start=645
-  _globals['_PIECEKIND']._serialized_end=776
+  _globals['_PIECEKIND']._serialized_start=742
+  _globals['_PIECEKIND']._serialized_end=873
   _globals['_SEGMENT']._serialized_start=63
-  _globals['_SEGMENT']._serialized_end=112
-  _globals['_ENCODEREQUEST']._serialized_start=114
-  _globals['_ENCODEREQUEST']._serialized_end=182
-  _globals['_ENCODERESPONSE']._serialized_start=184
-  _globals['_ENCODERESPONSE']._serialized_end=238
-  _globals['_DECODEREQUEST']._serialized_start=240
-  _globals['_DECODEREQUEST']._serialized_end=294
-  _globals['_DECODERESPONSE']._serialized_start=296
-  _globals['_DECODERESPONSE']._serialized_end=327
-  _globals['_GETVOCABULARYREQUEST']._serialized_start=329
-  _globals['_GETVOCABULARYREQUEST']._serialized_end=351
-  _globals['_PIECE']._serialized_start=353
-  _globals['_PIECE']._serialized_end=410
-  _globals['_GETVOCABULARYRESPONSE']._serialized_start=413
-  _globals['_GETVOCABULARYRESPONSE']._serialized_end=642
-  _globals['_TOKENIZERSERVICE']._serialized_start=779
-  _globals['_TOKENIZERSERVICE']._serialized_end=1001
+  _globals['_SEGMENT']._serialized_end=135
+  _globals['_ENCODEREQUEST']._serialized_start=137
+  _globals['_ENCODEREQUEST']._serialized_end=205
+  _globals['_ENCODERESPONSE']._serialized_start=207
+  _globals['_ENCODERESPONSE']._serialized_end=261
+  _globals['_DECODEREQUEST']._serialized_start=263
+  _globals['_DECODEREQUEST']._serialized_end=317
+  _globals['_DECODERESPONSE']._serialized_start=319
+  _globals['_DECODERESPONSE']._serialized_end=350
+  _globals['_GETVOCABULARYREQUEST']._serialized_start=352
+  _globals['_GETVOCABULARYREQUEST']._serialized_end=374
+  _globals['_PIECE']._serialized_start=376
+  _globals['_PIECE']._serialized_end=447
+  _globals['_GETVOCABULARYRESPONSE']._serialized_start=450
+  _globals['_GETVOCABULARYRESPONSE']._serialized_end=739
+  _globals['_TOKENIZERSERVICE']._serialized_start=876
+  _globals['_TOKENIZERSERVICE']._serialized_end=1098
 # @@protoc_insertion_point(module_scope)

@@ -61,22 +61,29 @@ class Segment(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     BOS_FIELD_NUMBER: _builtins.int
     EOS_FIELD_NUMBER: _builtins.int
+    CONTROL_TOKEN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Any valid Unicode; the names of control tokens in it are plain text."""
     bos: _builtins.bool
-    """Put the beginning-of-sequence id in front."""
+    """Put the beginning-of-sequence id in front; without effect where the model has none."""
     eos: _builtins.bool
     """Put the end-of-sequence id at the end."""
+    control_token: _builtins.str
+    """The name of a control token, such as `<|im_start|>`, whose id is put in front of the text, after
+    that of `bos`. The text is then encoded as one in the middle of a prompt: without the leading space
+    that some tokenizers put only in front of a whole prompt. Empty: no control token.
+    """
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         bos: _builtins.bool = ...,
         eos: _builtins.bool = ...,
+        control_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bos", b"bos", "eos", b"eos", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bos", b"bos", "control_token", b"control_token", "eos", b"eos", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -209,21 +216,27 @@ class Piece(_message.Message):
 
     BYTES_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     bytes: _builtins.bytes
     """The bytes that it adds to a text: spaces as spaces, a byte piece as its byte, a control token as
     none.
     """
     kind: Global___PieceKind.ValueType
     """Its kind."""
+    name: _builtins.str
+    """The name of a control token, such as `<|im_end|>`, which `Segment.control_token` accepts; empty for
+    every other piece.
+    """
     def __init__(
         self,
         *,
         bytes: _builtins.bytes = ...,
         kind: Global___PieceKind.ValueType = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "kind", b"kind", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -242,8 +255,11 @@ class GetVocabularyResponse(_message.Message):
     DUMMY_PREFIX_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MAX_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    EOS_IDS_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    BYTE_LEVEL_FIELD_NUMBER: _builtins.int
     bos_id: _builtins.int
-    """Beginning of sequence; absent where the model has none."""
+    """Beginning of sequence, which the tokenizer puts in front of a prompt; absent where it puts none."""
     eos_id: _builtins.int
     """End of sequence: the token that `Segment.eos` puts at the end."""
     pad_id: _builtins.int
@@ -251,15 +267,28 @@ class GetVocabularyResponse(_message.Message):
     dummy_prefix: _builtins.bool
     """A leading space of the first piece belongs to the encoding and not to the text."""
     fingerprint: _builtins.str
-    """SHA-256 of the model file, hexadecimal."""
+    """SHA-256 of all that determines the ids, hexadecimal: of the tokenizer's file, or of the vocabulary in
+    a GGUF file.
+    """
     max_token_bytes: _builtins.int
     """No token stands for more bytes of a text than this, so a text has at least its bytes divided by it
     as tokens. Absent where a model has no such bound: its normalizer may shorten texts, or one token
     stands for any number of characters without a piece.
     """
+    chat_template: _builtins.str
+    """The Jinja template by which the model's files write a dialog as a prompt; empty where they have none."""
+    byte_level: _builtins.bool
+    """Pieces are bytes of UTF-8 that are joined across ids, and control tokens add none. Each maximal part
+    of an incomplete or invalid character decodes to one U+FFFD. Without it, SentencePiece's rule holds:
+    one U+FFFD for each such byte, and any piece but a byte piece ends a character.
+    """
     @_builtins.property
     def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Piece]:
         """The piece of each id, in order."""
+
+    @_builtins.property
+    def eos_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All ids that end an answer by the model's own files, `eos_id` among them."""
 
     def __init__(
         self,
@@ -271,10 +300,13 @@ class GetVocabularyResponse(_message.Message):
         dummy_prefix: _builtins.bool = ...,
         fingerprint: _builtins.str = ...,
         max_token_bytes: _builtins.int | None = ...,
+        eos_ids: _abc.Iterable[_builtins.int] | None = ...,
+        chat_template: _builtins.str = ...,
+        byte_level: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bos_id", b"_bos_id", "_max_token_bytes", b"_max_token_bytes", "_pad_id", b"_pad_id", "bos_id", b"bos_id", "max_token_bytes", b"max_token_bytes", "pad_id", b"pad_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bos_id", b"_bos_id", "_max_token_bytes", b"_max_token_bytes", "_pad_id", b"_pad_id", "bos_id", b"bos_id", "dummy_prefix", b"dummy_prefix", "eos_id", b"eos_id", "fingerprint", b"fingerprint", "max_token_bytes", b"max_token_bytes", "pad_id", b"pad_id", "pieces", b"pieces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bos_id", b"_bos_id", "_max_token_bytes", b"_max_token_bytes", "_pad_id", b"_pad_id", "bos_id", b"bos_id", "byte_level", b"byte_level", "chat_template", b"chat_template", "dummy_prefix", b"dummy_prefix", "eos_id", b"eos_id", "eos_ids", b"eos_ids", "fingerprint", b"fingerprint", "max_token_bytes", b"max_token_bytes", "pad_id", b"pad_id", "pieces", b"pieces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bos_id: _TypeAlias = _typing.Literal["bos_id"]  # noqa: Y015
     _WhichOneofArgType__bos_id: _TypeAlias = _typing.Literal["_bos_id", b"_bos_id"]  # noqa: Y015
