@@ -34,8 +34,8 @@ SERVICE_NAME = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name
 
 
 def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
-    """The service as `serving` runs it. When it drains, named streams are refused first, and a
-    moment later all new requests for answers. Named streams that run can be resumed until they end.
+    """The service as `serving` runs it. When it drains, new named streams are refused first, and a
+    moment later all new completion requests. Running named streams can be resumed until they end.
     """
     streams = NamedStreams(settings.stream_limits)
     requests = RequestMetrics()
@@ -140,7 +140,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             max_gen_len = request.max_gen_len
         read_dialog("dialog", request.dialog, self._settings.request_limits, into=read)
         refuse(render_violations(request, read.violations))
-        # It runs nothing, but takes a place while it is encoded: that is work, too.
+        # Encoding is work, too, so it counts as one sequence in the queue.
         with self.admission.admit(1, 0, context.time_remaining()):
             [prompt] = await encode_dialogs(
                 read.messages,
@@ -177,14 +177,14 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         request: chat_pb2.ChatCompleteStreamRequest | chat_pb2.TextCompleteStreamRequest,
         context: Context,
     ) -> AsyncGenerator[bytes, None]:
-        """The serialized responses of a stream, by way of a named stream if there is a name."""
+        """The serialized responses of a stream; with a stream_name, through a named stream."""
         responses = _serialized(self._pipeline.run(request, context))
         if not request.stream_name:
             return responses
         try:
             return self._streams.open(request.stream_name, responses, context.time_remaining())
         except RequestError:
-            # `responses`, which will not begin, would have accounted for the request.
+            # `responses`, which would account for the request, never starts.
             with self._accounting.account(request, context):
                 raise
 

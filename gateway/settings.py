@@ -27,20 +27,20 @@ class GatewaySettings(ServerSettings):
         str,
         Field(
             pattern=r"^[^\s,]+(,[^\s,]+)*$",
-            description="addresses of the model replicas' leaders, separated by commas; a name "
+            description="addresses of the model replicas' leaders, separated by commas; a DNS name "
             "stands for all of its addresses",
         ),
     ] = "127.0.0.1:50053"
     resolve_interval: Annotated[
-        float, Field(gt=0, description="seconds from one look at the names in DNS to the next")
+        float, Field(gt=0, description="seconds between two DNS lookups of --model_targets")
     ] = 5.0
     replica_hang_timeout: Annotated[
         float,
         Field(
             gt=0,
             le=MAX_TIMEOUT,
-            description="seconds that a replica may leave a question for its load unanswered, and "
-            "a third of those that it may run sequences without a step; then it is lost",
+            description="seconds without a GetLoad reply (or 3 times as many without an engine "
+            "step while sequences run) after which a replica counts as lost",
         ),
     ] = 10.0
     failover_timeout: Annotated[
@@ -48,25 +48,25 @@ class GatewaySettings(ServerSettings):
         Field(
             ge=0,
             description="seconds that a generation waits for another replica when its own is lost, "
-            "and a call for a tokenizer service that went away",
+            "and a call for a tokenizer service that is lost",
         ),
     ] = 30.0
     max_queued_sequences: Annotated[
-        int, Field(ge=1, description="generations that may run or wait at once, of all requests")
+        int, Field(ge=1, description="generations of all requests that may run or wait at once")
     ] = 256
     max_queued_tokens: Annotated[
         int | None,
         Field(
             ge=1,
-            description="prompt and answer tokens that those may take together; without it, any",
+            description="prompt and answer tokens that these may take together; unset: no limit",
         ),
     ] = None
     max_running_sequences: Annotated[
         int | None,
         Field(
             ge=1,
-            description="generations given to the replicas at once, while the others wait here; "
-            "without it, the replicas' max_batch_size and a quarter more",
+            description="generations given to the replicas at once, while the others wait in the "
+            "gateway; unset: the replicas' max_batch_size and a quarter more",
         ),
     ] = None
     max_dialogs: Annotated[int, Field(ge=1, description="dialogs or prompts in one request")] = 64
@@ -79,7 +79,7 @@ class GatewaySettings(ServerSettings):
         Field(
             ge=1024,
             le=2**31 - 1,
-            description="bytes of a unary answer; clients refuse more than 4 MiB by default",
+            description="bytes of a unary answer; gRPC clients refuse more than 4 MiB by default",
         ),
     ] = 4 * 1024 * 1024
     stream_grace: Annotated[
@@ -93,16 +93,16 @@ class GatewaySettings(ServerSettings):
         int,
         Field(
             ge=0,
-            description="bytes kept of all named streams that have ended, 8 KiB and its events "
-            "each; the key that keeps the most loses its oldest first",
+            description="bytes kept of all named streams that have ended: 8 KiB each, plus their "
+            "events; beyond it, the key that keeps the most loses its oldest stream",
         ),
     ] = 64 * 1024 * 1024
     max_unread_bytes: Annotated[
         int,
         Field(
             ge=1024,
-            description="bytes of each answer that may wait for a client to read; beyond it the "
-            "stream ends",
+            description="bytes of each answer that may wait for the client to read them; beyond it "
+            "the stream ends with RESOURCE_EXHAUSTED",
         ),
     ] = 1024 * 1024
     max_connection_age: Annotated[
@@ -110,22 +110,22 @@ class GatewaySettings(ServerSettings):
         Field(
             gt=0,
             description="seconds after which a connection takes no new calls, so that clients "
-            "spread over gateways; running ones get --grace_period; default for ever",
+            "spread over gateways; running ones get --grace_period; unset: connections do not age",
         ),
     ] = None
     api_keys: Annotated[
         Path | None,
-        Field(description="TOML file of the keys that callers must have; default none is needed"),
+        Field(description="TOML file of the API keys that callers need; unset: no key is needed"),
     ] = None
     upstream_ca: Annotated[
         Path | None,
         Field(
-            description="PEM file of whom to trust as tokenizer service, replica and safety "
-            "service; turns on TLS to them"
+            description="PEM file of the CA certificates to verify the tokenizer, model and safety "
+            "services with; unset: plaintext to them"
         ),
     ] = None
     upstream_cert: Annotated[
-        Path | None, Field(description="PEM file with the certificate chain to show them")
+        Path | None, Field(description="PEM file with the certificate chain shown to them")
     ] = None
     upstream_key: Annotated[
         Path | None, Field(description="PEM file with that certificate's private key")
@@ -134,7 +134,7 @@ class GatewaySettings(ServerSettings):
         str | None,
         Field(
             min_length=1,
-            description="name that their certificates must have; default the address's",
+            description="name that their certificates must have; unset: the name in the address",
         ),
     ] = None
 
@@ -144,8 +144,8 @@ class GatewaySettings(ServerSettings):
     trust_traceparent: Annotated[
         bool,
         Field(
-            description="trace every call that its caller samples (traceparent), and not only "
-            "--trace_ratio of those"
+            description="trace every call that its caller samples (traceparent), not only "
+            "--trace_ratio of them"
         ),
     ] = False
 
@@ -163,15 +163,15 @@ class GatewaySettings(ServerSettings):
         str | None,
         Field(
             min_length=1,
-            description="address of a safety service, which then judges every dialog, text and "
-            "answer; none: nothing is judged",
+            description="address of a safety service that judges every dialog, text and answer; "
+            "unset: nothing is judged",
         ),
     ] = None
     safety_on_failure: Annotated[
         Literal["closed", "open"],
         Field(
             description="what happens while the safety service does not answer: closed refuses "
-            "with UNAVAILABLE, open goes on unjudged"
+            "with UNAVAILABLE, open answers unjudged"
         ),
     ] = "closed"
     safety_timeout: Annotated[
@@ -234,7 +234,7 @@ class GatewaySettings(ServerSettings):
 
     @property
     def safety_options(self) -> SafetyOptions | None:
-        """None where nothing is judged."""
+        """None: nothing is judged."""
         if self.safety_target is None:
             return None
         return SafetyOptions(

@@ -1,9 +1,10 @@
 """Admission: which generations run at the replicas, which wait, and which requests are refused.
 
-A request without room is refused at once, because its caller can go elsewhere, and in an endless
-queue it would only time out. The replicas get little more than they run at once, because their own
-queues know no keys: `gateway.admission.fair_queue` decides which generation is next, and
-`gateway.admission.fair_share` which waiting request loses its room when the queue is full.
+A request that finds no room is refused at once: its caller can try another gateway, and in an
+unbounded queue it would only time out. The replicas get only slightly more generations than they
+run at once, because their own queues do not know API keys: `gateway.admission.fair_queue` decides
+which generation is next, and `gateway.admission.fair_share` which waiting request is displaced when
+the queue is full.
 """
 
 import asyncio
@@ -22,22 +23,22 @@ from serving.numbers import format_apart
 from serving.security import caller
 from serving.security.caller import Caller
 
-# The replicas get this part more than they run at once, so that none of them waits for the gateway
-# when a sequence ends.
+# The replicas get this fraction more than they run at once, so that the next generation is there
+# when one ends.
 _AHEAD = 0.25
-# The quota named to a displaced request.
+# The quota that the error of a displaced request names.
 SHARE = "key.share"
-# Bounds of the time after which a refused request is told to retry, in seconds.
+# Bounds of the retry delay that the error of a refused request gives, in seconds.
 _MIN_RETRY, _MAX_RETRY = 1.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Limits on what runs or waits, for all requests together; None: no such limit."""
+    """Limits on running and waiting generations, for all requests together; None: no limit."""
 
     max_sequences: int
-    max_tokens: int | None = None  # of prompts, and the most of answers
-    max_running: int | None = None  # sequences at the replicas; None: what they run, and a bit more
+    max_tokens: int | None = None  # prompt tokens plus max_gen_len
+    max_running: int | None = None  # sequences at the replicas; None: from their batch capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Size:
 
 
 class Admission:
-    """Counts what runs and waits, and grants tickets; used from one event loop."""
+    """Counts running and waiting generations, and grants tickets; used from one event loop."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Admission:
         self._tokens = Quota(tokens, "tokens", "may take", "max_queued_tokens")
         self._requests: dict[Holding, Admitted] = {}
         self._queue = FairQueue()
-        self._tickets: dict[Claim, Ticket] = {}  # those that wait
+        self._tickets: dict[Claim, Ticket] = {}  # not yet granted
         self._running = 0
         self._closed = False
         self._throughput = ThroughputEstimator()
@@ -79,32 +80,31 @@ class Admission:
 
     @property
     def running_sequences(self) -> int:
-        """Generations that a replica has."""
+        """Generations that were given to a replica."""
         return self._running
 
     @property
     def queued_sequences(self) -> int:
-        """Generations that wait to be granted."""
+        """Generations whose tickets are not granted yet."""
         return len(self._tickets)
 
     @property
     def queued_tokens(self) -> Mapping[str, int]:
-        """The tokens that those will probably take, by the name of the caller's key."""
+        """The estimated tokens of the queued generations, by the name of the caller's key."""
         return self._queue.waiting_tokens
 
     def close(self) -> None:
-        """Admits no more requests; those that are admitted go on."""
+        """Refuses new requests; admitted ones continue."""
         self._closed = True
 
     @contextmanager
     def admit(
         self, sequences: int, priority: int, time_remaining: float | None
     ) -> Iterator["Admitted"]:
-        """Holds room for a request of the current caller while the context lasts.
+        """Holds room for a request of the current caller until the `with` block ends.
 
-        RESOURCE_EXHAUSTED without room, and when a request of another key displaces this one;
-        UNAVAILABLE once closed. `time_remaining` is what is left until the request's deadline, in
-        seconds; None is without one.
+        RESOURCE_EXHAUSTED if there is no room, or if a request of another key displaces this one;
+        UNAVAILABLE once closed. `time_remaining` is in seconds; None: the request has no deadline.
         """
         if self._closed:
             raise unavailable("this gateway is shutting down")
@@ -120,11 +120,11 @@ class Admission:
             self.release(admitted)
 
     def reserve_sequences(self, admitted: "Admitted", sequences: int) -> None:
-        """Counts a request's sequences; RESOURCE_EXHAUSTED where they are too many."""
+        """Reserves room for a request's sequences; RESOURCE_EXHAUSTED if there is too little."""
         self._reserve(self._sequences, admitted, sequences, admitted.caller.limits.max_sequences)
 
     def reserve_tokens(self, admitted: "Admitted", tokens: int) -> None:
-        """Counts a request's tokens; RESOURCE_EXHAUSTED where they are too many."""
+        """Reserves room for a request's tokens; RESOURCE_EXHAUSTED if there is too little."""
         quota, own_bound = self._tokens, admitted.caller.limits.max_tokens
         for bound, whose, subject in (
             (quota.room.bound, "", quota.setting),
@@ -136,12 +136,12 @@ class Admission:
         self._reserve(quota, admitted, tokens, own_bound)
 
     def release(self, admitted: "Admitted") -> None:
-        """The request holds no room any more."""
+        """Frees all room that a request holds."""
         self._sequences.room.release(admitted.holding)
         self._tokens.room.release(admitted.holding)
 
     def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list["Ticket"]:
-        """A ticket for each generation; RESOURCE_EXHAUSTED if the last was granted too late."""
+        """A ticket for each generation; RESOURCE_EXHAUSTED if the deadline would pass first."""
         key = admitted.caller
         claims = [
             Claim(
@@ -164,20 +164,20 @@ class Admission:
         return tickets
 
     def withdraw(self, claim: Claim) -> None:
-        """A ticket that was not granted is no longer wanted."""
+        """Removes a ticket that was not granted from the queue."""
         del self._tickets[claim]
         self._queue.remove(claim)
         self._record(0)
 
     def charge(self, claim: Claim, tokens: int) -> None:
-        """The replicas served tokens of a granted ticket."""
+        """Counts tokens that a replica computed for a granted ticket."""
         self._queue.charge(claim, tokens)
         if self._tickets or self._throughput.measuring:
             self._record(tokens)
-            self._grant()  # because another replica may have become ready since
+            self._grant()  # another replica may have become ready
 
     def end(self, claim: Claim, answer_tokens: int, unused_tokens: int) -> None:
-        """A granted ticket is over; `unused_tokens` were charged and not computed."""
+        """Ends a granted ticket; `unused_tokens` were charged but not computed."""
         self._throughput.record_answer(answer_tokens)
         self._queue.charge(claim, -unused_tokens)
         self._queue.end(claim)
@@ -210,7 +210,7 @@ class Admission:
     def _reserve(
         self, quota: Quota, admitted: "Admitted", amount: int, own_bound: int | None
     ) -> None:
-        """Takes room, if need be that of requests that wait; RESOURCE_EXHAUSTED without."""
+        """Reserves room, displacing waiting requests if need be; else RESOURCE_EXHAUSTED."""
         holding = admitted.holding
         if own_bound is not None and quota.room.used_by(holding.key) + amount > own_bound:
             message = quota.key_is_full(holding, amount, own_bound)
@@ -225,7 +225,7 @@ class Admission:
         quota.room.reserve(holding, amount)
 
     def _displace(self, admitted: "Admitted", quota: Quota, newcomer: Holding) -> None:
-        """Ends a request of which nothing has begun."""
+        """Fails a request none of whose generations has begun."""
         message = quota.displaced(admitted.holding, newcomer)
         error = resource_exhausted(message, SHARE, self._retry_after(admitted))
         key, sequences = admitted.holding.key, self._sequences.room.amount(admitted.holding)
@@ -250,23 +250,22 @@ class Admission:
             )
 
     def _wait(self, admitted: "Admitted", own_tokens: int) -> float | None:
-        """Seconds until the last of a request's tickets is granted; None while too little is known.
+        """Estimated seconds until a request's last ticket is granted; None: too few measurements.
 
-        First what is ahead in the fair order must be served, and then about one generation like
-        its own must end.
+        The tokens ahead in the fair order must be served first, then about as many as its own.
         """
         key = admitted.caller
         ahead = self._queue.tokens_ahead(key.name, key.limits.weight, admitted.priority)
         return self._throughput.seconds(ahead + own_tokens, self.clock())
 
     def _retry_after(self, admitted: "Admitted") -> float:
-        """When what would be served before the request now has been."""
+        """Estimated seconds until everything ahead of the request is served."""
         wait = self._wait(admitted, 0)
         return _MIN_RETRY if wait is None else _bounded(wait)
 
 
 class Admitted:
-    """A request for which there is room; used by the task that creates it."""
+    """A request that holds room; used only by the task that creates it."""
 
     def __init__(
         self, admission: Admission, caller: Caller, priority: int, deadline: float | None
@@ -285,7 +284,7 @@ class Admitted:
         """A ticket for each of the request's generations; RESOURCE_EXHAUSTED if they are too large,
         or if they would wait longer than the deadline allows.
         """
-        if not sizes:  # all of it is refused: it takes nothing, and need not wait
+        if not sizes:  # every dialog was refused, so nothing will run
             self._tickets = []
             self._admission.release(self)
             return []
@@ -294,7 +293,7 @@ class Admitted:
         return self._tickets
 
     def displace(self, error: RequestError) -> None:
-        """Ends the request with `error`, whose generations all wait or are still to be queued."""
+        """Fails the request with `error`; none of its generations may have begun."""
         if self._tickets is None:
             self._interruption = error
             if self._task is not None:
@@ -305,18 +304,18 @@ class Admitted:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within it, a request that is displaced before it is queued fails with the reason."""
+        """Raises the reason in the `with` block if the request is displaced before it is queued."""
         before = 0 if self._task is None else self._task.cancelling()
         try:
             yield
         except asyncio.CancelledError:
             if self._interruption is None or self._task is None:
                 raise
-            if self._task.uncancel() > before:  # something else ends it, too
+            if self._task.uncancel() > before:  # it was cancelled from elsewhere, too
                 raise
             raise self._interruption from None
         finally:
-            self._interruption = None  # its traceback leads here
+            self._interruption = None  # its traceback refers to this frame
 
 
 class Ticket:
@@ -347,13 +346,13 @@ class Ticket:
         self.granted.set_result(None)
 
     def withdraw(self) -> None:
-        """Gives up a ticket that was not granted."""
+        """Leaves the queue; no effect on a granted ticket."""
         if not self.granted.done():
             self._admission.withdraw(self._claim)
             self.granted.cancel()
 
     def displace(self, error: RequestError) -> None:
-        """Fails a ticket that was not granted, unless it was withdrawn."""
+        """Fails the ticket with `error`, unless it was granted or withdrawn."""
         if not self.granted.done():
             self._admission.withdraw(self._claim)
             self.granted.set_exception(error)
@@ -364,9 +363,7 @@ class Ticket:
         self._admission.charge(self._claim, tokens)
 
     def end(self, unused_prompt_tokens: int) -> None:
-        """The replica is done with it. The prompt was charged as a whole, and so many of its tokens
-        were not computed.
-        """
+        """Ends a granted ticket; refunds the prompt tokens that were charged but not computed."""
         self._admission.end(self._claim, self._answer_tokens, unused_prompt_tokens)
 
 

@@ -1,7 +1,7 @@
-"""The order of waiting generations, when more generations are asked for than run at once: higher
-priority first, and at equal priority the key that was served least. The latter is the Virtual Token
-Counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), one for each level
-of priority. Knows no clock and no network, so that fairness can be tested as arithmetic.
+"""The order of waiting generations: higher priority first, and at equal priority the key that was
+served least, by the Virtual Token Counter of Sheng et al., "Fairness in Serving Large Language
+Models" (OSDI 2024), one for each priority. Uses no clock and no network, so that fairness can be
+tested as arithmetic.
 """
 
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """One requested generation; each is equal to itself alone."""
+    """One requested generation, compared by identity."""
 
     key: str
-    weight: float  # its key's share, relative to the other keys'
+    weight: float  # of its key, relative to the other keys'
     priority: int
-    tokens: int  # of prompt and answer, as far as can be foreseen
+    tokens: int  # of the prompt and, estimated, of the answer
 
 
 class FairQueue:
-    """Claims that wait, and what those that were taken out have been served since."""
+    """Waiting claims, and the tokens that keys were served for claims that were popped."""
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}  # by priority
@@ -29,7 +29,7 @@ class FairQueue:
 
     @property
     def waiting_tokens(self) -> Mapping[str, int]:
-        """The tokens of waiting claims, by key; may be asked from any thread."""
+        """The tokens of waiting claims, by key; can be read from any thread."""
         tokens: dict[str, int] = {}
         for level in [*self._levels.values()]:
             for key, backlog in [*level.backlogs.items()]:
@@ -40,28 +40,28 @@ class FairQueue:
         self._levels.setdefault(claim.priority, _Level()).push(claim)
 
     def pop(self) -> Claim:
-        """Removes the next in turn; IndexError if none waits. Call `end` for it later."""
+        """Removes and returns the next claim; IndexError if none waits. Call `end` for it later."""
         waiting = [priority for priority, level in self._levels.items() if len(level)]
         if not waiting:
-            raise IndexError("none waits")
+            raise IndexError("no claim waits")
         return self._levels[max(waiting)].pop()
 
     def remove(self, claim: Claim) -> None:
-        """Takes a waiting claim out, which is then over."""
+        """Drops a waiting claim."""
         self._levels[claim.priority].remove(claim)
         self._forget_if_idle(claim.priority)
 
     def charge(self, claim: Claim, tokens: int) -> None:
-        """Counts tokens that a claim got after it was taken out; negative ones are given back."""
+        """Counts tokens that a popped claim was served; negative ones are refunded."""
         self._levels[claim.priority].charge(claim, tokens)
 
     def end(self, claim: Claim) -> None:
-        """A claim that was taken out is over."""
+        """Ends a popped claim."""
         self._levels[claim.priority].running -= 1
         self._forget_if_idle(claim.priority)
 
     def tokens_ahead(self, key: str, weight: float, priority: int) -> float:
-        """Tokens that waiting claims will be served before one that this key pushed now."""
+        """Tokens of waiting claims that are served before a claim that `key` would push now."""
         higher = sum(
             sum(level.backlogs.values()) for each, level in self._levels.items() if each > priority
         )
@@ -69,7 +69,7 @@ class FairQueue:
         return higher + (level.tokens_ahead(key, weight) if level else 0)
 
     def _forget_if_idle(self, priority: int) -> None:
-        # The tokens that a key was served count only among the keys that compete.
+        # Counters are relative: they mean nothing once no key competes.
         level = self._levels[priority]
         if not len(level) and not level.running:
             del self._levels[priority]
@@ -82,9 +82,9 @@ class _Level:
         self.running = 0
         self.backlogs: dict[str, int] = {}  # tokens of waiting claims, by key
         self._waiting: dict[str, dict[Claim, None]] = {}  # by key, each in order of arrival
-        self._served: dict[str, float] = {}  # the counters: tokens by weight, by key
+        self._served: dict[str, float] = {}  # the counters: tokens / weight, by key
         self._weights: dict[str, float] = {}
-        self._last_key = ""  # that left the queue
+        self._last_key = ""  # the last to have no more waiting claims
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -118,7 +118,7 @@ class _Level:
         self._served[claim.key] += tokens / claim.weight
 
     def tokens_ahead(self, key: str, weight: float) -> float:
-        """As in a fluid: while this key gets its backlog, each other one catches up with it."""
+        """The fluid limit: while `key` is served its backlog, every other key catches up."""
         own = self.backlogs.get(key, 0)
         until = self._lifted(key) + own / weight
         others = (
@@ -129,8 +129,9 @@ class _Level:
         return own + sum(others)
 
     def _lifted(self, key: str) -> float:
-        """The counter of a key, as it is or as it would be if it came now: time in which it asked
-        for nothing gives it no right over those who wait.
+        """The counter of a waiting key, or the one that an idle key would get if it pushed now.
+
+        An idle key keeps no credit: its counter is raised to the lowest among the waiting keys.
         """
         served = self._served.get(key, 0.0)
         if key in self._waiting:

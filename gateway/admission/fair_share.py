@@ -1,6 +1,6 @@
-"""Room in the queue, shared by keys. As long as there is room, any key may take all of it. When it
-is full, a request that keeps its key within its share displaces waiting requests of keys that have
-more than theirs. Knows no clock and no network, so that fairness can be tested as arithmetic.
+"""Room in the queue, shared by API keys. While there is room, one key may take all of it. When it
+is full, a request that keeps its key within its share displaces waiting requests of keys above
+theirs. Uses no clock and no network, so that fairness can be tested as arithmetic.
 """
 
 from collections import defaultdict
@@ -10,29 +10,28 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """A request's part of the room."""
+    """The room that one request holds."""
 
     key: str
-    weight: float  # its key's, relative to the other keys'
+    weight: float  # of its key, relative to the other keys'
     priority: int
-    begun: bool = False  # a replica was given one of its generations, so it is not displaced
+    begun: bool = False  # one of its generations was given to a replica, so it is not displaced
 
 
 class SharedRoom:
-    """An amount of one thing (sequences, or tokens) that all requests together may hold.
+    """A bounded amount of sequences or tokens that requests hold.
 
-    Requests that have begun are never displaced. They do not keep another key from its share
-    either, so as long as they last more than the bound may be held. Requests that have not begun
-    never hold more than the bound.
+    Requests that have begun are never displaced, and another key gets its share all the same: until
+    they end, the total may exceed the bound. Requests that have not begun never exceed it.
     """
 
     def __init__(self, bound: int | None) -> None:
-        """None is without a bound."""
+        """`bound` is None for no limit."""
         self.bound = bound
         self.used = 0
         self._amounts: dict[Holding, int] = {}  # in order of arrival
         self._used_by_key: dict[str, int] = {}
-        self._weights: dict[str, float] = {}  # of the keys that hold anything
+        self._weights: dict[str, float] = {}  # of the keys that hold room
 
     def used_by(self, key: str) -> int:
         return self._used_by_key.get(key, 0)
@@ -41,9 +40,7 @@ class SharedRoom:
         return self._amounts.get(holding, 0)
 
     def shares(self, key: str, weight: float) -> Mapping[str, float] | None:
-        """The bound divided by weight among `key` and all keys that hold anything; None if there
-        is no bound.
-        """
+        """The bound divided by weight among `key` and all keys that hold room; None: no bound."""
         if self.bound is None:
             return None
         weights = self._weights | {key: weight}
@@ -51,7 +48,7 @@ class SharedRoom:
         return {each: weight * unit for each, weight in weights.items()}
 
     def reserve(self, holding: Holding, amount: int) -> None:
-        """Holds `amount` more, whether there is room or not."""
+        """Adds `amount` to what a request holds, without checking for room."""
         if not amount:
             return
         self.used += amount
@@ -60,7 +57,7 @@ class SharedRoom:
         self._weights[holding.key] = holding.weight
 
     def release(self, holding: Holding) -> None:
-        """Gives back all that a request holds, if anything."""
+        """Frees all room that a request holds."""
         amount = self._amounts.pop(holding, 0)
         if not amount:
             return
@@ -70,11 +67,10 @@ class SharedRoom:
             del self._used_by_key[holding.key], self._weights[holding.key]
 
     def displaced_by(self, newcomer: Holding, amount: int) -> list[Holding] | None:
-        """The room to free so that `newcomer` may take `amount`; None if it may not.
+        """The requests to displace so that `newcomer` gets `amount`; None: refuse it.
 
-        The key with the most waiting for its weight loses first: its lowest priority, and of that
-        the newest request. No request displaces one of higher priority, which would be served
-        before it.
+        The key with the most waiting room per weight loses first: the newest request of its lowest
+        priority. No request displaces one of higher priority, which would be served before it.
         """
         shares = self.shares(newcomer.key, newcomer.weight)
         if self.bound is None or shares is None or self.used + amount <= self.bound:
@@ -86,7 +82,7 @@ class SharedRoom:
         surplus = own + sum(waiting.values()) - self.bound
         displaced: list[Holding] = []
         while surplus > 0:
-            # If nothing of higher priority waits there is one: what does not fit is above a share.
+            # Empty only if higher priorities wait: else a surplus puts some key above its share.
             larger = [key for key in candidates if candidates[key] and waiting[key] > shares[key]]
             if not larger:
                 return None
@@ -99,7 +95,7 @@ class SharedRoom:
     def _waiting_of_others(
         self, newcomer: Holding
     ) -> tuple[dict[str, int], dict[str, list[Holding]]]:
-        """The room of other keys' requests that have not begun, by key; and those of them that
+        """By other key: the room of requests that have not begun, and those of these requests that
         `newcomer` may displace, the first to go at the end.
         """
         waiting: defaultdict[str, int] = defaultdict(int)

@@ -1,6 +1,4 @@
-"""One thing that requests take of the queue, sequences or tokens, and what a request is told that
-does not get it.
-"""
+"""A quota of the queue, on sequences or tokens, and the error texts of requests above it."""
 
 import math
 from dataclasses import dataclass
@@ -10,17 +8,17 @@ from gateway.admission.fair_share import Holding, SharedRoom
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Room for all requests, and the words for it."""
+    """The room for all requests together, and the words of its errors."""
 
     room: SharedRoom
     unit: str
-    asks: str  # what a request does that wants some
-    setting: str  # of its bound
+    asks: str  # the verb in "the request has 3 sequences"
+    setting: str  # the name of the setting that bounds it
 
     def never_fits(self, amount: int, bound: int, whose: str) -> str:
         return (
-            f"the request {self.asks} {amount} {self.unit}, and all requests{whose} together "
-            f"{bound}: ask for fewer answers, or shorter ones"
+            f"the request {self.asks} {amount} {self.unit}, but all requests{whose} together may "
+            f"take at most {bound}: ask for fewer or shorter answers"
         )
 
     def key_is_full(self, holding: Holding, amount: int, bound: int) -> str:
@@ -40,7 +38,7 @@ class Quota:
         )
 
     def _share(self, holding: Holding, newcomer: Holding) -> str:
-        """The share of a request's key when `newcomer` asks, if it is not alone."""
+        """The share of a request's key when `newcomer` arrives; empty if there is no other key."""
         shares = self.room.shares(newcomer.key, newcomer.weight)
         if shares is None or len(shares) == 1:
             return ""

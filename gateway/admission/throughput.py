@@ -1,12 +1,12 @@
-"""Estimates how fast the replicas serve, to tell how long a queue will take. Measured only while
-generations wait: with fewer at once than fit, tokens come more slowly than they could.
+"""Estimates the replicas' throughput, to predict how long a request waits. It is measured only
+while generations wait, because replicas that are not full compute fewer tokens than they could.
 """
 
-# Seconds of waiting after which a measurement counts half.
+# The half-life of a measurement, in seconds during which generations wait.
 _HALF_LIFE = 10.0
-# Fewer seconds of waiting than this say nothing.
+# Measured seconds below which there is no estimate.
 _MIN_SECONDS = 0.5
-# The weight of one answer in the mean length.
+# The weight of one answer in the moving average of answer lengths.
 _LENGTH_WEIGHT = 1 / 16
 
 
@@ -26,7 +26,7 @@ class ThroughputEstimator:
         return self._waiting
 
     def record(self, tokens: int, *, waiting: bool, now: float) -> None:
-        """Tokens were served; `waiting`: whether from now on a generation waits."""
+        """Counts served tokens; `waiting`: whether generations wait from now on."""
         if self._waiting:
             elapsed = now - self._at
             kept = 0.5 ** (elapsed / _HALF_LIFE)
@@ -35,17 +35,17 @@ class ThroughputEstimator:
         self._waiting, self._at = waiting, now
 
     def record_answer(self, tokens: int) -> None:
-        """An answer ended with so many tokens."""
+        """Counts an answer that ended with `tokens` tokens."""
         if self._answer_tokens is None:
             self._answer_tokens = float(tokens)
         self._answer_tokens += (tokens - self._answer_tokens) * _LENGTH_WEIGHT
 
     def answer_tokens(self, most: int) -> int:
-        """The tokens to expect of an answer that may have `most`."""
+        """The expected length of an answer that may have at most `most` tokens."""
         return most if self._answer_tokens is None else min(most, round(self._answer_tokens))
 
     def seconds(self, tokens: float, now: float) -> float | None:
-        """How long so many tokens take; None as long as too little is known."""
+        """Estimated seconds to serve `tokens`; None: too few measurements."""
         elapsed = now - self._at if self._waiting else 0.0
         measured = self._seconds + elapsed
         if measured < _MIN_SECONDS or not self._tokens or self._answer_tokens is None:

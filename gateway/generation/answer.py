@@ -1,5 +1,5 @@
-"""One generation on its way from token ids to what its client reads. Does no input or output, so
-that text, stop strings and token reports can be followed, and tested, without a server.
+"""The text of one generation, made from its token ids: detokenized, cut at stop strings, with token
+details. Does no input or output, so that it can be tested without a server.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from llama.v1 import chat_pb2, model_pb2
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """More of an answer."""
+    """The next piece of an answer."""
 
     text: str
     tokens: list[chat_pb2.Token]
-    completion_tokens: int = 0  # of the answer, this delta's included
+    completion_tokens: int = 0  # of the answer so far, this delta included
 
 
 class Answer:
-    """Text of whole characters up to the first stop string, and the tokens that made it."""
+    """The text of an answer, in whole characters up to the first stop string, and its tokens."""
 
     def __init__(self, prompt_ids: Sequence[int], options: Options, vocabulary: Vocabulary) -> None:
         self.completion_tokens = 0
@@ -30,12 +30,12 @@ class Answer:
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer(vocabulary)
         self._stop = StopFilter(options.stop)
-        # Ids of the prompt that the model will report in front of the answer's.
+        # The number of prompt ids that the model still reports before the answer's.
         self._expected_prompt_ids = len(prompt_ids) if options.prompt_logprobs else 0
 
     @property
     def stop_string(self) -> str:
-        """The stop string that ended the text; empty while none has."""
+        """The stop string that ended the text; empty if none has."""
         return self._stop.stop_string
 
     @property
@@ -44,10 +44,10 @@ class Answer:
         return self._stop.found
 
     def begin(self) -> Delta:
-        """The prompt's text where it is wanted and does not come with the prompt's tokens.
+        """The prompt's text if `echo` is set, unless it comes with the prompt's tokens.
 
-        Where the answer is to continue the prompt's text exactly, the detokenizer reads the prompt
-        first: a space or a character's last bytes in front of the answer depend on it.
+        With `exact_continuation` the detokenizer reads the prompt first: a space or the last bytes
+        of a character at the beginning of the answer depend on it.
         """
         options = self._options
         if options.prompt_logprobs or not (options.echo or options.exact_continuation):
@@ -83,7 +83,7 @@ class Answer:
     def _token(self, event: model_pb2.TokenEvent, position: int) -> chat_pb2.Token:
         token_id, wanted = event.ids[position], self._options.logprob_token_ids
         rank = event.ranks[position] if event.ranks else 0
-        # Nothing predicts the first token of a prompt: an event may hold no alternatives at all.
+        # The first token of a prompt has no prediction, so an event may hold no alternatives.
         top = event.top[position] if event.top else model_pb2.TopLogprobs()
         begin = position * len(wanted)
         requested = event.requested_logprobs[begin : begin + len(wanted)] if rank else []

@@ -1,7 +1,7 @@
-"""From prompts to the events of their answers.
+"""Runs the generations of a request and yields the events of their answers.
 
-All generations of a request run at once, and their events are passed on as they come. Close
-`complete` after use (contextlib.aclosing): that cancels the generations that still run.
+All generations run at once, and their events are interleaved as they arrive. Close `complete` after
+use (contextlib.aclosing): that cancels the generations that still run.
 """
 
 import secrets
@@ -43,7 +43,7 @@ _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 @dataclass(frozen=True, slots=True)
 class AnswerKey:
-    """Names one answer of a request: the dialog or prompt, and which of the answers to it."""
+    """Identifies one answer of a request: its dialog or prompt, and which of the n answers."""
 
     index: int
     choice: int
@@ -69,25 +69,25 @@ class Finished:
 
     reason: "FinishReason.ValueType"
     usage: chat_pb2.Usage
-    failovers: int = 0  # how often it went on at another replica
+    failovers: int = 0  # how often it continued at another replica
     stop_token_id: int | None = None
     stop_string: str = ""
     safety_categories: tuple[str, ...] = ()
 
 
 Event = Started | Delta | Finished
-# With the generation that it belongs to.
+# An event, with the key of its answer.
 KeyedEvent = tuple[AnswerKey, Event]
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """All events of one generation, folded."""
+    """One complete answer: all events of a generation, joined."""
 
     key: AnswerKey
     started: Started
     text: str
-    tokens: list[bytes]  # serialized predictions, each with some of the tokens
+    tokens: list[bytes]  # serialized Prediction messages, each with some of the tokens
     finished: Finished
 
 
@@ -100,13 +100,13 @@ class Refusal:
     safety_categories: tuple[str, ...] = ()
 
 
-# Meta's, for a dialog that could pass for part of the prompt format.
+# Meta's refusal of a dialog that contains tags of the prompt format.
 SPECIAL_TAGS_REFUSAL = Refusal(UNSAFE_ERROR, FINISH_REASON_SPECIAL_TAGS)
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One generation as it is asked for."""
+    """The request for one generation."""
 
     key: AnswerKey
     prompt: Prompt | Refusal
@@ -115,12 +115,12 @@ class _Request:
 
 @dataclass(frozen=True, slots=True)
 class Generations:
-    """The generations of a request that run or wait now."""
+    """The running and waiting generations of a request."""
 
     running: dict[AnswerKey, Generation] = field(default_factory=dict)
 
     def cancel(self, key: AnswerKey) -> None:
-        """Ends one, if it runs or waits; its last event still comes."""
+        """Ends one early, if it runs or waits; its last event is still delivered."""
         if key in self.running:
             self.running[key].cancel()
 
@@ -136,14 +136,14 @@ async def complete(
     buffer: SendBuffer[AnswerKey, Outcome],
     generations: Generations,
 ) -> AsyncGenerator[KeyedEvent, None]:
-    """The events of `options.n` generations per prompt, interleaved; a refusal is its own answer.
+    """The events of `options.n` generations per prompt, interleaved; a Refusal is the whole answer.
 
-    Each runs when its ticket is granted. `arrived` is the time.monotonic of the request's arrival;
-    `buffer`, empty before, belongs to the task that writes to the client. `generations`, empty
-    before, holds those that run while it lasts.
+    Each generation runs when its ticket is granted. `arrived` is the request's arrival, in seconds
+    of time.monotonic. `buffer` belongs to the task that writes to the client. `generations`, empty
+    before the call, is kept up to date with those that run or wait.
 
     Raises:
-        RequestError: among others, RESOURCE_EXHAUSTED where the events are taken too slowly.
+        RequestError: among others, RESOURCE_EXHAUSTED if the queue is full.
     """
     model = replicas.model
     requests = [*_requests(prompts, options, model.context_length)]
@@ -182,7 +182,7 @@ async def complete(
                 yield key, _finished(generation, outcome, options, arrived)
                 del running[key]
             elif generation.answer.stopped:
-                # The sequence's last event, which tells its usage, is still to come.
+                # The last event, which has the usage, is still to come.
                 generation.cancel()
     finally:
         buffer.close()
@@ -193,7 +193,7 @@ async def complete(
 def _requests(
     prompts: Sequence[Prompt | Refusal], options: Options, context_length: int
 ) -> Iterator[_Request]:
-    """Each answer has a seed of its own, so that it can be repeated alone."""
+    """One request per answer, each with its own seed, so that one answer can be repeated alone."""
     for index, prompt in enumerate(prompts):
         first_seed = _seed(options.sampling)
         room = context_length - (len(prompt.ids) if isinstance(prompt, Prompt) else 0)
@@ -207,7 +207,7 @@ def _seed(sampling: SamplingParams) -> int:
 
 
 def _applied(asked: SamplingParams, seed: int, room: int) -> SamplingParams:
-    """The parameters of an answer for which the context leaves `room` tokens."""
+    """The sampling parameters of an answer for which the context has `room` tokens left."""
     sampling = SamplingParams()
     sampling.CopyFrom(asked)
     sampling.seed = seed
@@ -264,7 +264,7 @@ def _started(
 def _first_events(
     request: _Request, generation: Generation | None, arrived: float
 ) -> Iterator[Event]:
-    """The events that come before the model has made anything."""
+    """The events that do not depend on the model's output."""
     if isinstance(refusal := request.prompt, Refusal):
         if refusal.text:
             yield Delta(refusal.text, [])
@@ -295,7 +295,7 @@ def _finished(
     elif last.HasField("stop_token_id"):
         stop_token_id = last.stop_token_id
     elif reason == FINISH_REASON_LENGTH and generation.max_gen_len < options.sampling.max_gen_len:
-        reason = FINISH_REASON_CONTEXT_LENGTH  # the replica was asked for no more than fits
+        reason = FINISH_REASON_CONTEXT_LENGTH  # max_gen_len was reduced to the context's room
     return Finished(
         reason,
         usage,

@@ -1,9 +1,8 @@
-"""One generation, from its place in the queue to its last event, at one replica after the other.
+"""One generation, from its place in the queue to its last event, at one or more replicas in turn.
 
-Sampling draws each token from the seed and the token's position alone. So the prompt and the answer
-so far, sent to another replica of the same model, continue as if nothing had happened: the client
-sees a pause, and the same events as ever. A generation can outlive its call: its ticket is
-held until the replica has finished with it.
+Every token is sampled from the seed and the token's position alone. So another replica of the same
+model, given the prompt and the answer so far, continues with the same tokens: the client only sees
+a pause. A generation can outlive its call: its ticket is held until the replica has ended it.
 """
 
 import asyncio
@@ -23,11 +22,11 @@ from llama.v1 import model_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_CANCELLED
 from serving.telemetry import request_id
 
-# How often a generation is begun again. Bounded, because it can be what its replicas die of.
+# How often a generation is restarted at most, because it may be what crashes its replicas.
 MAX_RESTARTS = 5
 _UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 
-# The result of a generation: an event, or the reason why there will be none.
+# An event of a generation, or the error that ends it.
 Outcome = model_pb2.TokenEvent | Exception
 
 
@@ -40,7 +39,7 @@ class Status(Enum):
 
 
 class Generation:
-    """Delivers outcomes. The last one is an exception, or has a finish reason or an error."""
+    """Delivers outcomes; the last one is an exception or has a finish reason or an error."""
 
     def __init__(
         self,
@@ -54,14 +53,14 @@ class Generation:
         self.status = Status.QUEUED
         self.fingerprint = ""  # of the replicas that can run it: others would continue differently
         self.failovers = 0  # how often it continued after its replica was lost
-        self.lost = False  # its replica was, and it has no other yet
+        self.lost = False  # its replica was lost, and it has no other one yet
         self._start = start
         self._ticket = ticket
         self._pool = pool
         self._deliver = deliver
         self._request_id = request_id.current()
         self._answer_ids: list[int] = []
-        self._reports_prompt = start.prompt_logprobs  # with the next tokens
+        self._reports_prompt = start.prompt_logprobs  # the next tokens include the prompt's
         self._cached_prompt_tokens: int | None = None  # at the first start
         self._computed = False  # a replica spent time on it
         self._replica: ReplicaClient | None = None
@@ -76,7 +75,7 @@ class Generation:
 
     @property
     def max_gen_len(self) -> int:
-        """The most tokens its answer may have, at most what the context leaves."""
+        """The most tokens that its answer may have, already limited to the context's room."""
         return self._start.sampling.max_gen_len
 
     @property
@@ -98,11 +97,11 @@ class Generation:
         return self.prompt_tokens + len(self._answer_ids) + remaining
 
     def block_digests(self) -> list[bytes]:
-        """The digests by which replicas that know its beginning are found."""
+        """Digests of its blocks, to find replicas that have its beginning in their caches."""
         return block_digests(self.ids, self._start.cache_scope)
 
     def cancel(self) -> None:
-        """Asks for an early end; the last event still comes. Harmless after the end."""
+        """Requests an early end; the last event is still delivered. No effect after the end."""
         match self.status:
             case Status.QUEUED if not self._ticket.is_granted:
                 self._ticket.withdraw()
@@ -117,7 +116,7 @@ class Generation:
                 self._replica.cancel(self._sequence_id)
 
     def run_at(self, replica: ReplicaClient) -> None:
-        """Begins at a replica, or continues there."""
+        """Starts or continues it at a replica."""
         self.failovers += self.lost
         self.lost = False
         start = model_pb2.StartSequence()
@@ -136,7 +135,7 @@ class Generation:
         self._finish(model_pb2.TokenEvent(error=error))
 
     def on_event(self, event: model_pb2.TokenEvent, now: float) -> bool:
-        """Handles an event of its replica, received at `now`; whether it is the last from there."""
+        """Handles an event of its replica, received at `now`; returns whether it is the last."""
         if event.ids:
             self._on_tokens(event, now)
         if not event.finish_reason and not event.HasField("error"):
@@ -159,7 +158,7 @@ class Generation:
             self.fingerprint = self._pool.latest_model.fingerprint
             self.status = Status.MOVING
             self._pool.place(self)
-        except Exception as error:  # the reader of its outcomes must get it
+        except Exception as error:  # reported to the reader of the outcomes
             self._ticket.end(self.prompt_tokens)
             self._end(error)
 
@@ -187,7 +186,7 @@ class Generation:
         self._finish(event)
 
     def _on_interruption(self, message: str) -> None:
-        """Its replica was lost, or accepts no sequences any more."""
+        """Moves it to another replica: its own was lost, or accepts no more sequences."""
         self._clock.interrupt()
         stopping = self.status is Status.STOPPING
         if self._replica is not None and self._replica.info is not None:
@@ -198,7 +197,7 @@ class Generation:
         if stopping:
             self._finish_cancelled()
         elif self._restarts == MAX_RESTARTS:
-            self.give_up(f"{message}; it was begun {MAX_RESTARTS + 1} times")
+            self.give_up(f"{message}; gave up after {MAX_RESTARTS + 1} attempts")
         else:
             self._restarts += 1
             self._pool.place(self)
@@ -211,7 +210,7 @@ class Generation:
         self._finish(event)
 
     def _finish(self, event: model_pb2.TokenEvent) -> None:
-        """Returns its ticket, with the prompt tokens that were not computed, and itself."""
+        """Ends its ticket, refunding prompt tokens that were not computed, and then itself."""
         self._computed |= event.timings.compute.ToNanoseconds() > 0
         self._ticket.end(event.cached_prompt_tokens if self._computed else self.prompt_tokens)
         self._end(event)
@@ -222,14 +221,14 @@ class Generation:
 
 
 class _Clock:
-    """Where a generation's time went before its last start.
+    """The time that a generation spent before its last start.
 
-    A lost replica's own account of it is lost, too, so these times are the gateway's: waiting for a
-    replica counts as queued, and what the lost ones spent on computing is not known.
+    A lost replica's timings are lost with it, so the gateway measures them: waiting for a replica
+    counts as queued, and the compute time of lost replicas is unknown.
     """
 
     def __init__(self) -> None:
-        self.first_token_at: float | None = None  # at the present replica
+        self.first_token_at: float | None = None  # at the current replica
         self._queued = self._prefill = self._decode = 0.0  # seconds
         self._started_at = self._last_token_at = 0.0
         self._interrupted_at: float | None = None

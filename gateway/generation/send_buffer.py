@@ -1,9 +1,8 @@
-"""The events that wait for a client to read them.
+"""The buffer of events that a client has not read yet.
 
-Tokens that arrive before it has read the last ones are joined with those to one event: a message
-costs the same whatever is in it, so a slow client catches up. The buffer is bounded. A client that
-stops reading blocks the task that writes to it, so that task is cancelled, and everything that the
-request holds is released at once.
+Events of one answer are merged while they wait: a message costs the same whatever its size, so a
+slow client catches up. The buffer is bounded. A client that stops reading blocks the task that
+writes to it; on overflow that task is cancelled, which frees everything that the request holds.
 """
 
 import asyncio
@@ -27,18 +26,18 @@ class _Waiting(Generic[KeyT, OutcomeT]):
 
 
 class SendBuffer(Generic[KeyT, OutcomeT]):
-    """A queue of at most `max_bytes`, counted as they came over the wire.
+    """A queue of at most `max_bytes` of events, in serialized size.
 
-    The task that writes to the client enters it and gets its events. If they are too many, that
-    task is cancelled, and the end of the block turns that into RESOURCE_EXHAUSTED.
+    The task that writes to the client enters it as a context and takes events out. On overflow that
+    task is cancelled, and the end of the `with` block turns this into RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._waiting: deque[_Waiting[KeyT, OutcomeT]] = deque()
-        self._last: dict[KeyT, _Waiting[KeyT, OutcomeT]] = {}  # of those, by key
-        self._arrival: asyncio.Future[None] | None = None  # while the task waits for one
+        self._last: dict[KeyT, _Waiting[KeyT, OutcomeT]] = {}  # the newest of those, by key
+        self._arrival: asyncio.Future[None] | None = None  # while `get` waits for an outcome
         self._task: asyncio.Task[object] | None = None
         self._overrun = False
         self._closed = False
@@ -59,7 +58,7 @@ class SendBuffer(Generic[KeyT, OutcomeT]):
             raise self._too_slow()
 
     def put(self, key: KeyT, outcome: OutcomeT) -> None:
-        """Adds an outcome behind those of its key; without effect once the buffer is closed."""
+        """Appends an outcome, or merges it into the last one of its key; no effect once closed."""
         if self._closed or self._overrun:
             return
         size = outcome.ByteSize() if isinstance(outcome, model_pb2.TokenEvent) else 0
@@ -79,7 +78,7 @@ class SendBuffer(Generic[KeyT, OutcomeT]):
             self._arrival.set_result(None)
 
     def close(self) -> None:
-        """Drops what waits and what is still to come."""
+        """Drops all waiting and all later outcomes."""
         self._closed = True
         self._clear()
 
@@ -107,7 +106,7 @@ class SendBuffer(Generic[KeyT, OutcomeT]):
 
 
 def _join(earlier: object, later: object) -> bool:
-    """Appends `later` to `earlier`, if the two can be one event."""
+    """Merges `later` into `earlier`, if they can be one event; returns whether it did."""
     if not (
         isinstance(earlier, model_pb2.TokenEvent)
         and isinstance(later, model_pb2.TokenEvent)
@@ -115,7 +114,7 @@ def _join(earlier: object, later: object) -> bool:
         and not later.HasField("error")
     ):
         return False
-    # Each id has its alternatives, or none has.
+    # In one event, either every id has alternatives or none has.
     if earlier.ids and later.ids and bool(earlier.top) != bool(later.top):
         return False
     earlier.MergeFrom(later)

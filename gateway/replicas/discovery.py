@@ -1,5 +1,5 @@
-"""Which addresses a target stands for. A name may have many, as the headless service of Kubernetes
-has one for each pod that is ready, and they change: so names are resolved again and again.
+"""Resolves targets to addresses. A name may have many, such as one for each ready pod of a headless
+Kubernetes service, and they change, so names are resolved again and again.
 """
 
 import asyncio
@@ -29,9 +29,9 @@ class Discovery:
         return any(_named(target) for target in self._targets)
 
     async def addresses(self) -> dict[str, str | None]:
-        """All addresses now, each with the name it was found under, None if there is none.
+        """All current addresses, each with the name that it was resolved from, or None.
 
-        For a name that cannot be resolved they are the last ones known.
+        A name that cannot be resolved keeps its last known addresses.
         """
         await asyncio.gather(*map(self._resolve, self._targets))
         found: dict[str, str | None] = {}
@@ -57,7 +57,7 @@ class Discovery:
 
 
 async def _lookup(host: str, port: int) -> list[str]:
-    """A host's addresses: of one family, as the two of a pod would make it two replicas."""
+    """A host's addresses, of one family: a pod with both would count as two replicas."""
     loop = asyncio.get_running_loop()
     entries = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     found = {family: sorted({e[4][0] for e in entries if e[0] == family}) for family in _FAMILIES}
@@ -70,7 +70,7 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 def _named(target: str) -> tuple[str, int] | None:
-    """Host and port of a target that is a name; None of any other."""
+    """Host and port of a target that is a name; None for any other target."""
     host, _, port = target.removeprefix(_DNS).rpartition(":")
     if not host or not port.isdecimal() or ":" in host:
         return None

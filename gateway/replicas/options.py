@@ -1,4 +1,4 @@
-"""How long the gateway's relations to the services behind it may take."""
+"""Timeouts and intervals of the gateway's sessions with the services behind it."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 class PoolOptions:
     """All in seconds."""
 
-    hang_timeout: float = 10.0  # a replica that does not answer for so long is lost
-    # How long a sequence waits for a replica, and a call for the tokenizer service, to come back.
-    failover_timeout: float = 30.0
-    resolve_interval: float = 5.0  # from one look at the names to the next
+    hang_timeout: float = 10.0  # a replica that does not answer for this long counts as lost
+    failover_timeout: float = 30.0  # wait of a sequence for a replica, or a call for the tokenizer
+    resolve_interval: float = 5.0  # between two DNS lookups

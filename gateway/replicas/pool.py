@@ -1,7 +1,6 @@
-"""All replicas of the model: which there are, and which of them runs a generation.
+"""The pool of model replicas: its members, and which of them runs a generation.
 
-The one rule to keep: a generation that was placed here gets its last event, whatever becomes of the
-replicas.
+Invariant: a generation that is placed here gets its last event, whatever happens to the replicas.
 """
 
 import asyncio
@@ -33,10 +32,10 @@ class MovingGeneration(Generation, Protocol):
         """Prompt and answer so far."""
 
     def block_digests(self) -> list[bytes]:
-        """The digests by which replicas that know its beginning are found."""
+        """Digests of its blocks, to find replicas that have its beginning in their caches."""
 
     def run_at(self, replica: ReplicaClient) -> None:
-        """Begins at a replica, or continues there."""
+        """Starts or continues it at a replica."""
 
     def give_up(self, message: str) -> None:
         """Ends it with UNAVAILABLE, because no replica can continue it."""
@@ -53,27 +52,25 @@ class ReplicaPool:
         connect: Connect,
     ) -> None:
         """`changed` is called when `ready_count` may have changed."""
-        self.failovers = 0  # how often sequences went on at another replica
+        self.failovers = 0  # how often sequences continued at another replica
         self._options = options
         self._connect = connect
         self._discovery = Discovery(targets)
         self._notify = changed
         self._members: dict[str, tuple[ReplicaClient, asyncio.Task[None]]] = {}
         self._waiting: dict[MovingGeneration, asyncio.TimerHandle] = {}
-        self._model: model_pb2.GetModelInfoResponse | None = None  # what was ready last
+        self._model: model_pb2.GetModelInfoResponse | None = None  # the latest
         self._tokenizer_fingerprint = ""
         self._vocab_size = 0
 
     @property
     def replicas(self) -> list[ReplicaClient]:
-        """Those that are named or found, and those that still finish what they run, by address;
-        may be asked from any thread.
-        """
+        """Members by address, with those that left but still run sequences; from any thread."""
         return sorted(self._all, key=lambda replica: replica.target)
 
     @property
     def _all(self) -> list[ReplicaClient]:
-        # Copied first: other threads look, too, while members come and go.
+        # A copy, because other threads read this while members change.
         return [replica for replica, _ in [*self._members.values()]]
 
     @property
@@ -101,7 +98,7 @@ class ReplicaPool:
         return sum(info.max_batch_size for info in infos if info is not None)
 
     def place(self, generation: MovingGeneration) -> None:
-        """Lets it run at a replica, as soon as one is ready; gives it up in the end."""
+        """Runs it at a replica as soon as one is ready; gives it up after the failover timeout."""
         if not self._run(generation):
             loop = asyncio.get_running_loop()
             timeout = self._options.failover_timeout
@@ -112,7 +109,7 @@ class ReplicaPool:
             timer.cancel()
 
     async def run(self, tokenizer_fingerprint: str, vocab_size: int) -> None:
-        """Keeps a session with each replica that fits this tokenizer; ends when cancelled."""
+        """Keeps a session with each replica that fits this tokenizer, until cancelled."""
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._vocab_size = vocab_size
         async with asyncio.TaskGroup() as tasks:
@@ -123,7 +120,7 @@ class ReplicaPool:
                 await asyncio.sleep(self._options.resolve_interval)
 
     def _set_members(self, addresses: Mapping[str, str | None], tasks: asyncio.TaskGroup) -> None:
-        """Adds what is new; lets go of what is gone and has nothing left to do."""
+        """Adds new replicas; removes those that are gone and run nothing."""
         for target, name in addresses.items():
             if target not in self._members:
                 timeout = self._options.hang_timeout
@@ -140,7 +137,7 @@ class ReplicaPool:
         self._changed()
 
     def _run(self, generation: MovingGeneration) -> bool:
-        """Lets it run where it fits best; False when no replica is ready for it."""
+        """Runs it at the best replica; False if none is ready for it."""
         ready = [
             replica
             for replica in self._all

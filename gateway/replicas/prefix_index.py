@@ -1,6 +1,6 @@
-"""The probable content of a replica's prefix cache, as its gateway knows it: the blocks of tokens
-that were sent there or made there lately. It is a guess that costs no call: a wrong one costs the
-replica the computation of a prompt that another has in its cache, and nothing else.
+"""The gateway's estimate of a replica's prefix cache: the token blocks that were lately sent to it
+or generated there. It costs no call, and a wrong estimate only makes a replica compute a prompt
+that another one has in its cache.
 """
 
 import hashlib
@@ -13,10 +13,7 @@ DIGEST_SIZE = 12  # bytes
 
 
 def block_digests(ids: Sequence[int], scope: str = "") -> list[bytes]:
-    """A name for each full block of `ids` that depends on all tokens up to the block's end.
-
-    And on the scope within which the replicas share what is cached.
-    """
+    """A digest for each full block of `ids`, of the cache scope and all tokens up to its end."""
     digests: list[bytes] = []
     previous = scope.encode()
     packed = array("I", ids)
@@ -38,16 +35,16 @@ class PrefixIndex:
         return len(self._digests)
 
     def add(self, digests: Sequence[bytes]) -> None:
-        """Notes that these blocks, of one text and in its order, are used now."""
-        # The beginning is used last: like the replica, this forgets the end of a text first, as a
-        # block is of no use without those before it.
+        """Marks these blocks, of one text and in its order, as used now."""
+        # Reversed, so that the end of a text is evicted first, as in the replica: a block is of no
+        # use without those before it.
         for digest in reversed(digests):
             self._digests[digest] = None
             self._digests.move_to_end(digest)
         self._shrink()
 
     def known_blocks(self, digests: Sequence[bytes]) -> int:
-        """How many blocks at the beginning of a text are known."""
+        """The number of known blocks at the beginning of a text."""
         for number, digest in enumerate(digests):
             if digest not in self._digests:
                 return number

@@ -1,7 +1,7 @@
 """A session with one replica of the model.
 
-It has one long-lived Generate stream for all sequences that run there. One message per engine step
-comes back and its events are handed to their generations here, so work per event must stay small.
+It has one long-lived Generate stream for all sequences that run there. Each engine step returns one
+message, whose events are dispatched to their generations here, so work per event must stay small.
 Every sequence gets exactly one last event, with a finish reason or an error: if the replica is lost
 before it sent one, it is made here.
 """
@@ -24,28 +24,28 @@ from llama.v1.operator_pb2 import UPSTREAM_STATE_CONNECTING, UPSTREAM_STATE_NOT_
 
 SERVICE = "llama.v1.ModelService"
 LOAD_INTERVAL = 1.0  # seconds from one load report to the next
-FRESH_LOAD_SECONDS = 0.5  # that a replica has to answer when its load of now is asked for
-OVERDUE = 3.0  # seconds after which a report says that the replica may hang
-# Seconds without a step, in hang timeouts: a step over a long prompt on a slow machine takes its
-# time, while the event loop that answers GetLoad has no excuse.
+FRESH_LOAD_SECONDS = 0.5  # the longest wait for a fresh load report
+OVERDUE = 3.0  # age in seconds of a load report from which on the replica may hang
+# Hang timeouts without a step after which a replica counts as lost. More than one, because the step
+# of a long prompt can be slow, while GetLoad is answered at once.
 STEP_TIMEOUTS = 3
-MAX_INDEXED_BLOCKS = 65_536  # a million tokens, of which each block costs about 150 bytes here
+MAX_INDEXED_BLOCKS = 65_536  # a million tokens; each block takes about 150 bytes here
 
-# Raises UpstreamError where a replica does not fit.
+# Raises UpstreamError if a replica does not fit.
 Check = Callable[[model_pb2.GetModelInfoResponse], None]
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class Generation(Protocol):
-    """A generation, as the replica that runs it sees it."""
+    """The part of a generation that the client of its replica uses."""
 
     @property
     def outstanding_tokens(self) -> int:
         """Tokens of prompt and answer that the replica may still have to compute."""
 
     def on_event(self, event: model_pb2.TokenEvent, now: float) -> bool:
-        """Handles an event that came at `now` (time.monotonic); whether it was the last."""
+        """Handles an event received at `now` (time.monotonic); returns whether it was the last."""
 
 
 class ReplicaClient:
@@ -61,13 +61,13 @@ class ReplicaClient:
         *,
         name: str | None = None,
     ) -> None:
-        """`hang_timeout` is in seconds: who does not answer for so long is lost. `name` is the one
-        that the target was found under.
+        """A replica that does not answer for `hang_timeout` seconds counts as lost. `name` is the
+        DNS name that the target was resolved from.
         """
         self.upstream = Upstream(target, changed)
         self.info: model_pb2.GetModelInfoResponse | None = None  # while a session lasts
         self.load: model_pb2.GetLoadResponse | None = None  # the last report, while it lasts
-        self.retired = False  # it is not named any more: it finishes what it runs
+        self.retired = False  # removed from the targets: it only finishes what it runs
         self.prefixes = PrefixIndex(MAX_INDEXED_BLOCKS)
         self._check = check
         self._hang_timeout = hang_timeout
@@ -92,12 +92,12 @@ class ReplicaClient:
 
     @property
     def sequences(self) -> int:
-        """How many this gateway has running there."""
+        """The number of this gateway's sequences there."""
         return len(self._sequences)
 
     @property
     def outstanding_tokens(self) -> int:
-        """Tokens that this gateway's sequences may still have computed there; from any thread."""
+        """Tokens that it may still have to compute for this gateway; readable from any thread."""
         return sum(each.outstanding_tokens for each in [*self._sequences.values()])
 
     @property
@@ -107,7 +107,7 @@ class ReplicaClient:
 
     @property
     def overdue(self) -> bool:
-        """Whether it answers late enough to doubt that it lives."""
+        """Whether its load report is so late that it may hang."""
         age = self.load_age
         return age is not None and age > OVERDUE
 
@@ -119,33 +119,30 @@ class ReplicaClient:
     def start(
         self, start: model_pb2.StartSequence, request_id: str | None, generation: Generation
     ) -> str:
-        """Sends a sequence on its way; never waits.
-
-        Returns its id, made from the request id of its call: it must be unique on the stream.
-        """
+        """Starts a sequence, without waiting; returns its id, which is unique on the stream."""
         start.sequence_id = f"{request_id}.{next(self._numbers)}"
         if not self._sequences:
-            self._last_event_at = time.monotonic()  # from now on it owes steps
+            self._last_event_at = time.monotonic()  # steps are expected from now on
         self._sequences[start.sequence_id] = generation
         self._commands.put_nowait(model_pb2.GenerateRequest(start=start))
         return start.sequence_id
 
     def cancel(self, sequence_id: str) -> None:
-        """Asks for an early end; the last event still comes. Harmless after the end."""
+        """Requests an early end; the last event is still delivered. No effect after the end."""
         cancel = model_pb2.CancelSequence(sequence_id=sequence_id)
         self._commands.put_nowait(model_pb2.GenerateRequest(cancel=cancel))
 
     def refused(self) -> None:
-        """It took no sequence although it seemed to serve: it drains, and will say so itself."""
+        """Marks it as not serving, before its health service says so: it refused a sequence."""
         self.upstream.become(UPSTREAM_STATE_NOT_SERVING, "it refused a sequence: it drains")
 
     def report(self, load: model_pb2.GetLoadResponse) -> None:
-        """Takes its report of now."""
+        """Stores a new load report."""
         self.load, self._load_at = load, time.monotonic()
         self.prefixes.resize(_indexed_blocks(load))
 
     async def refresh_load(self) -> None:
-        """Waits for a report that is asked for from now on; in vain if it is late or lost."""
+        """Waits for a new load report, but not longer than FRESH_LOAD_SECONDS."""
         if self.info is None:
             return
         reported: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -168,7 +165,7 @@ class ReplicaClient:
         _log.info("replica connected", upstream=self.target, model=info.name, shards=info.shards)
         self._commands = asyncio.Queue()
         call = stub.Generate(_iterate(self._commands))
-        # No TaskGroup: before Python 3.13, one that fails while it is cancelled forgets the latter.
+        # No TaskGroup: before Python 3.13, one that fails while being cancelled is not cancelled.
         tasks = [
             asyncio.create_task(follow_health(channel, SERVICE, self.upstream)),
             asyncio.create_task(self._dispatch(call)),
@@ -203,7 +200,7 @@ class ReplicaClient:
         raise UpstreamError("the Generate stream ended")
 
     async def _follow_load(self, stub: "model_pb2_grpc.ModelServiceAsyncStub") -> NoReturn:
-        """Keeps the load report; raises when the replica hangs."""
+        """Keeps the load report up to date; raises UpstreamError if the replica hangs."""
         stepped_at, timeout = time.monotonic(), self._hang_timeout
         while True:
             request = model_pb2.GetLoadRequest()
@@ -229,17 +226,17 @@ class ReplicaClient:
                     await self._load_wanted.wait()
 
     def _lose(self) -> None:
-        """Ends the sequences that still run: the next session knows nothing of them."""
+        """Fails the sequences that still run, which the next session does not know."""
         self.info = self.load = None
         self.prefixes.clear()
         lost, self._sequences = self._sequences, {}
-        # Before anything else goes on, as this one must not be chosen again.
+        # First, so that these sequences are not sent to this replica again.
         self.upstream.become(UPSTREAM_STATE_CONNECTING, "the session broke")
         if lost:
             _log.warning("replica lost", upstream=self.target, sequences=len(lost))
         error = model_pb2.SequenceError(
             code=grpc.StatusCode.UNAVAILABLE.value[0],
-            message="the model replica was lost while it made the answer",
+            message="the model replica was lost while it generated the answer",
         )
         now = time.monotonic()
         for sequence_id, generation in lost.items():
@@ -247,7 +244,7 @@ class ReplicaClient:
 
 
 def _indexed_blocks(load: model_pb2.GetLoadResponse) -> int:
-    """How many of the index's blocks the replica's cache has room for."""
+    """The capacity of the replica's cache, in blocks of the index."""
     return min(load.total_blocks * load.block_size // BLOCK, MAX_INDEXED_BLOCKS)
 
 

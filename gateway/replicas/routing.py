@@ -1,6 +1,6 @@
-"""Which replica a sequence goes to. A prompt that begins like one that a replica has seen is
-computed only from there on, so it goes where the most of it is known; unless that replica has no
-room, as a sequence that waits loses more than it saves.
+"""Chooses the replica for a sequence. A replica computes only the part of a prompt that is not in
+its prefix cache, so a prompt goes to the replica that has its longest beginning; unless that one
+has no room, because a sequence that waits loses more than it saves.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from gateway.replicas.replica import ReplicaClient
 def choose(
     ready: Sequence[ReplicaClient], digests: Sequence[bytes], tokens: int
 ) -> ReplicaClient | None:
-    """The one of `ready` for a prompt of `tokens` tokens whose blocks have these digests.
+    """The best of `ready` for a prompt of `tokens` tokens whose blocks have these digests.
 
     The longest known beginning among those with room decides, else the least outstanding tokens.
     A replica that is late with its load report is chosen only if all are.
@@ -19,7 +19,7 @@ def choose(
     candidates = [replica for replica in ready if not replica.overdue] or ready
     if not candidates:
         return None
-    # Read once: each is a sum over all that runs there.
+    # Read once: each is a sum over all sequences of a replica.
     outstanding = {replica: replica.outstanding_tokens for replica in candidates}
     least = min(candidates, key=outstanding.__getitem__)
     best, most = least, 0
@@ -40,7 +40,7 @@ def _has_room(replica: ReplicaClient, excess: int, tokens: int) -> bool:
     info, load = replica.info, replica.load
     if info is None or replica.sequences >= info.max_batch_size:
         return False
-    # Half of the work that it can hold: as much as the other sequences of a batch slow one down.
+    # Half of the work that it can hold: about as much as a full batch slows down one sequence.
     imbalance = info.max_batch_size * info.context_length // 2
     if excess > imbalance:
         return False

@@ -1,11 +1,10 @@
-"""Dialogs and texts to the token ids that the model is given, within the context length.
+"""Encodes dialogs and texts to prompts, token ids within the context length.
 
-Text that cannot fit is not encoded: a text has at least its bytes divided by the longest token's,
-and
-where that is too much already, the request is refused, or the dialog loses turns, before the
-tokenizer service sees it. The rest of a request is encoded in one call of `encode`. Only a dialog
-with a system message that must lose turns costs further ones, because the system message is encoded
-together with whichever turn is then the first.
+Text that cannot fit is not encoded: its bytes divided by those of the longest token are a lower
+bound of its tokens. If that is too much already, the request is refused, or the dialog loses turns,
+before the tokenizer service is called. The rest of a request is encoded in one call of `encode`.
+Only a dialog with a system message that must lose turns needs more calls, because the system
+message is encoded together with the turn that comes first.
 """
 
 import itertools
@@ -19,13 +18,13 @@ from serving.intake.time_slice import TimeSlice
 
 Encode = Callable[[Sequence[Segment]], Awaitable[Sequence[Sequence[int]]]]
 
-# Probes by estimate before the search for the first turn to keep halves what is left.
+# Probes by estimate in the search for the first turn to keep, before it continues by bisection.
 _ESTIMATES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The prompt that the model gets."""
+    """The token ids of a prompt, and how many turns its dialog lost."""
 
     ids: list[int]
     dropped_turns: int = 0
@@ -36,15 +35,15 @@ class Window:
     """The context that a prompt must fit."""
 
     length: int
-    # No token stands for more bytes of a text; None where there is no such bound.
+    # The most bytes of text that one token stands for; None: unbounded.
     max_token_bytes: int | None = None
 
     def answer_room(self, max_gen_len: int) -> int:
-        """The tokens that dropping turns keeps free for an answer of at most `max_gen_len`."""
+        """Tokens to keep free for an answer of at most `max_gen_len` when turns are dropped."""
         return min(max_gen_len, self.length // 4)
 
     def least_tokens(self, segment: Segment, more_bytes: int = 0) -> int:
-        """A lower bound of the segment's tokens, had its text so many bytes more."""
+        """A lower bound of the segment's tokens, if its text had `more_bytes` more."""
         tokens = segment.bos + segment.eos
         if self.max_token_bytes is not None:
             tokens += -(-(len(segment.text.encode()) + more_bytes) // self.max_token_bytes)
@@ -60,8 +59,8 @@ async def encode_dialogs(
 ) -> list[Prompt]:
     """The prompts of dialogs, given by their field paths.
 
-    With `answer_room`, each dialog loses as few of its oldest turns as leave so many tokens free;
-    its last turn stays. INVALID_ARGUMENT names each dialog that does not fit the context length.
+    With `answer_room`, each dialog loses just enough of its oldest turns to leave that many tokens
+    free, never its last one. INVALID_ARGUMENT names each dialog that exceeds the context length.
     """
     drafts, time_slice = [], TimeSlice()
     for messages in dialogs.values():
@@ -111,13 +110,13 @@ class _Draft:
     def of_dialog(
         cls, messages: Sequence[Message], window: Window, answer_room: int | None
     ) -> "_Draft":
-        """With `answer_room`, without the oldest turns that surely leave less."""
+        """With `answer_room`, leaves out the oldest turns that certainly do not fit."""
         segments = render(messages)
         least = [*map(window.least_tokens, segments)]
         if answer_room is None or sum(least) <= window.length - answer_room or len(segments) == 1:
             return cls(segments, sum(least))
         system = system_bytes(messages)
-        # The bounds of a prompt that begins with each of the turns, the system message before it.
+        # totals[i]: the lower bound of a prompt that begins with turn i, after the system message.
         tails = [*itertools.accumulate(reversed(least), initial=0)][-2::-1]
         totals = [
             window.least_tokens(segment, system) + tail
@@ -149,23 +148,23 @@ async def _encode_all(drafts: Sequence[_Draft], encode: Encode) -> None:
 async def _drop_turns(
     draft: _Draft, messages: Sequence[Message], encode: Encode, target: int
 ) -> None:
-    """Drops as few more turns as leave at most `target` tokens; all but the last if none do."""
+    """Drops just enough further turns to leave at most `target` tokens; always keeps the last."""
     before, turns, last = draft.dropped_turns, draft.ids, len(draft.ids) - 1
     if last == 0:
         return
-    # The tokens from each turn on, and behind the last.
+    # tails[i]: the tokens from turn i on; the last entry is 0.
     tails = [*itertools.accumulate(map(len, reversed(turns)), initial=0)][::-1]
     system = system_bytes(messages)
     first = {} if system else dict(enumerate(turns))
 
     async def without(more: int) -> Sequence[int]:
-        """The ids of the turn that comes first when so many more are dropped."""
+        """The ids of the first turn after `more` further turns are dropped."""
         if more not in first:
             shortened = drop_oldest_turns(messages, before + more)
             [first[more]] = await encode(render(shortened)[:1])
         return first[more]
 
-    # How much the system message adds to a turn: an estimate, until it has been seen with another.
+    # Tokens that the system message adds to a turn: estimated, then measured by each probe.
     added = len(turns[0]) * system // max(len(draft.segments[0].text.encode()), 1)
     low, high = 1, last
     for probe in itertools.count():

@@ -1,5 +1,5 @@
-"""The dialogs of a request, checked and read one after the other: a request may hold tens of
-thousands of messages, which would keep the event loop from all streams if they were read at once.
+"""Reads and checks the dialogs of a request one after the other: a request may hold tens of
+thousands of messages, which would block the event loop, and so all streams, if read at once.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Dialogs:
 
 
 async def read_dialogs(dialogs: Sequence[chat_pb2.Dialog], limits: RequestLimits) -> Dialogs:
-    """Reads all dialogs, or as many as it takes to find more violations than are reported."""
+    """Reads all dialogs; stops early once there are more violations than an error reports."""
     read = Dialogs(violations=count_violations("dialogs", len(dialogs), limits.max_dialogs))
     if read.violations:
         return read
@@ -41,7 +41,7 @@ async def read_dialogs(dialogs: Sequence[chat_pb2.Dialog], limits: RequestLimits
 
 
 def read_dialog(path: str, message: chat_pb2.Dialog, limits: RequestLimits, into: Dialogs) -> None:
-    """Adds the dialog, or what is wrong with it."""
+    """Adds the dialog, or its violations, to `into`."""
     violations = count_violations(f"{path}.messages", len(message.messages), limits.max_messages)
     if not violations:
         messages = parse_dialog(message)

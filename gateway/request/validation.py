@@ -1,5 +1,5 @@
 """The rules of a request: each field is checked against the range that protos/llama/v1 documents,
-and every violation is gathered with its field path, so that a client mends all of them at once. The
+and all violations are reported with their field paths, so that a client can fix them at once. The
 rules that the model service and `llama.Llama` check too are in `serving.request_rules`.
 """
 
@@ -64,9 +64,9 @@ class RequestLimits:
     max_priority: int = MAX_PRIORITY
 
     def within(self, key: CallerLimits) -> "RequestLimits":
-        """The same for a caller who may have less.
+        """These limits, lowered to those of an API key.
 
-        A request above the bounds even alone would be refused for ever, but be told to try again.
+        Without this, the queue would advise a request that alone exceeds its key's limit to retry.
         """
         max_sequences = self.max_sequences
         if key.max_sequences is not None:
@@ -130,7 +130,7 @@ def choices(request: ChatRequest | TextRequest) -> int:
 
 
 def default_max_gen_len(context_length: int) -> int:
-    """Meta's rule; a context of one token still lets an answer be asked for."""
+    """Meta's default, all of the context but one token; at least 1."""
     return max(1, context_length - 1)
 
 
@@ -145,7 +145,7 @@ def chat_violations(
     limits: RequestLimits,
     vocab_size: int,
 ) -> list[Violation]:
-    """Every rule that a chat request breaks, with those that its dialogs break."""
+    """All violations of a chat request, those of its dialogs included."""
     return [
         *of_dialogs,
         *sampling_violations(request.sampling, vocab_size),
@@ -160,7 +160,7 @@ def chat_violations(
 def text_violations(
     request: TextRequest, limits: RequestLimits, vocab_size: int, window: Window
 ) -> list[Violation]:
-    """Every rule that a text request breaks."""
+    """All violations of a text request."""
     if request.prompts and request.prompt_ids:
         found = [Violation("prompt_ids", "cannot be given together with prompts")]
     elif request.prompt_ids:
@@ -182,12 +182,12 @@ def text_violations(
 def render_violations(
     request: chat_pb2.RenderPromptRequest, of_dialog: Sequence[Violation]
 ) -> list[Violation]:
-    """Every rule that a request to render breaks, with those that its dialog breaks."""
+    """All violations of a RenderPrompt request, those of its dialog included."""
     return [*of_dialog, *_context_policy_violations(request.context_policy)]
 
 
 def stream_name_violations(stream_name: str) -> list[Violation]:
-    """The rule that the name of a stream breaks, if it does."""
+    """The violation of a malformed stream name."""
     if STREAM_NAME.fullmatch(stream_name):
         return []
     rule = 'must be 1 to 128 characters of A-Z, a-z, 0-9, ".", "_" and "-"'
@@ -202,7 +202,7 @@ def _name_violations(request: ChatRequest | TextRequest) -> list[Violation]:
 
 
 def _context_policy_violations(policy: int) -> list[Violation]:
-    """Protocol buffers let unknown numbers of an enum through."""
+    """The violation of an unknown policy: protocol buffers accept any number for an enum."""
     if policy in chat_pb2.ContextPolicy.values():
         return []
     return [Violation("context_policy", f"must be a value of ContextPolicy, not {policy}")]
@@ -214,7 +214,7 @@ def _choices_violations(
     n = choices(request)
     if not 1 <= n <= limits.max_choices:
         return [Violation("n", f"must be 1 to {limits.max_choices}, not {n}")]
-    # The queue would turn such a request away for ever, but tell its client to try again.
+    # The queue would never admit such a request, but advise its client to retry.
     if n > 1 and prompts <= limits.max_dialogs and prompts * n > limits.max_sequences:
         rule = f"times the {prompts} dialogs or prompts must be at most {limits.max_sequences}"
         return [Violation("n", f"{rule}, not {prompts * n}")]
@@ -237,7 +237,7 @@ def _prompt_ids_violations(
         path = f"prompt_ids[{index}].ids"
         if not prompt.ids:
             found.append(Violation(path, "must not be empty"))
-        if len(prompt.ids) > window.length:  # then nothing looks at its ids
+        if len(prompt.ids) > window.length:  # its ids need no check
             found.append(too_long(f"prompt_ids[{index}]", len(prompt.ids), window))
             continue
         found += token_id_violations(prompt.ids, vocab_size, path)

@@ -1,1 +1,1 @@
-"""The RPCs of the gateway: who may call, messages, streams that can be resumed, accounting."""
+"""The RPCs of the gateway: access, messages, streams that can be resumed, accounting."""

@@ -14,12 +14,12 @@ _NEEDS: dict[str, Permission] = {
 
 
 def authorizer(settings: GatewaySettings) -> Authorize | None:
-    """None where everybody may call everything; StartError where the keys' file is wrong."""
+    """The check of API keys; None if none are configured. StartError if their file is invalid."""
     return None if settings.api_keys is None else KeyRing(settings.api_keys, _NEEDS).authorize
 
 
 def connection_options(settings: GatewaySettings) -> list[Option]:
-    """Options of gRPC's for connections from outside."""
+    """Options of gRPC for the connections of clients."""
     if settings.max_connection_age is None:
         return []
     return [

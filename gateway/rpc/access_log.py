@@ -1,4 +1,4 @@
-"""The account of each request for answers: for the metrics, the access log and the trace.
+"""The account of each completion request, for the metrics, the access log and the trace.
 
 A request ends when its answers end. For a named stream that can be long after its first call.
 """
@@ -32,7 +32,7 @@ _log = structlog.stdlib.get_logger("access")
 
 @dataclass(slots=True)
 class _Answer:
-    """One of a request's answers, as far as it is known."""
+    """The counters of one answer, so far."""
 
     prompt_tokens: int
     begins_with_echo: bool
@@ -58,7 +58,7 @@ class Account:
             answer.completion_tokens = event.completion_tokens
             if answer.begins_with_echo:
                 answer.begins_with_echo = False
-            elif answer.prompt_tokens:  # else it was refused, and no model made it
+            elif answer.prompt_tokens:  # else it is a refusal, not the model's output
                 now = time.monotonic()
                 if answer.last_token_at is None:
                     self.metrics.first_token.observe(now - self.arrived)
@@ -84,7 +84,7 @@ class _Asked:
 
     @classmethod
     def of(cls, request: ChatRequest | TextRequest) -> "_Asked":
-        # With logprobs the prompt's tokens come with the first that the model makes.
+        # With logprobs, the prompt's tokens come together with the first one of the answer.
         echo = not isinstance(request, ChatRequest) and request.echo and not request.logprobs
         method = request.DESCRIPTOR.name.removesuffix("Request")
         return cls(method, bool(getattr(request, "stream_name", "")), echo)
@@ -99,7 +99,7 @@ class Accounting:
 
     @contextmanager
     def account(self, request: ChatRequest | TextRequest, context: Context) -> Iterator[Account]:
-        """The account of a request. It is closed, for whatever reason, with the context."""
+        """The account of a request; the end of the `with` block closes it in any case."""
         asked = _Asked.of(request)
         del request  # can have megabytes, which must not be held until the answers end
         account = Account(time.monotonic(), asked.begins_with_echo, self._metrics)
@@ -112,7 +112,7 @@ class Accounting:
             code = error.code
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            # A named stream has no deadline any more once it was begun.
+            # A named stream that has begun has no deadline.
             lasts = asked.is_named and account.answers
             expired = not lasts and context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
@@ -175,7 +175,7 @@ class Accounting:
 
 @dataclass(frozen=True, slots=True)
 class _Cost:
-    """Sums over all answers of a request; times other than compute time are the longest."""
+    """Sums over all answers of a request; of the times other than compute_time, the longest."""
 
     prompt_tokens: int
     cached_prompt_tokens: int

@@ -1,16 +1,15 @@
-"""Which of the named streams that have ended are kept: as many as fit a number of bytes that all
-callers share. Knows only names and sizes, so that fairness can be tested as arithmetic.
+"""Decides which ended named streams are kept, within a number of bytes that all callers share. Uses
+only names and sizes, so that fairness can be tested as arithmetic.
 """
 
-StreamKey = tuple[str, str]  # a caller, and the name of a stream among that caller's
+StreamKey = tuple[str, str]  # the name of the caller's key, and stream_name
 
 
 class EndedStreams:
     """Sizes of ended streams, by caller.
 
-    When all callers together keep too much, the one that keeps the most loses its oldest stream. So
-    no caller loses anything as long as it keeps no more than the bound divided by the number of
-    callers that keep streams.
+    Above the bound, the caller that keeps the most bytes loses its oldest stream. So a caller loses
+    nothing while it keeps no more than the bound divided by the number of callers with streams.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -20,7 +19,7 @@ class EndedStreams:
         self._totals: dict[str, int] = {}  # by caller
 
     def add(self, key: StreamKey, size: int) -> list[StreamKey]:
-        """Keeps a stream that has ended; returns those that are kept no more."""
+        """Adds an ended stream; returns the streams to forget."""
         caller, _ = key
         self._sizes.setdefault(caller, {})[key] = size
         self._totals[caller] = self._totals.get(caller, 0) + size
@@ -33,7 +32,7 @@ class EndedStreams:
         return forgotten
 
     def remove(self, key: StreamKey) -> None:
-        """Keeps a stream no more, if it was kept."""
+        """Removes a stream, if it is kept."""
         caller, _ = key
         size = self._sizes.get(caller, {}).pop(key, None)
         if size is None:

@@ -1,4 +1,4 @@
-"""Messages of the public contract, made from what the gateway generated."""
+"""Builds the messages of the public contract from answers and their events."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -16,8 +16,8 @@ from serving.request_rules import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 def stream_response(event_number: int, key: AnswerKey, event: Event) -> bytes:
     """The serialized stream response with an event of the answer at `key`.
 
-    The responses of the three streaming RPCs are the same bytes. This runs with every token:
-    fields that are set one by one cost half as much as messages that are put into each other.
+    The responses of the three streaming RPCs are the same bytes. This runs with every token, and
+    setting the fields one by one costs half as much as nesting messages.
     """
     response = chat_pb2.ChatCompleteStreamResponse()
     message = response.event
@@ -80,7 +80,7 @@ def _stopped_by(finished: Finished) -> _StoppedBy:
 
 
 class ResponseHead(TypedDict):
-    """The fields of a unary response beside its predictions."""
+    """The fields of a unary response besides its predictions."""
 
     id: str
     created: Timestamp
@@ -88,7 +88,7 @@ class ResponseHead(TypedDict):
 
 
 def response_head(predictions: Sequence[Prediction]) -> ResponseHead:
-    """The same for all predictions of a response, which are one or more."""
+    """The head of a response with these predictions, at least one."""
     started = predictions[0].started
     return {"id": started.response_id, "created": started.created, "model": started.model}
 

@@ -27,26 +27,24 @@ _STATES = {
 
 
 class RequestMetrics:
-    """Metrics of requests: time and tokens. Keys are told by their configured names, so there are
-    few.
-    """
+    """Times and tokens of requests. The label `key` is a configured name, so it has few values."""
 
     def __init__(self) -> None:
         self.inter_token = Histogram(  # the only one observed with every token: 1 µs
             "chasqui_gateway_inter_token_seconds",
-            "Between an answer's consecutive tokens; those that come in one step count as one.",
+            "Time between consecutive tokens of an answer; those of one step count as one.",
             buckets=INTER_TOKEN_SECONDS,
             registry=None,
         )
         self.first_token = Histogram(
             "chasqui_gateway_time_to_first_token_seconds",
-            "From a request's arrival to the first token of each of its answers.",
+            "Time from a request's arrival to the first token of each of its answers.",
             buckets=FIRST_TOKEN_SECONDS,
             registry=None,
         )
         self.seconds = Histogram(
             "chasqui_gateway_request_seconds",
-            "From a request's arrival to the end of its last answer, by status.",
+            "Time from a request's arrival to the end of its last answer, by status.",
             ["grpc_code"],
             buckets=REQUEST_SECONDS,
             registry=None,
@@ -59,7 +57,7 @@ class RequestMetrics:
         )
         self.cached_prompt_tokens = Counter(
             "chasqui_gateway_cached_prompt_tokens_total",
-            "Of these, tokens whose keys and values a replica had in its cache.",
+            "Prompt tokens found in a replica's prefix cache, by the name of the caller's key.",
             ["key"],
             registry=None,
         )
@@ -97,7 +95,7 @@ class RequestMetrics:
 
 
 class StateMetrics:
-    """How the gateway is now, read when Prometheus asks; that is in a thread of its own."""
+    """The current state of the gateway, read at each scrape, in Prometheus' own thread."""
 
     def __init__(self, backend: Backend, admission: Admission, streams: NamedStreams) -> None:
         self._backend = backend
@@ -106,24 +104,24 @@ class StateMetrics:
 
     def collect(self) -> Iterable[Metric]:
         running = GaugeMetricFamily(
-            "chasqui_gateway_running_sequences", "Generations that a replica has."
+            "chasqui_gateway_running_sequences", "Generations that were given to a replica."
         )
         running.add_metric((), self._admission.running_sequences)
         queued = GaugeMetricFamily(
-            "chasqui_gateway_queued_sequences", "Generations that wait here for their turn."
+            "chasqui_gateway_queued_sequences", "Generations that wait in the gateway's queue."
         )
         queued.add_metric((), self._admission.queued_sequences)
         tokens = GaugeMetricFamily(
             "chasqui_gateway_queued_tokens",
-            "Tokens that those will probably take, by the name of the caller's key.",
+            "Estimated tokens of the queued generations, by the name of the caller's key.",
             labels=["key"],
         )
         for key, count in self._admission.queued_tokens.items():
             tokens.add_metric([key], count)
         displaced = CounterMetricFamily(
             "chasqui_gateway_displaced_sequences",
-            "Generations that waited and lost their place in the full queue to another key's, by "
-            "the name of the key that lost it.",
+            "Waiting generations that another key's displaced from the full queue, by the name of "
+            "the displaced key.",
             labels=["key"],
         )
         for key, count in [*self._admission.displaced_sequences.items()]:
@@ -138,7 +136,7 @@ class StateMetrics:
         detached.add_metric((), self._streams.detached)
         failovers = CounterMetricFamily(
             "chasqui_gateway_failovers",
-            "How often sequences went on at another replica, because theirs was lost.",
+            "How often sequences continued at another replica, because theirs was lost.",
         )
         failovers.add_metric((), self._backend.replicas.failovers)
         own = (running, queued, tokens, displaced, tokenizer, detached, failovers)
@@ -148,11 +146,11 @@ class StateMetrics:
         classifier = self._backend.classifier
         ready = GaugeMetricFamily(
             "chasqui_gateway_safety_ready",
-            "1 while the safety service can be asked, else 0; absent where none is configured.",
+            "1 while the safety service can be used, else 0; absent if none is configured.",
         )
         unjudged = CounterMetricFamily(
             "chasqui_gateway_unjudged",
-            "Dialogs, texts and pieces of answers that went on while the safety service was away.",
+            "Dialogs, texts and chunks of answers that passed unjudged, without a safety service.",
         )
         if classifier is not None:
             ready.add_metric((), classifier.upstream.serving)
@@ -167,12 +165,12 @@ class StateMetrics:
         )
         states = GaugeMetricFamily(
             "chasqui_gateway_replica_state",
-            "1 of the state that the replica is in, 0 of the others.",
+            "1 for the current state of the replica, 0 for the others.",
             labels=["replica", "state"],
         )
         outstanding = GaugeMetricFamily(
             "chasqui_gateway_replica_outstanding_tokens",
-            "Prompt and answer tokens that this gateway's sequences may still have computed there.",
+            "Prompt and answer tokens that the replica may still have to compute for this gateway.",
             labels=["replica"],
         )
         for replica in self._backend.replicas.replicas:

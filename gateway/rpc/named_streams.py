@@ -1,8 +1,8 @@
-"""Streams that outlive their connections.
+"""Named streams, which outlive their connections.
 
-A task of its own makes a named stream and keeps its last events as serialized responses. A call
-only reads them, and another call can read on where one broke off. A stream is known, running or
-ended, until it has had no reader for the grace time.
+A background task generates each stream and keeps its last events as serialized responses. A call
+only reads them, and another call can continue where it broke off. A stream, running or ended, is
+forgotten once it has had no reader for the grace time.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from gateway.rpc.ended_streams import EndedStreams, StreamKey
 from serving.errors import RequestError, clear_frames, unavailable
 from serving.security import caller
 
-# The cost of keeping an event, beyond its own bytes. Events are kept as they go over the wire:
-# as an object of the protobuf library one of 33 bytes takes 930, one with alternatives six-fold.
+# Bytes of a kept event beyond its serialized ones. Events are kept serialized, because an event of
+# 33 bytes takes 930 as a protobuf object, and one with alternatives six times its bytes.
 EVENT_OVERHEAD = 48
-# The cost of keeping a stream that has ended, beyond its events. Its objects take 4 KB, and the
-# call's context, with what logs and traces say of it, some more.
+# Bytes of an ended stream beyond its events: 4 KB for its objects, and the context of its call with
+# the fields of logs and traces.
 STREAM_OVERHEAD = 8 * 1024
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -49,15 +49,15 @@ class NamedStreams:
 
     @property
     def detached(self) -> int:
-        """How many run while no call reads them; may be asked from any thread."""
+        """The number of running streams that no call reads; can be read from any thread."""
         return sum(stream.is_detached for stream in [*self._streams.values()])
 
     def open(
         self, name: str, events: AsyncGenerator[bytes, None], within: float | None
     ) -> AsyncGenerator[bytes, None]:
-        """Begins a stream of the current caller, and reads it.
+        """Starts a stream of the current caller, and reads it.
 
-        `within` bounds the seconds until its first event; after that it knows no deadline.
+        `within` limits the seconds until its first event; after that it has no deadline.
         """
         if self._draining:
             raise unavailable("this gateway is shutting down")
@@ -65,8 +65,8 @@ class NamedStreams:
         if key in self._streams:
             raise RequestError(
                 grpc.StatusCode.ALREADY_EXISTS,
-                f"there is a stream with the stream_name {name!r}: continue it by ResumeStream, "
-                "or name this one differently",
+                f"there is a stream with the stream_name {name!r}: continue it with ResumeStream, "
+                "or choose another name",
             )
         give_up: Callable[[_Stream], None] = partial(self._give_up, key)
         stream = _Stream(events, within, self._limits, give_up)
@@ -75,22 +75,22 @@ class NamedStreams:
         return stream.read(0)
 
     def resume(self, name: str, after: int) -> AsyncGenerator[bytes, None]:
-        """Reads a stream of the current caller from the event behind number `after` on."""
+        """Reads a stream of the current caller from the event after number `after` on."""
         return self._find(_key(name)).read(after)
 
     async def cancel(self, name: str) -> None:
-        """Ends and forgets a stream of the current caller; what it held is given back."""
+        """Ends and forgets a stream of the current caller; returns when it holds nothing more."""
         key = _key(name)
         stream = self._find(key)
         self._forget(key)
         await asyncio.wait({stream.task})
 
     def refuse_new(self) -> None:
-        """Begins no more streams; those that run can be resumed."""
+        """Refuses new streams; running ones can still be resumed."""
         self._draining = True
 
     async def drain(self) -> None:
-        """Waits until no stream runs. One that a call reads may lose it, and be resumed."""
+        """Waits until no stream runs; meanwhile they can still be resumed."""
         while running := [each.task for each in self._streams.values() if not each.ended]:
             await asyncio.wait(running)
 
@@ -112,7 +112,7 @@ class NamedStreams:
         return self._streams[key]
 
     def _give_up(self, key: StreamKey, stream: "_Stream") -> None:
-        if self._streams.get(key) is not stream:  # another one may have the name by now
+        if self._streams.get(key) is not stream:  # another stream may have the name by now
             return
         if not stream.ended:
             _log.info("stream given up", stream=key[1], events=stream.last)
@@ -133,10 +133,10 @@ class NamedStreams:
 
 
 class _Stream:
-    """One stream: the task that makes it, the last events, and at most one reader.
+    """One stream: the task that generates it, the last events, and at most one reader.
 
-    The oldest events go when the buffer is full. Those that the reader has yet to read do not: the
-    task waits for it instead.
+    A full buffer drops its oldest events. Events that the reader has not read yet are not dropped:
+    the task waits for the reader instead.
     """
 
     def __init__(
@@ -149,11 +149,11 @@ class _Stream:
         self.ended = False
         self.kept_bytes = 0
         self._kept: deque[bytes] = deque()
-        self._dropped = 0  # events that were kept once
+        self._dropped = 0  # how many events are no longer kept
         self._failure: BaseException | None = None
         self._limits = limits
         self._give_up: Callable[[_Stream], None] = give_up
-        self._reader: asyncio.Event | None = None  # set when there is news for it
+        self._reader: asyncio.Event | None = None  # set when the stream has changed
         self._position = 0  # the last event that the reader has taken
         self._read = asyncio.Event()
         self._expiry = self._expire_later()
@@ -163,7 +163,7 @@ class _Stream:
 
     @property
     def last(self) -> int:
-        """The number of the last event made."""
+        """The number of the last event."""
         return self._dropped + len(self._kept)
 
     @property
@@ -171,7 +171,7 @@ class _Stream:
         return self._reader is None and not self.ended
 
     def read(self, after: int) -> AsyncGenerator[bytes, None]:
-        """The events behind number `after`, as they come; an earlier reader is turned away."""
+        """The events after number `after`, as they come; an earlier reader fails with ABORTED."""
         if after < self._dropped:
             raise RequestError(
                 grpc.StatusCode.OUT_OF_RANGE,

@@ -45,9 +45,9 @@ from serving.errors import RequestError, Violation, invalid_argument
 from serving.security import caller
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# Characters of a wrong model's name in its error, so that the rule behind it fits.
+# Characters of an unknown model's name that an error shows, so that the rest of the error fits.
 MAX_SHOWN_NAME = 64
-# Seconds; None where there is no deadline.
+# Seconds until the deadline; None: there is none.
 TimeRemaining = Callable[[], float | None]
 # The prompts of a request, and for each the dialog or text that a safety classifier judges.
 Encoded = tuple[list[Prompt | Refusal], Sequence[Subject]]
@@ -55,7 +55,7 @@ Encoded = tuple[list[Prompt | Refusal], Sequence[Subject]]
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A request without faults. It does not hold the request itself, which can have megabytes."""
+    """A valid request. It does not hold the message itself, which can have megabytes."""
 
     options: Options
     sequences: int
@@ -73,7 +73,7 @@ class PipelineLimits:
 
 
 class Pipeline:
-    """Makes the answers of requests."""
+    """Answers completion requests."""
 
     def __init__(
         self,
@@ -107,10 +107,10 @@ class Pipeline:
                 request, chat_pb2.ChatCompleteRequest | chat_pb2.TextCompleteRequest
             )
             size = AnswerSize(self._limits.response_bytes) if is_unary else None
-            # A named stream outlives the call that began it.
+            # A named stream outlives the call that started it.
             lasts = bool(getattr(request, "stream_name", ""))
             time_remaining = _without_end if lasts else context.time_remaining
-            del request  # as its callers have done
+            del request  # can have megabytes, and its callers have dropped it, too
             chosen, sequences = checked.options, checked.sequences
             if size is not None:
                 window, vocabulary = self.window(), self._tokenizer.vocabulary
@@ -199,7 +199,7 @@ class Pipeline:
             raise RequestError(grpc.StatusCode.NOT_FOUND, message)
 
     def window(self) -> Window:
-        """UNAVAILABLE while there is no tokenizer service or no replica."""
+        """The model's context; UNAVAILABLE before the vocabulary is read or without a replica."""
         max_token_bytes = self._tokenizer.vocabulary.max_token_bytes
         return Window(self._replicas.model.context_length, max_token_bytes)
 
@@ -208,7 +208,7 @@ class Pipeline:
         return self._limits.request.within(caller.current().limits)
 
     def encoder(self, time_remaining: TimeRemaining) -> Encode:
-        """Encoding within what is left of the caller's deadline."""
+        """The function that encodes segments within the caller's deadline."""
         return functools.partial(self._tokenizer.encode, time_remaining=time_remaining)
 
 
@@ -221,11 +221,11 @@ def refuse(violations: Sequence[Violation]) -> None:
 def answer_room(
     policy: "chat_pb2.ContextPolicy.ValueType", window: Window, max_gen_len: int
 ) -> int | None:
-    """The room that dropping turns keeps for an answer; None where no turns may be dropped."""
+    """Tokens to keep free for an answer by dropping turns; None: no turns may be dropped."""
     if policy != chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS:
         return None
     return window.answer_room(max_gen_len)
 
 
 def _without_end() -> None:
-    """The time that is left to a named stream."""
+    """The remaining time of a named stream: None, as it has no deadline."""

@@ -1,9 +1,9 @@
-"""The answer of a unary call: the folded events of its request, within a size.
+"""The response of a unary call: all events of its request in one message of limited size.
 
-gRPC's clients refuse a message of more than 4 MiB by default, when all of its work has been done.
-So a request whose token details could outgrow the limit is refused before it runs, and any other is
-stopped as soon as it has outgrown it. Until then an answer's tokens are kept as they go over the
-wire: as objects of the protobuf library they take nine times as much.
+gRPC's clients refuse a message of more than 4 MiB by default, after all the work has been done. So
+a request whose token details could exceed the limit is refused before it runs, and any other is
+stopped as soon as it exceeds it. Until then an answer's tokens are kept serialized: as protobuf
+objects they take nine times as much memory.
 """
 
 from collections import defaultdict
@@ -30,17 +30,17 @@ from serving.intake.time_slice import TimeSlice
 
 ResponseT = TypeVar("ResponseT", chat_pb2.ChatCompleteResponse, chat_pb2.TextCompleteResponse)
 
-# A prediction's bytes beside its text, tokens and sampling parameters: usage, fingerprint.
+# Bytes of a prediction besides its text, tokens and sampling parameters: usage, fingerprint.
 PREDICTION_BYTES = 512
-# A token's or an alternative's, beside its text and its bytes: id, logprob, tags and lengths.
+# Bytes of a token or an alternative besides its text and bytes: id, logprob, tags and lengths.
 _ENTRY_BYTES = 15
 
 
 def size_violations(
     chosen: Options, sequences: int, window: Window, vocabulary: Vocabulary, max_bytes: int
 ) -> list[Violation]:
-    """The rule that a unary request breaks if its token details could be more than its answer may
-    hold: as many tokens as it allows, each and each alternative of the vocabulary's mean length.
+    """The violation of a unary request whose token details could exceed `max_bytes`, estimated from
+    the most tokens that it allows and the vocabulary's mean token length.
     """
     if not chosen.logprobs:
         return []
@@ -84,7 +84,7 @@ class AnswerSize:
 
 
 async def fold(events: AsyncIterator[KeyedEvent]) -> list[Prediction]:
-    """The predictions of a request, in the order in which its generations were begun."""
+    """The predictions of a request, in the order in which its generations started."""
     started: dict[AnswerKey, Started] = {}
     texts: defaultdict[AnswerKey, list[str]] = defaultdict(list)
     tokens: defaultdict[AnswerKey, list[bytes]] = defaultdict(list)
@@ -109,7 +109,7 @@ async def fold(events: AsyncIterator[KeyedEvent]) -> list[Prediction]:
 async def unary_response(
     response_type: type[ResponseT], events: AsyncGenerator[KeyedEvent, None]
 ) -> ResponseT:
-    """The response with the predictions that the events make; closes `events`."""
+    """The response made from all events of a request; closes `events`."""
     async with aclosing(events):
         predictions = await fold(events)
     response = response_type(
@@ -121,7 +121,7 @@ async def unary_response(
 
 
 async def add_tokens(message: chat_pb2.Prediction, prediction: Prediction) -> None:
-    """Puts a prediction's tokens into its message, in steps between which others run."""
+    """Adds a prediction's tokens to its message, in steps that let other tasks run."""
     time_slice = TimeSlice()
     for part in prediction.tokens:
         message.MergeFromString(part)
@@ -130,7 +130,7 @@ async def add_tokens(message: chat_pb2.Prediction, prediction: Prediction) -> No
 
 def _too_large(max_bytes: int) -> RequestError:
     message = (
-        f"the answer has more than {max_bytes} bytes, which is what a unary answer may have: lower "
+        f"the answer has more than {max_bytes} bytes, the limit of a unary answer: lower "
         "sampling.max_gen_len, n or the number of prompts, or call the streaming method"
     )
     return resource_exhausted(message, "max_response_bytes", retry_after=None)

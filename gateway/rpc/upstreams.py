@@ -1,6 +1,6 @@
-"""The services behind the gateway, taken together. Keeps the gateway's health true: SERVING while
-the tokenizer service and at least one replica are ready, and a safety classifier that requests may
-not go without, so that balancers go elsewhere otherwise.
+"""All services behind the gateway, and the health that follows from them: SERVING while the
+tokenizer service, at least one replica and, unless it may be skipped, the safety classifier are
+ready, so that load balancers avoid a gateway that cannot answer.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class Backend:
         )
 
     async def run(self, health: Health) -> None:
-        """Keeps the sessions and the health; ends when cancelled."""
+        """Keeps the sessions, and the health up to date, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.tokenizer.run())
             tasks.create_task(self._run_replicas())

@@ -37,7 +37,7 @@ _ROLES = {
     dialog.ASSISTANT: chat_pb2.ROLE_ASSISTANT,
 }
 
-# The text to judge: the last message of a dialog, or a text.
+# The text to judge: a dialog, whose last message is judged, or a plain text.
 Subject = Sequence[Message] | str
 TimeRemaining = Callable[[], float | None]
 
@@ -48,7 +48,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The verdict of the classifier; `categories` are its own words, none if it found nothing."""
+    """The verdict of the classifier; `categories` are its own names, empty if it found none."""
 
     unsafe: bool
     categories: tuple[str, ...] = ()
@@ -63,18 +63,18 @@ class SafetyClient:
     def __init__(
         self, options: SafetyOptions, changed: Callable[[], None], connect: Connect
     ) -> None:
-        self.unjudged = 0  # judgements that open mode went on without
+        self.unjudged = 0  # judgements that were skipped in open mode
         self.chunk = options.chunk
         self.upstream = Upstream(options.target, changed)
         self._timeout = options.timeout
         self._open = options.on_failure == "open"
         self._connect = connect
         self._stub: safety_pb2_grpc.SafetyServiceAsyncStub | None = None  # while connected
-        self._unjudged_before_outage: int | None = None  # while there is one
+        self._unjudged_before_outage: int | None = None  # None: no outage
 
     @property
     def ready(self) -> bool:
-        """Whether requests can be answered: judged, or without where that is allowed."""
+        """Whether requests can be answered: judged, or unjudged in open mode."""
         return self.upstream.serving or self._open
 
     async def run(self) -> NoReturn:
@@ -83,10 +83,10 @@ class SafetyClient:
         await keep_session(self.upstream, self._session)
 
     async def judge(self, subject: Subject, time_remaining: TimeRemaining) -> Judgement:
-        """The classifier's verdict; without its answer UNAVAILABLE if closed, SAFE if open.
+        """The classifier's verdict; if it does not answer, UNAVAILABLE (closed) or SAFE (open).
 
-        Closed, a service that restarts costs a pause: it is waited for as long as one judgement may
-        take. Open, nothing is waited for that is known to be away.
+        Closed mode waits for a service that restarts, as long as one judgement may take. Open mode
+        does not wait for a service that is known to be unavailable.
         """
         if self._open and not self.upstream.serving:
             return self._without_answer(_UNAVAILABLE, "not connected")
@@ -111,7 +111,7 @@ class SafetyClient:
     async def _classify(
         self, request: safety_pb2.ClassifyRequest, seconds: float
     ) -> safety_pb2.ClassifyResponse | grpc.StatusCode:
-        """The service's answer, or the status that came instead."""
+        """The service's response, or the status of the failed call."""
         if self._stub is None:
             return grpc.StatusCode.UNAVAILABLE
         call = self._stub.Classify(request, timeout=seconds, metadata=call_metadata())
@@ -125,11 +125,11 @@ class SafetyClient:
     def _failed(self, code: grpc.StatusCode, *, expires: bool) -> Judgement:
         message = _UNAVAILABLE
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            if expires:  # the caller's doing, which must not switch the classifier off
+            if expires:  # caused by the caller, so open mode must not skip the judgement
                 message = "the deadline passed while the safety classifier was asked"
                 raise RequestError(code, message)
             message = f"the safety classifier did not answer within {self._timeout:g} seconds"
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # the caller's doing, too
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # caused by the caller, too
             message = "dialog and answer are too large for the safety classifier"
             raise resource_exhausted(message, "max_request_bytes", retry_after=None)
         return self._without_answer(message, code.name)
@@ -166,7 +166,7 @@ class SafetyClient:
             try:
                 await follow_health(channel, SERVICE, self.upstream)
             finally:
-                # Before the channel is closed, so that no call is begun on it any more.
+                # Before the channel closes, so that no new call uses it.
                 self._stub = None
                 self.upstream.become(UPSTREAM_STATE_CONNECTING, "the session broke")
 

@@ -1,6 +1,6 @@
-"""The safety classifier's part in a request: dialogs and texts are judged before anything is
-generated, answers in chunks while they grow. A chunk leaves the gateway only after its verdict, and
-the model goes on meanwhile. Streams and unary calls share all this.
+"""Applies the safety classifier to a request: dialogs and texts are judged before anything is
+generated, answers in chunks while they grow. A chunk leaves the gateway only after its verdict; the
+model continues meanwhile. The same holds for streams and unary calls.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ DIALOG_REFUSAL = "I apologize, but I cannot fulfill your request."
 def dialogs_to_judge(
     prompts: Sequence[Prompt | Refusal], dialogs: Sequence[Sequence[Message]]
 ) -> list[Subject]:
-    """The dialog or text that each prompt was made of. It is held until the answers end, so nothing
-    is in it that was dropped or refused.
+    """The dialog of each prompt, without dropped turns; empty for a refusal. These are held until
+    the answers end, so they contain no more than is judged.
     """
     return [
         () if isinstance(prompt, Refusal) else drop_oldest_turns(dialog, prompt.dropped_turns)
@@ -33,7 +33,7 @@ def dialogs_to_judge(
 
 
 class Guard:
-    """Judges for one request, whose dialogs or texts are the `subjects`."""
+    """The judgements of one request, whose dialogs or texts are the `subjects`."""
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class Guard:
         self._subjects = subjects
         self._options = options
         self._time_remaining = time_remaining
-        self._unjudged: set[int] = set()  # subjects that are refused, so that nothing is made
+        self._unjudged: set[int] = set()  # indices of refused subjects, which get no answer
         self._answers: dict[AnswerKey, ModerationBuffer] = {}
         self._judging: dict[asyncio.Task[Judgement], AnswerKey] = {}
 
     async def check(self, prompts: Sequence[Prompt | Refusal]) -> list[Prompt | Refusal]:
-        """The prompts of the subjects, with a refusal in the place of each that is unsafe."""
+        """The prompts, with a refusal in place of each whose subject is unsafe."""
         checked = [*prompts]
         judging = {
             index: self._judge(subject)
@@ -74,7 +74,7 @@ class Guard:
     ) -> AsyncGenerator[KeyedEvent, None]:
         """The events of the checked prompts, each as soon as it may be shown; owns `events`.
 
-        `cancel` ends an answer that is unsafe. Close this after use, as `complete`.
+        `cancel` ends an unsafe answer. Close this after use, like `complete`.
         """
         async with aclosing(events):
             next_event: asyncio.Task[KeyedEvent | None] | None = _read(events)
@@ -114,7 +114,7 @@ class Guard:
             yield from self._show(key, self._answers[key].on_verdict(judgement))
 
     def _show(self, key: AnswerKey, events: Iterable[Event]) -> Iterator[KeyedEvent]:
-        """Also has the next chunk judged, if there is one."""
+        """Yields the events, and starts the judgement of the next chunk if one is due."""
         subject = self._answers[key].next_chunk()
         if subject is not None:
             self._judging[self._judge(subject)] = key
@@ -139,7 +139,7 @@ def _read(events: AsyncGenerator[KeyedEvent, None]) -> asyncio.Task[KeyedEvent |
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Ends tasks and waits until each has given back what it held."""
+    """Cancels tasks and waits until they have ended."""
     tasks = [*tasks]
     for task in tasks:
         task.cancel()

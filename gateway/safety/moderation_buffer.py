@@ -1,6 +1,6 @@
-"""An answer on its way past the safety classifier: what of it is to be judged, and what may be
-shown. Does no input or output. A chunk ends in front of a space, so that no half word is mistaken
-for a whole one of another meaning.
+"""The buffer of one answer for the safety classifier: which part to judge next, and which events
+may be shown. Does no input or output. A chunk ends before a space, so that half a word is not
+mistaken for a whole one of another meaning.
 """
 
 import codecs
@@ -13,16 +13,16 @@ from gateway.safety.classifier import Judgement, Subject
 from llama.prompt_format.dialog import ASSISTANT, Message
 from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY
 
-# A chunk without a space for so many times its size ends inside of a word.
+# A chunk without a space within this many times its size is cut inside a word.
 _LONGEST_CHUNK = 2
 
 
 class ModerationBuffer:
-    """The part of an answer that was made and not yet shown.
+    """The part of an answer that is generated and not yet shown.
 
-    `on_event` and `on_verdict` return what may be shown now; after either, `next_chunk` says
-    whether something is to be judged. With `logprobs` the answer is read from its tokens, which
-    come before their text where that could still become a stop string.
+    `on_event` and `on_verdict` return the events that may be shown now; call `next_chunk` after
+    either. With `logprobs` the text to judge is taken from the tokens, because these are sent even
+    while their text is held back, as the possible beginning of a stop string.
     """
 
     def __init__(self, subject: Subject, chunk: int, *, logprobs: bool) -> None:
@@ -32,15 +32,15 @@ class ModerationBuffer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._answer = ""  # up to the end of the last chunk
         self._in_judgement: list[Delta] | None = None
-        self._held: list[tuple[Delta, str]] = []  # behind that chunk, with what each lets one read
+        self._held: list[tuple[Delta, str]] = []  # after that chunk, each with its text to judge
         self._held_size = 0  # characters
-        self._words = 0  # how many of the held deltas come in front of the last space
+        self._words = 0  # how many of the held deltas come before the last space
         self._words_size = 0
         self._unsafe: Judgement | None = None
         self._finished: Finished | None = None
 
     def on_event(self, event: Delta | Finished) -> list[Event]:
-        """More of the answer."""
+        """Handles the next event of the answer."""
         if isinstance(event, Finished):
             self._finished = event
         elif self._unsafe is None:
@@ -48,7 +48,7 @@ class ModerationBuffer:
         return self._end()
 
     def next_chunk(self) -> Subject | None:
-        """The answer up to the end of a chunk, in its dialog or text; None while none is due."""
+        """The dialog or text, and the answer up to the end of the next chunk; None: none is due."""
         if self._in_judgement is not None or not self._held_size:
             return None
         if self._finished is None and self._words_size >= self._chunk:
@@ -86,7 +86,7 @@ class ModerationBuffer:
         return [*self._subject, Message(ASSISTANT, self._answer)]
 
     def _end(self) -> list[Event]:
-        """The rest and the end, where nothing is left to be judged."""
+        """The last events, if nothing is left to be judged."""
         if self._finished is None or self._in_judgement is not None or self._held_size:
             return []
         if self._unsafe is not None:
@@ -100,7 +100,7 @@ class ModerationBuffer:
 
 
 def _joined(deltas: Sequence[Delta]) -> list[Event]:
-    """One delta for a chunk: what is shown at once costs one message."""
+    """A chunk merged into one delta, to cost one message."""
     if not deltas:
         return []
     tokens = [token for delta in deltas for token in delta.tokens]

@@ -1,4 +1,4 @@
-"""How a gateway has its dialogs and answers judged."""
+"""Options of the safety classifier."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Token ids to text as they are made, from the vocabulary alone: no call per token. Deltas hold
+"""Converts token ids to text one by one, from the vocabulary alone: no call per token. Deltas hold
 whole characters, and joined they equal SentencePiece's `decode` of all ids, so the rules are its
 own: a run of byte pieces is decoded as UTF-8 with one U+FFFD for *each* byte that is part of no
 character, and any other piece, even a control token, ends the run.
@@ -41,7 +41,7 @@ class Vocabulary:
     # The text of the id on its own.
     lone_texts: tuple[str, ...]
     eos_id: int
-    # No token stands for more bytes of an encoded text; None where there is no bound.
+    # The most bytes of text that one token stands for; None: unbounded.
     max_token_bytes: int | None = None
     mean_token_bytes: float = 0.0
 
@@ -54,9 +54,9 @@ class Vocabulary:
         eos_id: int,
         max_token_bytes: int | None = None,
     ) -> "Vocabulary":
-        """From the bytes and kind of each id.
+        """Builds the tables from the bytes and kind of each id.
 
-        With `dummy_prefix` a space in front of a text belongs to its encoding and is dropped.
+        With `dummy_prefix` the encoder adds a space in front of a text, which is dropped again.
         """
         table = tuple((piece, PieceKind(kind)) for piece, kind in pieces)
         return cls(
@@ -100,7 +100,7 @@ class Detokenizer:
         return self.finish() + inner_text
 
     def finish(self) -> str:
-        """The text of an unfinished character that no byte follows."""
+        """U+FFFD for each byte of an unfinished character, if there is one."""
         return self._utf8.decode(b"", final=True)
 
 

@@ -25,14 +25,14 @@ class StopString:
         return cls(text, tuple(borders))
 
     def advance(self, matched: int, character: str) -> int:
-        """How much is matched after one more character; before it, `matched` and not all was."""
+        """The length matched after one more character; `matched`, before it, is not all."""
         while matched and self.text[matched] != character:
             matched = self.borders[matched - 1]
         return matched + (self.text[matched] == character)
 
 
 class StopFilter:
-    """Passes the text of one sequence on, up to the first stop string."""
+    """Passes on the text of one sequence, up to the first stop string."""
 
     def __init__(self, stops: Sequence[StopString]) -> None:
         self._stops = stops
@@ -67,6 +67,6 @@ class StopFilter:
         return pending[:certain]
 
     def finish(self) -> str:
-        """The text that is still held back when no more follows."""
+        """The text that is still held back; call it at the end of the text."""
         held, self._held = self._held, ""
         return held

@@ -1,6 +1,6 @@
-"""The gateway's side of the tokenizer service: the vocabulary, read once, and `Encode`. The
-vocabulary never changes while the gateway lives, as what runs is decoded with it: a tokenizer
-service that comes back with another model file is not used.
+"""The client of the tokenizer service: the vocabulary, read once, and `Encode`. The vocabulary
+never changes while the gateway runs, because running answers are decoded with it: a tokenizer
+service that comes back with another model file is refused.
 """
 
 import asyncio
@@ -32,14 +32,13 @@ from serving.security import caller
 
 SERVICE = "llama.v1.TokenizerService"
 MAX_SEGMENTS_PER_CALL = 4096  # the contract's limit
-# Bytes of the texts in one call: a large request is encoded in pieces, and others take turns with
-# it.
+# Bytes of text in one call. A larger request takes several calls, and others take turns with it.
 BYTES_PER_CALL = 256 * 1024
-# Bytes of the texts that are encoded at once, for all callers; others wait for their turn.
+# Bytes of text that are encoded at once, for all callers; further calls wait for their turn.
 MAX_BYTES_AT_ONCE = 1024 * 1024
 # The cost of a segment beyond its bytes.
 _SEGMENT_BYTES = 64
-# The status of a call whose server goes away.
+# The statuses of a call whose server is lost.
 _CUT_OFF = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -51,7 +50,7 @@ class TokenizerClient:
     def __init__(
         self, target: str, changed: Callable[[], None], connect: Connect, patience: float
     ) -> None:
-        """`patience` is how long a call waits for the service to come back, in seconds."""
+        """`patience`: seconds that a call waits for a lost service to come back."""
         self.upstream = Upstream(target, changed)
         self._patience = patience
         self._connect = connect
@@ -67,13 +66,13 @@ class TokenizerClient:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """UNAVAILABLE before the first session."""
+        """The vocabulary; UNAVAILABLE before the first session."""
         if self._vocabulary is None:
             raise _unavailable()
         return self._vocabulary
 
     async def loaded(self) -> Vocabulary:
-        """The vocabulary, as soon as it is there."""
+        """Waits for the first session and returns its vocabulary."""
         await self._loaded.wait()
         return self.vocabulary
 
@@ -85,10 +84,9 @@ class TokenizerClient:
     async def encode(
         self, segments: Sequence[Segment], time_remaining: Callable[[], float | None]
     ) -> list[Sequence[int]]:
-        """The ids of each segment, in one call unless there is more than a call may hold.
+        """The ids of each segment, in as few calls as their limits allow.
 
-        Calls wait for their turn: what is encoded at once is bounded, and the current caller takes
-        turns with others.
+        The text that is encoded at once is bounded, so a call waits for its turn among callers.
         """
         key = caller.current()
         encoded: list[Sequence[int]] = []
@@ -100,7 +98,7 @@ class TokenizerClient:
         return encoded
 
     async def _until_serving(self) -> None:
-        """Before a turn is taken, so that it is not spent on waiting for a service that is away."""
+        """Waits for the service before a turn is taken, so that no turn is spent on waiting."""
         try:
             async with asyncio.timeout(self._patience):
                 await self.upstream.until_serving()
@@ -123,10 +121,10 @@ class TokenizerClient:
         request: tokenizer_pb2.EncodeRequest,
         time_remaining: Callable[[], float | None],
     ) -> tokenizer_pb2.EncodeResponse:
-        """Encoding has no effect but its answer, so it is simply tried again."""
+        """Retries Encode until it succeeds, which is safe because it has no side effects."""
         while True:
             await self.upstream.until_serving()
-            if self._stub is None:  # the session ended again before this went on
+            if self._stub is None:  # the session ended before this task resumed
                 continue
             call = self._stub.Encode(request, timeout=time_remaining(), metadata=call_metadata())
             with suppress(SessionEndedError):
@@ -147,7 +145,7 @@ class TokenizerClient:
             try:
                 await follow_health(channel, SERVICE, self.upstream)
             finally:
-                # Before the channel is closed, so that no call is begun on it any more.
+                # Before the channel closes, so that no new call uses it.
                 self._stub = None
                 self.upstream.become(UPSTREAM_STATE_CONNECTING, "the session broke")
 
@@ -176,7 +174,7 @@ class TokenizerClient:
 def _calls(
     segments: Sequence[Segment], caller_name: str
 ) -> Iterator[tuple[tokenizer_pb2.EncodeRequest, int]]:
-    """The requests that the segments take, each with its cost."""
+    """The Encode requests for the segments, each with its cost."""
     request, cost = tokenizer_pb2.EncodeRequest(caller=caller_name), 0
     for each in segments:
         size = len(each.text.encode()) + _SEGMENT_BYTES
@@ -195,7 +193,7 @@ def _unavailable() -> RequestError:
 
 
 def _refusal(error: grpc.aio.AioRpcError) -> RequestError | None:
-    """The error of a request whose Encode failed; None: it is a bug."""
+    """The error of a request whose Encode failed; None: an unexpected status, which is a bug."""
     match error.code():
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return RequestError(error.code(), "the deadline passed while the prompt was encoded")

@@ -1,6 +1,4 @@
-"""How the gateway reaches the services behind it: in plain text, or over TLS that proves both
-sides' identities.
-"""
+"""Channels to the services behind the gateway: plaintext, or mutual TLS."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,13 +11,13 @@ from gateway.settings import GatewaySettings
 from serving.security.tls import TlsFiles, UpstreamCertificates
 from serving.server import channel
 
-# Shorter than the longest pause between two sessions, after which one counts as begun.
+# Shorter than session.LONGEST_PAUSE, so that a failure to connect does not count as a session.
 CONNECT_SECONDS = 4.0
 
-# gRPC's messages for a connection that TLS prevents, and their meaning here.
+# Parts of gRPC's messages about TLS, and what they mean for the operator.
 _TLS_PROBLEMS = (
     ("WRONG_VERSION_NUMBER", "it speaks plaintext; --upstream_ca makes this gateway speak TLS"),
-    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not valid by --upstream_ca"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by a CA in --upstream_ca"),
     ("Hostname Verification", "its certificate has another name: set --upstream_name"),
     (
         "Socket closed",
@@ -29,10 +27,10 @@ _TLS_PROBLEMS = (
 
 
 class Connect(Protocol):
-    """Makes channels."""
+    """A function that makes channels."""
 
     def __call__(self, target: str, name: str | None = None) -> grpc.aio.Channel:
-        """A new one to a target, which was found under this name if it is an address of one."""
+        """A new channel to `target`; `name` is the DNS name that it was resolved from, if any."""
 
 
 def plaintext(target: str, name: str | None = None) -> grpc.aio.Channel:  # noqa: ARG001
@@ -40,7 +38,7 @@ def plaintext(target: str, name: str | None = None) -> grpc.aio.Channel:  # noqa
 
 
 def connector(settings: GatewaySettings) -> Connect:
-    """How this gateway connects to the services behind it."""
+    """The function that makes this gateway's channels to the services behind it."""
     if settings.upstream_ca is None:
         return plaintext
     files = TlsFiles(settings.upstream_cert, settings.upstream_key, settings.upstream_ca)
@@ -56,9 +54,9 @@ def connector(settings: GatewaySettings) -> Connect:
 async def connected(
     connect: Connect, target: str, name: str | None = None
 ) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel for one session; a new one each time, as certificates may have changed meanwhile.
+    """A channel for one session; a new one each time, because certificates may have changed.
 
-    Where it cannot connect in time, the first call on it fails with the reason.
+    If it cannot connect in time, the first call on it fails with the reason.
     """
     async with connect(target, name) as new:
         with suppress(TimeoutError):

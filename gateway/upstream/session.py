@@ -1,7 +1,6 @@
 """The session with one upstream, a service that the gateway calls.
 
-It is kept as long as it lasts and begun anew when it breaks, for ever. Only cancelling, or a bug,
-ends that.
+A session that breaks is started again, until the task that keeps it is cancelled.
 """
 
 import asyncio
@@ -37,18 +36,18 @@ class UpstreamError(Exception):
 
 
 class UnfitUpstreamError(UpstreamError):
-    """The upstream is another one than this gateway needs."""
+    """The upstream serves something that does not fit this gateway."""
 
 
 class SessionEndedError(UpstreamError):
-    """The session that a call belonged to, and its channel, ended before the call did."""
+    """The session of a call, and its channel, ended before the call did."""
 
 
 class Upstream:
-    """A service behind this gateway and how it does."""
+    """A service behind this gateway, and its state."""
 
     def __init__(self, target: str, changed: Callable[[], None]) -> None:
-        """`changed` is called at each change of how it does."""
+        """`changed` is called whenever the state is set."""
         self.target = target
         self.state: UpstreamState.ValueType = UPSTREAM_STATE_CONNECTING
         self.reason = "not connected yet"  # why it does not serve; empty while it does
@@ -71,7 +70,7 @@ class Upstream:
         self._changed()
 
     def told(self, *, serving: bool) -> None:
-        """The answer of its health service."""
+        """Sets the state that its health service reports."""
         if serving:
             self.become(UPSTREAM_STATE_SERVING)
         else:
@@ -81,9 +80,9 @@ class Upstream:
 
 
 async def keep_session(upstream: Upstream, session: Callable[[], Awaitable[None]]) -> NoReturn:
-    """Runs `session` again and again, with growing pauses while it fails.
+    """Runs `session` in a loop, with growing pauses while it fails.
 
-    A reason is logged once, not again with each attempt that it makes fail.
+    A reason that repeats is logged only once.
     """
     loop = asyncio.get_running_loop()
     pause, last_reason = FIRST_PAUSE, ""
@@ -107,7 +106,7 @@ async def keep_session(upstream: Upstream, session: Callable[[], Awaitable[None]
 
 
 async def follow_health(channel: grpc.aio.Channel, service: str, upstream: Upstream) -> NoReturn:
-    """Tells `upstream` whether it serves, now and at each change, until it is lost."""
+    """Keeps the state of `upstream` up to date from its health service, until the stream ends."""
     stub = health_pb2_grpc.HealthStub(channel)
     call = stub.Watch(HealthCheckRequest(service=service))  # type: ignore[attr-defined]  # not in the stubs
     try:
@@ -119,11 +118,11 @@ async def follow_health(channel: grpc.aio.Channel, service: str, upstream: Upstr
 
 
 async def answer(call: grpc.aio.UnaryUnaryCall[RequestT, ResponseT]) -> ResponseT:
-    """The response of a unary call; with its task, the call ends.
+    """The response of a unary call, which is cancelled together with the task that waits for it.
 
     Raises:
-        grpc.aio.AioRpcError: it failed.
-        SessionEndedError: its channel was closed under it.
+        grpc.aio.AioRpcError: the call failed.
+        SessionEndedError: the channel was closed during the call.
     """
     try:
         return await call
@@ -137,7 +136,7 @@ async def answer(call: grpc.aio.UnaryUnaryCall[RequestT, ResponseT]) -> Response
 
 
 def call_metadata() -> tuple[tuple[str, str], ...]:
-    """By which the upstream's log lines and spans are found with those of the request."""
+    """Metadata that links the upstream's log lines and spans to those of the request."""
     current = request_id.current()
     identity = () if current is None else ((request_id.METADATA_KEY, current),)
     return (*identity, *tracing.metadata())

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 
 from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.engine.limits import EngineLimits, EngineLoad
+from model_service.engine.outputs import final_output, prompt_output, step_output
 from model_service.engine.pending_token import pending_token
 from model_service.engine.sampling.device_sampler import DeviceSampler, DeviceSampling
 from model_service.engine.sampling.host_sampler import HostSampling
 from model_service.engine.sampling.result import SampledToken, StepResult
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
-from model_service.engine.scheduling.scheduler import Chunk, Schedule, Scheduler
+from model_service.engine.scheduling.schedule import Chunk, Schedule
+from model_service.engine.scheduling.scheduler import Scheduler
 from model_service.engine.scheduling.speculation import NgramDrafter, Speculation
 from model_service.engine.sequence import (
     UNPREDICTED,
@@ -30,7 +32,6 @@ from model_service.engine.sequence import (
     Sequence,
     SequenceOutput,
     Status,
-    TokenLogprobs,
 )
 from model_service.engine.step.batch import LogitRow, plan_step
 from model_service.engine.step.runner import ModelRunner
@@ -96,8 +97,8 @@ class Engine:
             raise ValueError(f"request_id {request.request_id!r} is running already")
         sequence = Sequence.from_request(request, self.limits.context_length, next(self._arrivals))
         if sequence.needs_no_step:
-            prompt = _prompt_output(sequence) if request.prompt_logprobs else ((), ())
-            self._ready.append(_final(sequence, sequence.length_reason, *prompt))
+            prompt = prompt_output(sequence) if request.prompt_logprobs else ((), ())
+            self._ready.append(final_output(sequence, sequence.length_reason, *prompt))
             return
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
@@ -107,7 +108,7 @@ class Engine:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence)
-            self._ready.append(_final(sequence, FinishReason.CANCELLED))
+            self._ready.append(final_output(sequence, FinishReason.CANCELLED))
 
     def step(self) -> list[SequenceOutput]:
         """Runs one step. Returns an output for each sequence that it advanced or ended.
@@ -240,35 +241,16 @@ class Engine:
 
     def _output(self, chunk: Chunk, result: StepResult, now: float) -> SequenceOutput:
         """The output for a sequence that the step computed to its end."""
-        sequence, request = chunk.sequence, chunk.sequence.request
-        first = sequence.first_token_at is None
-        ids: tuple[int, ...] = ()
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if request.prompt_logprobs and first:
-            ids, logprobs = _prompt_output(sequence)
-        made = result.tokens.get(sequence, [])
-        reason: FinishReason | None = None
-        stop: int | None = None
-        if not made or chunk.end + 1 == sequence.limit:
-            reason = sequence.length_reason
-        if made:
-            sequence.last_token_at = now
-            sequence.first_token_at = sequence.first_token_at or now
-            if made[-1].id in request.stop_ids:
-                reason, stop = FinishReason.STOP, made[-1].id
-                made = made[:-1]
-        ids += tuple([token.id for token in made])
-        logprobs += tuple([token.logprobs for token in made if token.logprobs is not None])
-        if reason is not None:
+        sequence = chunk.sequence
+        output = step_output(sequence, chunk.end, result.tokens.get(sequence, []), now)
+        if output.finish_reason is not None:
             self._end(sequence)
-            return _final(sequence, reason, ids, logprobs, stop_token_id=stop)
-        cached = sequence.cached_prompt_tokens if first else 0
-        return SequenceOutput(request.request_id, ids, logprobs, cached_prompt_tokens=cached)
+        return output
 
     def _fail(self, sequence: Sequence, position: int) -> SequenceOutput:
         self._scheduler.invalidate(sequence)
         self._end(sequence)
-        return _final(
+        return final_output(
             sequence,
             FinishReason.FAILED,
             error="the network gave a logit that is not finite for the token at position "
@@ -280,28 +262,3 @@ class Engine:
         del self._sequences[sequence.request.request_id]
         self._scheduler.remove(sequence)
         self._sampler.forget(sequence)
-
-
-def _prompt_output(sequence: Sequence) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
-    return sequence.request.prompt_ids, tuple(sequence.prompt_scores) or (UNPREDICTED,)
-
-
-def _final(
-    sequence: Sequence,
-    reason: FinishReason,
-    ids: tuple[int, ...] = (),
-    logprobs: tuple[TokenLogprobs, ...] = (),
-    *,
-    stop_token_id: int | None = None,
-    error: str = "",
-) -> SequenceOutput:
-    return SequenceOutput(
-        sequence.request.request_id,
-        ids,
-        logprobs,
-        reason,
-        stop_token_id,
-        error=error,
-        timings=sequence.timings(),
-        cached_prompt_tokens=sequence.cached_prompt_tokens,
-    )

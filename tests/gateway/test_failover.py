@@ -209,7 +209,7 @@ async def test_a_sequence_that_its_replicas_die_of_is_given_up(
         fleet.servers = [await start_server(model.service(), port=port)]
     await model.starts.get()
     await fleet.kill(0)
-    with pytest.raises(grpc.aio.AioRpcError, match=f"begun {MAX_RESTARTS + 1} times"):
+    with pytest.raises(grpc.aio.AioRpcError, match=f"gave up after {MAX_RESTARTS + 1} attempts"):
         await call
 
 

@@ -138,6 +138,8 @@ async def test_refusal_tells_grpcs_own_retries_when_to_come_again(narrow: Any, m
 
 
 async def test_tokens_above_the_bound_are_refused(narrow: Any) -> None:
-    with pytest.raises(grpc.aio.AioRpcError, match="all requests together 300") as refused:
+    with pytest.raises(
+        grpc.aio.AioRpcError, match="all requests together may take at most 300"
+    ) as refused:
         await narrow.stub.ChatComplete(request(n=2))
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

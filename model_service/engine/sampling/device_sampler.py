@@ -22,7 +22,7 @@ from model_service.engine.sampling.columns import (
 )
 from model_service.engine.sampling.device_penalties import PenaltyTables
 from model_service.engine.sampling.device_truncation import draw, draw_truncated
-from model_service.engine.sampling.host_sampler import ranks
+from model_service.engine.sampling.host_logprobs import ranks
 from model_service.engine.sampling.host_truncation import in_highest_blocks
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import SamplingParams, Sequence, TokenLogprobs
@@ -176,7 +176,7 @@ class DeviceSampler:
     def _score(
         self, logits: torch.Tensor, scored: _Scored, sampled: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """As `host_sampler.score`, one tensor for each field, [rows] or [rows, most].
+        """As `host_logprobs.score`, one tensor for each field, [rows] or [rows, most].
 
         They are the targets' logprobs and ranks, ids and logprobs of the most probable tokens, and
         the logprobs of those requested.

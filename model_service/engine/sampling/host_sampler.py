@@ -5,20 +5,19 @@ probabilities: then a rounding difference in the logits can only move a border b
 swap two tokens of nearly equal probability.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from model_service.engine.sampling.columns import draw_columns, temperature_column
+from model_service.engine.sampling.host_logprobs import score
 from model_service.engine.sampling.host_penalties import SamplingRow, apply_penalties
-from model_service.engine.sampling.host_truncation import choose, in_highest_blocks
+from model_service.engine.sampling.host_truncation import choose
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow
 
 _LARGEST = torch.finfo(torch.float32).max
-_ROWS_SCORED_AT_ONCE = 16  # 2 MB of logprobs: a whole prompt's do not fit any processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,27 +121,6 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     return [tokens[index] for index in range(len(rows))]
 
 
-def score(
-    logits: torch.Tensor,
-    targets: list[int],
-    alternatives: list[int],
-    requested: list[tuple[int, ...]],
-) -> list[TokenLogprobs]:
-    """Logprobs under the raw distribution.
-
-    Args:
-        logits: [rows, vocab] float32 as the network gave them.
-        targets: [rows], the token that was chosen (or, in a prompt, stands) there.
-        alternatives: [rows], how many of the most probable tokens to name.
-        requested: [rows], tokens to score whatever their rank.
-    """
-    scores: list[TokenLogprobs] = []
-    for part in torch.split(logits, _ROWS_SCORED_AT_ONCE):
-        own = slice(len(scores), len(scores) + len(part))
-        scores += _score(part, targets[own], alternatives[own], requested[own])
-    return scores
-
-
 def finite_rows(logits: torch.Tensor) -> list[bool]:
     """For each row of [rows, vocab] whether all of its logits are finite."""
     # On a CPU a sum is 20 times cheaper than looking at each logit, and no NaN or infinity gets
@@ -171,40 +149,3 @@ def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     # In place: touching fresh megabytes takes longer than the exponentials.
     probabilities = torch.softmax(scaled, dim=-1, out=scaled)
     return [int(token) for token in choose(probabilities, columns)]
-
-
-def _score(
-    logits: torch.Tensor,
-    targets: list[int],
-    alternatives: list[int],
-    requested: list[tuple[int, ...]],
-) -> list[TokenLogprobs]:
-    # One fused kernel: logsumexp would read the logits four times and take longer.
-    logprobs = torch.log_softmax(logits, dim=-1)
-    indices = torch.tensor(targets, device=logits.device).unsqueeze(-1)
-    chosen = logprobs.gather(-1, indices)
-    own = zip(chosen.squeeze(-1).tolist(), ranks(logprobs, chosen).tolist(), strict=True)
-    top = _most_probable(logprobs, alternatives)
-    others = [tuple(logprobs[i, [*ids]].tolist()) if ids else () for i, ids in enumerate(requested)]
-    return [
-        TokenLogprobs(logprob, rank, row_top, row_others)
-        for (logprob, rank), row_top, row_others in zip(own, top, others, strict=True)
-    ]
-
-
-def ranks(logprobs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The places [rows] of the logprobs `chosen` [rows, 1] in their rows, from 1, the largest."""
-    return (logprobs > chosen).sum(dim=-1) + 1
-
-
-def _most_probable(
-    logprobs: torch.Tensor, counts: list[int]
-) -> Iterable[tuple[tuple[int, float], ...]]:
-    """For each row as many of its most probable tokens, best first."""
-    most = min(max(counts), logprobs.shape[-1])
-    if not most:
-        return [()] * len(counts)
-    candidates, ids, _ = in_highest_blocks(logprobs, most)
-    values, order = candidates.topk(most, dim=-1)
-    rows = zip(ids.gather(-1, order).tolist(), values.tolist(), counts, strict=True)
-    return [tuple(zip(ids[:count], values[:count], strict=True)) for ids, values, count in rows]

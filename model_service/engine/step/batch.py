@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model_service.engine.scheduling.scheduler import Chunk, Schedule
+from model_service.engine.scheduling.schedule import Chunk, Schedule
 from model_service.engine.sequence import Sequence
 from model_service.engine.step.plan import StepPlan
 from model_service.model.attention.backend import SequenceSpan

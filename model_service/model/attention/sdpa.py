@@ -3,8 +3,7 @@
 It serves the CPU, and is the reference against which other backends are tested.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -15,10 +14,9 @@ from model_service.model.attention.backend import (
     copy_blocks,
     narrowed,
 )
-from model_service.model.attention.sdpa_call import Group, attend, merged
+from model_service.model.attention.sdpa_call import attend, merged
+from model_service.model.attention.sdpa_plan import SdpaPlanner
 
-# Below this many tokens, copying a span beside others costs less than a call of its own.
-_MIN_TOKENS_IN_PLACE = 256
 # Below this many bytes of keys and values, copying a run costs less than a call and merging.
 _MIN_BYTES_IN_PLACE = 4 * 2**20
 
@@ -65,42 +63,13 @@ class SdpaAttention:
         self._buffers = [torch.empty(0, *size[2:], dtype=stored, device=device) for _ in range(2)]
         self._block_size = shape.block_size
         self._dtype = dtype
-        self._device = device
         token_bytes = 2 * shape.kv_heads * shape.head_dim * stored.itemsize
-        self._min_run = min_bytes_in_place / token_bytes  # tokens
-        self._groups: list[Group] = []
-        # The batch's row of each token in all groups; None if each row is in one group.
-        self._part_rows: torch.Tensor | None = None
-        self._new_slots = torch.empty(0, dtype=torch.long, device=device)
+        min_run = min_bytes_in_place / token_bytes
+        self._planner = SdpaPlanner(shape.block_size, dtype, device, min_run=min_run)
+        self._step = self._planner.plan([])
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
-        groups: list[Group] = []
-        new_slots: list[torch.Tensor] = []
-        copied: list[tuple[int, torch.Tensor]] = []  # row, slots
-        parts = False
-        row = 0
-        for span in spans:
-            slots = self._slots(span)
-            new_slots.append(slots[-span.query_length :])
-            rows = slice(row, row + span.query_length)
-            neighbours = _are_neighbours(span.block_table)
-            rest: slice | torch.Tensor = slice(None)
-            if runs := [] if neighbours else self._long_runs(span):
-                parts = True
-                groups += (Group(rows, spans=1, slots=_as_slice(slots[run])) for run in runs)
-                rest = torch.ones(len(slots), dtype=torch.bool)
-                for run in runs:
-                    rest[run] = False
-            one_of_many = span.query_length == 1 and len(spans) > 1
-            if one_of_many and not (neighbours and len(slots) >= _MIN_TOKENS_IN_PLACE):
-                copied.append((row, slots[rest]))
-            else:
-                selected = _as_slice(slots) if neighbours else slots[rest].to(self._device)
-                groups.append(self._single(span, rows, selected, rest))
-            row += span.query_length
-        self._groups = groups + [self._padded(batch) for batch in _batches_by_length(copied)]
-        self._part_rows = _concatenated_rows(self._groups, row) if parts else None
-        self._new_slots = torch.cat(new_slots).to(self._device)
+        self._step = self._planner.plan(spans)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         for cache in (self._keys, self._values):
@@ -110,20 +79,20 @@ class SdpaAttention:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        keys, values = self._keys[layer], self._values[layer]
-        keys.index_copy_(0, self._new_slots, self._stored(key))
-        values.index_copy_(0, self._new_slots, self._stored(value))
+        keys, values, step = self._keys[layer], self._values[layer], self._step
+        keys.index_copy_(0, step.new_slots, self._stored(key))
+        values.index_copy_(0, step.new_slots, self._stored(value))
         output = torch.empty_like(query)
         parts: list[list[torch.Tensor]] = []
-        for group in self._groups:
+        for group in step.groups:
             key, value = (self._loaded(each) for each in self._select(keys, values, group.slots))
-            in_parts = self._part_rows is not None
+            in_parts = step.part_rows is not None
             attended = attend(query[group.rows], key, value, group, with_sums=in_parts)
             if in_parts:
                 parts.append(attended)
             else:
                 [output[group.rows]] = attended
-        return output if self._part_rows is None else merged(parts, self._part_rows, output)
+        return output if step.part_rows is None else merged(parts, step.part_rows, output)
 
     def _stored(self, x: torch.Tensor) -> torch.Tensor:
         return narrowed(x, self._kv_dtype).view(self._keys.dtype)
@@ -142,99 +111,3 @@ class SdpaAttention:
         for stored, buffer in zip((keys, values), buffers, strict=True):
             torch.index_select(stored, 0, slots, out=buffer)
         return buffers
-
-    def _slots(self, span: SequenceSpan) -> torch.Tensor:
-        """The slots of a sequence's tokens in the cache [context_length]."""
-        first = torch.tensor(span.block_table, dtype=torch.long) * self._block_size
-        slots = first.unsqueeze(1) + torch.arange(self._block_size)
-        return slots.flatten()[: span.context_length]
-
-    def _long_runs(self, span: SequenceSpan) -> list[slice]:
-        """The tokens that are attended in place, if a span's blocks are not all neighbours.
-
-        They are older than the step's tokens, so that no mask must hide any of them.
-        """
-        if span.context_length < self._min_run or self._device.type != "cpu":
-            return []
-        table, older = span.block_table, span.context_length - span.query_length
-        breaks = [at for at in range(1, len(table)) if table[at] != table[at - 1] + 1]
-        runs = [
-            slice(first * self._block_size, min(end * self._block_size, older))
-            for first, end in itertools.pairwise([0, *breaks, len(table)])
-        ]
-        return [run for run in runs if run.stop - run.start >= self._min_run]
-
-    def _single(
-        self,
-        span: SequenceSpan,
-        rows: slice,
-        slots: slice | torch.Tensor,
-        columns: slice | torch.Tensor,
-    ) -> Group:
-        """The group of one span, over those of its tokens that `columns` selects, at `slots`."""
-        whole = span.query_length == span.context_length
-        several = span.query_length > 1
-        return Group(
-            rows=rows,
-            spans=1,
-            slots=slots,
-            mask=self._causal_mask(span, columns) if several and not whole else None,
-            causal=whole and several,
-        )
-
-    def _padded(self, batch: Sequence[tuple[int, torch.Tensor]]) -> Group:
-        """The group of spans of one token, by their rows and slots."""
-        rows, slots = zip(*batch, strict=True)
-        lengths = torch.tensor([len(each) for each in slots])
-        longest = int(lengths.max())
-        padding = torch.arange(longest) >= lengths.unsqueeze(1)
-        return Group(
-            rows=torch.tensor(rows, device=self._device),
-            spans=len(batch),
-            slots=torch.cat([_pad(each, longest) for each in slots]).to(self._device),
-            mask=self._additive(padding).view(len(batch), 1, 1, longest) if padding.any() else None,
-        )
-
-    def _causal_mask(self, span: SequenceSpan, columns: slice | torch.Tensor) -> torch.Tensor:
-        """[1, 1, query_length, columns]: a token at position p sees positions 0 to p."""
-        positions = torch.arange(span.context_length)
-        hidden = positions[columns] > positions[-span.query_length :].unsqueeze(1)
-        return self._additive(hidden)[None, None]
-
-    def _additive(self, hidden: torch.Tensor) -> torch.Tensor:
-        mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
-        return mask.to(self._device)
-
-
-def _concatenated_rows(groups: Sequence[Group], count: int) -> torch.Tensor:
-    """The rows of each group, in a batch of `count` rows."""
-    numbers = torch.arange(count)
-    return torch.cat([numbers[each.rows] for each in groups])
-
-
-def _as_slice(slots: torch.Tensor) -> slice:
-    """The slice of slots that are neighbours."""
-    return slice(int(slots[0]), int(slots[-1]) + 1)
-
-
-def _are_neighbours(block_table: Sequence[int]) -> bool:
-    return all(second == first + 1 for first, second in itertools.pairwise(block_table))
-
-
-def _batches_by_length(
-    spans: Sequence[tuple[int, torch.Tensor]],
-) -> Iterator[list[tuple[int, torch.Tensor]]]:
-    """Batches of spans in which none is padded to more than twice its length."""
-    batch: list[tuple[int, torch.Tensor]] = []
-    for span in sorted(spans, key=lambda each: len(each[1]), reverse=True):
-        if batch and 2 * len(span[1]) < len(batch[0][1]):
-            yield batch
-            batch = []
-        batch.append(span)
-    if batch:
-        yield batch
-
-
-def _pad(slots: torch.Tensor, length: int) -> torch.Tensor:
-    """Repeats a slot of the same sequence: a NaN of another would spoil sums, masked or not."""
-    return torch.cat([slots, slots[:1].expand(length - len(slots))])
