@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from chasqui.cli.chat import Conversation, print_choices, printed
+from chasqui.cli.doctor.command import doctor
 from chasqui.cli.keys import keys
 from chasqui.cli.model.command import model
 from chasqui.cli.serve.command import serve, summary
@@ -167,6 +168,7 @@ def complete(
 main.add_command(serve)
 main.add_command(bench)
 main.add_command(status)
+main.add_command(doctor)
 
 
 def _answers(target: str, access: Access) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from model_service.loading.host_memory import GIB, free_host_memory, readable_size
-from model_service.loading.host_memory import WORKING_MEMORY as WORKING_MEMORY
+from model_service.loading.host_memory import WORKING_MEMORY as WORKING_MEMORY  # noqa: PLC0414
 from serving.errors import StartError
 from serving.numbers import format_apart
 

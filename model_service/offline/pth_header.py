@@ -1,8 +1,8 @@
 """The names, types and shapes of the tensors in a .pth file, read without PyTorch.
 
-torch.save writes a zip archive; `data.pkl` in it describes the tensors, whose numbers are entries of
-their own. The unpickler here knows the few names that describe tensors and refuses all others, so
-no code of the file runs.
+torch.save writes a zip archive. Its entry `data.pkl` describes the tensors, and their numbers are
+entries of their own. The unpickler here knows the few names that describe tensors and refuses all
+others, so no code of the file runs.
 """
 
 import collections

@@ -1,13 +1,12 @@
 """The memory that a model needs on this machine, in each precision. Imports no PyTorch."""
 
-import math
 import shutil
 import subprocess
 from dataclasses import dataclass
 
 from model_service.loading.host_memory import WORKING_MEMORY, free_host_memory
 from model_service.model.config import ModelConfig, Quantization
-from model_service.model.weights.partition import is_linear
+from model_service.model.weights.partition import shard_parameters
 from model_service.model.weights.weight_sizes import weight_bytes
 
 _SMI = ("nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits")
@@ -65,10 +64,8 @@ class Need:
 
 def needs(config: ModelConfig, device: Device, context: int) -> list[Need]:
     """The memory of the model in one shard on `device`, for a context of `context` tokens."""
-    linear = others = 0
-    for name, shape in config.parameter_shapes().items():
-        size = math.prod(shape)
-        linear, others = (linear + size, others) if is_linear(name) else (linear, others + size)
+    linear = shard_parameters(config, 1, linear=True)
+    others = shard_parameters(config, 1, linear=False)
     found = []
     for precision, quantization, itemsize in _FORMS[device.kind]:
         weights = round(linear * weight_bytes(quantization, itemsize, device.kind))

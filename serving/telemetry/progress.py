@@ -73,4 +73,3 @@ def make_progress() -> Progress:
         console=Console(stderr=True),
         transient=True,
     )
-

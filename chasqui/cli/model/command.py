@@ -1,6 +1,7 @@
-"""`chasqui model`: work on checkpoints.
+"""`chasqui model`: work on the files of a model.
 
-It needs PyTorch, which the client does without: the model service does it, in a process of its own.
+It needs the packages of the extra `model`, which the client does without: the model service's
+programs do it, in a process of their own.
 """
 
 import importlib.util
@@ -10,16 +11,83 @@ from pathlib import Path
 
 import click
 
+_MODEL = click.Path(path_type=Path)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
 
 @click.group()
 def model() -> None:
-    """Work on checkpoints."""
+    """Inspect, verify, convert and quantize the files of a model."""
+
+
+@model.command()
+@click.argument("path", type=_MODEL)
+@click.option(
+    "--tokenizer_path",
+    type=click.Path(path_type=Path),
+    help="The model's tokenizer.  [default: the one beside the weights]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are in bytes.")
+def inspect(path: Path, tokenizer_path: Path | None, *, as_json: bool) -> None:
+    """Describe the model at PATH: shape, types, and what it needs on this machine.
+
+    PATH is a folder in Meta's or Hugging Face's format, or a GGUF file. Only headers are read.
+    Exit status: 1 if the model cannot be served as it is.
+    """
+    arguments = ["inspect", str(path)]
+    arguments += ["--tokenizer_path", str(tokenizer_path)] if tokenizer_path else []
+    _run_offline(*arguments, *(["--json"] if as_json else []))
+
+
+@model.command()
+@click.argument("path", type=_MODEL)
+def verify(path: Path) -> None:
+    """Check that the files of the model at PATH are whole, one line each.
+
+    Compares checksums where the files have some: checklist.chk, SHA256SUMS, those that Hugging
+    Face's hub left, and those inside .pth archives. Exit status: 1 if a file is damaged or missing.
+    """
+    _run_offline("verify", str(path))
+
+
+@model.command()
+@click.argument("source", type=_MODEL)
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["meta", "hf"]),
+    required=True,
+    help="Format of the new folder: Meta's or Hugging Face's.",
+)
+@click.option(
+    "--files",
+    type=click.IntRange(1),
+    help="Files to divide the weights among.  [default: as many as Meta's source has, else 1; in "
+    "Hugging Face's format, files of up to 5 GB]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Type of the new weights.  [default: that of the source's linear layers]",
+)
+def convert(source: Path, target: Path, *, form: str, files: int | None, dtype: str | None) -> None:
+    """Write the model at SOURCE to the folder TARGET in another format.
+
+    It never holds more than one file of the target in memory. Started again after an interruption,
+    it keeps the files that are finished. The new folder has checksums for `chasqui model verify`.
+    """
+    arguments = ["convert", str(source), str(target), "--to", form]
+    arguments += ["--files", str(files)] if files else []
+    arguments += ["--dtype", dtype] if dtype else []
+    _run_offline(*arguments)
+    click.echo(f"{target}: written. Serve it: chasqui serve --ckpt_dir {target} …")
 
 
 @model.command()
 @click.option(
     "--ckpt_dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=_FOLDER,
     required=True,
     help="Folder of a checkpoint in Meta's format.",
 )
@@ -42,13 +110,20 @@ def quantize(ckpt_dir: Path, output_dir: Path, quantization: str) -> None:
 
     It is half as large as one in 16 bits with int8 and fp8, three eighths with int4.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise click.ClickException(
-            "PyTorch is not installed here: pip install '.[model]' in the source tree brings it"
-        )
-    command = [sys.executable, "-m", "model_service.quantize", "--ckpt_dir", str(ckpt_dir)]
+    command = ["quantize", "--ckpt_dir", str(ckpt_dir)]
     command += ["--output_dir", str(output_dir), "--quantize", quantization]
+    _run_offline(*command)
+    click.echo(f"{output_dir}: {quantization}. Serve it: chasqui serve --ckpt_dir {output_dir} …")
+
+
+def _run_offline(*arguments: str) -> None:
+    """Runs a program of `model_service.offline`; ends with its exit status unless that is 0."""
+    if importlib.util.find_spec("psutil") is None:
+        raise click.ClickException(
+            "the packages that read models are not installed here: pip install '.[model]' in the "
+            "source tree brings them"
+        )
+    command = [sys.executable, "-m", "model_service.offline", *arguments]
     status = subprocess.run(command, check=False).returncode  # noqa: S603  # our own module
     if status:
         sys.exit(status)
-    click.echo(f"{output_dir}: {quantization}. Serve it: chasqui serve --ckpt_dir {output_dir} …")

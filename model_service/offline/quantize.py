@@ -1,10 +1,9 @@
-"""`python -m model_service.quantize`: writes a checkpoint with linear layers in int8, int4 or fp8.
+"""Writes a checkpoint with linear layers in int8, int4 or fp8.
 
 The number of files stays: each shard's weights are quantized separately, as a replica of as many
 shards does when it loads the original, so both give the same answers.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -66,19 +65,3 @@ def _check(checkpoint: Checkpoint, target: Path, quantization: Quantization) -> 
                     f"int4 weights share a scale among {GROUP_SIZE} neighbours of a row, which "
                     f"does not divide the {weight.shape[1]} of {name}: use int8"
                 )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model_service.quantize", description=__doc__)
-    parser.add_argument("--ckpt_dir", type=Path, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--quantize", choices=[*FORMATS], default="int8")
-    arguments = parser.parse_args()
-    try:
-        quantize_checkpoint(arguments.ckpt_dir, arguments.output_dir, arguments.quantize)
-    except StartError as error:
-        parser.exit(1, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()
