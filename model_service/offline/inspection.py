@@ -9,7 +9,7 @@ from llama.model_files import ModelFileError, chat_template, find_tokenizer
 from model_service.loading.host_memory import WORKING_MEMORY, readable_size
 from model_service.model.config import ModelConfig
 from model_service.offline.requirements import Device, Need, devices, needs
-from model_service.offline.stored_model import StoredModel, read_stored_model
+from model_service.offline.stored_model import META, StoredModel, read_stored_model
 from model_service.offline.vocabulary_size import vocabulary_size
 
 DEFAULT_CONTEXT = 512  # of --max_seq_len
@@ -34,7 +34,7 @@ class TokenizerReport:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What is known about a model without reading its weights.
+    """A model as far as it is known without reading its weights.
 
     Attributes:
         model: its files and shape.
@@ -76,8 +76,8 @@ def _tokenizer(
         return None, (str(error),)
     problems: list[str] = []
     size = model.config.vocab_size
-    # A model may have more rows than its tokenizer has tokens: their number is padded.
-    if tokens > size:
+    # Hugging Face's and GGUF files may have more rows than tokens, because their number is padded.
+    if tokens > size or (model.form == META and tokens != size):
         problems.append(
             f"{found.path}: has {tokens:,} tokens, and the model's vocabulary is {size:,}. To fix: "
             "name the tokenizer that came with this model (--tokenizer_path)."

@@ -32,7 +32,7 @@ def describe_machine() -> dict[str, Any]:
 def _cuda_devices() -> tuple[list[dict[str, Any]], str]:
     """The devices that PyTorch can use, or none and the reason."""
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build
         return [], str(error).splitlines()[0]
     devices = []

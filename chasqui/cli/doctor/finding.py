@@ -30,7 +30,7 @@ def fine(subject: str, text: str) -> Finding:
     return Finding(Verdict.FINE, subject, text)
 
 
-def note(subject: str, text: str, fix: str = "") -> Finding:
+def remark(subject: str, text: str, fix: str = "") -> Finding:
     return Finding(Verdict.NOTE, subject, text, fix)
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from chasqui.cli.doctor.finding import Finding, fine, note, wrong
+from chasqui.cli.doctor.finding import Finding, fine, remark, wrong
 from chasqui.cli.doctor.packages import installed_version
 
 PROBE = (sys.executable, "-m", "model_service.offline", "machine")
@@ -37,7 +37,7 @@ class MachineProbe:
     def findings(self) -> Iterator[Finding]:
         """Waits for the answer."""
         if self._process is None:
-            yield note("processor", f"{_cores()} cores; kernels are unknown without PyTorch")
+            yield remark("processor", f"{_cores()} cores; kernels are unknown without PyTorch")
             return
         try:
             output, errors = self._process.communicate(timeout=PROBE_SECONDS)
@@ -64,7 +64,7 @@ def _processor(machine: Mapping[str, Any]) -> Finding:
     used = machine["instructions"].split()
     text = f"{_cores()} cores; kernels use {', '.join(used)}"
     if used[0] in {"default", "no avx"}:
-        return note("processor", f"{text}: no AVX2, which is very slow")
+        return remark("processor", f"{text}: no AVX2, which is very slow")
     if "bf16" not in used:
         return fine("processor", f"{text} (no bfloat16: weights are float32, or --quantize int8)")
     return fine("processor", text)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from chasqui.cli.doctor.finding import Finding, fine, note, wrong
+from chasqui.cli.doctor.finding import Finding, fine, remark, wrong
 
 DISTRIBUTION = "chasqui-llama"
 # The extras that `chasqui serve` needs, and those that it does without.
@@ -44,7 +44,7 @@ def check_extras() -> Iterator[Finding]:
     for extra in OPTIONAL:
         problem, text = _packages(extra)
         if problem:
-            yield note(f"[{extra}]", f"{text} (faster kernels for GPUs; all works without)")
+            yield remark(f"[{extra}]", f"{text} (faster kernels for GPUs; all works without)")
         else:
             yield fine(f"[{extra}]", text)
 

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 
-from chasqui.cli.doctor.finding import Finding, fine, note, wrong
+from chasqui.cli.doctor.finding import Finding, fine, remark, wrong
 
 # The ports of services that are started one by one; `chasqui serve` lets the system choose them.
 SINGLE_SERVICES = {50052: "tokenizer service", 50053: "model service", 50054: "safety service"}
@@ -29,7 +29,7 @@ def check_ports(host: str, port: int) -> Iterator[Finding]:
             yield fine("port", f"{single} is free ({service})")
         else:
             text = f"{single} ({service}): {reason}{_holder(single)}"
-            yield note("port", f"{text}; chasqui serve does not need it")
+            yield remark("port", f"{text}; chasqui serve does not need it")
 
 
 def why_taken(host: str, port: int) -> str | None:
@@ -62,7 +62,8 @@ def _holder(port: int) -> str:
     with suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             listens = connection.status == psutil.CONN_LISTEN
-            if listens and connection.laddr.port == port and connection.pid:
+            # An address is a pair, or empty for a socket that has none yet.
+            if listens and connection.laddr[1:] == (port,) and connection.pid:
                 process = psutil.Process(connection.pid)
                 return f", by process {process.pid} ({' '.join(process.cmdline()[:4])})"
     return ""
