@@ -10,3 +10,6 @@ class CheckpointError(StartError):
 
     def __init__(self, path: Path, problem: str, fix: str) -> None:
         super().__init__(f"{path}: {problem}. To fix: {fix}.")
+        self.path = path
+        self.problem = problem
+        self.fix = fix

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import serving
 from serving.errors import StartError
+from serving.telemetry.progress import progress
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -18,7 +19,7 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m model_service.offline")
     commands = parser.add_subparsers(required=True)
-    for add in (_add_inspect, _add_quantize, _add_machine):
+    for add in (_add_inspect, _add_verify, _add_quantize, _add_machine):
         add(commands)
     given = parser.parse_args(arguments)
     command: Command = given.command
@@ -45,6 +46,24 @@ def _inspect(given: argparse.Namespace) -> int:
     found = inspect(given.path, given.tokenizer_path)
     print(json.dumps(as_document(found), default=str) if given.as_json else as_text(found))
     return 1 if found.problems else 0
+
+
+def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("verify", help="check that the files of a model are whole")
+    parser.add_argument("path", type=Path)
+    parser.set_defaults(command=_verify)
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from model_service.offline.verification import files_to_verify, verify  # noqa: PLC0415
+
+    status = 0
+    size = sum(file.stat().st_size for file in files_to_verify(given.path))
+    with progress("verifying", size) as advance:
+        for check in verify(given.path, advance):
+            print(f"{'whole' if check.whole else 'wrong'}  {check.path}: {check.text}", flush=True)
+            status |= not check.whole
+    return status
 
 
 def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
