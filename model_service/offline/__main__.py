@@ -41,7 +41,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _inspect(given: argparse.Namespace) -> int:
-    from model_service.offline.inspection import as_document, as_text, inspect  # noqa: PLC0415
+    from model_service.offline.inspection.report import as_document, as_text, inspect  # noqa: PLC0415
 
     found = inspect(given.path, given.tokenizer_path)
     print(json.dumps(as_document(found), default=str) if given.as_json else as_text(found))
@@ -87,7 +87,7 @@ def _add_machine(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _machine(_given: argparse.Namespace) -> int:
-    from model_service.offline.machine import describe_machine  # noqa: PLC0415
+    from model_service.offline.inspection.machine import describe_machine  # noqa: PLC0415
 
     print(json.dumps(describe_machine()))
     return 0

@@ -11,9 +11,9 @@ from pathlib import Path
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.meta_params import read_params
-from model_service.offline.pth_header import read_pth_header
-from model_service.offline.safetensors_header import read_safetensors_header
-from model_service.offline.tensor_header import FETCH_AGAIN, TensorHeader
+from model_service.offline.headers.pth import read_pth_header
+from model_service.offline.headers.safetensors import read_safetensors_header
+from model_service.offline.headers.tensor_header import FETCH_AGAIN, TensorHeader
 
 META, HUGGING_FACE, GGUF = "Meta's format", "Hugging Face's format", "GGUF"
 INDEX = "model.safetensors.index.json"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from model_service.model.errors import CheckpointError
 from model_service.offline.checksums import Checksum, hub_checksum, listed_checksums
+from model_service.offline.headers.tensor_header import FETCH_AGAIN, TensorHeader
 from model_service.offline.stored_model import INDEX, READERS, weight_files
-from model_service.offline.tensor_header import FETCH_AGAIN, TensorHeader
 
 # The other files of a model, which are read whole to see whether they are JSON.
 _JSON = "*.json"

@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from model_service.model.errors import CheckpointError
-from model_service.offline.tensor_header import FETCH_AGAIN, TensorHeader, bytes_of
+from model_service.offline.headers.tensor_header import FETCH_AGAIN, TensorHeader, bytes_of
 
 # The format's names of types, and PyTorch's.
 _TYPES = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model_service.model.errors import CheckpointError
-from model_service.offline.tensor_header import FETCH_AGAIN, TensorHeader, bytes_of
+from model_service.offline.headers.tensor_header import FETCH_AGAIN, TensorHeader, bytes_of
 
 # PyTorch's classes of storages, by which older types are stored.
 _STORAGE_TYPES = {

@@ -8,9 +8,9 @@ from typing import Any
 from llama.model_files import ModelFileError, chat_template, find_tokenizer
 from model_service.loading.host_memory import WORKING_MEMORY, readable_size
 from model_service.model.config import ModelConfig
-from model_service.offline.requirements import Device, Need, devices, needs
+from model_service.offline.inspection.memory_needs import Device, Need, devices, needs
+from model_service.offline.inspection.vocabulary_size import vocabulary_size
 from model_service.offline.stored_model import META, StoredModel, read_stored_model
-from model_service.offline.vocabulary_size import vocabulary_size
 
 DEFAULT_CONTEXT = 512  # of --max_seq_len
 
