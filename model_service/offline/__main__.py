@@ -19,7 +19,7 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m model_service.offline")
     commands = parser.add_subparsers(required=True)
-    for add in (_add_inspect, _add_verify, _add_quantize, _add_machine):
+    for add in (_add_inspect, _add_verify, _add_convert, _add_quantize, _add_machine):
         add(commands)
     given = parser.parse_args(arguments)
     command: Command = given.command
@@ -64,6 +64,26 @@ def _verify(given: argparse.Namespace) -> int:
             print(f"{'whole' if check.whole else 'wrong'}  {check.path}: {check.text}", flush=True)
             status |= not check.whole
     return status
+
+
+def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("convert", help="write a model in another format")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--to", choices=["meta", "hf"], required=True)
+    parser.add_argument("--files", type=int)
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    parser.set_defaults(command=_convert)
+
+
+def _convert(given: argparse.Namespace) -> int:
+    from model_service.offline.conversion.convert import (  # noqa: PLC0415
+        ConversionOptions,
+        convert,
+    )
+
+    convert(given.source, given.target, ConversionOptions(given.to, given.files, given.dtype))
+    return 0
 
 
 def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

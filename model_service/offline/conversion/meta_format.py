@@ -1,0 +1,59 @@
+"""Meta's format, to be written: `params.json`, and the tensors of each `consolidated.*.pth`."""
+
+import dataclasses
+from typing import Any
+
+from model_service.model.config import ROPE_THETA, ModelConfig
+
+# Values of `multiple_of` and `ffn_dim_multiplier` in Meta's own files, the default first.
+_MULTIPLES = (256, 1024, 4096, 32)
+_MULTIPLIERS = (None, 1.3, 1.5, 1.0)
+
+
+def meta_file_names(count: int) -> list[str]:
+    """The names of `count` files of weights."""
+    return [f"consolidated.{number:02d}.pth" for number in range(count)]
+
+
+def meta_params(config: ModelConfig) -> dict[str, Any]:
+    """The content of the `params.json` that describes `config`, in words of Meta's where it has
+    some.
+    """
+    multiple_of, multiplier = _feed_forward(config)
+    params: dict[str, Any] = {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "vocab_size": config.vocab_size,
+        "multiple_of": multiple_of,
+        "norm_eps": config.norm_eps,
+    }
+    if config.kv_heads != config.n_heads:
+        params["n_kv_heads"] = config.kv_heads
+    if multiplier is not None:
+        params["ffn_dim_multiplier"] = multiplier
+    if config.rope_theta != ROPE_THETA:
+        params["rope_theta"] = config.rope_theta
+    if config.rope_scaling is not None:
+        params["rope_scaling"] = dataclasses.asdict(config.rope_scaling)
+    if config.head_dim * config.n_heads != config.dim:
+        params["head_dim"] = config.head_dim
+    if config.trained_context_length is not None:
+        params["trained_context_length"] = config.trained_context_length
+    return params
+
+
+def _feed_forward(config: ModelConfig) -> tuple[int, float | None]:
+    """Values of `multiple_of` and `ffn_dim_multiplier` that make the width of the network."""
+    for multiplier in _MULTIPLIERS:
+        for multiple_of in _MULTIPLES:
+            if _hidden_dim(config, multiple_of, multiplier) == config.hidden_dim:
+                return multiple_of, multiplier
+    # Any width is its own smallest multiple, if the width that it is rounded up from is not larger.
+    plain = int(8 * config.dim / 3)
+    return config.hidden_dim, min(1.0, config.hidden_dim / plain)
+
+
+def _hidden_dim(config: ModelConfig, multiple_of: int, multiplier: float | None) -> int:
+    settings = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier, "hidden_dim": 0}
+    return dataclasses.replace(config, **settings).hidden_dim
