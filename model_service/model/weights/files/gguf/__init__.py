@@ -1,0 +1,1 @@
+"""Reads models from GGUF files, the format of llama.cpp."""

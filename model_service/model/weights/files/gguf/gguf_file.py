@@ -1,0 +1,210 @@
+"""A model in a GGUF file, as a source of weights.
+
+The file is memory-mapped, and only the blocks of this rank are dequantized, piece by piece. So
+reading needs memory for one rank's weights, however large the file is. llama.cpp keeps wq and wk of
+the architecture llama in Meta's order, in which neighbouring features rotate as a pair.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model_service.model.config import ModelConfig
+from model_service.model.errors import CheckpointError
+from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.weights.files.gguf.config import check_kind, read_config, read_divisors
+from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, read_header
+from model_service.model.weights.files.gguf.tensors import StoredTensor, WorkerPool, map_tensors
+from model_service.model.weights.files.meta_files import FETCH_AGAIN, READABLE
+from model_service.model.weights.finite import check_finite, extremes
+from model_service.model.weights.partition import part_shape, shard_parameters, split_dimension
+
+_EMBEDDING, _OUTPUT, _DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+_HASHED_BYTES = 2**24  # that a thread hashes at once
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """An opened file. Its shape has been checked; no weight has been read yet.
+
+    Attributes:
+        tensors: by Meta's names; a tied output matrix is the embedding.
+    """
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the network."""
+        return self.config.parameters
+
+    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
+        """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
+        return shard_parameters(self.config, shards, linear=linear)
+
+    def read_shard(
+        self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
+
+        Raises:
+            CheckpointError: after the last parameter, if any is not finite in `dtype`.
+        """
+        upload = WeightUpload(device)
+        found: dict[str, torch.Tensor] = {}  # checked at the end, so that no copy waits
+        with WorkerPool() as pool:
+            for name, shape in self.config.parameter_shapes().items():
+                own = part_shape(name, shape, shards)
+                weight = torch.empty(own, dtype=dtype, device=device)
+                dimension = split_dimension(name)
+                start = 0 if dimension is None else rank * own[dimension]
+                self.tensors[name].copy_part(dimension or 0, start, weight, upload, pool)
+                found[name] = extremes(weight)
+                yield name, weight
+        check_finite(self.path, found)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the shape and of all weights as they are stored, hexadecimal.
+
+        The format has no checksums, so this reads the file once, with several threads.
+        """
+        digest = hashlib.sha256(repr(self.config).encode())
+        with WorkerPool() as pool:
+            for name, tensor in self.tensors.items():
+                digest.update(f"{name} {tensor.type.name}".encode())
+                data = tensor.data.reshape(-1)
+                pieces = (
+                    data[begin : begin + _HASHED_BYTES]
+                    for begin in range(0, len(data), _HASHED_BYTES)
+                )
+                for hashed in pool.ordered(_hash, pieces):
+                    digest.update(hashed)
+        return digest.hexdigest()
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Opens and checks the GGUF file at `path`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something other than a Llama in
+            types that are read; the message names the file and the fix.
+    """
+    data = _map(path)
+    header = read_header(path, data.data)
+    check_kind(path, header.metadata)
+    stored = map_tensors(path, header.tensors, data)
+    config = read_config(
+        path,
+        header.metadata,
+        vocab_size=len(_embedding(path, stored).data),
+        tied=_OUTPUT not in stored,
+    )
+    names = _names(path, stored, config)
+    _check_tensors(path, stored, names, config)
+    if divisors := stored.get(_DIVISORS):
+        scaling = read_divisors(path, _divisors(path, divisors, config), config)
+        config = replace(config, rope_scaling=scaling or config.rope_scaling)
+    return GgufFile(path, config, {name: stored[names[name]] for name in names})
+
+
+def _hash(data: NDArray[np.uint8]) -> bytes:
+    return hashlib.sha256(data.data).digest()
+
+
+def _map(path: Path) -> NDArray[np.uint8]:
+    """The bytes of the file, mapped: read when they are used."""
+    try:
+        if path.stat().st_size == 0:
+            raise CheckpointError(path, "is empty", FETCH_AGAIN)
+        # Pages are private to this process, because PyTorch warns of tensors that are read-only.
+        return np.memmap(path, dtype=np.uint8, mode="c")
+    except FileNotFoundError:
+        raise CheckpointError(path, "not found", "name a GGUF file") from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}", READABLE) from error
+
+
+def _embedding(path: Path, stored: Mapping[str, StoredTensor]) -> StoredTensor:
+    if _EMBEDDING not in stored:
+        raise CheckpointError(path, f"lacks {_EMBEDDING}", CONVERT_AGAIN)
+    return stored[_EMBEDDING]
+
+
+def _names(path: Path, stored: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, str]:
+    """The name in the file of each parameter, by Meta's names.
+
+    Raises:
+        CheckpointError: the number of layers is not as stated. This comes before any list that is
+            as long as the metadata states.
+    """
+    layers = {found[1] for name in stored if (found := re.match(r"blk\.(\d+)\.", name))}
+    if len(layers) != config.n_layers:
+        raise CheckpointError(
+            path,
+            f"holds {len(layers)} layers and states llama.block_count {config.n_layers}",
+            CONVERT_AGAIN,
+        )
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
+    names = {
+        name: str(known.get_name(name, try_suffixes=(".weight",)))
+        for name in config.parameter_shapes()
+    }
+    return names | ({"output.weight": _EMBEDDING} if config.tied_embeddings else {})
+
+
+def _check_tensors(
+    path: Path,
+    stored: Mapping[str, StoredTensor],
+    names: Mapping[str, str],
+    config: ModelConfig,
+) -> None:
+    """Raises CheckpointError unless the file holds exactly the network's parameters."""
+    if missing := sorted(set(names.values()) - stored.keys()):
+        raise CheckpointError(path, f"lacks {_some(missing)}", CONVERT_AGAIN)
+    if unexpected := sorted(stored.keys() - set(names.values()) - {_DIVISORS}):
+        biases = ": biases, which Llama does not have" * unexpected[0].endswith(".bias")
+        raise CheckpointError(
+            path,
+            f"also holds {_some(unexpected)}{biases}",
+            "use a model with the network of Llama, without additions",
+        )
+    for name, shape in config.parameter_shapes().items():
+        found = stored[names[name]].shape
+        if found != shape:
+            raise CheckpointError(
+                path,
+                f"{names[name]} is {_dimensions(found)}; its metadata makes it "
+                f"{_dimensions(shape)}",
+                CONVERT_AGAIN,
+            )
+
+
+def _divisors(path: Path, stored: StoredTensor, config: ModelConfig) -> torch.Tensor:
+    """The divisors of the rotary frequencies [head_dim / 2], with their shape checked."""
+    numbers = stored.plain()
+    if numbers is None or stored.shape != (config.head_dim // 2,):
+        raise CheckpointError(
+            path,
+            f"{_DIVISORS} is {_dimensions(stored.shape)} in {stored.type.name}, not "
+            f"{config.head_dim // 2} in F32",
+            CONVERT_AGAIN,
+        )
+    return numbers
+
+
+def _dimensions(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
