@@ -4,6 +4,10 @@ from pathlib import Path
 
 from serving.errors import StartError
 
+# Remedies of several errors.
+FETCH_AGAIN = "copy or download it again"
+READABLE = "make it a file that this user may read"
+
 
 class CheckpointError(StartError):
     """A checkpoint file is missing, damaged, dangerous, or does not fit the others."""

@@ -7,20 +7,26 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
-from model_service.model.errors import CheckpointError
+from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
+from model_service.model.weights.files.hugging_face_config import read_config
 from model_service.model.weights.files.meta_params import read_params
+from model_service.offline.headers.gguf import read_gguf_config, read_gguf_header
 from model_service.offline.headers.pth import read_pth_header
 from model_service.offline.headers.safetensors import read_safetensors_header
-from model_service.offline.headers.tensor_header import FETCH_AGAIN, TensorHeader
+from model_service.offline.headers.tensor_header import TensorHeader
 
-META, HUGGING_FACE, GGUF = "Meta's format", "Hugging Face's format", "GGUF"
+META: Final = "Meta's format"
+HUGGING_FACE: Final = "Hugging Face's format"
+GGUF: Final = "GGUF"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 READERS: Mapping[str, Callable[[Path], list[TensorHeader]]] = {
     ".pth": read_pth_header,
     ".safetensors": read_safetensors_header,
+    ".gguf": read_gguf_header,
 }
 
 
@@ -71,6 +77,10 @@ def read_stored_model(path: Path) -> StoredModel:
     form, files = weight_files(path)
     if form == META:
         config = read_params(path / "params.json")
+    elif form == HUGGING_FACE:
+        config = read_config(path / "config.json")
+    else:
+        config = read_gguf_config(files[0])
     stored = tuple(_read_file(file) for file in files)
     if config.vocab_size == VOCAB_SIZE_FROM_EMBEDDING:
         config = replace(config, vocab_size=_embedding_rows(stored))
@@ -120,8 +130,7 @@ def indexed_files(index: Path) -> list[Path]:
         names = json.loads(index.read_text("utf-8"))["weight_map"].values()
         files = [index.parent / Path(name).name for name in sorted(set(names))]
     except OSError as error:
-        fix = "make it a file that this user may read"
-        raise CheckpointError(index, f"cannot be read: {error.strerror}", fix) from None
+        raise CheckpointError(index, f"cannot be read: {error.strerror}", READABLE) from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError(index, "is no index of safetensors files", FETCH_AGAIN) from None
     missing = [file for file in files if not file.exists()]

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_service.model.errors import CheckpointError
+from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
 from model_service.offline.checksums import Checksum, hub_checksum, listed_checksums
-from model_service.offline.headers.tensor_header import FETCH_AGAIN, TensorHeader
+from model_service.offline.headers.tensor_header import TensorHeader
 from model_service.offline.stored_model import INDEX, READERS, weight_files
 
 # The other files of a model, which are read whole to see whether they are JSON.
@@ -90,7 +90,7 @@ def _check(path: Path, listed: Checksum | None, advance: _Advance) -> FileCheck:
         return FileCheck(path, f"{error.problem}. To fix: {error.fix}.", whole=False)
     except OSError as error:
         reason = error.strerror or str(error)
-        text = f"cannot be read: {reason}. To fix: make it a file that this user may read."
+        text = f"cannot be read: {reason}. To fix: {READABLE}."
         return FileCheck(path, text, whole=False)
 
 

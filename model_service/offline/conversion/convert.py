@@ -141,17 +141,13 @@ class _Conversion:
         name = str(largest).removeprefix("torch.")
         self._write_json("config.json", hugging_face_config(self._config, name))
 
-    def _named(
-        self, plan: FilePlan, weights: Iterator[_Named]
-    ) -> Iterator[_Named]:
+    def _named(self, plan: FilePlan, weights: Iterator[_Named]) -> Iterator[_Named]:
         """The next weights, which are those of `plan`, in Hugging Face's form."""
         for _ in plan.parameters:
             name, weight = next(weights)
             yield hugging_face_name(name), hugging_face_weight(name, weight, self._config)
 
-    def _read(
-        self, rank: int, shards: int, advance: Callable[[int], None]
-    ) -> Iterator[_Named]:
+    def _read(self, rank: int, shards: int, advance: Callable[[int], None]) -> Iterator[_Named]:
         """A rank's weights, each in its type."""
         kinds = set(self._types.values())
         # Numbers of all types that are read pass through float32 unchanged.

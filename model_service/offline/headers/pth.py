@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model_service.model.errors import CheckpointError
-from model_service.offline.headers.tensor_header import FETCH_AGAIN, TensorHeader, bytes_of
+from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
+from model_service.offline.headers.tensor_header import TensorHeader, bytes_of
 
 # PyTorch's classes of storages, by which older types are stored.
 _STORAGE_TYPES = {
@@ -44,8 +44,7 @@ def read_pth_header(path: Path) -> list[TensorHeader]:
             with archive.open(entry) as file:
                 content = _Unpickler(file).load()
     except OSError as error:
-        fix = "make it a file that this user may read"
-        raise CheckpointError(path, f"cannot be read: {error.strerror}", fix) from None
+        raise CheckpointError(path, f"cannot be read: {error.strerror}", READABLE) from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             path, f"refused: {error}", "use the file from its publisher, in which are only tensors"

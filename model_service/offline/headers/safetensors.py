@@ -4,8 +4,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from model_service.model.errors import CheckpointError
-from model_service.offline.headers.tensor_header import FETCH_AGAIN, TensorHeader, bytes_of
+from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
+from model_service.offline.headers.tensor_header import TensorHeader, bytes_of
 
 # The format's names of types, and PyTorch's.
 _TYPES = {
@@ -37,8 +37,7 @@ def read_safetensors_header(path: Path) -> list[TensorHeader]:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except OSError as error:
-        fix = "make it a file that this user may read"
-        raise CheckpointError(path, f"cannot be read: {error.strerror}", fix) from None
+        raise CheckpointError(path, f"cannot be read: {error.strerror}", READABLE) from None
     except SafetensorError as error:
         raise CheckpointError(path, f"is cut short or damaged ({error})", FETCH_AGAIN) from None
     headers = []

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-FETCH_AGAIN = "copy or download it again"
 # Bits of one number.
 _BITS = {
     "float64": 64,
