@@ -55,5 +55,7 @@ def _feed_forward(config: ModelConfig) -> tuple[int, float | None]:
 
 
 def _hidden_dim(config: ModelConfig, multiple_of: int, multiplier: float | None) -> int:
-    settings = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier, "hidden_dim": 0}
-    return dataclasses.replace(config, **settings).hidden_dim
+    derived = dataclasses.replace(
+        config, multiple_of=multiple_of, ffn_dim_multiplier=multiplier, hidden_dim=0
+    )
+    return derived.hidden_dim
