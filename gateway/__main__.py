@@ -17,7 +17,8 @@ async def start(settings: GatewaySettings) -> None:
         settings.model_target_list,
         settings.pool_options,
         connector(settings),
-        settings.safety_options,
+        safety=settings.safety_options,
+        prompt_format=settings.prompt_format,
     )
     await serve(settings, gateway_service(backend, settings))
 

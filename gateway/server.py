@@ -2,30 +2,29 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from itertools import chain
 from typing import cast
 
 import grpc
 
 from gateway.admission.admission import Admission
-from gateway.generation.completion import KeyedEvent
+from gateway.generation.events import KeyedEvent
+from gateway.request.options import default_max_gen_len
 from gateway.request.prompts import encode_dialogs
 from gateway.request.read_dialogs import Dialogs, read_dialog
-from gateway.request.validation import (
-    default_max_gen_len,
-    render_violations,
-    stream_name_violations,
-)
+from gateway.request.validation import render_violations, stream_name_violations
 from gateway.rpc.access import authorizer, connection_options
 from gateway.rpc.access_log import Accounting
-from gateway.rpc.messages import model_response, stream_response
+from gateway.rpc.messages import stream_response
 from gateway.rpc.metrics import RequestMetrics, StateMetrics
+from gateway.rpc.model_message import model_response
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.operator import OPERATOR_SERVICE_NAME, OperatorServicer
 from gateway.rpc.pipeline import Context, Pipeline, PipelineLimits, answer_room, refuse
 from gateway.rpc.unary import unary_response
 from gateway.rpc.upstreams import Backend
 from gateway.settings import GatewaySettings
-from llama.prompt_format.dialog import drop_oldest_turns, render
+from llama.prompt_format.dialog import drop_oldest_turns
 from llama.v1 import chat_pb2, chat_pb2_grpc, operator_pb2_grpc
 from serving.errors import RequestError
 from serving.server import Health, Service
@@ -138,7 +137,10 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         max_gen_len = default_max_gen_len(window.length)
         if request.HasField("max_gen_len"):
             max_gen_len = request.max_gen_len
-        read_dialog("dialog", request.dialog, self._settings.request_limits, into=read)
+        prompt_format = self._pipeline.prompt_format
+        read_dialog(
+            "dialog", request.dialog, self._settings.request_limits, prompt_format, into=read
+        )
         refuse(render_violations(request, read.violations))
         # Encoding is work, too, so it counts as one sequence in the queue.
         with self.admission.admit(1, 0, context.time_remaining()):
@@ -147,11 +149,15 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
                 self._pipeline.encoder(context.time_remaining),
                 window,
                 answer_room=answer_room(request.context_policy, window, max_gen_len),
+                prompt_format=prompt_format,
             )
         kept = drop_oldest_turns(read.messages["dialog"], prompt.dropped_turns)
         return chat_pb2.RenderPromptResponse(
             ids=prompt.ids,
-            segments=[segment.text for segment in render(kept)],
+            segments=[
+                segment.control_token + segment.text
+                for segment in chain.from_iterable(prompt_format.render(kept))
+            ],
             prompt_tokens=len(prompt.ids),
             remaining_tokens=window.length - len(prompt.ids),
             dropped_turns=prompt.dropped_turns,

@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 
 from gateway.admission.admission import Bounds
 from gateway.replicas.options import PoolOptions
-from gateway.request.validation import RequestLimits
+from gateway.request.options import RequestLimits
 from gateway.rpc.named_streams import StreamLimits
 from gateway.safety.options import SafetyOptions
+from llama.prompt_format.recognition import FormatName
 from serving.settings import Port, ServerSettings
 
 # Seconds, 31 years. gRPC counts deadlines in 64-bit nanoseconds, and a longer one passes at once.
@@ -23,6 +24,13 @@ class GatewaySettings(ServerSettings):
     tokenizer_target: Annotated[
         str, Field(min_length=1, description="address of the tokenizer service")
     ] = "127.0.0.1:50052"
+    prompt_format: Annotated[
+        FormatName,
+        Field(
+            description="how a dialog becomes a prompt; auto: by the chat template in the model's "
+            "files, llama2 if they have none"
+        ),
+    ] = "auto"
     model_targets: Annotated[
         str,
         Field(

@@ -62,7 +62,8 @@ class Llama:
 
         Args:
             ckpt_dir: folder with params.json and consolidated.*.pth, any number of files.
-            tokenizer_path: the checkpoint's tokenizer.model.
+            tokenizer_path: the checkpoint's tokenizer.model, tokenizer.json or GGUF file, or a
+                folder with one of them.
             max_seq_len: most tokens of a prompt and its answer together, 2 to 4096.
             max_batch_size: most sequences that run at once, 1 to 1024; further prompts of a call
                 wait.
@@ -74,12 +75,13 @@ class Llama:
                 tokenizer's file. Nothing has been loaded then.
             StartError: the checkpoint, the tokenizer or the machine does not allow it.
         """
+        from llama.model_files import embedding_fits
         from model_service.loading.load_replica import load_replica
         from model_service.loading.options import ReplicaOptions
         from model_service.settings import ModelSettings
         from serving.errors import StartError
         from serving.settings import check_value
-        from tokenizer_service.tokenizer import Tokenizer
+        from tokenizer_service.open_tokenizer import open_tokenizer
 
         check_value(ModelSettings, "max_seq_len", max_seq_len)
         check_value(ModelSettings, "max_batch_size", max_batch_size)
@@ -92,12 +94,12 @@ class Llama:
                 f"start the program with python -m model_service.launcher "
                 f"--shards {model_parallel_size}"
             )
-        tokenizer = Tokenizer(tokenizer_path)
+        tokenizer = open_tokenizer(tokenizer_path)
         options = ReplicaOptions(
             Path(ckpt_dir), max_seq_len=max_seq_len, max_batch_size=max_batch_size
         )
         replica = load_replica(options)
-        if replica.info.vocab_size != tokenizer.n_words:
+        if not embedding_fits(replica.info.vocab_size, tokenizer.n_words):
             raise StartError(
                 f"{tokenizer_path} has {tokenizer.n_words} pieces, the checkpoint in {ckpt_dir} "
                 f"{replica.info.vocab_size} rows: name the tokenizer that belongs to it"
@@ -263,7 +265,7 @@ class Llama:
                 sampling=SamplingParams(
                     sampling.temperature, sampling.top_p, seed=self._seeds.getrandbits(64)
                 ),
-                stop_ids=frozenset([self.tokenizer.eos_id]),
+                stop_ids=frozenset(self.tokenizer.eos_ids),
                 logprobs=bool(logprobs),
                 prompt_logprobs=bool(logprobs and echo),
             )
@@ -277,13 +279,17 @@ class Llama:
         begun = prompts.values() if echo else [[] for _ in prompts]
         return [[*p, *ids] for p, ids in zip(begun, results.ids, strict=True)], None
 
+    def _decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; rows that pad the embedding have none."""
+        return self.tokenizer.decode([each for each in ids if each < self.tokenizer.n_words])
+
     def _decoded(self, generation: Generation) -> "list[_Decoded]":
         ids, logprobs = generation
-        decode = self.tokenizer.decode
+        decode = self._decode
         if logprobs is None:
             return [(decode(tokens), [], None) for tokens in ids]
         return [
-            (decode(tokens), [decode(token) for token in tokens], values)
+            (decode(tokens), [decode([token]) for token in tokens], values)
             for tokens, values in zip(ids, logprobs, strict=True)
         ]
 

@@ -4,13 +4,12 @@ Rank 0 is the leader and serves gRPC. The others run its steps until it releases
 """
 
 import asyncio
-import hashlib
 import os
 import signal
 import threading
 from concurrent.futures import Future
-from pathlib import Path
 
+from llama.model_files import ModelFileError, tokenizer_fingerprint
 from model_service.loading import distributed
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
@@ -75,7 +74,10 @@ def load(options: ReplicaOptions) -> Replica:
 
 async def lead(settings: ModelSettings, replica: Replica, shards: distributed.Shards) -> None:
     path = settings.tokenizer_path
-    fingerprint = "" if path is None else tokenizer_fingerprint(path)
+    try:
+        fingerprint = "" if path is None else tokenizer_fingerprint(path)
+    except ModelFileError as error:
+        raise StartError(str(error)) from error
     await serve(settings, model_service(replica, fingerprint, shards))
 
 
@@ -96,10 +98,3 @@ def _check_shards(shards: int | None) -> None:
             f"--shards (or CHASQUI_SHARDS) is {shards}, but torchrun has started {ranks} "
             f"process{'es' * (ranks > 1)}: leave --shards out, or torchrun"
         )
-
-
-def tokenizer_fingerprint(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise StartError(f"--tokenizer_path {path}: {error.strerror}") from error

@@ -26,7 +26,7 @@ from model_service.messages import generation_request, token_event
 from model_service.telemetry.metrics import EngineMetrics
 from model_service.telemetry.spans import SequenceSpans
 from serving.errors import RequestError, unavailable
-from serving.intake.interceptor import Context
+from serving.intake.answering import Context
 from serving.server import Health, Service
 
 _log = structlog.stdlib.get_logger(__name__)

@@ -26,7 +26,7 @@ class ModelSettings(ServerSettings):
     ]
     tokenizer_path: Annotated[
         Path | None,
-        Field(description="the checkpoint's tokenizer.model; the gateway then refuses another"),
+        Field(description="the tokenizer of the checkpoint; the gateway then refuses another"),
     ] = None
     shards: Annotated[
         int | None,

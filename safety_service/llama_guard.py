@@ -7,7 +7,6 @@ the model was trained.
 
 import asyncio
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from llama.prompt_format.dialog import SYSTEM, Message
-from llama.prompt_format.llama_guard import render
+from llama.prompt_format.llama_guard import default_policy, render
 from llama.v1 import chat_pb2, chat_pb2_grpc
 from llama.v1.sampling_pb2 import SamplingParams
 from safety_service.server import Judgement, TimeRemaining
@@ -34,9 +33,10 @@ _log = structlog.stdlib.get_logger(__name__)
 
 def read_policy(path: Path | None = None) -> str:
     """The categories for the prompt, by default in our words; StartError."""
-    source = path or resources.files("safety_service") / "guard_policy.txt"
+    if path is None:
+        return default_policy()
     try:
-        policy = source.read_text("utf-8").strip()
+        policy = path.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"cannot read the policy {path}: {error}") from error
     if not policy:

@@ -1,9 +1,9 @@
 """TokenizerService over gRPC: limits and field-level errors around a `Tokenizer`.
 
-SentencePiece runs in worker threads (it releases the interpreter lock), because the largest request
+The libraries run in worker threads (they release the interpreter lock), because the largest request
 takes most of a second and health checks must not wait for it. The bytes that are encoded or decoded
-at once are bounded, because SentencePiece needs about 70 bytes of memory for each. Callers take
-turns.
+at once are bounded, because SentencePiece needs about 70 bytes of memory for each, and `tokenizers`
+about 150. Callers take turns.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from llama.v1.tokenizer_pb2 import (
 from serving.errors import Violation, invalid_argument
 from serving.intake.fair_semaphore import FairSemaphore
 from serving.server import Service
-from tokenizer_service.tokenizer import TokenIdError, Tokenizer
+from tokenizer_service.tokenizer import ControlTokenError, TokenIdError, Tokenizer
 
 MAX_SEGMENTS = 4096
 # The caller is the name of an API key.
@@ -65,12 +65,15 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.metrics = (self._segments, self._bytes, self._tokens)
         self._vocabulary = GetVocabularyResponse(
             pieces=tokenizer.vocabulary(),
-            bos_id=tokenizer.bos_id,
+            bos_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
             dummy_prefix=tokenizer.dummy_prefix,
             fingerprint=tokenizer.fingerprint,
             max_token_bytes=tokenizer.max_token_bytes,
+            eos_ids=tokenizer.eos_ids,
+            chat_template=tokenizer.chat_template,
+            byte_level=tokenizer.byte_level,
         )
 
     async def Encode(self, request: EncodeRequest, _context: object) -> EncodeResponse:
@@ -92,8 +95,15 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return self._vocabulary
 
     def _encode(self, request: EncodeRequest) -> EncodeResponse:
-        encode = self._tokenizer.encode
-        segments = [TokenIds(ids=encode(s.text, s.bos, s.eos)) for s in request.segments]
+        encode, segments, violations = self._tokenizer.encode, [], []
+        for index, each in enumerate(request.segments):
+            try:
+                ids = encode(each.text, each.bos, each.eos, each.control_token)
+                segments.append(TokenIds(ids=ids))
+            except ControlTokenError as error:
+                violations.append(Violation(f"segments[{index}].control_token", str(error)))
+        if violations:
+            raise invalid_argument(violations)
         self._segments.inc(len(segments))
         self._bytes.inc(sum(len(segment.text.encode()) for segment in request.segments))
         self._tokens.inc(sum(len(segment.ids) for segment in segments))

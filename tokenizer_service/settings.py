@@ -9,7 +9,13 @@ from serving.settings import Port, ServerSettings
 
 
 class TokenizerSettings(ServerSettings):
-    """Serves llama.v1.TokenizerService: text to token ids and back, by SentencePiece."""
+    """Serves llama.v1.TokenizerService: text to token ids and back."""
 
     port: Port = 50052
-    tokenizer_path: Annotated[Path, Field(description="SentencePiece model file, tokenizer.model")]
+    tokenizer_path: Annotated[
+        Path,
+        Field(
+            description="the model's tokenizer.model (SentencePiece), tokenizer.json or GGUF file, "
+            "or a folder with one of them"
+        ),
+    ]

@@ -18,8 +18,9 @@ from gateway.admission.fair_queue import Claim, FairQueue
 from gateway.admission.fair_share import Holding, SharedRoom
 from gateway.admission.quota import Quota
 from gateway.admission.throughput import ThroughputEstimator
+from gateway.admission.ticket import Size, Ticket
+from gateway.admission.wait_estimate import WaitEstimate
 from serving.errors import RequestError, resource_exhausted, unavailable
-from serving.numbers import format_apart
 from serving.security import caller
 from serving.security.caller import Caller
 
@@ -28,8 +29,6 @@ from serving.security.caller import Caller
 _AHEAD = 0.25
 # The quota that the error of a displaced request names.
 SHARE = "key.share"
-# Bounds of the retry delay that the error of a refused request gives, in seconds.
-_MIN_RETRY, _MAX_RETRY = 1.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +38,6 @@ class Bounds:
     max_sequences: int
     max_tokens: int | None = None  # prompt tokens plus max_gen_len
     max_running: int | None = None  # sequences at the replicas; None: from their batch capacity
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """The size of one generation, in tokens."""
-
-    prompt: int
-    max_answer: int
 
 
 class Admission:
@@ -72,6 +63,7 @@ class Admission:
         self._running = 0
         self._closed = False
         self._throughput = ThroughputEstimator()
+        self._waits = WaitEstimate(self._queue, self._throughput, clock)
 
     @property
     def sequences(self) -> int:
@@ -140,7 +132,7 @@ class Admission:
         self._sequences.room.release(admitted.holding)
         self._tokens.room.release(admitted.holding)
 
-    def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list["Ticket"]:
+    def queue(self, admitted: "Admitted", sizes: Sequence[Size]) -> list[Ticket]:
         """A ticket for each generation; RESOURCE_EXHAUSTED if the deadline would pass first."""
         key = admitted.caller
         claims = [
@@ -152,7 +144,9 @@ class Admission:
             )
             for size in sizes
         ]
-        self._refuse_if_late(admitted, claims)
+        if self._tickets or self._running + len(claims) > self._capacity():
+            tokens = sum(claim.tokens for claim in claims)
+            self._waits.require_in_time(key, admitted.priority, tokens, admitted.deadline)
         tickets = [
             Ticket(self, claim, size, admitted.holding)
             for claim, size in zip(claims, sizes, strict=True)
@@ -233,35 +227,8 @@ class Admission:
         self.release(admitted)
         admitted.displace(error)
 
-    def _refuse_if_late(self, admitted: "Admitted", claims: Sequence[Claim]) -> None:
-        if admitted.deadline is None:
-            return
-        if not self._tickets and self._running + len(claims) <= self._capacity():
-            return
-        wait = self._wait(admitted, sum(claim.tokens for claim in claims))
-        remaining = admitted.deadline - self.clock()
-        if wait is not None and wait > remaining:
-            waiting, left = format_apart(wait, max(remaining, 0))
-            raise resource_exhausted(
-                f"the queue is too long: the request would wait about {waiting} seconds, and its "
-                f"deadline is in {left}",
-                "deadline",
-                _bounded(wait - remaining),
-            )
-
-    def _wait(self, admitted: "Admitted", own_tokens: int) -> float | None:
-        """Estimated seconds until a request's last ticket is granted; None: too few measurements.
-
-        The tokens ahead in the fair order must be served first, then about as many as its own.
-        """
-        key = admitted.caller
-        ahead = self._queue.tokens_ahead(key.name, key.limits.weight, admitted.priority)
-        return self._throughput.seconds(ahead + own_tokens, self.clock())
-
     def _retry_after(self, admitted: "Admitted") -> float:
-        """Estimated seconds until everything ahead of the request is served."""
-        wait = self._wait(admitted, 0)
-        return _MIN_RETRY if wait is None else _bounded(wait)
+        return self._waits.retry_after(admitted.caller, admitted.priority)
 
 
 class Admitted:
@@ -280,7 +247,7 @@ class Admitted:
         self._task = asyncio.current_task()
         self._interruption: RequestError | None = None
 
-    def queue(self, sizes: Sequence[Size]) -> list["Ticket"]:
+    def queue(self, sizes: Sequence[Size]) -> list[Ticket]:
         """A ticket for each of the request's generations; RESOURCE_EXHAUSTED if they are too large,
         or if they would wait longer than the deadline allows.
         """
@@ -316,56 +283,3 @@ class Admitted:
             raise self._interruption from None
         finally:
             self._interruption = None  # its traceback refers to this frame
-
-
-class Ticket:
-    """One generation's right to run: it waits in the queue, then is granted.
-
-    It ends exactly once: by `withdraw` or `displace` before it was granted, by `end` after.
-    """
-
-    def __init__(self, admission: Admission, claim: Claim, size: Size, holding: Holding) -> None:
-        self.size = size
-        self.holding = holding  # the request's
-        # Fails with the reason if the request is displaced.
-        self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waited = 0.0  # seconds in the queue
-        self._admission = admission
-        self._claim = claim
-        self._arrived = admission.clock()
-        self._answer_tokens = 0
-
-    @property
-    def is_granted(self) -> bool:
-        done = self.granted.done() and not self.granted.cancelled()
-        return done and self.granted.exception() is None
-
-    def grant(self) -> None:
-        """Called by the admission alone."""
-        self.waited = self._admission.clock() - self._arrived
-        self.granted.set_result(None)
-
-    def withdraw(self) -> None:
-        """Leaves the queue; no effect on a granted ticket."""
-        if not self.granted.done():
-            self._admission.withdraw(self._claim)
-            self.granted.cancel()
-
-    def displace(self, error: RequestError) -> None:
-        """Fails the ticket with `error`, unless it was granted or withdrawn."""
-        if not self.granted.done():
-            self._admission.withdraw(self._claim)
-            self.granted.set_exception(error)
-
-    def served(self, tokens: int) -> None:
-        """Counts more tokens of the answer; runs with every token."""
-        self._answer_tokens += tokens
-        self._admission.charge(self._claim, tokens)
-
-    def end(self, unused_prompt_tokens: int) -> None:
-        """Ends a granted ticket; refunds the prompt tokens that were charged but not computed."""
-        self._admission.end(self._claim, self._answer_tokens, unused_prompt_tokens)
-
-
-def _bounded(seconds: float) -> float:
-    return min(max(seconds, _MIN_RETRY), _MAX_RETRY)

@@ -5,7 +5,7 @@ details. Does no input or output, so that it can be tested without a server.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.request.validation import Options
+from gateway.request.options import Options
 from gateway.text.detokenizer import Detokenizer, Vocabulary
 from gateway.text.stop_strings import StopFilter
 from llama.v1 import chat_pb2, model_pb2

@@ -4,7 +4,6 @@ All generations run at once, and their events are interleaved as they arrive. Cl
 use (contextlib.aclosing): that cancels the generations that still run.
 """
 
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -15,102 +14,26 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from gateway.admission.admission import Admitted, Size
+from gateway.admission.admission import Admitted
 from gateway.generation.answer import Answer, Delta
+from gateway.generation.answer_requests import AnswerRequest, answer_requests, size, start_message
+from gateway.generation.events import AnswerKey, Event, Finished, KeyedEvent, Refusal, Started
 from gateway.generation.generation import Generation, Outcome
 from gateway.generation.send_buffer import SendBuffer
 from gateway.replicas.pool import ReplicaPool
+from gateway.request.options import Options
 from gateway.request.prompts import Prompt
-from gateway.request.validation import Options
 from gateway.text.detokenizer import Vocabulary
-from llama.prompt_format.dialog import UNSAFE_ERROR
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import (
     FINISH_REASON_CONTEXT_LENGTH,
     FINISH_REASON_LENGTH,
-    FINISH_REASON_SPECIAL_TAGS,
     FINISH_REASON_STOP_STRING,
-    Determinism,
-    FinishReason,
     SamplingParams,
 )
 from serving.errors import RequestError, unavailable
-from serving.security import caller
-from serving.telemetry import tracing
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerKey:
-    """Identifies one answer of a request: its dialog or prompt, and which of the n answers."""
-
-    index: int
-    choice: int
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A generation was begun."""
-
-    response_id: str
-    created: Timestamp
-    model: str
-    usage: chat_pb2.Usage
-    sampling: SamplingParams  # as applied
-    fingerprint: str
-    determinism: "Determinism.ValueType"
-    dropped_turns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """An answer is complete."""
-
-    reason: "FinishReason.ValueType"
-    usage: chat_pb2.Usage
-    failovers: int = 0  # how often it continued at another replica
-    stop_token_id: int | None = None
-    stop_string: str = ""
-    safety_categories: tuple[str, ...] = ()
-
-
-Event = Started | Delta | Finished
-# An event, with the key of its answer.
-KeyedEvent = tuple[AnswerKey, Event]
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One complete answer: all events of a generation, joined."""
-
-    key: AnswerKey
-    started: Started
-    text: str
-    tokens: list[bytes]  # serialized Prediction messages, each with some of the tokens
-    finished: Finished
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """The answer to a dialog or text that the model must not see."""
-
-    text: str
-    reason: "FinishReason.ValueType"
-    safety_categories: tuple[str, ...] = ()
-
-
-# Meta's refusal of a dialog that contains tags of the prompt format.
-SPECIAL_TAGS_REFUSAL = Refusal(UNSAFE_ERROR, FINISH_REASON_SPECIAL_TAGS)
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """The request for one generation."""
-
-    key: AnswerKey
-    prompt: Prompt | Refusal
-    sampling: SamplingParams  # as applied, without stop strings
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +69,16 @@ async def complete(
         RequestError: among others, RESOURCE_EXHAUSTED if the queue is full.
     """
     model = replicas.model
-    requests = [*_requests(prompts, options, model.context_length)]
+    requests = [*answer_requests(prompts, options, model.context_length)]
     response_id, created = str(uuid.uuid4()), Timestamp()
     created.GetCurrentTime()
     starts = {
-        each.key: _start(each.prompt, each.sampling, options, vocabulary.eos_id)
+        each.key: start_message(each.prompt, each.sampling, options, vocabulary.eos_ids)
         for each in requests
         if isinstance(each.prompt, Prompt)
     }
     running = generations.running
-    tickets = iter(admitted.queue([*map(_size, starts.values())]))
+    tickets = iter(admitted.queue([*map(size, starts.values())]))
     try:
         for each in requests:
             if isinstance(prompt := each.prompt, Prompt):
@@ -190,55 +113,8 @@ async def complete(
             generation.cancel()
 
 
-def _requests(
-    prompts: Sequence[Prompt | Refusal], options: Options, context_length: int
-) -> Iterator[_Request]:
-    """One request per answer, each with its own seed, so that one answer can be repeated alone."""
-    for index, prompt in enumerate(prompts):
-        first_seed = _seed(options.sampling)
-        room = context_length - (len(prompt.ids) if isinstance(prompt, Prompt) else 0)
-        for choice in range(options.n):
-            sampling = _applied(options.sampling, (first_seed + choice) % 2**64, room)
-            yield _Request(AnswerKey(index, choice), prompt, sampling)
-
-
-def _seed(sampling: SamplingParams) -> int:
-    return sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
-
-
-def _applied(asked: SamplingParams, seed: int, room: int) -> SamplingParams:
-    """The sampling parameters of an answer for which the context has `room` tokens left."""
-    sampling = SamplingParams()
-    sampling.CopyFrom(asked)
-    sampling.seed = seed
-    sampling.max_gen_len = min(asked.max_gen_len, room)
-    sampling.min_gen_len = min(asked.min_gen_len, sampling.max_gen_len)
-    return sampling
-
-
-def _start(
-    prompt: Prompt, sampling: SamplingParams, options: Options, eos_id: int
-) -> model_pb2.StartSequence:
-    return model_pb2.StartSequence(
-        prompt_ids=prompt.ids,
-        sampling=sampling,
-        logprobs=options.logprobs,
-        prompt_logprobs=options.prompt_logprobs,
-        top_logprobs=options.top_logprobs,
-        logprob_token_ids=options.logprob_token_ids,
-        eos_ids=[eos_id],
-        priority=options.priority,
-        traceparent=tracing.traceparent(),
-        cache_scope=caller.current().cache_scope,
-    )
-
-
-def _size(start: model_pb2.StartSequence) -> Size:
-    return Size(len(start.prompt_ids), start.sampling.max_gen_len)
-
-
 def _started(
-    request: _Request,
+    request: AnswerRequest,
     model: model_pb2.GetModelInfoResponse,
     options: Options,
     response_id: str,
@@ -262,7 +138,7 @@ def _started(
 
 
 def _first_events(
-    request: _Request, generation: Generation | None, arrived: float
+    request: AnswerRequest, generation: Generation | None, arrived: float
 ) -> Iterator[Event]:
     """The events that do not depend on the model's output."""
     if isinstance(refusal := request.prompt, Refusal):

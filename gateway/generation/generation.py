@@ -6,15 +6,14 @@ a pause. A generation can outlive its call: its ticket is held until the replica
 """
 
 import asyncio
-import time
 from collections.abc import Callable
 from enum import Enum, auto
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 
-from gateway.admission.admission import Ticket
+from gateway.admission.ticket import Ticket
 from gateway.generation.answer import Answer
+from gateway.generation.generation_clock import GenerationClock
 from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.prefix_index import block_digests
 from gateway.replicas.replica import ReplicaClient
@@ -66,7 +65,7 @@ class Generation:
         self._replica: ReplicaClient | None = None
         self._sequence_id = ""  # at that replica
         self._restarts = 0
-        self._clock = _Clock()
+        self._clock = GenerationClock()
         ticket.granted.add_done_callback(self._on_grant)
 
     @property
@@ -218,45 +217,3 @@ class Generation:
     def _end(self, outcome: Outcome) -> None:
         self.status = Status.ENDED
         self._deliver(outcome)
-
-
-class _Clock:
-    """The time that a generation spent before its last start.
-
-    A lost replica's timings are lost with it, so the gateway measures them: waiting for a replica
-    counts as queued, and the compute time of lost replicas is unknown.
-    """
-
-    def __init__(self) -> None:
-        self.first_token_at: float | None = None  # at the current replica
-        self._queued = self._prefill = self._decode = 0.0  # seconds
-        self._started_at = self._last_token_at = 0.0
-        self._interrupted_at: float | None = None
-
-    def begin(self) -> None:
-        now = time.monotonic()
-        if self._interrupted_at is not None:
-            self._queued += now - self._interrupted_at
-        self._started_at, self.first_token_at, self._interrupted_at = now, None, None
-
-    def record_tokens(self, now: float) -> None:
-        self._last_token_at = now
-        if self.first_token_at is None:
-            self.first_token_at = now
-
-    def interrupt(self) -> None:
-        if self.first_token_at is None:
-            self._interrupted_at = self._started_at
-            return
-        self._prefill += self.first_token_at - self._started_at
-        self._decode += self._last_token_at - self.first_token_at
-        self._interrupted_at = self._last_token_at
-
-    def add_to(self, timings: model_pb2.Timings) -> None:
-        _add(timings.queued, self._queued)
-        _add(timings.prefill, self._prefill)
-        _add(timings.decode, self._decode)
-
-
-def _add(duration: Duration, seconds: float) -> None:
-    duration.FromNanoseconds(duration.ToNanoseconds() + round(seconds * 1e9))

@@ -15,6 +15,7 @@ from gateway.replicas.replica import Generation, ReplicaClient
 from gateway.replicas.routing import choose
 from gateway.upstream.connect import Connect
 from gateway.upstream.session import UnfitUpstreamError
+from llama.model_files import embedding_fits
 from llama.v1 import model_pb2
 from serving.errors import unavailable
 
@@ -173,7 +174,7 @@ class ReplicaPool:
                 f"refused: it was given the tokenizer {theirs[:12]}, the tokenizer service has "
                 f"{ours[:12]}; start both with the same tokenizer_path"
             )
-        if info.vocab_size != self._vocab_size:
+        if not embedding_fits(info.vocab_size, self._vocab_size):
             raise UnfitUpstreamError(
                 f"refused: its embedding has {info.vocab_size} rows, the tokenizer service has "
                 f"{self._vocab_size} tokens; checkpoint and tokenizer do not belong together"

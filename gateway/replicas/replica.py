@@ -10,12 +10,12 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from typing import NoReturn, Protocol
 
 import grpc
 import structlog
 
+from gateway.replicas.load_reports import LoadReports
 from gateway.replicas.prefix_index import BLOCK, PrefixIndex
 from gateway.upstream.connect import Connect, connected
 from gateway.upstream.session import Upstream, UpstreamError, follow_health, keep_session
@@ -23,12 +23,6 @@ from llama.v1 import model_pb2, model_pb2_grpc
 from llama.v1.operator_pb2 import UPSTREAM_STATE_CONNECTING, UPSTREAM_STATE_NOT_SERVING
 
 SERVICE = "llama.v1.ModelService"
-LOAD_INTERVAL = 1.0  # seconds from one load report to the next
-FRESH_LOAD_SECONDS = 0.5  # the longest wait for a fresh load report
-OVERDUE = 3.0  # age in seconds of a load report from which on the replica may hang
-# Hang timeouts without a step after which a replica counts as lost. More than one, because the step
-# of a long prompt can be slow, while GetLoad is answered at once.
-STEP_TIMEOUTS = 3
 MAX_INDEXED_BLOCKS = 65_536  # a million tokens; each block takes about 150 bytes here
 
 # Raises UpstreamError if a replica does not fit.
@@ -66,7 +60,7 @@ class ReplicaClient:
         """
         self.upstream = Upstream(target, changed)
         self.info: model_pb2.GetModelInfoResponse | None = None  # while a session lasts
-        self.load: model_pb2.GetLoadResponse | None = None  # the last report, while it lasts
+        self.load = LoadReports(hang_timeout, self._on_load)
         self.retired = False  # removed from the targets: it only finishes what it runs
         self.prefixes = PrefixIndex(MAX_INDEXED_BLOCKS)
         self._check = check
@@ -76,9 +70,6 @@ class ReplicaClient:
         self._sequences: dict[str, Generation] = {}
         self._numbers = itertools.count(1)
         self._commands: asyncio.Queue[model_pb2.GenerateRequest] = asyncio.Queue()
-        self._load_at = 0.0
-        self._load_wanted = asyncio.Event()
-        self._awaiting_load: list[asyncio.Future[None]] = []
         self._last_event_at = 0.0
 
     @property
@@ -99,17 +90,6 @@ class ReplicaClient:
     def outstanding_tokens(self) -> int:
         """Tokens that it may still have to compute for this gateway; readable from any thread."""
         return sum(each.outstanding_tokens for each in [*self._sequences.values()])
-
-    @property
-    def load_age(self) -> float | None:
-        """Seconds since the last load report; None while there is none."""
-        return None if self.load is None else time.monotonic() - self._load_at
-
-    @property
-    def overdue(self) -> bool:
-        """Whether its load report is so late that it may hang."""
-        age = self.load_age
-        return age is not None and age > OVERDUE
 
     async def run(self) -> NoReturn:
         """Keeps a session; ends when cancelled."""
@@ -136,22 +116,6 @@ class ReplicaClient:
         """Marks it as not serving, before its health service says so: it refused a sequence."""
         self.upstream.become(UPSTREAM_STATE_NOT_SERVING, "it refused a sequence: it drains")
 
-    def report(self, load: model_pb2.GetLoadResponse) -> None:
-        """Stores a new load report."""
-        self.load, self._load_at = load, time.monotonic()
-        self.prefixes.resize(_indexed_blocks(load))
-
-    async def refresh_load(self) -> None:
-        """Waits for a new load report, but not longer than FRESH_LOAD_SECONDS."""
-        if self.info is None:
-            return
-        reported: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._awaiting_load.append(reported)
-        self._load_wanted.set()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(FRESH_LOAD_SECONDS):
-                await reported
-
     async def _session(self) -> None:
         async with connected(self._connect, self.target, self._name) as channel:
             await self._serve_over(channel)
@@ -169,7 +133,7 @@ class ReplicaClient:
         tasks = [
             asyncio.create_task(follow_health(channel, SERVICE, self.upstream)),
             asyncio.create_task(self._dispatch(call)),
-            asyncio.create_task(self._follow_load(stub)),
+            asyncio.create_task(self.load.follow(stub, self._expecting_since)),
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -199,35 +163,16 @@ class ReplicaClient:
                     del sequences[event.sequence_id]
         raise UpstreamError("the Generate stream ended")
 
-    async def _follow_load(self, stub: "model_pb2_grpc.ModelServiceAsyncStub") -> NoReturn:
-        """Keeps the load report up to date; raises UpstreamError if the replica hangs."""
-        stepped_at, timeout = time.monotonic(), self._hang_timeout
-        while True:
-            request = model_pb2.GetLoadRequest()
-            self._load_wanted.clear()
-            awaiting, self._awaiting_load = self._awaiting_load, []
-            try:
-                load = await stub.GetLoad(request, timeout=timeout)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                    raise
-                raise UpstreamError(f"it hangs: no answer within {timeout:g} seconds") from error
-            now = time.monotonic()
-            if self.load is None or load.steps != self.load.steps or not self._sequences:
-                stepped_at = now
-            self.report(load)
-            for reported in awaiting:
-                if not reported.done():
-                    reported.set_result(None)
-            if now - max(stepped_at, self._last_event_at) > STEP_TIMEOUTS * timeout:
-                raise UpstreamError(f"it hangs: no step within {STEP_TIMEOUTS * timeout:g} seconds")
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LOAD_INTERVAL):
-                    await self._load_wanted.wait()
+    def _expecting_since(self) -> float | None:
+        """When the last event came, while further ones are expected."""
+        return self._last_event_at if self._sequences else None
+
+    def _on_load(self, load: model_pb2.GetLoadResponse) -> None:
+        self.prefixes.resize(min(load.total_blocks * load.block_size // BLOCK, MAX_INDEXED_BLOCKS))
 
     def _lose(self) -> None:
         """Fails the sequences that still run, which the next session does not know."""
-        self.info = self.load = None
+        self.info = self.load.latest = None
         self.prefixes.clear()
         lost, self._sequences = self._sequences, {}
         # First, so that these sequences are not sent to this replica again.
@@ -241,11 +186,6 @@ class ReplicaClient:
         now = time.monotonic()
         for sequence_id, generation in lost.items():
             generation.on_event(model_pb2.TokenEvent(sequence_id=sequence_id, error=error), now)
-
-
-def _indexed_blocks(load: model_pb2.GetLoadResponse) -> int:
-    """The capacity of the replica's cache, in blocks of the index."""
-    return min(load.total_blocks * load.block_size // BLOCK, MAX_INDEXED_BLOCKS)
 
 
 async def _iterate(

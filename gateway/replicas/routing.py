@@ -16,7 +16,7 @@ def choose(
     The longest known beginning among those with room decides, else the least outstanding tokens.
     A replica that is late with its load report is chosen only if all are.
     """
-    candidates = [replica for replica in ready if not replica.overdue] or ready
+    candidates = [replica for replica in ready if not replica.load.overdue] or ready
     if not candidates:
         return None
     # Read once: each is a sum over all sequences of a replica.
@@ -37,7 +37,7 @@ def _has_room(replica: ReplicaClient, excess: int, tokens: int) -> bool:
 
     `excess` is how many more outstanding tokens it has than that one.
     """
-    info, load = replica.info, replica.load
+    info, load = replica.info, replica.load.latest
     if info is None or replica.sequences >= info.max_batch_size:
         return False
     # Half of the work that it can hold: about as much as a full batch slows down one sequence.

@@ -5,8 +5,10 @@ thousands of messages, which would block the event loop, and so all streams, if 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gateway.request.validation import RequestLimits, parse_dialog
+from gateway.request.options import RequestLimits
+from gateway.request.validation import parse_dialog
 from llama.prompt_format import dialog
+from llama.prompt_format.formats import LLAMA2, PromptFormat
 from llama.v1 import chat_pb2
 from serving.errors import MAX_VIOLATIONS, Violation
 from serving.intake.time_slice import TimeSlice
@@ -26,21 +28,31 @@ class Dialogs:
         return {path: each for path, each in self.messages.items() if path not in self.unsafe}
 
 
-async def read_dialogs(dialogs: Sequence[chat_pb2.Dialog], limits: RequestLimits) -> Dialogs:
+async def read_dialogs(
+    dialogs: Sequence[chat_pb2.Dialog],
+    limits: RequestLimits,
+    prompt_format: PromptFormat = LLAMA2,
+) -> Dialogs:
     """Reads all dialogs; stops early once there are more violations than an error reports."""
     read = Dialogs(violations=count_violations("dialogs", len(dialogs), limits.max_dialogs))
     if read.violations:
         return read
     time_slice = TimeSlice()
     for index, each in enumerate(dialogs):
-        read_dialog(f"dialogs[{index}]", each, limits, read)
+        read_dialog(f"dialogs[{index}]", each, limits, prompt_format, read)
         if len(read.violations) > MAX_VIOLATIONS:
             break
         await time_slice.yield_if_over()
     return read
 
 
-def read_dialog(path: str, message: chat_pb2.Dialog, limits: RequestLimits, into: Dialogs) -> None:
+def read_dialog(
+    path: str,
+    message: chat_pb2.Dialog,
+    limits: RequestLimits,
+    prompt_format: PromptFormat,
+    into: Dialogs,
+) -> None:
     """Adds the dialog, or its violations, to `into`."""
     violations = count_violations(f"{path}.messages", len(message.messages), limits.max_messages)
     if not violations:
@@ -50,5 +62,5 @@ def read_dialog(path: str, message: chat_pb2.Dialog, limits: RequestLimits, into
         into.violations.extend(violations)
         return
     into.messages[path] = messages
-    if dialog.has_special_tags(messages):
+    if prompt_format.has_special_tags(messages):
         into.unsafe.add(path)

@@ -15,8 +15,8 @@ import grpc
 import structlog
 
 from gateway.generation.answer import Delta
-from gateway.generation.completion import AnswerKey, Finished, Started
-from gateway.request.validation import ChatRequest, TextRequest
+from gateway.generation.events import AnswerKey, Finished, Started
+from gateway.request.options import ChatRequest, TextRequest
 from gateway.rpc.metrics import RequestMetrics
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import FinishReason

@@ -6,11 +6,8 @@ from typing import TypedDict
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.generation.answer import Delta
-from gateway.generation.completion import AnswerKey, Event, Finished, Prediction, Started
-from gateway.request.validation import SAMPLING_DEFAULTS, RequestLimits, default_max_gen_len
-from llama.v1 import chat_pb2, model_pb2
-from llama.v1.sampling_pb2 import SamplingParams
-from serving.request_rules import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
+from gateway.generation.events import AnswerKey, Event, Finished, Prediction, Started
+from llama.v1 import chat_pb2
 
 
 def stream_response(event_number: int, key: AnswerKey, event: Event) -> bytes:
@@ -108,40 +105,4 @@ def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
         fingerprint=prediction.started.fingerprint,
         determinism=prediction.started.determinism,
         failovers=prediction.finished.failovers,
-    )
-
-
-def model_response(
-    info: model_pb2.GetModelInfoResponse,
-    replicas: int,
-    limits: RequestLimits,
-    *,
-    max_request_bytes: int,
-    max_response_bytes: int,
-) -> chat_pb2.GetModelResponse:
-    """The model that `replicas` ready replicas serve, for a caller with these limits."""
-    defaults = SamplingParams(max_gen_len=default_max_gen_len(info.context_length))
-    defaults.MergeFrom(SAMPLING_DEFAULTS)
-    return chat_pb2.GetModelResponse(
-        name=info.name,
-        context_length=info.context_length,
-        vocab_size=info.vocab_size,
-        parameters=info.parameters,
-        shards=info.shards,
-        replicas=replicas,
-        dtype=info.dtype,
-        quantization=info.quantization,
-        fingerprint=info.fingerprint,
-        determinism=info.determinism,
-        limits=chat_pb2.Limits(
-            max_dialogs=limits.max_dialogs,
-            max_messages=limits.max_messages,
-            max_choices=limits.max_choices,
-            max_top_logprobs=MAX_TOP_LOGPROBS,
-            max_logprob_token_ids=MAX_LOGPROB_TOKEN_IDS,
-            max_sequences=limits.max_sequences,
-            max_request_bytes=max_request_bytes,
-            max_response_bytes=max_response_bytes,
-        ),
-        sampling_defaults=defaults,
     )

@@ -32,7 +32,8 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         _context: Context,
     ) -> operator_pb2.GetStatusResponse:
         replicas, classifier = self._backend.replicas.replicas, self._backend.classifier
-        await asyncio.gather(*(replica.refresh_load() for replica in replicas))
+        connected = (replica for replica in replicas if replica.info is not None)
+        await asyncio.gather(*(replica.load.refresh() for replica in connected))
         return operator_pb2.GetStatusResponse(
             tokenizer=_upstream(self._backend.tokenizer.upstream),
             replicas=map(_replica_status, replicas),
@@ -53,11 +54,11 @@ def _upstream(upstream: Upstream) -> operator_pb2.Upstream:
 
 
 def _replica_status(replica: ReplicaClient) -> operator_pb2.ReplicaStatus:
-    age = replica.load_age
+    age = replica.load.age
     return operator_pb2.ReplicaStatus(
         upstream=_upstream(replica.upstream),
         info=replica.info,
-        load=replica.load,
+        load=replica.load.latest,
         load_age=None if age is None else _duration(age),
         running_sequences=replica.sequences,
         outstanding_tokens=replica.outstanding_tokens,

@@ -13,33 +13,21 @@ from typing import Any
 import grpc
 
 from gateway.admission.admission import Admission
-from gateway.generation.completion import (
-    SPECIAL_TAGS_REFUSAL,
-    AnswerKey,
-    Generations,
-    KeyedEvent,
-    Refusal,
-    complete,
-)
+from gateway.generation.completion import Generations, complete
+from gateway.generation.events import SPECIAL_TAGS_REFUSAL, AnswerKey, KeyedEvent, Refusal
 from gateway.generation.generation import Outcome
 from gateway.generation.send_buffer import SendBuffer
+from gateway.request.options import ChatRequest, Options, RequestLimits, TextRequest, options
 from gateway.request.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
 from gateway.request.read_dialogs import Dialogs, read_dialogs
-from gateway.request.validation import (
-    ChatRequest,
-    Options,
-    RequestLimits,
-    TextRequest,
-    chat_violations,
-    options,
-    text_violations,
-)
+from gateway.request.validation import chat_violations, text_violations
 from gateway.rpc.access_log import Accounting
 from gateway.rpc.unary import AnswerSize, size_violations
 from gateway.rpc.upstreams import Backend
 from gateway.safety.classifier import Subject
 from gateway.safety.guard import Guard, dialogs_to_judge
 from gateway.text.detokenizer import text_of
+from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, invalid_argument
 from serving.security import caller
@@ -150,7 +138,7 @@ class Pipeline:
     async def _check_chat(self, request: ChatRequest, context: Context) -> _Checked:
         self.require_model(request.model)
         vocabulary, window, limits = self._tokenizer.vocabulary, self.window(), self.limits()
-        read = await read_dialogs(request.dialogs, limits)
+        read = await read_dialogs(request.dialogs, limits, self.prompt_format)
         refuse(chat_violations(request, read.violations, limits, len(vocabulary)))
         chosen = options(request, window.length)
         room = answer_room(request.context_policy, window, chosen.sampling.max_gen_len)
@@ -170,7 +158,9 @@ class Pipeline:
         self, read: Dialogs, window: Window, room: int | None, context: Context
     ) -> Encoded:
         encoder = self.encoder(context.time_remaining)
-        encoded = await encode_dialogs(read.safe, encoder, window, answer_room=room)
+        encoded = await encode_dialogs(
+            read.safe, encoder, window, answer_room=room, prompt_format=self.prompt_format
+        )
         by_path = dict(zip(read.safe, encoded, strict=True))
         prompts = [by_path.get(path, SPECIAL_TAGS_REFUSAL) for path in read.messages]
         if self._classifier is None:
@@ -201,7 +191,13 @@ class Pipeline:
     def window(self) -> Window:
         """The model's context; UNAVAILABLE before the vocabulary is read or without a replica."""
         max_token_bytes = self._tokenizer.vocabulary.max_token_bytes
-        return Window(self._replicas.model.context_length, max_token_bytes)
+        has_bos = self._tokenizer.has_bos
+        return Window(self._replicas.model.context_length, max_token_bytes, has_bos)
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """The format of the served model's prompts."""
+        return self._tokenizer.prompt_format
 
     def limits(self) -> RequestLimits:
         """The limits of the current caller."""

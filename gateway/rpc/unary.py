@@ -12,16 +12,9 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from gateway.generation.answer import Delta
-from gateway.generation.completion import (
-    AnswerKey,
-    Event,
-    Finished,
-    KeyedEvent,
-    Prediction,
-    Started,
-)
+from gateway.generation.events import AnswerKey, Event, Finished, KeyedEvent, Prediction, Started
+from gateway.request.options import Options
 from gateway.request.prompts import Window
-from gateway.request.validation import Options
 from gateway.rpc.messages import prediction_message, response_head
 from gateway.text.detokenizer import Vocabulary
 from llama.v1 import chat_pb2

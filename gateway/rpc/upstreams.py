@@ -12,6 +12,7 @@ from gateway.safety.classifier import SafetyClient
 from gateway.safety.options import SafetyOptions
 from gateway.text.tokenizer import TokenizerClient
 from gateway.upstream.connect import Connect, plaintext
+from llama.prompt_format.recognition import FormatName
 from serving.server import Health
 
 
@@ -24,11 +25,13 @@ class Backend:
         model_targets: Sequence[str],
         options: PoolOptions,
         connect: Connect = plaintext,
+        *,
         safety: SafetyOptions | None = None,
+        prompt_format: FormatName = "auto",
     ) -> None:
         self._changed = asyncio.Event()
         self.tokenizer = TokenizerClient(
-            tokenizer_target, self._changed.set, connect, options.failover_timeout
+            tokenizer_target, self._changed.set, connect, options.failover_timeout, prompt_format
         )
         self.replicas = ReplicaPool(model_targets, self._changed.set, options, connect)
         self.classifier = (

@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequen
 from contextlib import aclosing
 from typing import Any
 
-from gateway.generation.completion import AnswerKey, Event, KeyedEvent, Refusal, Started
+from gateway.generation.events import AnswerKey, Event, KeyedEvent, Refusal, Started
+from gateway.request.options import Options
 from gateway.request.prompts import Prompt
-from gateway.request.validation import Options
 from gateway.safety.classifier import Judgement, SafetyClient, Subject, TimeRemaining
 from gateway.safety.moderation_buffer import ModerationBuffer
 from llama.prompt_format.dialog import Message, drop_oldest_turns

@@ -40,7 +40,8 @@ class Vocabulary:
     inner_texts: tuple[str | None, ...]
     # The text of the id on its own.
     lone_texts: tuple[str, ...]
-    eos_id: int
+    # Every id that ends an answer.
+    eos_ids: tuple[int, ...]
     # The most bytes of text that one token stands for; None: unbounded.
     max_token_bytes: int | None = None
     mean_token_bytes: float = 0.0
@@ -52,11 +53,13 @@ class Vocabulary:
         *,
         dummy_prefix: bool,
         eos_id: int,
+        answer_ends: Iterable[int] = (),
         max_token_bytes: int | None = None,
     ) -> "Vocabulary":
         """Builds the tables from the bytes and kind of each id.
 
         With `dummy_prefix` the encoder adds a space in front of a text, which is dropped again.
+        `answer_ends` are ids that end an answer beside `eos_id`.
         """
         table = tuple((piece, PieceKind(kind)) for piece, kind in pieces)
         return cls(
@@ -70,7 +73,7 @@ class Vocabulary:
                 )
                 for piece, kind in table
             ),
-            eos_id=eos_id,
+            eos_ids=(*dict.fromkeys((eos_id, *answer_ends)),),
             max_token_bytes=max_token_bytes,
             mean_token_bytes=sum(len(piece) for piece, _ in table) / max(len(table), 1),
         )

@@ -24,6 +24,13 @@ from gateway.upstream.session import (
     keep_session,
 )
 from llama.prompt_format.dialog import Segment
+from llama.prompt_format.formats import LLAMA2
+from llama.prompt_format.recognition import (
+    FormatName,
+    PromptFormatError,
+    choose_format,
+    require_control_tokens,
+)
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from llama.v1.operator_pb2 import UPSTREAM_STATE_CONNECTING
 from serving.errors import RequestError, resource_exhausted, unavailable
@@ -48,7 +55,12 @@ class TokenizerClient:
     """A session with the tokenizer service; `changed` is called when `ready` may have changed."""
 
     def __init__(
-        self, target: str, changed: Callable[[], None], connect: Connect, patience: float
+        self,
+        target: str,
+        changed: Callable[[], None],
+        connect: Connect,
+        patience: float,
+        prompt_format: FormatName = "auto",
     ) -> None:
         """`patience`: seconds that a call waits for a lost service to come back."""
         self.upstream = Upstream(target, changed)
@@ -57,6 +69,9 @@ class TokenizerClient:
         self._semaphore = FairSemaphore(MAX_BYTES_AT_ONCE)
         self._stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub | None = None  # while connected
         self._vocabulary: Vocabulary | None = None
+        self._format_name = prompt_format
+        self.prompt_format = LLAMA2  # that of the vocabulary, once there is one
+        self.has_bos = False
         self._loaded = asyncio.Event()
         self.fingerprint = ""
 
@@ -151,12 +166,21 @@ class TokenizerClient:
 
     def _set_vocabulary(self, response: tokenizer_pb2.GetVocabularyResponse) -> None:
         if self._vocabulary is None:
+            control_tokens = {each.name: i for i, each in enumerate(response.pieces) if each.name}
+            try:
+                chosen = choose_format(self._format_name, response.chat_template)
+                require_control_tokens(chosen, control_tokens)
+            except PromptFormatError as error:
+                raise UnfitUpstreamError(str(error)) from error
+            answer_ends = (control_tokens[each] for each in chosen.answer_ends)
             self._vocabulary = Vocabulary.build(
                 ((piece.bytes, piece.kind) for piece in response.pieces),
                 dummy_prefix=response.dummy_prefix,
                 eos_id=response.eos_id,
+                answer_ends=(*response.eos_ids, *answer_ends),
                 max_token_bytes=response.max_token_bytes or None,
             )
+            self.prompt_format, self.has_bos = chosen, response.HasField("bos_id")
             self.fingerprint = response.fingerprint
             self._loaded.set()
         elif response.fingerprint != self.fingerprint:
@@ -168,6 +192,7 @@ class TokenizerClient:
             "tokenizer service connected",
             upstream=self.upstream.target,
             tokens=len(response.pieces),
+            prompt_format=self.prompt_format.name,
         )
 
 
@@ -182,7 +207,9 @@ def _calls(
         if request.segments and full:
             yield request, cost
             request, cost = tokenizer_pb2.EncodeRequest(caller=caller_name), 0
-        request.segments.add(text=each.text, bos=each.bos, eos=each.eos)
+        request.segments.add(
+            text=each.text, bos=each.bos, eos=each.eos, control_token=each.control_token
+        )
         cost += size
     if request.segments:
         yield request, cost

@@ -1,13 +1,14 @@
-"""Meta's dialog rules and prompt format: the dialogs that are allowed, and the text of each.
+"""Meta's dialog rules, which hold for every prompt format, and Llama 2's prompt format.
 
 The model was trained on every space here: the text must equal that of `chat_completion` in Meta's
 llama/generation.py to the byte.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from llama.prompt_format.tags import B_INST, B_SYS, E_INST, E_SYS, special_tags
+from llama.prompt_format.tags import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, special_tags
 from serving.errors import Violation
 
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
@@ -33,11 +34,27 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A text that is encoded on its own, with control tokens before and after it."""
+    """A text that is encoded on its own, with control tokens before and after it.
+
+    `bos` and `eos` put in the tokenizer's own beginning and end of a sequence. `control_token` is
+    the name of a token in front of the text, which is then encoded as one in the middle of a
+    prompt; an empty text has no ids. As in `llama.v1.Segment`.
+    """
 
     text: str
-    bos: bool
-    eos: bool
+    bos: bool = False
+    eos: bool = False
+    control_token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A user's message with its answer, and its place in the dialog."""
+
+    user: str
+    answer: str | None = None  # None: the open turn, which is the dialog's last
+    system: str | None = None  # the dialog's system message, the same in each of its turns
+    first: bool = False
 
 
 def violations(dialog: Sequence[Message], path: str) -> list[Violation]:
@@ -73,22 +90,33 @@ def _misplaced(role: str, before: str | None, *, last: bool) -> str | None:
     return None
 
 
-def has_special_tags(dialog: Sequence[Message]) -> bool:
+def has_special_tags(dialog: Sequence[Message], tags: Sequence[str] = SPECIAL_TAGS) -> bool:
     """Whether any content, the system message's too, could pass for part of the prompt format."""
-    return any(special_tags(message.content) for message in dialog)
+    return any(special_tags(message.content, tags) for message in dialog)
+
+
+def turns(dialog: Sequence[Message]) -> Iterator[Turn]:
+    """The turns of a valid dialog: the finished ones, then the open one."""
+    system = dialog[0].content if dialog[0].role == SYSTEM else None
+    contents = [message.content for message in dialog[system is not None :]]
+    for index in range(0, len(contents), 2):
+        answer = contents[index + 1] if index + 1 < len(contents) else None
+        yield Turn(contents[index], answer, system, first=index == 0)
 
 
 def render(dialog: Sequence[Message]) -> list[Segment]:
-    """The segments of a valid dialog: its finished turns, then the open one."""
-    if dialog[0].role == SYSTEM:
-        system, first, *rest = dialog
-        dialog = [Message(USER, with_system(system.content, first.content)), *rest]
-    contents = [message.content for message in dialog]
-    finished = zip(contents[:-1:2], contents[1::2], strict=True)
-    return [
-        *(Segment(finished_turn(user, answer), bos=True, eos=True) for user, answer in finished),
-        Segment(open_turn(contents[-1]), bos=True, eos=False),
-    ]
+    """The segments of a valid dialog in Llama 2's format: one for each turn."""
+    return [*chain.from_iterable(map(render_turn, turns(dialog)))]
+
+
+def render_turn(turn: Turn) -> tuple[Segment, ...]:
+    """The segment of a turn in Llama 2's format."""
+    user = turn.user
+    if turn.first and turn.system is not None:
+        user = with_system(turn.system, user)
+    if turn.answer is None:
+        return (Segment(open_turn(user), bos=True),)
+    return (Segment(finished_turn(user, turn.answer), bos=True, eos=True),)
 
 
 def with_system(system: str, user: str) -> str:
@@ -107,13 +135,6 @@ def open_turn(user: str) -> str:
 def finished_turn(user: str, answer: str) -> str:
     """The text of a turn with its answer, up to EOS."""
     return f"{open_turn(user)} {answer.strip()} "
-
-
-def system_bytes(dialog: Sequence[Message]) -> int:
-    """The fewest bytes that a system message adds to the first turn; 0 without one."""
-    if dialog[0].role != SYSTEM:
-        return 0
-    return len(f"{B_SYS}{dialog[0].content}{E_SYS.rstrip()}".encode())
 
 
 def drop_oldest_turns(dialog: Sequence[Message], count: int) -> list[Message]:

@@ -1,10 +1,13 @@
 """The prompt of Llama Guard (Inan et al., 2023), a language model that judges a dialog.
 
-The text is that of its model card. The caller passes the card's categories, or others.
+The text is that of its model card. The caller passes the categories: the card's, in our own words
+or in others.
 """
 
 import re
 from collections.abc import Sequence
+from functools import cache
+from importlib import resources
 
 from llama.prompt_format.dialog import ASSISTANT, Message
 from llama.prompt_format.tags import B_INST, E_INST, SPECIAL_TAGS
@@ -15,6 +18,12 @@ _MARKS = re.compile(
     "|".join(map(re.escape, SPECIAL_TAGS))
     + "|<(?:BEGIN|END) (?:CONVERSATION|UNSAFE CONTENT CATEGORIES)>"
 )
+
+
+@cache
+def default_policy() -> str:
+    """The model card's categories in our own words."""
+    return (resources.files(__package__) / "guard_policy.txt").read_text("utf-8").strip()
 
 
 def render(policy: str, messages: Sequence[Message]) -> str:

@@ -5,19 +5,21 @@ part of the prompt format. But Llama 2 Chat writes tags unasked, and if such an 
 back as part of its dialog, every later turn would be refused.
 """
 
+from collections.abc import Sequence
+
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 SPECIAL_TAGS = (B_INST, E_INST, B_SYS.strip(), E_SYS.strip())
 
 
-def special_tags(text: str) -> tuple[str, ...]:
-    """The tags that a text holds."""
-    return tuple(tag for tag in SPECIAL_TAGS if tag in text)
+def special_tags(text: str, tags: Sequence[str] = SPECIAL_TAGS) -> tuple[str, ...]:
+    """The tags that a text holds; `tags` are those of the prompt format, by default Llama 2's."""
+    return tuple(tag for tag in tags if tag in text)
 
 
-def without_special_tags(text: str) -> str:
+def without_special_tags(text: str, tags: Sequence[str] = SPECIAL_TAGS) -> str:
     """The text as a message for which no dialog is refused."""
-    while found := special_tags(text):  # again, because what is left may have become a tag
+    while found := special_tags(text, tags):  # again, because what is left may have become a tag
         for tag in found:
             text = text.replace(tag, "")
     return text

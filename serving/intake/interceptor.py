@@ -7,42 +7,26 @@ always takes a stream of requests, because gRPC calls such a handler before the 
 caller without a key is refused at once, and a request that does not arrive can time out.
 """
 
-import asyncio
 import contextlib
 import inspect
-import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import grpc
 import structlog
 
-from serving.errors import RequestError, clear_frames, to_status
+from serving.intake.answering import INFRASTRUCTURE, Call, Context, answering
 from serving.intake.receive_budget import Reserve
 from serving.intake.receiver import Parse, Receiver, checked
 from serving.security import caller
 from serving.telemetry import request_id, tracing
-from serving.telemetry.metrics import CallMetrics, MethodMetrics
+from serving.telemetry.metrics import CallMetrics
 from serving.telemetry.rate_limited_log import RateLimitedLog
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _log = structlog.stdlib.get_logger(__name__)
-
-# The metadata in which gRPC's libraries expect a google.rpc.Status.
-STATUS_DETAILS_KEY = "grpc-status-details-bin"
-
-# Milliseconds that gRPC's own retries wait: "gRPC Retry Design", A6.
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
-
-# Called every few seconds by orchestrators and gateways; logged at debug level only.
-_INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.", "/llama.v1.ModelService/GetLoad")
-
-# The statuses for a caller without a key or permission.
-_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 # The names of go-grpc-prometheus.
 _KINDS = {
@@ -53,23 +37,9 @@ _KINDS = {
 }
 # Calls that end before their request arrives: at most one log line in this time.
 _EARLY_END_LOG_SECONDS = 10.0
-# The wait for a caller that does not read its refusal; after it gRPC alone keeps the refusal.
-_ABORT_SECONDS = 5.0
-
 # Returns the caller, given method and metadata; raises RequestError if the call is not allowed.
 Serialize = Callable[[object], bytes]
 Authorize = Callable[[str, Iterable[tuple[str, str | bytes]]], caller.Caller]
-
-
-@dataclass(slots=True)
-class _Call:
-    method: str
-    id: str
-    metrics: MethodMetrics
-    early_ends: RateLimitedLog | None  # None if an early end is normal
-    # True once the caller is authorized and the first request has arrived. Only such a call has a
-    # log line of its own, because beginning and resetting calls costs a client little and no key.
-    accepted: bool = field(default=False, init=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +47,7 @@ class _Requests:
     """A call's stream of requests; the first one marks the call as accepted."""
 
     requests: AsyncIterator[object]
-    call: _Call
+    call: Call
 
     def __aiter__(self) -> AsyncIterator[object]:
         return self
@@ -111,9 +81,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call_id = request_id.from_metadata(metadata)
         metrics = self._metrics.method(method, _KINDS[streams])
         # A session may end before its first request; that needs no warning.
-        call = _Call(method, call_id, metrics, None if streams[0] else self._early_ends)
+        call = Call(method, call_id, metrics, None if streams[0] else self._early_ends)
         # A stream of requests is a session, and its requests have traces of their own.
-        traced = not (handler.request_streaming or method.startswith(_INFRASTRUCTURE))
+        traced = not (handler.request_streaming or method.startswith(INFRASTRUCTURE))
         parse = cast("Parse", handler.request_deserializer)
 
         async def respond(requests: AsyncIterator[object], context: Context) -> object:
@@ -121,7 +91,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}),
                 contextlib.ExitStack() as during_call,
             ):
-                async with _answering(call, context):
+                async with answering(call, context):
                     if self._authorize is not None:
                         caller.identify(self._authorize(method, metadata))
                     if traced:  # after authorization: a traceparent can add to others' traces
@@ -148,7 +118,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     async def _received(
-        self, call: _Call, parse: Parse, context: Context, reserve: Reserve
+        self, call: Call, parse: Parse, context: Context, reserve: Reserve
     ) -> object:
         serialized = await self._receiver.read(context)
         call.accepted = True
@@ -180,73 +150,3 @@ async def _call(handler: Handler, request: object, context: Context) -> object:
         async for response in responses:
             await context.write(response)
     return None
-
-
-@contextlib.asynccontextmanager
-async def _answering(call: _Call, context: Context) -> AsyncIterator[None]:
-    """Around the service's own code: sends the ids, turns errors to statuses, logs the end."""
-    started = time.monotonic()
-    call.metrics.begin()
-    identity = ((request_id.METADATA_KEY, call.id),)
-    code = grpc.StatusCode.OK
-    try:
-        context.set_trailing_metadata(identity)
-        await context.send_initial_metadata(identity)
-        yield
-        code = _code_set_on(context) or code
-    except asyncio.CancelledError as error:
-        clear_frames(error)
-        expired = context.time_remaining() == 0
-        code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
-        raise
-    except grpc.aio.BaseError as error:  # the service called abort, or the client is gone
-        clear_frames(error)
-        code = _code_set_on(context) or grpc.StatusCode.CANCELLED
-        raise
-    except RequestError as error:
-        code = error.code
-        call.metrics.refuse(error)
-        status = to_status(error)
-        details = (STATUS_DETAILS_KEY, status.SerializeToString())
-        clear_frames(error)
-        await _abort(context, code, status.message, (*identity, details, *_pushback(error)))
-    except Exception as error:
-        code = grpc.StatusCode.INTERNAL
-        _log.exception("call failed", method=call.method)
-        clear_frames(error)
-        await _abort(context, code, f"internal error, request id {call.id}", identity)
-    finally:
-        seconds = time.monotonic() - started
-        call.metrics.end(code, seconds)
-        tracing.end_call(code)
-        infrastructure = call.method.startswith(_INFRASTRUCTURE)
-        log = _log.info if call.accepted and not infrastructure else _log.debug
-        log("call finished", method=call.method, code=code.name, seconds=round(seconds, 6))
-        # `authorize` logs its refusals itself.
-        if call.early_ends and not (call.accepted or infrastructure or code in _REFUSED):
-            event = "calls end before their request arrives"
-            call.early_ends.warn(_log, event, method=call.method, code=code.name)
-
-
-async def _abort(
-    context: Context,
-    code: grpc.StatusCode,
-    message: str,
-    trailing_metadata: tuple[tuple[str, str | bytes], ...],
-) -> None:
-    """Ends the call by raising, like gRPC's own, but does not wait for ever until it is read."""
-    try:
-        async with asyncio.timeout(_ABORT_SECONDS):
-            await context.abort(code, message, trailing_metadata)
-    except TimeoutError:
-        raise asyncio.CancelledError from None
-
-
-def _pushback(error: RequestError) -> tuple[tuple[str, str], ...]:
-    if error.retry_after is None:
-        return ()
-    return ((PUSHBACK_KEY, str(math.ceil(error.retry_after * 1000))),)
-
-
-def _code_set_on(context: Context) -> grpc.StatusCode | None:
-    return cast("grpc.StatusCode | None", context.code())  # None if the service has set none

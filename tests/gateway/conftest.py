@@ -25,6 +25,7 @@ from safety_service.rules import Rules
 from safety_service.server import Classifier, safety_service
 from serving.server import Service, channel, running
 from serving.settings import ServerSettings
+from tokenizer_service.open_tokenizer import open_tokenizer
 from tokenizer_service.server import tokenizer_service
 from tokenizer_service.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ CONTEXT_LENGTH = 256
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(TOKENIZER_PATH)
+    return open_tokenizer(TOKENIZER_PATH)
 
 
 @pytest.fixture(scope="session")

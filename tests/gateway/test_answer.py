@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.generation.answer import Answer
-from gateway.request.validation import Options
+from gateway.request.options import Options
 from gateway.text.detokenizer import Vocabulary
 from gateway.text.stop_strings import StopString
 from llama.v1.model_pb2 import TokenEvent, TopLogprobs

@@ -32,7 +32,7 @@ async def replica() -> MakeReplica:
         made = ReplicaClient("127.0.0.1:1", lambda _: None, lambda: None, 1.0, plaintext)
         made.info = GetModelInfoResponse(max_batch_size=4, context_length=100)
         load = {"total_blocks": 99, "free_blocks": 99, "block_size": BLOCK, **load}
-        made.report(GetLoadResponse(**load))
+        made.load.record(GetLoadResponse(**load))
         made.prefixes.add(block_digests(PROMPT)[:known])
         for _ in range(running):
             made.start(StartSequence(), "call", Running(tokens))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.generation.answer import Delta
-from gateway.generation.completion import Event, Finished
+from gateway.generation.events import Event, Finished
 from gateway.safety.classifier import SAFE, Judgement
 from gateway.safety.moderation_buffer import ModerationBuffer
 from llama.prompt_format.dialog import ASSISTANT, USER, Message

@@ -5,7 +5,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from gateway.replicas.replica import FRESH_LOAD_SECONDS
+from gateway.replicas.load_reports import FRESH_LOAD_SECONDS
 from llama.v1.chat_pb2 import TextCompleteRequest, TextCompleteStreamRequest
 from llama.v1.operator_pb2 import (
     UPSTREAM_STATE_CONNECTING,

@@ -18,6 +18,7 @@ from sentencepiece import SentencePieceProcessor
 
 from llama.v1.tokenizer_pb2 import DecodeRequest, DecodeResponse, EncodeRequest, EncodeResponse
 from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
+from tokenizer_service.open_tokenizer import open_tokenizer
 from tokenizer_service.tokenizer import Tokenizer
 
 
@@ -63,7 +64,7 @@ def reference(model_path: Path) -> SentencePieceProcessor:
 
 @pytest.fixture(scope="session")
 def tokenizer(model_path: Path) -> Tokenizer:
-    return Tokenizer(model_path)
+    return open_tokenizer(model_path)
 
 
 @pytest.fixture(scope="session")

@@ -95,9 +95,7 @@ def test_help_lists_flags_and_variables() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     text = " ".join(done.stdout.split())
     assert text.startswith("usage: python -m tokenizer_service")
-    assert (
-        "SentencePiece model file, tokenizer.model (required) [env: CHASQUI_TOKENIZER_PATH]" in text
-    )
+    assert "or a folder with one of them (required) [env: CHASQUI_TOKENIZER_PATH]" in text
     assert "(default: 50052) [env: CHASQUI_PORT]" in text
 
 
@@ -108,7 +106,8 @@ def test_missing_model_file_is_one_line_and_status_1(launch: Any, tmp_path: Path
     (line,) = process.lines
     assert line["event"] == (
         f"cannot read {missing}: No such file or directory; tokenizer_path must name the "
-        "tokenizer.model that came with the checkpoint"
+        "tokenizer that came with the checkpoint: a tokenizer.model, a tokenizer.json, a GGUF "
+        "file, or a folder with one of them"
     )
 
 

@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from llama.model_files import ModelFileError
 from llama.v1.tokenizer_pb2 import (
     PIECE_KIND_BYTE,
     PIECE_KIND_CONTROL,
     PIECE_KIND_NORMAL,
     PIECE_KIND_UNKNOWN,
 )
-from tokenizer_service.tokenizer import TokenIdError, Tokenizer, TokenizerFileError
+from tokenizer_service.open_tokenizer import open_tokenizer
+from tokenizer_service.tokenizer import TokenIdError, Tokenizer
 
 FIRST_BYTE_ID = 3  # the pieces <0x00> to <0xFF> follow <unk>, <s>, </s>
 
@@ -128,7 +130,7 @@ def train(path: Path, **options: Any) -> Path:
 
 def test_dummy_prefix_and_padding_are_read_from_the_model(tmp_path: Path) -> None:
     path = train(tmp_path / "other.model", pad_id=3, add_dummy_prefix=False)
-    tokenizer = Tokenizer(path)
+    tokenizer = open_tokenizer(path)
     assert tokenizer.pad_id == 3
     assert not tokenizer.dummy_prefix
 
@@ -152,13 +154,13 @@ def test_tokens_have_a_bound_only_where_no_text_is_left_out(
         "vocab_size": 300,
     }
     path = train(tmp_path / "other.model", **{**llamas, **options})
-    assert Tokenizer(path).max_token_bytes == bound
+    assert open_tokenizer(path).max_token_bytes == bound
 
 
 def test_model_without_bos_and_eos_is_refused(tmp_path: Path) -> None:
     path = train(tmp_path / "other.model", bos_id=-1, eos_id=-1)
-    with pytest.raises(TokenizerFileError, match=r"other\.model .* without BOS or EOS"):
-        Tokenizer(path)
+    with pytest.raises(ModelFileError, match=r"other\.model .* without BOS or EOS"):
+        open_tokenizer(path)
 
 
 def damaged(model: bytes) -> dict[str, bytes]:
@@ -174,14 +176,14 @@ def damaged(model: bytes) -> dict[str, bytes]:
 def test_unusable_file_is_named_with_the_fix(tmp_path: Path, model_path: Path, fault: str) -> None:
     path = tmp_path / fault
     path.write_bytes(damaged(model_path.read_bytes())[fault])
-    with pytest.raises(TokenizerFileError) as error:
-        Tokenizer(path)
+    with pytest.raises(ModelFileError) as error:
+        open_tokenizer(path)
     assert str(error.value).startswith(f"{path} is damaged or not a SentencePiece model; use ")
 
 
 @pytest.mark.parametrize("name", ["missing.model", "."])
 def test_unreadable_file_is_named_with_the_reason_and_the_fix(tmp_path: Path, name: str) -> None:
-    with pytest.raises(TokenizerFileError) as error:
-        Tokenizer(tmp_path / name)
+    with pytest.raises(ModelFileError) as error:
+        open_tokenizer(tmp_path / name)
     assert str(error.value).startswith(f"cannot read {tmp_path / name}: ")
     assert "tokenizer_path" in str(error.value)

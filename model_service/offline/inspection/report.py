@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.model_files import ModelFileError, chat_template, find_tokenizer
+from llama.prompt_format.recognition import PromptFormatError, recognised
 from model_service.loading.host_memory import WORKING_MEMORY, readable_size
 from model_service.model.config import ModelConfig
 from model_service.offline.inspection.memory_needs import Device, Need, devices, needs
@@ -71,10 +72,15 @@ def _tokenizer(
     try:
         found = find_tokenizer(path)
         tokens = vocabulary_size(path)
-        prompt_format = "its chat template" if chat_template(path) else "llama2"
+        template = chat_template(path)
     except ModelFileError as error:
         return None, (str(error),)
     problems: list[str] = []
+    prompt_format = ""
+    try:
+        prompt_format = recognised(template).name
+    except PromptFormatError as error:
+        problems.append(f"{found.path}: {error}")
     size = model.config.vocab_size
     # Hugging Face's and GGUF files may have more rows than tokens, because their number is padded.
     if tokens > size or (model.form == META and tokens != size):
