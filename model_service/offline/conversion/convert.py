@@ -37,7 +37,7 @@ from model_service.offline.conversion.hugging_face_format import (
     stored_parameters,
 )
 from model_service.offline.conversion.mapped_tensors import mapped_tensors
-from model_service.offline.conversion.meta_format import meta_file_names, meta_params
+from model_service.offline.conversion.meta_format import meta_file_names, meta_order, meta_params
 from model_service.offline.conversion.unfinished import UnfinishedFolder
 from model_service.offline.conversion.weight_types import weight_types
 from model_service.offline.stored_model import META, StoredModel, read_stored_model
@@ -118,7 +118,7 @@ class _Conversion:
             if self._target.is_finished(name):
                 advance(self._part_bytes(len(names)))
                 continue
-            self._write_weights(name, self._read(number, len(names), advance), torch.save)
+            self._write_weights(name, self._read(number, len(names), advance), self._save_meta)
         self._write_json("params.json", meta_params(self._config))
 
     def _write_hugging_face(self, advance: Callable[[int], None]) -> None:
@@ -167,6 +167,9 @@ class _Conversion:
                     raise OSError(str(error)) from error
 
         self._target.write(name, write)
+
+    def _save_meta(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        torch.save({name: tensors[name] for name in meta_order(self._config)}, path)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2) + "\n"

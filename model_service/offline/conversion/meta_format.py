@@ -1,6 +1,7 @@
 """Meta's format, to be written: `params.json`, and the tensors of each `consolidated.*.pth`."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 from model_service.model.config import ROPE_THETA, ModelConfig
@@ -13,6 +14,18 @@ _MULTIPLIERS = (None, 1.3, 1.5, 1.0)
 def meta_file_names(count: int) -> list[str]:
     """The names of `count` files of weights."""
     return [f"consolidated.{number:02d}.pth" for number in range(count)]
+
+
+def meta_order(config: ModelConfig) -> list[str]:
+    """The names of the parameters in the order of Meta's files: torch.save keeps it."""
+    ends = ["tok_embeddings.weight", "norm.weight", "output.weight"]
+    parts = (
+        *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+        *("attention_norm", "ffn_norm"),
+    )
+    layers = range(config.n_layers)
+    return ends + [f"layers.{layer}.{part}.weight" for layer in layers for part in parts]
 
 
 def meta_params(config: ModelConfig) -> dict[str, Any]:
@@ -45,10 +58,10 @@ def meta_params(config: ModelConfig) -> dict[str, Any]:
 
 def _feed_forward(config: ModelConfig) -> tuple[int, float | None]:
     """Values of `multiple_of` and `ffn_dim_multiplier` that make the width of the network."""
-    for multiplier in _MULTIPLIERS:
-        for multiple_of in _MULTIPLES:
-            if _hidden_dim(config, multiple_of, multiplier) == config.hidden_dim:
-                return multiple_of, multiplier
+    own = (config.multiple_of, config.ffn_dim_multiplier)
+    for multiple_of, multiplier in (own, *itertools.product(_MULTIPLES, _MULTIPLIERS)):
+        if _hidden_dim(config, multiple_of, multiplier) == config.hidden_dim:
+            return multiple_of, multiplier
     # Any width is its own smallest multiple, if the width that it is rounded up from is not larger.
     plain = int(8 * config.dim / 3)
     return config.hidden_dim, min(1.0, config.hidden_dim / plain)

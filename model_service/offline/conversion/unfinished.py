@@ -81,6 +81,8 @@ class UnfinishedFolder:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             write(part)
+            # safetensors makes files that only their owner may read.
+            part.chmod((self._folder / _STATE).stat().st_mode & 0o777)
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             digest = file_digest(part, self._algorithm, lambda _read: None)
