@@ -58,13 +58,15 @@ class Llama:
         model_parallel_size: int | None = None,
         seed: int = 1,
     ) -> "Llama":
-        """Loads a checkpoint in Meta's format, on CUDA where there is one and else on the CPU.
+        """Loads a checkpoint, on CUDA where there is one and else on the CPU.
 
         Args:
-            ckpt_dir: folder with params.json and consolidated.*.pth, any number of files.
+            ckpt_dir: folder with Meta's params.json and consolidated.*.pth, any number of files, or
+                with Hugging Face's config.json and *.safetensors.
             tokenizer_path: the checkpoint's tokenizer.model, tokenizer.json or GGUF file, or a
                 folder with one of them.
-            max_seq_len: most tokens of a prompt and its answer together, 2 to 4096.
+            max_seq_len: most tokens of a prompt and its answer together, from 2 to the number for
+                which the model was trained (4096 for Llama 2).
             max_batch_size: most sequences that run at once, 1 to 1024; further prompts of a call
                 wait.
             model_parallel_size: number of shards, equal to the number of processes (the default).

@@ -16,13 +16,18 @@ from model_service.loading.options import (
 )
 from serving.settings import Port, ServerSettings
 
-MAX_CONTEXT = 4096  # what Llama 2 was trained on
+# Above the context of any model; the checkpoint's own limit is known when it is opened.
+MAX_CONTEXT = 2**24
 
 
 class ModelSettings(ServerSettings):
     port: Port = 50053
     ckpt_dir: Annotated[
-        Path, Field(description="folder with Meta's params.json and consolidated.*.pth")
+        Path,
+        Field(
+            description="folder with Meta's params.json and consolidated.*.pth, or with Hugging "
+            "Face's config.json and *.safetensors"
+        ),
     ]
     tokenizer_path: Annotated[
         Path | None,
@@ -38,7 +43,12 @@ class ModelSettings(ServerSettings):
     ] = None
     max_seq_len: Annotated[
         int,
-        Field(ge=2, le=MAX_CONTEXT, description="most tokens of a prompt and its answer together"),
+        Field(
+            ge=2,
+            le=MAX_CONTEXT,
+            description="most tokens of a prompt and its answer together, at most what the "
+            "checkpoint was trained for",
+        ),
     ] = ReplicaOptions.max_seq_len
     max_batch_size: Annotated[
         int, Field(ge=1, le=1024, description="most sequences that run at once; others wait")

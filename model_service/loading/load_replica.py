@@ -23,7 +23,9 @@ from model_service.model.config import ModelConfig
 from model_service.model.cuda_graphs import record_decode
 from model_service.model.load_network import load_network
 from model_service.model.network import Transformer
-from model_service.model.weights.files.meta_checkpoint import Checkpoint, open_checkpoint
+from model_service.model.weights.files.hugging_face import HuggingFaceCheckpoint
+from model_service.model.weights.files.meta_checkpoint import Checkpoint
+from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing
 from model_service.model.weights.source import WeightSource
 from serving.errors import StartError
@@ -49,10 +51,11 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     """
     device_type = choose_device(options.device)
     if source is None:
-        source = open_checkpoint(options.ckpt_dir, verify=options.verify_checkpoint)
+        source = open_weights(options.ckpt_dir, verify=options.verify_checkpoint)
     device = distributed.initialize(device_type)
     shards, rank = dist.get_world_size(), dist.get_rank()
     config = source.config
+    _check_context(config, options)
     _check_shards(config, shards)
     small = source.shard_parameters(shards) < SMALL_MODEL
     quantize = config.quantization if options.quantize == "auto" else options.quantize
@@ -111,6 +114,15 @@ def _make_runner(layout: Layout, network: Transformer, blocks: int) -> ModelRunn
     return ModelRunner(network, attention, PlanChannel(), layout.device, graphs)
 
 
+def _check_context(config: ModelConfig, options: ReplicaOptions) -> None:
+    trained = config.trained_context_length
+    if trained is not None and options.max_seq_len > trained:
+        raise StartError(
+            f"--max_seq_len is {options.max_seq_len}, but the checkpoint in {options.ckpt_dir} was "
+            f"trained for at most {trained} tokens. To fix: lower --max_seq_len"
+        )
+
+
 def _check_shards(config: ModelConfig, shards: int) -> None:
     indivisible = config.indivisible_by(shards)
     if indivisible:
@@ -122,7 +134,7 @@ def _check_shards(config: ModelConfig, shards: int) -> None:
 
 
 def _summary(source: WeightSource, shards: int, precision: Precision, memory: MemoryPlan) -> str:
-    files = len(source.files) if isinstance(source, Checkpoint) else 0
+    files = len(source.files) if isinstance(source, Checkpoint | HuggingFaceCheckpoint) else 0
     stored = f"{files} file{'s' * (files > 1)}, " if files else ""
     return (
         f"{_readable_count(source.parameters)}, {stored}{precision}, "

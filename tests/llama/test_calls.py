@@ -105,7 +105,7 @@ def test_what_is_no_text_is_refused_with_its_path(llama: Llama, prompts: Any) ->
         ("max_batch_size", 1025, "Input should be less than or equal to 1024, got 1025"),
         ("max_seq_len", -1, "Input should be greater than or equal to 2, got -1"),
         ("max_seq_len", 0, "Input should be greater than or equal to 2, got 0"),
-        ("max_seq_len", 8192, "Input should be less than or equal to 4096, got 8192"),
+        ("max_seq_len", 2**25, "Input should be less than or equal to 16777216, got 33554432"),
         ("max_seq_len", None, "Input should be a valid integer, got None"),
     ],
 )

@@ -336,26 +336,6 @@ def test_any_setting_is_served_as_it_is_or_refused(
         assert served == open_checkpoint(source, verify=False).config.parameter_shapes()
 
 
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        ("model-00001-of-00002.safetensors", "in Hugging Face's format"),
-        ("pytorch_model.bin", "in Hugging Face's format"),
-        ("config.json", "in Hugging Face's format"),
-        ("llama-2-7b.Q4_0.gguf", "in GGUF"),
-    ],
-)
-def test_a_folder_in_another_format_is_named_as_such(
-    tmp_path: Path, file: str, message: str
-) -> None:
-    (tmp_path / file).touch()
-    with pytest.raises(CheckpointError, match=f"{message} .*, which is not read yet. To fix: "):
-        open_checkpoint(tmp_path)
-    if file.endswith("gguf"):
-        with pytest.raises(CheckpointError, match="is a file in GGUF, which is not read yet"):
-            open_checkpoint(tmp_path / file)
-
-
 def test_weights_that_are_not_finite_are_refused(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("mha-mp1")
     _edit(folder, lambda weights: weights[WQ][3, 5].fill_(1e30))

@@ -18,7 +18,6 @@ from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.meta_checks import check_copies, check_tensors
 from model_service.model.weights.files.meta_files import (
     check_archive,
-    check_format,
     open_tensors,
     shard_files,
 )
@@ -120,7 +119,6 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
         CheckpointError: a file is missing, damaged, holds code, or contradicts another; the
             message names the file and the fix.
     """
-    check_format(folder)
     config = read_params(folder / "params.json")
     paths = shard_files(folder)
     for path in paths:

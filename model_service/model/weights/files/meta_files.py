@@ -21,29 +21,6 @@ from model_service.model.errors import CheckpointError
 _CHECKSUM_THREADS = 16
 _READ_BYTES = 2**22
 _META_FORMAT = "name the folder that holds params.json and consolidated.*.pth"
-# The file names by which other formats are recognized.
-_OTHER_FORMATS = {
-    "*.gguf": "GGUF",
-    "*.safetensors": "Hugging Face's format",
-    "pytorch_model*.bin": "Hugging Face's format",
-    "config.json": "Hugging Face's format",
-}
-
-
-def check_format(folder: Path) -> None:
-    """Raises CheckpointError if `folder` is a file, or holds a checkpoint in another format."""
-    if folder.is_file():
-        gguf = " in GGUF, which is not read yet" * (folder.suffix == ".gguf")
-        raise CheckpointError(folder, f"is a file{gguf}", f"{_META_FORMAT}, in Meta's format")
-    if (folder / "params.json").exists() and any(folder.glob("consolidated.*.pth")):
-        return
-    for pattern, name in _OTHER_FORMATS.items():
-        if found := next(folder.glob(pattern), None):
-            raise CheckpointError(
-                folder,
-                f"holds a checkpoint in {name} ({found.name}), which is not read yet",
-                f"{_META_FORMAT}, in Meta's format",
-            )
 
 
 def shard_files(folder: Path) -> list[Path]:

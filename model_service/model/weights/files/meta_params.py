@@ -1,7 +1,6 @@
 """Reads Meta's `params.json`."""
 
 import dataclasses
-import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from model_service.model.config import (
     broken_rule,
 )
 from model_service.model.errors import CheckpointError
+from model_service.model.weights.files.json_file import read_json_object
 
 # Context lengths for which Meta trained its models; params.json does not state them.
 _LLAMA_2_CONTEXT, _LLAMA_3_CONTEXT, _SCALED_CONTEXT = 4096, 8192, 131072
@@ -27,22 +27,11 @@ def read_params(path: Path) -> ModelConfig:
     """The configuration in a `params.json`.
 
     Raises:
-        CheckpointError: the file is missing, is not JSON, or does not describe a Llama 2 network.
+        CheckpointError: the file is missing, is not JSON, or does not describe a Llama network.
     """
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            path, "not found", "name the folder that holds params.json and consolidated.*.pth"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(
-            path, f"cannot be read: {error.strerror}", "make it readable"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"is not JSON: {error}", "copy it again") from error
-    if not isinstance(params, dict):
-        raise CheckpointError(path, "holds no JSON object", "copy it again")
+    params = read_json_object(
+        path, if_missing="name the folder that holds params.json and consolidated.*.pth"
+    )
     return _validated(path, params)
 
 

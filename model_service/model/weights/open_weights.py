@@ -1,0 +1,46 @@
+"""Opens the weights that a path holds, in whatever format they are."""
+
+from pathlib import Path
+
+from model_service.model.errors import CheckpointError
+from model_service.model.weights.files.hugging_face import open_hugging_face
+from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.source import WeightSource
+
+ACCEPTED = (
+    "name a folder with Meta's params.json and consolidated.*.pth, or with Hugging Face's "
+    "config.json and model.safetensors (or model.safetensors.index.json and its files)"
+)
+
+
+def open_weights(path: Path, *, verify: bool = True) -> WeightSource:
+    """Opens and checks the weights at `path`.
+
+    Args:
+        path: a folder in Meta's or Hugging Face's format.
+        verify: compare every tensor with its checksum, if the format has checksums.
+
+    Raises:
+        CheckpointError: there are no weights, or they are damaged or not supported; the message
+            names the file and the fix.
+    """
+    if not path.exists():
+        raise CheckpointError(path, "not found", ACCEPTED)
+    if not path.is_dir():
+        raise CheckpointError(path, "is a file of a kind that is not read", ACCEPTED)
+    # Some Hugging Face folders hold a params.json as well.
+    if any(path.glob("consolidated.*.pth")):
+        return open_checkpoint(path, verify=verify)
+    if (path / "config.json").exists() or any(path.glob("*.safetensors")):
+        return open_hugging_face(path)
+    if (path / "params.json").exists():
+        return open_checkpoint(path, verify=verify)
+    if found := next(path.glob("pytorch_model*.bin"), None):
+        raise CheckpointError(path, f"holds {found.name} without a config.json", ACCEPTED)
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            path,
+            "holds an adapter, not a model",
+            "merge it into its model with peft, and serve that",
+        )
+    raise CheckpointError(path, "holds no checkpoint", ACCEPTED)
