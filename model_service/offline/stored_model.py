@@ -100,18 +100,33 @@ def weight_files(path: Path) -> tuple[str, list[Path]]:
             fix = "name the folder that holds the model's files, or a .gguf file"
             raise CheckpointError(path, "is a file, and not in GGUF", fix)
         return GGUF, [path]
-    if (path / "params.json").exists() or any(path.glob("consolidated.*.pth")):
+    # Some Hugging Face folders hold a params.json as well.
+    if any(path.glob("consolidated.*.pth")):
         return META, _numbered(path)
-    if (path / INDEX).exists():
-        return HUGGING_FACE, indexed_files(path / INDEX)
     if (path / SINGLE).exists():
         return HUGGING_FACE, [path / SINGLE]
+    if (path / INDEX).exists():
+        return HUGGING_FACE, indexed_files(path / INDEX)
+    if (path / "params.json").exists():
+        return META, _numbered(path)
     gguf = sorted(path.glob("*.gguf"))
     if len(gguf) == 1:
         return GGUF, gguf
     if gguf:
         problem = f"holds {len(gguf)} GGUF files"
         raise CheckpointError(path, problem, f"name one of them, such as {gguf[0]}")
+    if found := next(path.glob("pytorch_model*.bin"), None):
+        raise CheckpointError(
+            path,
+            f"holds its weights as {found.name}, which may run code when it is read",
+            "convert them once to safetensors: transformers.AutoModelForCausalLM"
+            ".from_pretrained(folder).save_pretrained(new_folder)",
+        )
+    if (path / "adapter_config.json").exists():
+        fix = "merge it into its model with peft, and name the result"
+        raise CheckpointError(path, "holds an adapter, not a model", fix)
+    if part := next(path.glob("*.safetensors"), None):
+        raise CheckpointError(path / INDEX, f"not found, though {part.name} is there", FETCH_AGAIN)
     raise CheckpointError(
         path,
         "holds no model",

@@ -63,12 +63,13 @@ def verify(path: Path, advance: _Advance) -> Iterator[FileCheck]:
 
 
 def files_to_verify(path: Path) -> list[Path]:
-    """The files of the model at `path` that exist: weights, lists' files, and JSON."""
+    """The files of the model at `path` that exist: weights, JSON, and those with a checksum."""
     if path.is_file():
         return [path]
     patterns = (*(f"*{suffix}" for suffix in READERS), _JSON)
     found = {file for pattern in patterns for file in path.glob(pattern)}
     found |= {path / name for name in listed_checksums(path) if (path / name).exists()}
+    found |= {file for file in path.iterdir() if hub_checksum(file) is not None}
     return sorted(found)
 
 

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 from typing import Any
 
-from model_service.model.config import ROPE_THETA, ModelConfig
+from model_service.model.config import LLAMA_3_SCALING, ROPE_THETA, ModelConfig
+from model_service.model.weights.files.meta_params import metas_context
 
 # Values of `multiple_of` and `ffn_dim_multiplier` in Meta's own files, the default first.
 _MULTIPLES = (256, 1024, 4096, 32)
@@ -47,11 +48,14 @@ def meta_params(config: ModelConfig) -> dict[str, Any]:
         params["ffn_dim_multiplier"] = multiplier
     if config.rope_theta != ROPE_THETA:
         params["rope_theta"] = config.rope_theta
-    if config.rope_scaling is not None:
+    if config.rope_scaling == LLAMA_3_SCALING:
+        params["use_scaled_rope"] = True
+    elif config.rope_scaling is not None:
         params["rope_scaling"] = dataclasses.asdict(config.rope_scaling)
     if config.head_dim * config.n_heads != config.dim:
         params["head_dim"] = config.head_dim
-    if config.trained_context_length is not None:
+    # Meta's own code knows no such setting, so it is left out where it goes without saying.
+    if config.trained_context_length != metas_context(params):
         params["trained_context_length"] = config.trained_context_length
     return params
 
@@ -62,9 +66,9 @@ def _feed_forward(config: ModelConfig) -> tuple[int, float | None]:
     for multiple_of, multiplier in (own, *itertools.product(_MULTIPLES, _MULTIPLIERS)):
         if _hidden_dim(config, multiple_of, multiplier) == config.hidden_dim:
             return multiple_of, multiplier
-    # Any width is its own smallest multiple, if the width that it is rounded up from is not larger.
-    plain = int(8 * config.dim / 3)
-    return config.hidden_dim, min(1.0, config.hidden_dim / plain)
+    # Any width is its own smallest multiple, and the number that is rounded up to it is at most the
+    # width; the half keeps rounding of the quotient from making it less.
+    return config.hidden_dim, min(1.0, (config.hidden_dim + 0.5) / int(8 * config.dim / 3))
 
 
 def _hidden_dim(config: ModelConfig, multiple_of: int, multiplier: float | None) -> int:

@@ -46,6 +46,11 @@ def _unreadable(folder: Path) -> None:
     (folder / "config.json").mkdir()
 
 
+def _file_in_its_place(folder: Path) -> None:
+    folder.rmdir()
+    folder.touch()
+
+
 def _several_gguf(folder: Path) -> None:
     write_gguf(folder / "a.gguf")
     write_gguf(folder / "b.gguf")
@@ -138,7 +143,5 @@ BROKEN = {
     "unreadable file": Broken(
         "hf", _unreadable, "config.json: cannot be read: Is a directory", "readable"
     ),
-    "neither folder nor GGUF": Broken(
-        "", lambda folder: (folder.rmdir(), folder.touch()), "is a file", "name the folder"
-    ),
+    "neither folder nor GGUF": Broken("", _file_in_its_place, "is a file", "name the folder"),
 }
