@@ -23,8 +23,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 env: $(VENV)/.installed ## make the environment in .venv
 
 # The value of ASK as it was given: neither make nor the shell may expand it.
-chat: env ## start all services on the demonstration checkpoint and talk; ASK="…" asks once
-	@$(BIN)/chasqui chat --serve $(if $(value ASK),--ask '$(subst ','\'',$(value ASK))')
+chat: env ## start all services on the demonstration checkpoint and talk; ASK="…" asks once; MODEL=smollm2 is a trained model
+	@$(if $(MODEL),CHASQUI_CKPT_DIR="$$($(BIN)/python -m chasqui.published_models '$(MODEL)')" || exit; export CHASQUI_CKPT_DIR;) \
+	$(BIN)/chasqui chat --serve $(if $(value ASK),--ask '$(subst ','\'',$(value ASK))')
 
 test: env ## run all tests
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone"

@@ -11,6 +11,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,15 +34,24 @@ def ensure_checkpoint(shape: Shape, work_dir: Path, device: torch.device = CPU) 
         device: draws the weights; other devices draw other numbers.
     """
     folder = work_dir / "checkpoints" / shape.name
-    if not (folder / "consolidated.00.pth").exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        partial.mkdir(parents=True)
-        try:
+    if not folder.exists():
+        with complete_or_absent(folder) as partial:
+            partial.mkdir()
             write_checkpoint(shape.config, partial, device)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def complete_or_absent(target: Path) -> Iterator[Path]:
+    """A path to write a file or folder to, which becomes `target` if nothing fails."""
+    partial = target.with_name(f"{os.getpid()}.{target.name}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_checkpoint(config: ModelConfig, folder: Path, device: torch.device) -> None:

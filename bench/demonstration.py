@@ -1,76 +1,51 @@
-"""The effect of speculation and quantization on real text: python -m bench.demonstration
+"""The effect of speculation and quantization on real text, the demonstration checkpoint's.
 
-On the demonstration checkpoint, because random weights neither repeat a text nor answer a question.
-
-`speculation`: two texts, dialogs whose last turn asks an earlier question again, so that the answer
-repeats, and single questions at temperature 1, which repeat nothing. Each is answered with and
-without drafts in turn, round after round, and the tokens must be equal. Rates are of the steps
-without prompt tokens; the two halves of a round meet the machine in the same minute. Answers end
-where the model ends them: forced to 64 tokens their second half repeats nothing, and the gain was
-1.49 instead of 3.19.
+`speculation`: dialogs whose last turn asks an earlier question again, so that the answer repeats,
+and single questions at temperature 1, which repeat nothing. Each is answered with and without
+drafts in turn, and the tokens must be equal. Rates are of the steps without prompt tokens.
 
 `quantization`: perplexity of the first written answer to every topic, and of the end of sequence
-behind it, given the question: exp of the mean negative logprob per token. Held-out questions have
-no written answer, but how many of them a quantized model still answers sensibly is a second figure.
+behind it, given the question; and how many held-out questions are answered sensibly.
 """
 
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from functools import partial
 
-from bench.report import RESULTS, Recorder, Row, spread
+from bench.engine.driver import GREEDY, Driver, Prompt, Trial
+from bench.report import Recorder, Row, Value, command_parser, finish, spread
 from demo.checkpoint import CHECKPOINT, TOKENIZER
 from demo.evaluate import Answer, is_sensible, prompt_of, topic_prompts
 from demo.text import expand, read_corpus, read_questions
 from demo.tokenizer import Tokenizer
-from model_service.engine.engine import Engine
-from model_service.engine.sequence import (
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-    SequenceOutput,
-)
+from model_service.engine.sequence import SamplingParams
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
+from model_service.loading.precision import DTYPES
 
 CONTEXT_LENGTH = 512
 REPEATED_LENGTH = 64  # tokens of an answer at most, in the case speculation
-ANSWER_LENGTH = 256  # in the case quantization
+ANSWER_LENGTH = 256  # tokens at most, in the case quantization
 DRAFT_TOKENS = ReplicaOptions(CHECKPOINT).draft_tokens
-GREEDY = SamplingParams(temperature=0.0)
-FORMATS = {  # name: dtype of activations, quantization
-    "float32": ("float32", "none"),
-    "bfloat16": ("bfloat16", "none"),
-    "int8": ("float32", "int8"),
-    "int4": ("float32", "int4"),
-    "fp8": ("float32", "fp8"),
-}
+FORMATS = ("float32", "bfloat16", "int8", "int4", "fp8")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.demonstration",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("demonstration", __doc__)
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=[*CASES])
-    add("--formats", nargs="+", choices=FORMATS, default=[*FORMATS], help="of the weights")
+    add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="of the weights")
     add("--rounds", type=int, default=7, help="of the case speculation")
     add("--dialogs", type=int, default=16, help="answered per round")
     add("--streams", type=int, nargs="+", default=[1, 8])
-    add("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     recorder = Recorder("demonstration", args.results)
     tokenizer = Tokenizer.load(CHECKPOINT / TOKENIZER)
     for case in args.cases:
-        recorder.attempt(case, lambda case=case: CASES[case](tokenizer, args))  # type: ignore[misc]
-    print(recorder.write() / "result.md")
-    if recorder.failed:
-        raise SystemExit(1)
+        recorder.attempt(case, partial(CASES[case], tokenizer, args))
+    finish(recorder)
 
 
 def speculation(tokenizer: Tokenizer, args: argparse.Namespace) -> Iterator[Row]:
@@ -80,14 +55,14 @@ def speculation(tokenizer: Tokenizer, args: argparse.Namespace) -> Iterator[Row]
         "repeats": (_repeating(tokenizer, args.dialogs), GREEDY),
         "new": (topic_prompts(tokenizer, read_corpus().topics)[: args.dialogs], whole),
     }
-    ends = frozenset({tokenizer.eos})
     for streams in args.streams:
         for text, (prompts, sampling) in texts.items():
-            requests = [
-                GenerationRequest(number, tuple(prompt), REPEATED_LENGTH, sampling, ends)
-                for number, prompt in enumerate(prompts)
-            ]
-            yield _with_and_without_drafts(text, requests, streams, args.rounds)
+            found = _with_and_without_drafts(
+                [(tuple(prompt), REPEATED_LENGTH, sampling, [tokenizer.eos]) for prompt in prompts],
+                streams,
+                args.rounds,
+            )
+            yield Row("speculation", {"text": text, "streams": streams}, found)
 
 
 def _repeating(tokenizer: Tokenizer, count: int) -> list[list[int]]:
@@ -101,117 +76,101 @@ def _repeating(tokenizer: Tokenizer, count: int) -> list[list[int]]:
 
 
 def _with_and_without_drafts(
-    text: str, requests: Sequence[GenerationRequest], streams: int, rounds: int
-) -> Row:
-    engines = {drafts: _engine(streams, draft_tokens=drafts) for drafts in (0, DRAFT_TOKENS)}
-    rates: dict[int, list[float]] = {drafts: [] for drafts in engines}
+    requests: Sequence[tuple[Prompt, int, SamplingParams, Sequence[int]]],
+    streams: int,
+    rounds: int,
+) -> dict[str, Value]:
+    """The columns of one row; `requests` are arguments of `Driver.add`."""
+    drivers = {drafts: _driver(streams, draft_tokens=drafts) for drafts in (0, DRAFT_TOKENS)}
+    rates: dict[int, list[float]] = {drafts: [] for drafts in drivers}
     for number in range(rounds + 1):  # the first is not counted
-        ids = []
-        for drafts in sorted(engines, reverse=number % 2 == 0):
-            outputs, rate = answer(engines[drafts], requests)
-            ids.append({request: _ids(each) for request, each in outputs.items()})
+        answers = []
+        for drafts in sorted(drivers, reverse=number % 2 == 0):
+            driver = drivers[drafts]
+            numbers = [driver.add(*request) for request in requests]
+            trial = driver.finish()
+            answers.append([driver.answers[each] for each in numbers])
             if number:
-                rates[drafts].append(rate)
-        if ids[0] != ids[1]:
+                rates[drafts].append(_rate_without_prompts(trial))
+        if answers[0] != answers[1]:
             raise RuntimeError("drafts changed an answer")
     without, drafted = rates[0], rates[DRAFT_TOKENS]
-    load = engines[DRAFT_TOKENS].load()
-    return Row(
-        "speculation",
-        {"text": text, "streams": streams},
-        {
-            "without_tokens_per_s": statistics.median(without),
-            "with_tokens_per_s": statistics.median(drafted),
-            **spread("ratio", [b / a for a, b in zip(without, drafted, strict=True)]),
-            "drafted": load.drafted_tokens,
-            "accepted": load.accepted_tokens,
-        },
-    )
+    load = drivers[DRAFT_TOKENS].engine.load()
+    return {
+        "without_tokens_per_s": statistics.median(without),
+        "with_tokens_per_s": statistics.median(drafted),
+        **spread("ratio", [b / a for a, b in zip(without, drafted, strict=True)]),
+        "drafted": load.drafted_tokens,
+        "accepted": load.accepted_tokens,
+    }
+
+
+def _rate_without_prompts(trial: Trial) -> float:
+    """Tokens per second of the steps without prompt tokens."""
+    steps = [
+        (sum(step.tokens.values()), seconds)
+        for step, seconds in zip(trial.steps, trial.seconds(), strict=True)
+        if not step.prompt_tokens
+    ]
+    return sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
 
 
 def quantization(tokenizer: Tokenizer, args: argparse.Namespace) -> Iterator[Row]:
     """Perplexity, and held-out questions answered, with weights in each format."""
     for name in args.formats:
-        dtype, quantize = FORMATS[name]
-        engine = _engine(64, dtype=dtype, quantize=quantize)
-        good, asked = held_out(engine, tokenizer)
+        driver = _driver(64, **{"dtype" if name in DTYPES else "quantize": name})
+        good = held_out(driver, tokenizer)
         yield Row(
             "quantization",
             {"weights": name},
             {
-                "perplexity": f"{perplexity(engine, tokenizer):.4f}",
-                "held_out_answered": good,
-                "held_out_asked": asked,
+                "perplexity": f"{perplexity(driver, tokenizer):.4f}",
+                "held_out_answered": sum(good),
+                "held_out_asked": len(good),
             },
         )
 
 
-def perplexity(engine: Engine, tokenizer: Tokenizer) -> float:
+def perplexity(driver: Driver, tokenizer: Tokenizer) -> float:
     """Perplexity of the topics' answers, given their questions."""
-    topics, starts, requests = read_corpus().topics, {}, []
-    for number, prompt in enumerate(topic_prompts(tokenizer, topics)):
-        text = [*prompt, *tokenizer.encode(topics[number].answer[0]), tokenizer.eos]
+    topics, questions = read_corpus().topics, {}
+    for prompt, topic in zip(topic_prompts(tokenizer, topics), topics, strict=True):
+        text = (*prompt, *tokenizer.encode(topic.answer[0]), tokenizer.eos)
         if len(text) <= CONTEXT_LENGTH:
-            starts[number] = len(prompt)
-            request = GenerationRequest(number, tuple(text), 0, GREEDY, prompt_logprobs=True)
-            requests.append(request)
+            questions[driver.add(text, 0, prompt_logprobs=True)] = len(prompt)
+    driver.finish()
     scores = [
         entry.logprob
-        for number, outputs in answer(engine, requests)[0].items()
-        for entry in [each for output in outputs for each in output.logprobs][starts[number] :]
+        for request, length in questions.items()
+        for entry in driver.logprobs[request][length:]
     ]
     return math.exp(-statistics.fmean(scores))
 
 
-def held_out(engine: Engine, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Questions answered sensibly, greedily, and questions asked."""
-    questions, ends = read_questions(), frozenset([tokenizer.eos])
-    requests = [
-        GenerationRequest(
-            number, tuple(prompt_of(tokenizer, question)), ANSWER_LENGTH, GREEDY, ends
-        )
-        for number, question in enumerate(questions)
-    ]
-    outputs, _ = answer(engine, requests)
-    answers = [
-        Answer(
-            tokenizer.decode(_ids(outputs[number])).strip(),
-            outputs[number][-1].finish_reason is FinishReason.STOP,
-        )
-        for number in range(len(questions))
-    ]
-    return sum(map(is_sensible, questions, answers)), len(questions)
+def held_out(driver: Driver, tokenizer: Tokenizer) -> list[bool]:
+    """Which held-out questions are answered sensibly, greedily."""
+    requests = {
+        driver.add(
+            tuple(prompt_of(tokenizer, question)), ANSWER_LENGTH, stop_ids=[tokenizer.eos]
+        ): question
+        for question in read_questions()
+    }
+    driver.finish()
+    good = []
+    for request, question in requests.items():
+        ids = driver.answers[request]
+        said = Answer(tokenizer.decode(ids).strip(), stopped=len(ids) < ANSWER_LENGTH)
+        good.append(is_sensible(question, said))
+    return good
 
 
-def _engine(streams: int, **settings: str | int) -> Engine:
+def _driver(streams: int, **settings: str | int) -> Driver:
     options = {"dtype": "float32", "quantize": "none", "device": "cpu", **settings}
-    return load_replica(
-        ReplicaOptions(CHECKPOINT, CONTEXT_LENGTH, streams, **options)  # type: ignore[arg-type]
-    ).engine()
-
-
-def answer(
-    engine: Engine, requests: Sequence[GenerationRequest]
-) -> tuple[dict[int, list[SequenceOutput]], float]:
-    """All outputs by request, and the tokens per second of the steps without prompt tokens."""
-    for request in requests:
-        engine.add(request)
-    outputs: dict[int, list[SequenceOutput]] = {}
-    tokens, seconds = 0, 0.0
-    while engine.has_work:
-        computed, started = engine.load().prompt_tokens, time.perf_counter()
-        made = engine.step()
-        elapsed = time.perf_counter() - started
-        for output in made:
-            outputs.setdefault(int(str(output.request_id)), []).append(output)
-        if engine.load().prompt_tokens == computed:
-            tokens += sum(len(output.ids) for output in made)
-            seconds += elapsed
-    return outputs, tokens / seconds if seconds else 0.0
-
-
-def _ids(outputs: Sequence[SequenceOutput]) -> list[int]:
-    return [token for output in outputs for token in output.ids]
+    return Driver(
+        load_replica(
+            ReplicaOptions(CHECKPOINT, CONTEXT_LENGTH, streams, **options)  # type: ignore[arg-type]
+        )
+    )
 
 
 CASES: dict[str, Callable[[Tokenizer, argparse.Namespace], Iterator[Row]]] = {

@@ -1,10 +1,9 @@
 """Results: rows, the machine they were measured on, and the files they are written to.
 
 A run writes `result.json`, the record, and `result.md`, the same rows as tables, after every case.
-So a run that is cut off loses one case, and a case that fails is a note in the result and not the
-end of the run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ from serving.errors import StartError
 
 SCHEMA = 2
 RESULTS = Path(__file__).parent / "results"
-WORK_DIR = Path.home() / ".cache" / "chasqui-bench"  # checkpoints, exports, environments
+WORK_DIR = Path.home() / ".cache" / "chasqui-bench"
 # Name in results: flags of which the processor must have one (Linux's names, x86 and Arm).
 FEATURES: Mapping[str, frozenset[str]] = {
     "avx2": frozenset({"avx2"}),
@@ -41,15 +41,7 @@ FEATURES: Mapping[str, frozenset[str]] = {
     "i8mm": frozenset({"i8mm"}),
     "sve": frozenset({"sve"}),
 }
-PACKAGES = (
-    "chasqui-llama",
-    "torch",
-    "fairscale",
-    "numpy",
-    "triton",
-    "flashinfer-python",
-    "torchao",
-)
+PACKAGES = ("torch", "numpy", "fairscale", "triton", "flashinfer-python", "torchao")
 
 Value = str | int | float | bool | None
 
@@ -66,6 +58,11 @@ class Row:
     settings: Mapping[str, Value]
     values: Mapping[str, Value]  # names end in the unit
 
+    def __str__(self) -> str:
+        pairs = {**self.settings, **self.values}.items()
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in pairs)
+        return f"{self.case}: {', '.join(shown)}"
+
 
 @dataclass(frozen=True, slots=True)
 class Host:
@@ -76,12 +73,12 @@ class Host:
     memory_gib: float
     features: tuple[str, ...]  # keys of FEATURES
     system: str
-    device: str = ""  # the GPU, if one was measured
+    device: str = ""  # the GPU, if one is measured
 
     @property
     def wide_dtype(self) -> str:
         """The widest type worth comparing: bfloat16 only where the hardware multiplies it."""
-        return "bfloat16" if "bf16" in self.features else "float32"
+        return "bfloat16" if self.device or "bf16" in self.features else "float32"
 
     @property
     def slug(self) -> str:
@@ -90,158 +87,9 @@ class Host:
         return words if self.device else "-".join((words, f"{self.cores}c", *self.features))
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """All that a run found out."""
-
-    kind: str  # the command: engine, service, …
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...]  # what could not be measured, and why
-    details: Mapping[str, object]  # what only this kind has
-    host: Host
-    versions: Mapping[str, str]
-    command: tuple[str, ...]
-    created: str  # ISO 8601, UTC
-    schema: int = SCHEMA
-
-
-@dataclass(slots=True)
-class Recorder:
-    """The rows and notes of one run; everything is written after each case."""
-
-    kind: str
-    root: Path  # of all results
-    details: dict[str, object] = field(default_factory=dict)
-    part: str = ""  # folder below the kind's, for example a shape
-    deadline: float = float("inf")  # by time.monotonic; no case begins later
-    device: str = ""
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    failed: bool = False
-
-    def add_note(self, text: str) -> None:
-        self.notes.append(text)
-        print(text, file=sys.stderr, flush=True)
-
-    def attempt(self, case: str, measure: Callable[[], Iterable[Row]]) -> None:
-        """Runs a case, and writes what it found even if it fails half-way."""
-        started = time.monotonic()
-        try:
-            if started > self.deadline:
-                raise SkippedError("the time of this run was over (--seconds)")
-            for row in measure():
-                self.rows.append(row)
-                print(line(row), file=sys.stderr, flush=True)
-        except (SkippedError, StartError) as error:
-            self.add_note(f"{case}: skipped: {error}")
-        except Exception as error:  # the other cases are as good as before, whatever it is
-            traceback.print_exc()
-            reason = str(error).partition("\n")[0]
-            self.add_note(f"{case}: failed: {type(error).__name__}: {reason}")
-            self.failed = True
-        print(f"{case}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
-        self.write()
-
-    def write(self) -> Path:
-        """Writes the files; returns their folder."""
-        report = make_report(self.kind, self.rows, self.notes, self.details, self.device)
-        folder = result_folder(report, self.root) / self.part
-        write_report(report, folder)
-        return folder
-
-
-def make_report(
-    kind: str,
-    rows: Iterable[Row],
-    notes: Iterable[str],
-    details: Mapping[str, object],
-    device: str = "",
-) -> Report:
-    """A report of this run on this machine."""
-    return Report(
-        kind=kind,
-        rows=tuple(rows),
-        notes=tuple(notes),
-        details=details,
-        host=dataclasses.replace(read_host(), device=device),
-        versions=versions(),
-        command=("python", "-m", f"bench.{kind}", *sys.argv[1:]),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
-def result_folder(report: Report, root: Path = RESULTS) -> Path:
-    """Where a report belongs: `<root>/<date>-<machine>/<kind>`."""
-    return root / f"{report.created[:10]}-{report.host.slug}" / report.kind
-
-
-def write_report(report: Report, folder: Path) -> None:
-    """Writes `result.json` and `result.md`; an earlier result in the folder is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
-    document = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False)
-    (folder / "result.json").write_text(document + "\n", encoding="utf-8")
-    (folder / "result.md").write_text(markdown(report), encoding="utf-8")
-
-
-def markdown(report: Report) -> str:
-    """The report as a page: machine, versions, notes, and a table per case."""
-    host = report.host
-    parts = [
-        f"# {report.kind.capitalize()} benchmark, {report.created[:10]}",
-        f"{host.device + ', ' if host.device else ''}{host.processor}, {host.cores} cores "
-        f"({', '.join(host.features)}), {host.memory_gib:g} GiB, {host.system}.",
-        ", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".",
-        "`" + " ".join(report.command) + "`",
-        *(f"- {text}" for text in report.notes),
-    ]
-    for case in dict.fromkeys(row.case for row in report.rows):
-        rows = [{**row.settings, **row.values} for row in report.rows if row.case == case]
-        parts += [f"## {case}", table(rows)]
-    return "\n\n".join(parts) + "\n"
-
-
-def table(rows: Sequence[Mapping[str, Value]]) -> str:
-    """A Markdown table with the union of the rows' columns, in order of appearance."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in columns) + " |"]
-    lines.append("|" + "---|" * len(columns))
-    lines += ("| " + " | ".join(_cell(row.get(name)) for name in columns) + " |" for row in rows)
-    return "\n".join(lines)
-
-
-def line(row: Row) -> str:
-    """A row on one line, for the terminal."""
-    pairs = {**row.settings, **row.values}.items()
-    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in pairs)
-    return f"{row.case}: {', '.join(shown)}"
-
-
-def _cell(value: Value) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return str(value)
-
-
-def spread(name: str, values: Sequence[float]) -> dict[str, Value]:
-    """Repeated measurements of one thing as three columns: median, lowest, highest.
-
-    The median shrugs off rounds that something else on the machine disturbed; the spread shows that
-    there were some.
-    """
-    median = statistics.median(values)
-    return {name: median, f"{name}_low": min(values), f"{name}_high": max(values)}
-
-
-def ratio(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Median of `values` over median of `reference`; both must be from one interleaved run."""
-    return statistics.median(values) / statistics.median(reference)
-
-
 @functools.cache
-def read_host() -> Host:
-    """Describes the machine that this process runs on."""
+def read_host(device: str = "cpu") -> Host:
+    """Describes the machine that this process runs on; `device` is `cpu` or `cuda`."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0]
     except OSError:
@@ -254,6 +102,7 @@ def read_host() -> Host:
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         features=features(info.get("flags", info.get("Features", "")).split()),
         system=platform.platform(),
+        device=torch.cuda.get_device_name() if device == "cuda" else "",
     )
 
 
@@ -266,21 +115,131 @@ def cores() -> int:
 
 def features(flags: Iterable[str]) -> tuple[str, ...]:
     """The keys of FEATURES that a processor with these flags has."""
-    present = set(flags)
-    return tuple(name for name, any_of in FEATURES.items() if any_of & present)
+    return tuple(name for name, any_of in FEATURES.items() if any_of.intersection(flags))
+
+
+@dataclass(slots=True)
+class Recorder:
+    """The rows and notes of one run; everything is written after each case."""
+
+    kind: str  # the command: engine, service, …
+    root: Path  # of all results
+    details: Mapping[str, object] = field(default_factory=dict)  # only this kind has them
+    part: str = ""  # folder below the kind's, for example a shape
+    host: Host = field(default_factory=read_host)
+    deadline: float = float("inf")  # by time.monotonic; no case begins later
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what could not be measured, and why
+    failed: bool = False
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def folder(self) -> Path:
+        """`<root>/<date>-<machine>/<kind>/<part>`."""
+        return self.root / f"{self.created:%Y-%m-%d}-{self.host.slug}" / self.kind / self.part
+
+    def add_note(self, text: str) -> None:
+        self.notes.append(text)
+        _log(text)
+
+    def attempt(self, case: str, measure: Callable[[], Iterable[Row]]) -> None:
+        """Runs a case, and writes what it found even if it fails half-way."""
+        started = time.monotonic()
+        try:
+            if started > self.deadline:
+                raise SkippedError("the time of this run was over (--seconds)")
+            for row in measure():
+                self.rows.append(row)
+                _log(str(row))
+        except (SkippedError, StartError) as error:
+            self.add_note(f"{case}: skipped: {error}")
+        except Exception as error:  # the other cases are as good as before, whatever it is
+            traceback.print_exc()
+            reason = str(error).partition("\n")[0]
+            self.add_note(f"{case}: failed: {type(error).__name__}: {reason}")
+            self.failed = True
+        _log(f"{case}: {time.monotonic() - started:.1f} s")
+        self.write()
+
+    def write(self) -> None:
+        """Writes `result.json` and `result.md`; those of an earlier run are replaced."""
+        document = {
+            "kind": self.kind,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "notes": self.notes,
+            "details": self.details,
+            "host": dataclasses.asdict(self.host),
+            "versions": versions(),
+            "command": self._command(),
+            "created": self.created.isoformat(timespec="seconds"),
+            "schema": SCHEMA,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        (self.folder / "result.json").write_text(text, encoding="utf-8")
+        (self.folder / "result.md").write_text(self.page(), encoding="utf-8")
+
+    def page(self) -> str:
+        """The result in Markdown: machine, versions, notes, and a table per case."""
+        host = self.host
+        parts = [
+            f"# {self.kind.capitalize()} benchmark, {self.created:%Y-%m-%d}",
+            f"{host.device + ', ' if host.device else ''}{host.processor}, {host.cores} cores "
+            f"({', '.join(host.features)}), {host.memory_gib:g} GiB, {host.system}.",
+            ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
+            "`" + " ".join(self._command()) + "`",
+            *(f"- {text}" for text in self.notes),
+        ]
+        for case in dict.fromkeys(row.case for row in self.rows):
+            parts += [f"## {case}", table([row for row in self.rows if row.case == case])]
+        return "\n\n".join(parts) + "\n"
+
+    def _command(self) -> list[str]:
+        return ["python", "-m", f"bench.{self.kind}", *sys.argv[1:]]
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """A Markdown table with the union of the rows' columns, in order of appearance."""
+    cells = [{**row.settings, **row.values} for row in rows]
+    columns = list(dict.fromkeys(name for row in cells for name in row))
+    lines = [[name.replace("_", " ") for name in columns]]
+    lines += ([_cell(row.get(name)) for name in columns] for row in cells)
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(columns), *body])
+
+
+def _cell(value: Value) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, Value]:
+    """Repeated measurements of one thing as three columns: median, lowest, highest."""
+    median = statistics.median(values)
+    return {name: median, f"{name}_low": min(values), f"{name}_high": max(values)}
+
+
+def ratio(values: Sequence[float], reference: Sequence[float]) -> float:
+    """Median of `values` over median of `reference`; both must be from one interleaved run."""
+    return statistics.median(values) / statistics.median(reference)
 
 
 @functools.cache
-def versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of Python, of the sources, and of those packages that are installed."""
+def versions() -> dict[str, str]:
+    """Versions of Python, of the sources, and of those PACKAGES that are installed."""
     found = {"python": platform.python_version(), "commit": _commit()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    for name in names:
-        try:
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -290,3 +249,29 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def command_parser(
+    name: str, description: str | None, *, default_device: str | None = None
+) -> ArgumentParser:
+    """The parser of `python -m bench.<name>`; without a device the command has no work folder."""
+    parser = ArgumentParser(
+        f"python -m bench.{name}",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--results", type=Path, default=RESULTS, help="folder of all results")
+    if default_device:
+        devices = ["cuda", "cpu"]
+        add("--device", choices=devices, default=default_device, help=f"default: {default_device}")
+        add("--work_dir", type=Path, default=WORK_DIR, help="keeps checkpoints, exports, …")
+    return parser
+
+
+def finish(*recorders: Recorder) -> None:
+    """Names the results. Exit status 1 if a case failed."""
+    for recorder in recorders:
+        print(recorder.folder / "result.md")
+    if any(recorder.failed for recorder in recorders):
+        raise SystemExit(1)

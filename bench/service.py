@@ -1,25 +1,19 @@
-"""The cost of the way through gRPC: python -m bench.service
+"""The cost of the way through gRPC.
 
 The same requests go to an engine in a process of its own and, through the gateway, to services on
-the same machine; in turn, round after round. Only one of the two exists at a time, because a second
-set of weights in memory slows the first. Two rates are compared: tokens per second while all
-streams decode, and answer tokens over the time from the first request to the last token. The second
-includes the prompts, which an engine computes in one step when all are there at once, and in parts
-when they arrive one after the other. Both sides read the same checkpoint of random weights.
-
-With --shares, `chasqui bench` measures the services, too: a closed loop for the capacity, then
-Poisson arrivals at these shares of it.
+the same machine; in turn, and only one of the two exists at a time, because a second set of weights
+in memory slows the first. Two rates are compared: tokens per second while all streams decode, and
+answer tokens from the first request to the last token. The second includes the prompts, which an
+engine computes in one step when all are there at once, and in parts when they arrive one by one.
 """
 
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import struct
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,19 +21,19 @@ from typing import Any
 import torch
 
 from bench.checkpoint import ensure_checkpoint
-from bench.engine.driver import QUANTIZED, Job, in_own_process, loaded
-from bench.report import RESULTS, WORK_DIR, Recorder, Row, Value, spread
-from bench.shapes import FIRST_ORDINARY_ID, SHAPES, Shape
-from chasqui import AsyncClient, Delta, Finished
+from bench.engine.driver import QUANTIZED, Job, Load, in_own_process, loaded
+from bench.gateway import Request, ask, greedy, text_request
+from bench.report import Recorder, Row, Value, command_parser, finish, read_host, spread
+from bench.shapes import SHAPES, Shape, random_prompts
 from chasqui.cli.main import main as chasqui
 from chasqui.cli.serve.deployment import Deployment
 from chasqui.cli.serve.supervisor import in_background
+from chasqui.loadtest.sender import Sender, clock
 from demo.checkpoint import CHECKPOINT, TOKENIZER
-from model_service.loading.precision import DTYPES
+from llama.v1.chat_pb2 import ChatCompleteStreamRequest, Dialog, Message, Role
 
 KNOWN_PIECES = 1920  # of the demonstration's tokenizer
 PROMPT_TAGS = 12  # tokens of a dialog's format around its one message
-CALLS = ("text", "chat")
 CONNECTIONS = 4  # of the load generator, which share the streams
 LATENCIES = ("time_to_first_token_ms", "inter_token_latency_ms", "end_to_end_latency_ms")
 
@@ -77,29 +71,22 @@ def rates(started: float, answers: Sequence[Answer]) -> Rates:
 
 def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
-    device = torch.device(args.device)
+    device, host = torch.device(args.device), read_host(args.device)
     shape = with_vocabulary(SHAPES[args.shape], KNOWN_PIECES)
     job = Job(
         shape,
-        args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+        host.wide_dtype,
         device,
         step_tokens=2048,
         precision=None if args.quantize == "none" else args.quantize,
         ckpt_dir=ensure_checkpoint(shape, args.work_dir, device),
     ).sized(max(args.streams), args.prompt + args.answer)
-    recorder = Recorder(
-        "service",
-        args.results,
-        {"shape": shape.name, "weights": job.weights},
-        part=args.shape,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-    )
     tokenizer = args.work_dir / f"tokenizer-{shape.config.vocab_size}.model"
     tokenizer.write_bytes(made_up_tokenizer(shape.config.vocab_size))
+    details = {"shape": shape.name, "weights": job.weights}
+    recorder = Recorder("service", args.results, details, args.shape, host)
     recorder.attempt("service", lambda: compare(job, tokenizer, args))
-    print(recorder.write() / "result.md")
-    if recorder.failed:
-        raise SystemExit(1)
+    finish(recorder)
 
 
 def compare(job: Job, tokenizer: Path, args: argparse.Namespace) -> Iterator[Row]:
@@ -118,13 +105,9 @@ def compare(job: Job, tokenizer: Path, args: argparse.Namespace) -> Iterator[Row
                     found.setdefault((call, streams), []).append((direct, through))
             if number == args.rounds - 1 and args.shares:
                 load = list(under_load(address, job.sequences, args))
+    lengths = {"prompt_tokens": args.prompt, "answer_tokens": args.answer}
     for (call, streams), rounds in found.items():
-        settings: dict[str, Value] = {
-            "call": call,
-            "streams": streams,
-            "prompt_tokens": args.prompt,
-        }
-        yield Row("service", {**settings, "answer_tokens": args.answer}, _compared(rounds))
+        yield Row("service", {"call": call, "streams": streams, **lengths}, _compared(rounds))
     yield from load
 
 
@@ -154,7 +137,7 @@ def engine_rates(
         for count in streams:
             rated = []
             for _ in range(trials + 1):
-                trial = driver.answer(driver.prompts([prompt] * count), answer)
+                trial = driver.answer_load(Load(count, prompt, answer))
                 times = [Answer(each[0], each[-1], len(each)) for each in trial.arrivals()]
                 rated.append(rates(trial.started, times))
             found.append(rated[1:])
@@ -165,45 +148,32 @@ async def service_rates(
     address: str, call: str, streams: int, job: Job, args: argparse.Namespace
 ) -> list[Rates]:
     """As `engine_rates`, for one number of streams, each prompt on a stream of its own."""
-    source, found = random.Random(streams), []
-    ordinary = range(FIRST_ORDINARY_ID, job.shape.config.vocab_size)
-    async with AsyncClient(address) as client:
-        for _ in range(args.trials + 1):
-            started = time.perf_counter()
-            answers = await asyncio.gather(
-                *(
-                    _answer(client, call, source.choices(ordinary, k=args.prompt), args.answer)
-                    for _ in range(streams)
-                )
-            )
+    request, found = CALLS[call], []
+    async with Sender(address) as sender:
+        for number in range(args.trials + 1):
+            prompts = random_prompts(streams, args.prompt, job.shape.config.vocab_size, number)
+            requests = [request(prompt, args.answer) for prompt in prompts]
+            started = clock()
+            records = await ask(sender, requests)
+            # A few tokens are no text of their own, so the server counts them.
+            answers = [Answer(r.arrivals[0], r.ended, r.completion_tokens) for r in records]
+            if any(each.tokens != args.answer for each in answers):
+                raise RuntimeError(f"an answer of another length than {args.answer} tokens")
             found.append(rates(started, answers))
     return found[1:]
 
 
-async def _answer(client: AsyncClient, call: str, prompt: list[int], answer: int) -> Answer:
-    """Asks for one answer. A few tokens are no text of their own, so the server counts them."""
-    if call == "chat":
-        # Each digit is a token of its own.
-        digits = "".join(str(token % 10) for token in prompt[PROMPT_TAGS:]) or "0"
-        stream = client.chat_stream(
-            [{"role": "user", "content": digits}],
-            temperature=0.0,
-            max_gen_len=answer,
-            ignore_eos=True,
-        )
-    else:
-        stream = client.complete_stream(
-            prompt, temperature=0.0, max_gen_len=answer, ignore_eos=True
-        )
-    first, usage = 0.0, None
-    async for event in stream:
-        if isinstance(event, Delta):
-            first = first or time.perf_counter()
-        elif isinstance(event, Finished):
-            usage = event.usage
-    if usage is None or usage.completion_tokens != answer or not first:
-        raise RuntimeError(f"an answer of another length than {answer} tokens")
-    return Answer(first, time.perf_counter(), answer)
+def chat_request(prompt: Sequence[int], answer: int) -> ChatCompleteStreamRequest:
+    """A dialog with about as many tokens: each digit is one of its own."""
+    digits = "".join(str(token % 10) for token in prompt[PROMPT_TAGS:]) or "0"
+    dialog = Dialog(messages=[Message(role=Role.ROLE_USER, content=digits)])
+    return ChatCompleteStreamRequest(dialogs=[dialog], sampling=greedy(answer))
+
+
+CALLS: Mapping[str, Callable[[Sequence[int], int], Request]] = {
+    "text": text_request,
+    "chat": chat_request,
+}
 
 
 def under_load(address: str, at_once: int, args: argparse.Namespace) -> Iterator[Row]:
@@ -257,16 +227,10 @@ def made_up_tokenizer(vocab_size: int) -> bytes:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.service",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("service", __doc__, default_device="cpu")
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="1.1B")
     add("--quantize", choices=["none", *QUANTIZED], default="int8")
-    add("--device", choices=["cuda", "cpu"], default="cpu")
-    add("--dtype", choices=DTYPES, help="of activations; default: float32, bfloat16 on CUDA")
     add("--streams", type=int, nargs="+", default=[1, 8])
     add("--prompt", type=int, default=32, help="tokens")
     add("--answer", type=int, default=128, help="tokens")
@@ -277,8 +241,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--load_seconds", type=float, default=15.0, help="duration of each load")
     add("--load_prompts", default="lognormal:200,0.6", help="lengths under load")
     add("--load_answers", default="lognormal:100,0.6", help="lengths under load")
-    add("--work_dir", type=Path, default=WORK_DIR, help="keeps checkpoints between runs")
-    add("--results", type=Path, default=RESULTS)
     return parser
 
 

@@ -5,6 +5,7 @@ a seed need no download and no licence.
 """
 
 import math
+import random
 from dataclasses import dataclass
 
 from model_service.model.config import ModelConfig
@@ -68,3 +69,9 @@ SHAPES = {
         ),
     }.items()
 }
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """`count` prompts of `length` ordinary ids."""
+    source, ordinary = random.Random(seed), range(FIRST_ORDINARY_ID, vocab_size)
+    return [source.choices(ordinary, k=length) for _ in range(count)]

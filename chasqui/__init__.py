@@ -1,7 +1,7 @@
 """Chasqui's Python client: `from chasqui import Client`.
 
-The names are those of the package `client`, which needs nothing but gRPC; `chasqui.cli` is the
-`chasqui` command and `chasqui.loadtest` its load generator.
+It exports the names of the package `client`, which depends only on gRPC; `chasqui.cli` is the
+`chasqui` command, and `chasqui.loadtest` its load generator.
 """
 
 # ruff: noqa: F405  # a test compares the list below with `client.__all__`
@@ -55,10 +55,10 @@ __all__ = [
     "without_special_tags",
 ]
 
-if not TYPE_CHECKING:  # it would give every misspelled name a type
+if not TYPE_CHECKING:  # or a type checker would accept every misspelled name
 
     def __getattr__(name: str) -> str:
-        """`__version__`, read on demand: `importlib.metadata` adds a third to the import's time."""
+        """`__version__`, read on demand, because `importlib.metadata` is slow to import."""
         if name == "__version__":
             from importlib.metadata import version  # noqa: PLC0415
 

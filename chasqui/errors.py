@@ -1,5 +1,5 @@
-"""The error of `chasqui serve`, which the command shows without a traceback."""
+"""The error of `chasqui serve`, which is shown without a traceback."""
 
 
 class SupervisorError(Exception):
-    """The services cannot start, or one of them ended by itself."""
+    """The services cannot start, or one of them ended unexpectedly."""

@@ -1,4 +1,4 @@
-"""Flags of the `chasqui` command that several modules share, and how it shows an error."""
+"""Flags that several subcommands of `chasqui` share, and the texts of their errors."""
 
 import contextlib
 import functools
@@ -12,13 +12,18 @@ import click
 from chasqui.errors import SupervisorError
 from client.connection import targets
 from client.connection.channel import DEFAULT_TARGET, Access, Tls, check_key
-from client.errors import ChasquiError, ConnectionSettingsError, UnreachableError
+from client.errors import (
+    ChasquiError,
+    ConnectionSettingsError,
+    StreamLostError,
+    UnreachableError,
+)
 
 F = TypeVar("F", bound=Callable[..., object])
 
 
 def setting(name: str, **attributes: Any) -> Callable[[F], F]:  # noqa: ANN401
-    """A flag with its environment variable; --help shows both."""
+    """A flag and its environment variable CHASQUI_NAME; --help shows both."""
     variable = f"CHASQUI_{name.upper()}"
     return click.option(f"--{name}", envvar=variable, show_envvar=True, **attributes)
 
@@ -42,16 +47,29 @@ target_setting = setting(
 priority_setting = setting(
     "priority",
     type=int,
-    help="Higher goes first when requests wait, -100 to 100.  [default: 0]",
+    help="Waiting requests run by priority, highest first: -100 to 100.  [default: 0]",
 )
 
-# Not a flag: a command line is for all users of the machine to read.
+
+def penalty_settings(command: F) -> F:
+    """The flags of penalties on tokens that the text has."""
+    settings = (
+        setting("repetition_penalty", type=float, help="Above 1: lowers all earlier tokens."),
+        setting("presence_penalty", type=float, help="Above 0: lowers tokens that the answer has."),
+        setting("frequency_penalty", type=float, help="The same, for each time a token occurs."),
+    )
+    for each in reversed(settings):
+        command = each(command)
+    return command
+
+
+# Not a flag, because all users of the machine can read a command line.
 API_KEY_VARIABLE = "CHASQUI_API_KEY"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def access_settings(command: Callable[..., object]) -> Callable[..., object]:
-    """The flags for a gateway that is not open to everybody; the command gets them as `access`."""
+    """The flags for TLS and the API key; the command gets them together, as `access`."""
 
     @functools.wraps(command)
     def with_access(*args: object, **flags: Any) -> object:  # noqa: ANN401
@@ -60,15 +78,17 @@ def access_settings(command: Callable[..., object]) -> Callable[..., object]:
         return command(*args, access=access, **flags)
 
     settings = (
-        setting("tls", is_flag=True, help="Talk TLS, and trust the public authorities."),
-        setting("ca", type=_FILE, help="Talk TLS, and trust the authorities in this PEM file."),
-        setting("client_cert", type=_FILE, help="PEM file of the certificate to show."),
+        setting("tls", is_flag=True, help="Connect over TLS, and trust the public authorities."),
+        setting("ca", type=_FILE, help="Connect over TLS, and trust the authorities in this file."),
+        setting("client_cert", type=_FILE, help="PEM file of the client certificate."),
         setting("client_key", type=_FILE, help="PEM file of its private key."),
-        setting("tls_name", help="Name the gateway's certificate must have.  [default: the host]"),
+        setting(
+            "tls_name", help="Name that the gateway's certificate must have.  [default: the host]"
+        ),
         setting(
             "api_key_file",
             type=_FILE,
-            help=f"File with the API key, for want of {API_KEY_VARIABLE}.",
+            help=f"File that contains only the API key.  [default: the key in {API_KEY_VARIABLE}]",
         ),
     )
     for each in reversed(settings):
@@ -105,15 +125,19 @@ def _access(
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """An error goes to stderr without a traceback, and the exit status is 1."""
+    """Shows an error on stderr without a traceback; the exit status is 1."""
     try:
         yield
     except BrokenPipeError:
-        raise  # the reader of the output has left: click ends the command silently
-    except ConnectionSettingsError as error:
-        raise click.ClickException(str(error)) from error
-    except UnreachableError as error:
-        advice = "Start the services with `chasqui serve`, or name another address with --target."
-        raise click.ClickException(f"{error}. {advice}") from error
+        raise  # the output is no longer read: click ends the command silently
     except (ChasquiError, SupervisorError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(with_advice(error)) from error
+
+
+def with_advice(error: Exception) -> str:
+    """The text of an error; if nothing answers at the target, with what to do about it."""
+    cause = error.__cause__ if isinstance(error, StreamLostError) else error
+    if isinstance(cause, UnreachableError) and not isinstance(cause, ConnectionSettingsError):
+        advice = "Start the services with `chasqui serve`, or name another address with --target."
+        return f"{error}. {advice}"
+    return str(error)

@@ -1,8 +1,8 @@
 """Checks of Python values before they go into a protobuf message.
 
-Protobuf takes more than it says: bytes for a text, True for 1, any number for a flag; and Python
-iterates a text as its characters and bytes as numbers. Each function here returns the value that
-was meant, or raises a ValueError whose text follows the name of the field: "must be …, not …".
+Protobuf accepts more than it documents: bytes for a text, True for 1, any number for a flag; and
+Python iterates a text as its characters and bytes as numbers. Each function here returns a value
+of the right type, or raises a ValueError whose text continues the field's name: "must be …, not …".
 """
 
 import math
@@ -14,8 +14,7 @@ from typing import cast
 # gRPC counts deadlines in 64-bit nanoseconds: a longer timeout would overflow and pass at once.
 _ENDLESS = 1e9  # seconds, 31 years
 
-
-# In the order in which they are looked through.
+# In this order, the first match decides.
 _KINDS: tuple[tuple[type | UnionType, str], ...] = (
     (str, "a text"),
     (bytes | bytearray | memoryview, "bytes"),
@@ -43,9 +42,9 @@ def text(value: object) -> str:
 
 
 def items(value: object, wanted: str, *, ordered: bool = True) -> list[object]:
-    """The items of a list, or of anything else that can be iterated and is meant as a list.
+    """The items of a list or another iterable that can stand for one.
 
-    `wanted` says what the field takes. A set has no order, so it is refused where that matters.
+    `wanted` describes the field in the error. With `ordered`, a set is refused.
     """
     if isinstance(value, str | bytes | bytearray | memoryview | Mapping) or not (
         isinstance(value, Iterable)
@@ -57,7 +56,7 @@ def items(value: object, wanted: str, *, ordered: bool = True) -> list[object]:
 
 
 def integer(value: object, low: int, high: int) -> int:
-    """Also from another library's type, such as NumPy's."""
+    """An integer in a range; also from another library's type, such as NumPy's."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -81,14 +80,14 @@ def number(value: object) -> float:
 
 
 def flag(value: object) -> bool:
-    """True and False, their equals 1 and 0 included; another number could be meant as a count."""
+    """True or False, also as 1 or 0; another number could be meant as a count."""
     if not isinstance(value, Hashable) or value not in _FLAGS:
         raise ValueError(f"must be True or False, not {kind(value)}")
     return bool(value)
 
 
 def seconds(value: object) -> float | None:
-    """A time limit; None: there is none, which is also what inf and very long times mean."""
+    """A time limit in seconds; None: no limit, also for inf and times above 31 years."""
     if value is None:
         return None
     limit = number(value)

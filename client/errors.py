@@ -1,8 +1,8 @@
-"""The errors of calls, as Python exceptions that say what to do about them.
+"""The exceptions that calls raise, with texts that say what to do.
 
-Every gRPC status becomes one of these in `from_rpc_error` alone. The servers send the request id
-when they begin (in the initial metadata) and when they end a call (in the trailing metadata), which
-tells their UNAVAILABLE from gRPC's own for a broken connection, and that from no connection.
+Only `from_rpc_error` converts a gRPC status to one of them. The servers send the request id when
+they begin a call (initial metadata) and when they end it (trailing metadata). UNAVAILABLE with the
+latter comes from a server, with only the former from a broken connection, with neither from none.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ class Violation:
 
 
 class ChasquiError(Exception):
-    """A call failed. `request_id` finds it in the servers' logs; None: it never reached one."""
+    """A failed call. `request_id` finds it in the servers' logs; None: it reached no server."""
 
     def __init__(self, message: str, code: grpc.StatusCode, request_id: str | None = None) -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ class InvalidRequestError(ChasquiError, ValueError):
 
 
 class UnavailableError(ChasquiError):
-    """The service cannot answer now; after `retry_after` seconds, if given, it may."""
+    """The service cannot answer now; retry after `retry_after` seconds, if given."""
 
     def __init__(
         self, message: str, request_id: str | None = None, retry_after: float | None = None
@@ -61,18 +61,18 @@ class UnavailableError(ChasquiError):
 class UnreachableError(UnavailableError):
     """Nothing answers at the target, or the connection broke.
 
-    `client.connection.diagnosis` may know more.
+    `client.connection.diagnosis` looks for the cause.
     """
 
 
 class ConnectionSettingsError(UnreachableError):
-    """The target cannot be reached with these settings: TLS on one side alone, a certificate that
-    one side does not accept, a proxy that does not let the connection through.
+    """The target cannot be reached with these settings: TLS on only one side, a certificate that
+    one side does not accept, or a proxy that does not let the connection through.
     """
 
 
 class ResourceExhaustedError(ChasquiError):
-    """A queue or a quota is full, or a message is too large; `retry_after` as above."""
+    """A queue or a quota is full, or a message is too large; `retry_after` in seconds, if given."""
 
     def __init__(
         self, message: str, request_id: str | None = None, retry_after: float | None = None
@@ -89,7 +89,7 @@ class DeadlineExceededError(ChasquiError):
 
 
 class StreamLostError(ChasquiError):
-    """A stream broke off and cannot be gone on with; `events` of it had been delivered."""
+    """A stream broke off after `events` delivered events and cannot be resumed."""
 
     def __init__(self, reason: str, events: int) -> None:
         message = f"the stream was lost after {events} events: {reason}"
@@ -98,7 +98,7 @@ class StreamLostError(ChasquiError):
 
 
 def invalid_request(violations: Iterable[Violation]) -> InvalidRequestError:
-    """The error that the server would return for a request that cannot even be sent."""
+    """The error of a request that cannot be sent, in the form in which a server reports it."""
     violations = tuple(violations)
     return InvalidRequestError(
         "; ".join(f"{each.field}: {each.description}" for each in violations), violations
@@ -106,8 +106,8 @@ def invalid_request(violations: Iterable[Violation]) -> InvalidRequestError:
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> ChasquiError:
-    """The exception for a call to `target` that ended with another status than OK."""
-    call = cast("grpc.Call", error)  # what gRPC raises is also the call that failed
+    """The exception for a call to `target` that ended with a status other than OK."""
+    call = cast("grpc.Call", error)  # gRPC raises the failed call itself
     message = call.details() or ""
     request_id = _request_id(call.trailing_metadata())
     status = rpc_status.from_call(call)
@@ -124,7 +124,7 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> ChasquiError:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceededError("the call did not end within its timeout", request_id)
         case grpc.StatusCode.UNIMPLEMENTED:
-            message = f"{target} answers, but is no gateway: it does not serve this method"
+            message = f"{target} answers, but it is not a gateway: it does not serve this method"
     return ChasquiError(message, call.code(), request_id)
 
 
@@ -133,8 +133,8 @@ def _request_id(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | Non
 
 
 def _unreachable(message: str, target: str, request_id: str | None) -> UnreachableError:
-    # gRPC nests its reasons, "failed to connect to all addresses; last error: …: Connection
-    # refused", and people understand the innermost. Behind a failed handshake it adds an "OK".
+    # gRPC nests its reasons: "failed to connect to all addresses; last error: …: Connection
+    # refused". The innermost is the readable one. After a failed handshake gRPC appends ": OK".
     reason = message.removesuffix(": OK").rpartition(": ")[2].rstrip("]")
     if request_id is None:
         return UnreachableError(f"nothing answers at {target} ({reason})")

@@ -1,7 +1,7 @@
-"""Arguments of the clients' methods, as the contract's request messages.
+"""Converts arguments of the clients' methods to the contract's request messages.
 
-Only what protobuf cannot carry is refused here, by the path that the server would name. Every rule
-of the contract is left to the server, so that there is one place that knows it.
+Only values that protobuf cannot carry are refused here, with the field path that the server would
+name. All rules of the contract are checked by the server alone, so that they exist only once.
 """
 
 from collections.abc import (
@@ -41,7 +41,7 @@ Prompt = str | Sequence[int]
 
 
 class Sampling(TypedDict, total=False):
-    """How to choose tokens. An absent field or None takes the server's default (`get_model`)."""
+    """Sampling parameters. An absent field or None means the server's default (`get_model`)."""
 
     temperature: float | None
     top_p: float | None
@@ -62,7 +62,7 @@ class Sampling(TypedDict, total=False):
 class CallOptions(TypedDict, total=False):
     """Keyword arguments of every method: `timeout` is the call's deadline in seconds.
 
-    None and inf are no limit.
+    None and inf: no deadline.
     """
 
     timeout: float | None
@@ -71,7 +71,7 @@ class CallOptions(TypedDict, total=False):
 class _Answers(CallOptions, Sampling, total=False):
     """The options that the chat and the completion methods share."""
 
-    model: str | None  # another than the one that is served is NOT_FOUND
+    model: str | None  # NOT_FOUND if the gateway serves another one
     logprobs: bool | None
     top_logprobs: int | None
     logprob_token_ids: Sequence[int] | None
@@ -92,7 +92,7 @@ class TextOptions(_Answers, total=False):
 
 
 class RenderOptions(CallOptions, total=False):
-    """Keyword arguments of `render_prompt`; `max_gen_len` is that of the request to come."""
+    """Keyword arguments of `render_prompt`; `max_gen_len` is that of the later request."""
 
     context_policy: ContextPolicy | None
     max_gen_len: int | None
@@ -117,7 +117,7 @@ _MESSAGES = 'a list of messages such as {"role": "user", "content": "…"}'
 _MESSAGE = 'a message such as {"role": "user", "content": "…"}'
 _MAX_ID = 2**32 - 1
 
-# How a value becomes one of a field of this type.
+# The conversion of a value to each type of field.
 _SCALARS: Mapping[int, Callable[[object], object]] = {
     FieldDescriptor.CPPTYPE_UINT32: lambda value: arguments.integer(value, 0, _MAX_ID),
     FieldDescriptor.CPPTYPE_UINT64: lambda value: arguments.integer(value, 0, 2**64 - 1),
@@ -142,7 +142,7 @@ def chat(
     options: ChatOptions,
     n: int | None = None,
 ) -> ChatRequest:
-    """A request of this kind; refuses what cannot be sent with InvalidRequestError."""
+    """A request of this kind. InvalidRequestError: some values cannot be sent."""
     request = kind()
     with _refusals(options, ChatOptions.__optional_keys__) as refusals:
         for index, dialog in enumerate(refusals.items("dialogs", dialogs, "a list of dialogs")):
@@ -161,7 +161,7 @@ def text(
     options: TextOptions,
     n: int | None = None,
 ) -> TextRequest:
-    """A request of this kind; the contract takes texts or token ids, not both in one request."""
+    """A request of this kind, with texts or token ids; the contract refuses both in one request."""
     request = kind()
     with _refusals(options, TextOptions.__optional_keys__) as refusals:
         for index, prompt in enumerate(refusals.items("prompts", prompts, "a list of prompts")):
@@ -184,24 +184,24 @@ def render_prompt(dialog: Dialog, options: RenderOptions) -> chat_pb2.RenderProm
 
 
 def get_model(options: CallOptions) -> chat_pb2.GetModelRequest:
-    """A request for what is served."""
+    """A request for the served model."""
     with _refusals(options, CallOptions.__optional_keys__):
         return chat_pb2.GetModelRequest()
 
 
 def get_status(options: CallOptions) -> operator_pb2.GetStatusRequest:
-    """A request for what the gateway sees."""
+    """A request for the gateway's status."""
     with _refusals(options, CallOptions.__optional_keys__):
         return operator_pb2.GetStatusRequest()
 
 
 def deadline(options: CallOptions) -> float | None:
-    """Seconds that the call of a request made here may take; None: as long as it takes."""
+    """The deadline of a call in seconds; None: no deadline."""
     return arguments.seconds(options.get("timeout"))
 
 
 class _Refusals:
-    """Collects the values that cannot be sent, so that a caller reads all of them at once."""
+    """Collects the values that cannot be sent, so that one error reports all of them."""
 
     def __init__(self) -> None:
         self.found: list[Violation] = []
@@ -218,7 +218,7 @@ class _Refusals:
             self.add(path, str(error))
 
     def items(self, path: str, value: object, wanted: str, *, ordered: bool = True) -> list[object]:
-        """The items of the list for the field at `path`; none if it is no list."""
+        """The items of the list for the field at `path`; none if it is not a list."""
         try:
             return arguments.items(value, wanted, ordered=ordered)
         except ValueError as error:
@@ -231,7 +231,7 @@ class _Refusals:
 
 @contextmanager
 def _refusals(options: CallOptions, known: frozenset[str]) -> Iterator[_Refusals]:
-    """For the options of a call; raises at the end what could not be sent."""
+    """Checks the options of a call; raises one error at the end for all values refused."""
     # Python does the same for a function that names its keyword arguments.
     unknown = sorted(options.keys() - known)
     if unknown:

@@ -1,7 +1,7 @@
 """Answers of the gateway as frozen dataclasses, and their conversion from the contract's messages.
 
-Names are the contract's; `protos/llama/v1/chat.proto` says what each field means. Reasons that this
-client is too old to know read as FinishReason.UNSPECIFIED.
+Names are the contract's; `protos/llama/v1/chat.proto` documents each field. Finish reasons that
+this client does not know become FinishReason.UNSPECIFIED.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +46,7 @@ _DETERMINISMS: Mapping[int, Determinism] = {each.value: each for each in Determi
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The logprob of a token that could have stood at a position."""
+    """The logprob of a candidate token at a position."""
 
     id: int
     text: str
@@ -56,7 +56,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of an answer; `bytes` is exact where `text` is a part of a character."""
+    """One token of an answer; `bytes` is exact even if the token is only part of a character."""
 
     id: int
     text: str
@@ -69,7 +69,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The cost of a prediction."""
+    """The tokens and the time that a prediction took."""
 
     prompt_tokens: int
     cached_prompt_tokens: int
@@ -113,14 +113,14 @@ class Prediction:
     def message(self) -> Message:
         """The answer as a message, to append to the dialog.
 
-        Without the special tags that `text` may hold: a dialog with one is refused.
+        Special tags in `text` are removed, because a dialog that contains one is refused.
         """
         return {"role": "assistant", "content": without_special_tags(self.text)}
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Stream event: answer `choice_index` to the dialog or prompt number `index` was begun."""
+    """Stream event: answer `choice_index` to dialog or prompt number `index` starts."""
 
     index: int
     choice_index: int
@@ -211,7 +211,7 @@ class Model:
 
 
 def determinism(value: int) -> Determinism:
-    """A value that this client is too old to know is UNSPECIFIED."""
+    """The enum member of a value; UNSPECIFIED if this client does not know it."""
     return _DETERMINISMS.get(value, Determinism.UNSPECIFIED)
 
 
@@ -372,7 +372,7 @@ def _sampling(params: sampling_pb2.SamplingParams) -> Sampling:
 def _plain(value: object) -> object:
     """A field's value as a caller would write it."""
     match value:
-        case float():  # as a float of 32 bits was meant: 0.6, and not 0.6000000238418579
+        case float():  # a 32-bit float, shown as 0.6 and not as 0.6000000238418579
             return float(f"{value:.7g}")
         case bool() | int():
             return value

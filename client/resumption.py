@@ -1,13 +1,12 @@
-"""A stream that goes on when its connection breaks: which call comes next, what of its answers is
-new, when to give up. Does no input or output, so that both clients share it, and tests need no
-network.
+"""Continues a stream after its connection broke: decides which call comes next, which events are
+new, and when to give up. Makes no calls, so that both clients share it and tests need no network.
 
-While the gateway knows the stream, it is resumed behind the last event that arrived. A gateway that
-was restarted does not; then the same request is made again with the seed that was reported, which
-gives the same tokens as far as `Determinism` says, and what has been delivered is compared and left
-out.
+While the gateway knows the stream, it is resumed after the last event that arrived. A restarted
+gateway does not know it. Then the same request is sent again with the reported seed, which gives
+the same tokens as far as `Determinism` says; the delivered part is compared and skipped.
 """
 
+import logging
 import math
 import time
 import uuid
@@ -28,10 +27,12 @@ from client.errors import (
 from client.results import Delta, Event, Finished, Started
 from llama.v1 import chat_pb2
 
-# Seconds. A gateway keeps a stream without a reader for as long, unless it is set otherwise.
+# Seconds. By default a gateway keeps a stream without a reader just as long.
 RESUME_SECONDS = 30.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 1.0
+
+_log = logging.getLogger("chasqui")
 
 StreamRequest = chat_pb2.ChatCompleteStreamRequest | chat_pb2.TextCompleteStreamRequest
 NextRequest = StreamRequest | chat_pb2.ResumeStreamRequest
@@ -43,7 +44,7 @@ StreamResponse = (
 
 
 def resume_limit(resume_seconds: float) -> float:
-    """The bound as it was given to a client; ValueError: it is none."""
+    """The checked `resume_seconds` of a client. ValueError: it is not a number of seconds."""
     try:
         limit = arguments.seconds(resume_seconds)
     except ValueError as error:
@@ -52,11 +53,10 @@ def resume_limit(resume_seconds: float) -> float:
 
 
 class ResumableStream:
-    """One stream of a client, over all calls that it takes.
+    """One stream of a client, across all calls that it needs.
 
-    After each call that fails, `pause_after` says how long to wait for the next one. With
-    `resume_seconds` 0 the stream has no name, and there is no next one. `clock` gives seconds of
-    arbitrary origin.
+    After a failed call, `pause_after` returns how long to wait before the next one. With
+    `resume_seconds` 0 the stream has no name and no further call. `clock` returns seconds.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ResumableStream:
         self._deadline: float | None = None
         self._answers = _Answers()
         self._called = False
-        self._known = False  # to the gateway, as far as can be told from here
+        self._known = False  # the gateway probably knows the stream
         self._repeating = False
         self._last = 0  # the number of the last event that arrived
         self._lost_at: float | None = None
@@ -84,16 +84,16 @@ class ResumableStream:
 
     @property
     def name(self) -> str:
-        """Its name at the gateway, which changes when it is begun anew; empty: it has none."""
+        """Its name at the gateway, a new one for each repetition; empty: it has none."""
         return self._request.stream_name
 
     @property
     def wants_cancel(self) -> bool:
-        """Whether the gateway may still work on it, though it is not read any more."""
+        """Whether the gateway may still work on it after the reader has left."""
         return bool(self.name) and self._called and not self.ended
 
     def next_request(self) -> NextRequest:
-        """The request to send now; the first call begins the time that the stream may take."""
+        """The request of the next call; the first use starts the stream's timeout."""
         if not self._called and self._timeout is not None:
             self._deadline = self._clock() + self._timeout
         self._called = True
@@ -102,11 +102,11 @@ class ResumableStream:
         return chat_pb2.ResumeStreamRequest(stream_name=self.name, after_event_number=self._last)
 
     def time_left(self) -> float | None:
-        """Seconds that the next call may take."""
+        """Seconds that the next call may take; None: no limit."""
         return None if self._deadline is None else max(0.0, self._deadline - self._clock())
 
     def on_response(self, response: StreamResponse) -> Event | None:
-        """The event in what arrived, as far as it is new to the reader."""
+        """The event of a response, without what was delivered before; None: nothing is new."""
         number = response.event.event_number
         if number != self._last + 1:
             raise self._lost(f"event {number} came after event {self._last}")
@@ -119,11 +119,11 @@ class ResumableStream:
             raise self._lost(str(difference)) from None
 
     def end(self) -> None:
-        """The call ended as it should."""
+        """Marks the stream as complete."""
         self.ended = True
 
     def pause_after(self, error: ChasquiError) -> float:
-        """Seconds to wait until the next call; raises where there is to be none."""
+        """Seconds to wait before the next call; raises the final error if there is none."""
         if not self.name:
             self.ended = True
         if self.ended or isinstance(error, DeadlineExceededError):
@@ -138,7 +138,7 @@ class ResumableStream:
             case ChasquiError(code=grpc.StatusCode.NOT_FOUND) if self._known:
                 self._repeat()
             case ChasquiError(code=grpc.StatusCode.ALREADY_EXISTS) if self._repeating:
-                self._known = True  # the call that seemed to fail had begun it
+                self._known = True  # the call that seemed to fail had started it
             case ChasquiError(code=grpc.StatusCode.OUT_OF_RANGE):
                 raise self._lost(error.message) from error
             case _:
@@ -159,21 +159,29 @@ class ResumableStream:
         now = self._clock()
         if self._deadline is not None and now + pause >= self._deadline:
             raise DeadlineExceededError("the call did not end within its timeout") from error
-        self._lost_at = now if self._lost_at is None else self._lost_at
+        if self._lost_at is None:
+            self._lost_at = now
+            _log.warning("%s; %s", error.message, self._attempts())
         if now + pause > self._lost_at + self._resume_seconds:
             reason = f"it could not be resumed within {self._resume_seconds:g} seconds"
             raise self._lost(f"{reason} ({error.message})") from error
 
+    def _attempts(self) -> str:
+        """The attempts to continue after the connection broke, in words."""
+        limit = min(self._resume_seconds, math.inf if (left := self.time_left()) is None else left)
+        until = "" if math.isinf(limit) else f" for up to {limit:.3g} seconds"
+        return f"trying{until} to continue the answer"
+
     def _repeat(self) -> None:
-        """The next call makes the same answers from their beginning."""
+        """Makes the next call repeat the request from the beginning."""
         sampling = self._request.sampling
         if self._last and not sampling.HasField("seed"):
             greedy = sampling.HasField("temperature") and sampling.temperature == 0
             seed = self._answers.seed(self._prompts, greedy=greedy)
             if seed is None:
                 raise self._lost(
-                    "the gateway does not know it any more, and answers to several dialogs or "
-                    "prompts can only be repeated with a seed"
+                    "the gateway has forgotten it, and answers to several dialogs or prompts can "
+                    "only be repeated if the request has a seed"
                 )
             sampling.seed = seed
         self._rename()
@@ -199,29 +207,27 @@ class _DifferentAnswerError(Exception):
 
 @dataclass(slots=True)
 class _Answer:
-    """The part of one answer that the reader has, and how far the present run of the stream has
-    come.
-    """
+    """The delivered part of one answer, and how far the current repetition has come."""
 
     started: Started
     text: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     finished: bool = False
-    old_text: str = ""  # delivered by earlier runs
+    old_text: str = ""  # delivered before this repetition
     old_ids: int = 0
     seen_text: int = 0
     seen_ids: int = 0
 
 
 class _Answers:
-    """All answers of a stream; passes on of each what its reader does not have yet."""
+    """All answers of a stream; passes on only the parts that were not delivered yet."""
 
     def __init__(self) -> None:
         self.delivered_events = 0
         self._answers: dict[tuple[int, int], _Answer] = {}
 
     def new_part(self, event: Event) -> Event | None:
-        """The part that is new; raises if the rest differs from what was delivered."""
+        """The new part of an event; raises if the rest differs from the delivered part."""
         answer = self._answers.get((event.index, event.choice_index))
         new: Event | None
         match event:
@@ -235,18 +241,18 @@ class _Answers:
                 new = None if answer.finished else event
                 answer.finished = True
             case _:
-                raise _DifferentAnswerError("an answer came without its beginning")
+                raise _DifferentAnswerError("an answer arrived without its Started event")
         self.delivered_events += new is not None
         return new
 
     def rewind(self) -> None:
-        """From here on, all answers are made again from their beginning."""
+        """Prepares for a repetition of all answers from their beginning."""
         for answer in self._answers.values():
             answer.old_text, answer.old_ids = "".join(answer.text), len(answer.ids)
             answer.seen_text = answer.seen_ids = 0
 
     def seed(self, prompts: int, *, greedy: bool) -> int | None:
-        """The one seed that gives all answers to so many prompts again, if there is one."""
+        """The request's seed that repeats all answers to `prompts` prompts; None: there is none."""
         for (_, choice), answer in self._answers.items():
             if prompts == 1 or greedy:
                 return (answer.started.seed - choice) % 2**64

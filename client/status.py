@@ -1,7 +1,7 @@
 """The status of a gateway and of its upstreams, as frozen dataclasses.
 
-Names are the contract's; `protos/llama/v1/operator.proto` and `model.proto` say what each means.
-States that this client is too old to know read as UpstreamState.UNSPECIFIED.
+Names are the contract's; `protos/llama/v1/operator.proto` and `model.proto` document each field.
+States that this client does not know become UpstreamState.UNSPECIFIED.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from llama.v1 import model_pb2, operator_pb2
 
 
 class UpstreamState(Enum):
-    """How a service behind the gateway does."""
+    """The state of a service behind the gateway."""
 
     UNSPECIFIED = operator_pb2.UPSTREAM_STATE_UNSPECIFIED
     CONNECTING = operator_pb2.UPSTREAM_STATE_CONNECTING
@@ -53,7 +53,7 @@ class ReplicaInfo:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A replica's report; what it counts, it counts since its start."""
+    """A replica's load report; counters count from its start."""
 
     running_sequences: int
     waiting_sequences: int
@@ -71,7 +71,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """One replica; `sequences` and `outstanding_tokens` are those of the gateway that was asked."""
+    """One replica; `running_sequences` and `outstanding_tokens` are those of this gateway alone."""
 
     upstream: Upstream
     info: ReplicaInfo | None
@@ -83,7 +83,7 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class GatewayStatus:
-    """The view of one gateway."""
+    """The status of one gateway and of the services behind it."""
 
     tokenizer: Upstream
     replicas: tuple[ReplicaStatus, ...]
@@ -92,8 +92,8 @@ class GatewayStatus:
     detached_streams: int
     displaced_sequences: int
     uptime: timedelta
-    safety: Upstream | None  # None where none is configured
-    serving: bool  # as the gateway's health says it
+    safety: Upstream | None  # None if none is configured
+    serving: bool  # the gateway's health
 
 
 def gateway_status(response: operator_pb2.GetStatusResponse) -> GatewayStatus:

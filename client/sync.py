@@ -49,13 +49,13 @@ class Client:
 
     Args:
         target: the gateway's address, host:port or one of gRPC's own forms.
-        tls: without it the connection is plaintext, and the API key can be read on the way.
-        api_key: a key for gateways that ask for one.
-        resume_seconds: how long a stream tries to go on after its connection broke, which the
+        tls: TLS settings. None: plaintext, so that the API key can be read on the network.
+        api_key: the API key, for gateways that require one.
+        resume_seconds: how long a stream tries to continue after its connection broke, which the
             logger "chasqui" reports as a warning. 0: the stream fails at once.
 
     Raises:
-        ValueError: an argument cannot be used. OSError: a file of `tls` cannot be read.
+        ValueError: an argument is invalid. OSError: a file of `tls` cannot be read.
     """
 
     def __init__(
@@ -109,15 +109,15 @@ class Client:
     def chat_stream(
         self, dialog: Dialog, *, n: int | None = None, **options: Unpack[ChatOptions]
     ) -> Stream:
-        """Answers one dialog while it is made: Started, then Delta by Delta, then Finished."""
+        """Streams the answer to one dialog: Started, then any number of Delta, then Finished."""
         return self.chat_stream_many([dialog], n=n, **options)
 
     def chat_stream_many(
         self, dialogs: Sequence[Dialog], *, n: int | None = None, **options: Unpack[ChatOptions]
     ) -> Stream:
-        """Answers several dialogs in one call; their events are interleaved.
+        """Streams the answers to several dialogs in one call; their events are interleaved.
 
-        `index` tells the dialog of each, `choice_index` which of its `n` answers.
+        `index` is the dialog's position, `choice_index` tells which of its `n` answers it is.
         """
         request = requests.chat(chat_pb2.ChatCompleteStreamRequest, dialogs, options, n)
         return self._stream(self._resumable(request, options))
@@ -145,32 +145,32 @@ class Client:
     def complete_stream(
         self, prompt: Prompt, *, n: int | None = None, **options: Unpack[TextOptions]
     ) -> Stream:
-        """Continues one prompt while it is made: Started, then Delta by Delta, then Finished."""
+        """Streams the continuation of one prompt, with events as of `chat_stream`."""
         return self.complete_stream_many([prompt], n=n, **options)
 
     def complete_stream_many(
         self, prompts: Sequence[Prompt], *, n: int | None = None, **options: Unpack[TextOptions]
     ) -> Stream:
-        """Continues several prompts in one call; events are as those of `chat_stream_many`."""
+        """Streams the continuations of several prompts, with events as of `chat_stream_many`."""
         request = requests.text(chat_pb2.TextCompleteStreamRequest, prompts, options, n)
         return self._stream(self._resumable(request, options))
 
     def render_prompt(self, dialog: Dialog, **options: Unpack[RenderOptions]) -> RenderedPrompt:
-        """The token ids and text that a dialog becomes; spends no model time."""
+        """The prompt of a dialog as token ids and text; the model is not run."""
         request = requests.render_prompt(dialog, options)
         with self._readable_errors():
             response = self._stub.RenderPrompt(request, timeout=requests.deadline(options))
         return results.rendered_prompt(response)
 
     def get_status(self, **options: Unpack[CallOptions]) -> status.GatewayStatus:
-        """The gateway's view: its replicas, their load, and what runs and waits."""
+        """The gateway's status: its replicas, their load, running and waiting generations."""
         request = requests.get_status(options)
         with self._readable_errors():
             response = self._operator.GetStatus(request, timeout=requests.deadline(options))
         return status.gateway_status(response)
 
     def get_model(self, **options: Unpack[CallOptions]) -> Model:
-        """The served model, limits and defaults."""
+        """The served model, with limits and defaults of requests."""
         request = requests.get_model(options)
         with self._readable_errors():
             response = self._stub.GetModel(request, timeout=requests.deadline(options))
@@ -180,7 +180,7 @@ class Client:
         return ResumableStream(request, requests.deadline(options), self._resume_seconds)
 
     def _stream(self, stream: ResumableStream) -> Stream:
-        # The call begins here and not sooner: a generator that is never entered has no `finally`.
+        # The call begins only here, because a generator that is never entered runs no `finally`.
         self._streams.add(stream)
         try:
             while not stream.ended:
@@ -216,7 +216,7 @@ class Client:
                 return self._stub.ResumeStream(request, timeout=timeout)
 
     def _cancel(self, streams: Iterable[ResumableStream]) -> None:
-        """Cancels streams at the gateway, which would otherwise wait for their reader to return."""
+        """Cancels streams at the gateway, which would otherwise keep them for a later call."""
         names = [stream.name for stream in streams if stream.wants_cancel]
         cancel_streams(self._stub, names)
 

@@ -16,7 +16,7 @@ async def start(settings: GatewaySettings) -> None:
         settings.tokenizer_target,
         settings.model_target_list,
         settings.pool_options,
-        connector(settings),
+        connector(settings.upstream_tls, settings.upstream_name),
         safety=settings.safety_options,
         prompt_format=settings.prompt_format,
     )

@@ -61,8 +61,8 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
         run=run,
         begin_drain=streams.refuse_new,
         drain=drain,
-        authorize=authorizer(settings),
-        options=connection_options(settings),
+        authorize=authorizer(settings.api_keys),
+        options=connection_options(settings.max_connection_age, settings.grace_period),
         collectors=[requests, StateMetrics(backend, servicer.admission, streams)],
         trusts_traceparent=settings.trust_traceparent,
     )

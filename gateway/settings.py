@@ -11,6 +11,7 @@ from gateway.request.options import RequestLimits
 from gateway.rpc.named_streams import StreamLimits
 from gateway.safety.options import SafetyOptions
 from llama.prompt_format.recognition import FormatName
+from serving.security.tls import TlsFiles
 from serving.settings import Port, ServerSettings
 
 # Seconds, 31 years. gRPC counts deadlines in 64-bit nanoseconds, and a longer one passes at once.
@@ -202,6 +203,13 @@ class GatewaySettings(ServerSettings):
                 f"({self.max_queued_sequences}): a full request would never be admitted"
             )
         return self
+
+    @property
+    def upstream_tls(self) -> TlsFiles | None:
+        """None: plaintext."""
+        if self.upstream_ca is None:
+            return None
+        return TlsFiles(self.upstream_cert, self.upstream_key, self.upstream_ca)
 
     @property
     def model_target_list(self) -> list[str]:

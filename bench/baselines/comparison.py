@@ -1,30 +1,26 @@
 """One shape's comparison: prepare, check that all compute the same function, measure in rounds.
 
-Equal tokens would be too much to ask: two tokens may be equally probable up to rounding. So every
-contender writes a greedy answer, and Chasqui's float32 engine, which tests hold to Meta's code,
-says how much less probable each token was than the best one. A wrong permutation or a missing norm
-costs several units of logprob, rounding next to nothing.
-
-Within a round every contender runs every case once, in an order that is shuffled anew, so that a
-machine that grows slower or warmer does not favour those that came first.
+Equal tokens would be too much to ask: two tokens may be equally probable up to rounding. A wrong
+permutation or a missing norm costs several units of logprob, rounding next to nothing.
 """
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from bench.baselines.contenders import CONTENDERS, REFERENCE, Contender, reference_of
+from bench.baselines.contenders import CONTENDERS, REFERENCE, Contender
 from bench.baselines.environments import Environment, UnavailableError, prepare
 from bench.baselines.exports import ensure_model, model_bytes
 from bench.baselines.fleet import Fleet, WorkerError, WorkerSpec
-from bench.baselines.protocol import random_prompts
 from bench.engine.roofline import Rates, measure_rates
 from bench.report import Host, Row, ratio, spread
-from bench.shapes import Shape
+from bench.shapes import Shape, random_prompts
 
 GIB = 2**30
 PROMPT_SEED = 7
@@ -75,7 +71,10 @@ class Turn:
 def schedule(
     contenders: Sequence[str], cases: Sequence[Case], rounds: int, seed: int
 ) -> Iterator[Turn]:
-    """All turns, round by round, case by case, contenders in shuffled order."""
+    """All turns, round by round, case by case, contenders in shuffled order.
+
+    So a machine that grows slower or warmer does not favour those that came first.
+    """
     source = random.Random(seed)
     for number in range(rounds):
         for case in cases:
@@ -84,77 +83,57 @@ def schedule(
                 yield Turn(number, case, contender, prompts)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The settings of a comparison."""
+@dataclass(slots=True)
+class Comparison:
+    """The settings and the state of a comparison."""
 
     shape: Shape
     ckpt_dir: Path
-    work_dir: Path
     host: Host
-    device: str
-    cases: tuple[Case, ...]
-    rounds: int
-    context: int  # tokens that decoding sequences begin with
-    steps: int  # decode steps of a measurement
-    memory: int  # bytes that all loaded workers may hold together
-
-
-@dataclass(slots=True)
-class Comparison:
-    """The state of a comparison."""
-
-    plan: Plan
-    log: Callable[[str], None]
+    args: Namespace  # of `python -m bench.baselines`
     specs: dict[str, WorkerSpec] = field(default_factory=dict)
     infos: dict[str, dict[str, str]] = field(default_factory=dict)
     rates: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
     def run(self, names: Iterable[str]) -> Iterator[Row]:
         """Prepares the contenders, checks them, and measures all rounds."""
-        environments: dict[str, Environment | UnavailableError] = {}
+        broken: dict[str, UnavailableError] = {}
         for name in names:
             try:
-                self.specs[name] = self._prepared(CONTENDERS[name], environments)
+                self.specs[name] = self._prepared(CONTENDERS[name], broken)
             except UnavailableError as error:
                 yield self._drop(name, str(error))
-        logs = self.plan.work_dir / "logs"
+        logs = self.args.work_dir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        with Fleet(self.plan.memory, logs, self.plan.host.cores) as fleet:
+        with Fleet(int(self.args.memory * GIB), logs, self.host.cores) as fleet:
             yield from self._check(fleet)
             yield from self._measure(fleet)
         yield from rate_rows(self.rates)
 
-    def _prepared(
-        self, contender: Contender, environments: dict[str, Environment | UnavailableError]
-    ) -> WorkerSpec:
+    def _prepared(self, contender: Contender, broken: dict[str, UnavailableError]) -> WorkerSpec:
         """How to start the contender; an environment that failed once is not tried again."""
-        plan, key = self.plan, contender.engine
-        check_precision(contender, plan.host, plan.device)
-        if key not in environments:
-            try:
-                environments[key] = prepare(key, plan.work_dir)
-            except UnavailableError as error:
-                environments[key] = error
-        environment = environments[key]
-        if isinstance(environment, UnavailableError):
-            raise environment
-        model = ensure_model(contender.model, plan.ckpt_dir, plan.work_dir)
+        contender.check(self.host)
+        if error := broken.get(contender.engine):
+            raise error
+        try:
+            environment = prepare(contender.engine, self.args.work_dir)
+        except UnavailableError as error:
+            broken[contender.engine] = error
+            raise
+        model = ensure_model(contender.model, self.ckpt_dir, self.args.work_dir)
         return self._spec(contender, environment, model)
 
     def _spec(self, contender: Contender, environment: Environment, model: Path) -> WorkerSpec:
-        plan = self.plan
-        batches = [case.size for case in plan.cases if case.kind == "decode"]
-        prompts = [case.size for case in plan.cases if case.kind == "prefill"]
+        sequences = max((case.size for case in self.args.cases if case.kind == "decode"), default=1)
+        prompt = max((case.size for case in self.args.cases if case.kind == "prefill"), default=1)
         # Room for warm-up steps, and for engines that end their prompts in different steps.
-        sequences = max(batches, default=1)
-        answer = plan.steps + WARM_STEPS + sequences
-        length = max(*prompts, plan.context + answer, 64) + 16
-        tokens = max(length, sequences * (plan.context + plan.steps + 32))
-        weights = plan.shape.parameters * contender.bits // 8
+        answer = self.args.steps + WARM_STEPS + sequences
+        length = max(prompt, self.args.context + answer, 64) + 16
+        tokens = max(length, sequences * (self.args.context + self.args.steps + 32))
+        weights = self.shape.parameters * contender.bits // 8
         # Twice the tokens: engines round each sequence up to their own granularity.
-        cache_gib = -(-2 * tokens * plan.shape.kv_elements_per_token * 4 // GIB)
-        wide = "bfloat16" if plan.device == "cuda" else plan.host.wide_dtype
+        cache_gib = -(-2 * tokens * self.shape.kv_elements_per_token * 4 // GIB)
+        options = {"dtype": self.host.wide_dtype, "cache_gib": cache_gib, **contender.options}
         return WorkerSpec(
             contender.name,
             f"bench.baselines.workers.{contender.engine}",
@@ -162,12 +141,12 @@ class Comparison:
             {
                 "model": str(model),
                 "precision": contender.precision,
-                "device": plan.device,
-                "threads": plan.host.cores,
+                "device": self.args.device,
+                "threads": self.host.cores,
                 "sequences": sequences,
                 "length": length,
                 "tokens": tokens,
-                "options": {"dtype": wide, "cache_gib": cache_gib, **contender.options},
+                "options": options,
             },
             # Mapped files count as well.
             max(weights, model_bytes(model)) + cache_gib * GIB + WORKING_BYTES,
@@ -175,8 +154,7 @@ class Comparison:
 
     def _check(self, fleet: Fleet) -> Iterator[Row]:
         """Every contender's greedy answer, scored by the reference."""
-        vocab_size = self.plan.shape.config.vocab_size
-        (prompt,) = random_prompts(1, PROMPT_TOKENS, vocab_size, PROMPT_SEED)
+        (prompt,) = self._prompts(1, PROMPT_TOKENS, PROMPT_SEED)
         answers: dict[str, list[int]] = {}
         for name, spec in tuple(self.specs.items()):
             try:
@@ -185,7 +163,7 @@ class Comparison:
             except WorkerError as error:
                 yield self._drop(name, str(error))
         reference = self.specs.get(REFERENCE) or self._spec(
-            CONTENDERS[REFERENCE], Environment(), self.plan.ckpt_dir
+            CONTENDERS[REFERENCE], Environment(), self.ckpt_dir
         )
         for name, answer in answers.items():
             shortfalls = fleet.call(reference, "shortfalls", prompt=prompt, answer=answer)
@@ -198,46 +176,40 @@ class Comparison:
             fleet.stop(REFERENCE)
 
     def _measure(self, fleet: Fleet) -> Iterator[Row]:
-        plan, machine = self.plan, dict[int, Rates]()
-        for turn in schedule(tuple(self.specs), plan.cases, plan.rounds, PROMPT_SEED):
+        machine, device = dict[int, Rates](), torch.device(self.args.device)
+        for turn in schedule(tuple(self.specs), self.args.cases, self.args.rounds, PROMPT_SEED):
             if turn.round not in machine:
-                dtype = "bfloat16" if plan.device == "cuda" else plan.host.wide_dtype
-                machine[turn.round] = measure_rates(torch.device(plan.device), dtype)
+                machine[turn.round] = measure_rates(device, self.host.wide_dtype)
             spec = self.specs.get(turn.contender)
             if spec is None:
                 continue
             try:
                 if not fleet.warmed(spec, turn.case.name):
                     self._ask(fleet, spec, turn.case, WARM_STEPS, seed=turn.seed ^ 1)
-                rate = turn.case.rate(self._ask(fleet, spec, turn.case, plan.steps, turn.seed))
+                rate = turn.case.rate(self._ask(fleet, spec, turn.case, self.args.steps, turn.seed))
             except WorkerError as error:
                 yield self._drop(turn.contender, f"{turn.case.name}: {error}")
                 continue
             self.rates.setdefault((turn.case.name, turn.contender), []).append(rate)
-            self.log(
-                f"round {turn.round + 1}: {turn.case.name}: {turn.contender}: {rate:.1f} tokens/s"
-            )
+            text = f"{turn.case.name}: {turn.contender}: {rate:.1f} tokens/s"
+            print(f"round {turn.round + 1}: {text}", file=sys.stderr, flush=True)
         yield from _machine_rows(tuple(machine.values()))
 
     def _ask(
         self, fleet: Fleet, spec: WorkerSpec, case: Case, steps: int, seed: int
     ) -> list[float]:
         if case.kind == "prefill":
-            return fleet.call(spec, "prefill", tokens=case.size, seed=seed)
-        context = self.plan.context
-        return fleet.call(spec, "decode", batch=case.size, context=context, steps=steps, seed=seed)
+            (prompt,) = self._prompts(1, case.size, seed)
+            return fleet.call(spec, "prefill", prompt=prompt)
+        prompts = self._prompts(case.size, self.args.context, seed)
+        return fleet.call(spec, "decode", prompts=prompts, steps=steps)
+
+    def _prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
+        return random_prompts(count, length, self.shape.config.vocab_size, seed)
 
     def _drop(self, name: str, reason: str) -> Row:
         self.specs.pop(name, None)
         return Row("not measured", {"contender": name}, {"reason": reason})
-
-
-def check_precision(contender: Contender, host: Host, device: str) -> None:
-    """Raises UnavailableError when this machine is not for the contender."""
-    if device == "cpu" and contender.precision == "bfloat16" and "bf16" not in host.features:
-        raise UnavailableError("the processor does not multiply bfloat16 in hardware")
-    if device == "cuda" and contender.engine in ("llama_cpp", "vllm"):
-        raise UnavailableError(f"{contender.engine} is built for the CPU here")
 
 
 def same_function(name: str, precision: str, shortfalls: Sequence[float]) -> bool | None:
@@ -257,7 +229,7 @@ def rate_rows(rates: Mapping[tuple[str, str], Sequence[float]]) -> Iterator[Row]
     cases = dict.fromkeys(case for case, _ in rates)
     for case, (name, contender) in itertools.product(cases, CONTENDERS.items()):
         if values := rates.get((case, name)):
-            reference = rates.get((case, reference_of(contender)))
+            reference = rates.get((case, contender.reference))
             yield Row(
                 case,
                 {"contender": name},
@@ -273,6 +245,6 @@ def _machine_rows(machine: Sequence[Rates]) -> Iterator[Row]:
     """The machine's own rates over the rounds."""
     if machine:
         yield Row("machine", {"rate": "read"}, spread("gb_per_s", [r.read / 1e9 for r in machine]))
-    for kind in machine[0].matrix if machine else ():
-        rates = [each.matrix[kind] / 1e9 for each in machine]
-        yield Row("machine", {"rate": f"{kind} product"}, spread("gflop_per_s", rates))
+        for kind in machine[0].matrix:
+            rates = [each.matrix[kind] / 1e9 for each in machine]
+            yield Row("machine", {"rate": f"{kind} product"}, spread("gflop_per_s", rates))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bench.baselines.environments import UnavailableError
 from bench.report import Host
 
 REFERENCE = "chasqui-float32"
@@ -19,45 +20,50 @@ class Contender:
     bits: int  # per weight: contenders with the same number are compared with each other
     options: Mapping[str, str | bool] = field(default_factory=dict)
 
+    @property
+    def reference(self) -> str:
+        """The name of Chasqui with as many bits per weight."""
+        return next(
+            name
+            for name, each in CONTENDERS.items()
+            if each.engine == "chasqui" and each.bits == self.bits
+        )
 
-def _contenders() -> dict[str, Contender]:
-    found = []
-    for precision, bits, kind in (("float32", 32, "F32"), ("bfloat16", 16, "BF16")):
-        found += [
-            Contender(f"chasqui-{precision}", "chasqui", "meta", precision, bits),
-            Contender(f"transformers-{precision}", "transformers", "hf", precision, bits),
-            Contender(f"llama.cpp-{precision}", "llama_cpp", kind, precision, bits),
-        ]
-        found += [
-            Contender(f"vllm-{mode}-{precision}", "vllm", "hf", precision, bits, {"eager": eager})
-            for mode, eager in (("eager", True), ("compiled", False))
-        ]
-    for precision, bits, kind in (("int8", 8, "Q8_0"), ("int4", 4, "Q4_0")):
-        found += [
-            Contender(f"chasqui-{precision}", "chasqui", "meta", precision, bits),
-            Contender(f"llama.cpp-{kind.lower()}", "llama_cpp", kind, kind, bits),
-        ]
-    return {contender.name: contender for contender in found}
+    def check(self, host: Host) -> None:
+        """Raises UnavailableError when this machine is not for the contender."""
+        if host.device and self.engine in ("llama_cpp", "vllm"):
+            raise UnavailableError(f"{self.engine} is built for the CPU here")
+        if not host.device and self.precision == "bfloat16" and "bf16" not in host.features:
+            raise UnavailableError("the processor does not multiply bfloat16 in hardware")
 
 
-CONTENDERS: Mapping[str, Contender] = _contenders()
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("chasqui-float32", "chasqui", "meta", "float32", 32),
+        Contender("transformers-float32", "transformers", "hf", "float32", 32),
+        Contender("llama.cpp-float32", "llama_cpp", "F32", "float32", 32),
+        Contender("vllm-eager-float32", "vllm", "hf", "float32", 32, {"eager": True}),
+        Contender("vllm-compiled-float32", "vllm", "hf", "float32", 32, {"eager": False}),
+        Contender("chasqui-bfloat16", "chasqui", "meta", "bfloat16", 16),
+        Contender("transformers-bfloat16", "transformers", "hf", "bfloat16", 16),
+        Contender("llama.cpp-bfloat16", "llama_cpp", "BF16", "bfloat16", 16),
+        Contender("vllm-eager-bfloat16", "vllm", "hf", "bfloat16", 16, {"eager": True}),
+        Contender("vllm-compiled-bfloat16", "vllm", "hf", "bfloat16", 16, {"eager": False}),
+        Contender("chasqui-int8", "chasqui", "meta", "int8", 8),
+        Contender("llama.cpp-q8_0", "llama_cpp", "Q8_0", "Q8_0", 8),
+        Contender("chasqui-int4", "chasqui", "meta", "int4", 4),
+        Contender("llama.cpp-q4_0", "llama_cpp", "Q4_0", "Q4_0", 4),
+    )
+}
 
 
-def default_names(host: Host, device: str) -> list[str]:
+def default_names(host: Host) -> list[str]:
     """The contenders that suit this machine: its wide type, and the quantized ones."""
-    if device == "cuda":
+    if host.device:
         return ["chasqui-bfloat16", "transformers-bfloat16"]
     return [
         name
         for name, contender in CONTENDERS.items()
         if contender.bits < 16 or contender.precision == host.wide_dtype
     ]
-
-
-def reference_of(contender: Contender) -> str:
-    """Chasqui with as many bits per weight."""
-    return next(
-        name
-        for name, each in CONTENDERS.items()
-        if each.engine == "chasqui" and each.bits == contender.bits
-    )

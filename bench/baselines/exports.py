@@ -1,33 +1,25 @@
-"""Exports of a checkpoint: `python -m bench.baselines.exports CHECKPOINT TARGET KIND`
+"""Exports of a checkpoint: GGUF, with the `gguf` package's own quantizers, and Hugging Face's.
 
-GGUF, quantized by the `gguf` package's own quantizers, and Hugging Face's. Both need the extra
-`bench`. Meta rotates neighbouring features (0 with 1, 2 with 3), and so does GGUF's architecture
-`llama`; Hugging Face rotates feature i with i + head_dim / 2, so there the rows of wq and wk move.
+Both need the extra `bench`. Meta rotates neighbouring features (0 with 1, 2 with 3), and so does
+GGUF's architecture `llama`; Hugging Face rotates feature i with i + head_dim / 2, so there the rows
+of wq and wk move.
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.baselines.environments import REPOSITORY, UnavailableError
+from bench.baselines.environments import UnavailableError
+from bench.checkpoint import complete_or_absent
+from bench.engine.driver import in_own_process
 from model_service.model.config import ROPE_THETA, ModelConfig
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 
 CONTEXT_LENGTH = 4096
 CPU = torch.device("cpu")
 BYTES_END = 3 + 256  # ids 3 to 258 are the bytes in a Llama 2 vocabulary
-GGUF_FILE_TYPES = {
-    "F32": "ALL_F32",
-    "F16": "MOSTLY_F16",
-    "BF16": "MOSTLY_BF16",
-    "Q8_0": "MOSTLY_Q8_0",
-    "Q4_0": "MOSTLY_Q4_0",
-}
 HF_NAMES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -50,7 +42,7 @@ def ensure_model(kind: str, ckpt_dir: Path, work_dir: Path) -> Path:
     Exports run in a process of their own: its memory is free before anything is measured.
 
     Args:
-        kind: meta, hf, or a key of GGUF_FILE_TYPES.
+        kind: meta, hf, or the name of a GGUF type, such as Q8_0.
         ckpt_dir: the shape's checkpoint in Meta's format.
         work_dir: where exports are kept.
 
@@ -61,18 +53,12 @@ def ensure_model(kind: str, ckpt_dir: Path, work_dir: Path) -> Path:
         return ckpt_dir
     target = work_dir / "exports" / ckpt_dir.name / ("hf" if kind == "hf" else f"{kind}.gguf")
     if not target.exists():
-        partial = target.with_name(f"{os.getpid()}.{target.name}")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "bench.baselines.exports"]
-        command += [str(ckpt_dir), str(partial), kind]
-        variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-        if done.returncode:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.unlink(missing_ok=True)
-            reason = (done.stderr.splitlines() or ["no output"])[-1]
-            raise UnavailableError(f"export to {kind} failed: {reason}")
-        partial.rename(target)
+        export = export_hf if kind == "hf" else partial(export_gguf, type_name=kind)
+        try:
+            with complete_or_absent(target) as unfinished:
+                in_own_process(export, ckpt_dir, unfinished)
+        except Exception as error:  # the others are measured, whatever it is
+            raise UnavailableError(f"export to {kind} failed: {error}") from error
     return target
 
 
@@ -144,7 +130,7 @@ def halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
-    """Writes a file with all matrices in the type, a key of GGUF_FILE_TYPES.
+    """Writes a file with all matrices in the type, a name of gguf.GGMLQuantizationType.
 
     llama.cpp opens no file without a vocabulary, so it names one made-up piece per id; nothing here
     ever turns text into ids.
@@ -155,7 +141,8 @@ def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
     config = checkpoint.config
     writer = gguf.GGUFWriter(file, "llama", use_temp_file=False)
     writer.add_name("random weights")
-    writer.add_file_type(gguf.LlamaFileType[GGUF_FILE_TYPES[type_name]])
+    mostly = "ALL" if type_name == "F32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{type_name}"])
     writer.add_context_length(CONTEXT_LENGTH)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
@@ -190,11 +177,3 @@ def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-if __name__ == "__main__":
-    source, destination = Path(sys.argv[1]), Path(sys.argv[2])
-    if sys.argv[3] == "hf":
-        export_hf(source, destination)
-    else:
-        export_gguf(source, destination, sys.argv[3])

@@ -1,7 +1,6 @@
 """The workers' processes: as many stay loaded as memory allows, and only one computes at a time.
 
-A worker that waits is stopped by signal (SIGSTOP, its children too): OpenMP threads spin for a
-while after their last loop, some engines poll, and both would be measured along with another.
+A worker that waits is stopped by SIGSTOP, its children too, so that no thread spins or polls.
 """
 
 import contextlib

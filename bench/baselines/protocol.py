@@ -5,14 +5,11 @@ Workers run in environments of their own, so this module needs the standard libr
 
 import json
 import os
-import random
 import sys
 import traceback
 from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any, Protocol
-
-FIRST_ORDINARY_ID = 259  # as in bench.shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +32,14 @@ class Worker(Protocol):
     def load(self, job: Job) -> dict[str, str]:
         """Loads the model. Returns versions and settings, for the result file."""
 
-    def prefill(self, tokens: int, seed: int) -> list[float]:
-        """Seconds from a random prompt of `tokens` to its first token."""
+    def prefill(self, prompt: list[int]) -> list[float]:
+        """Seconds from the prompt to its first token."""
 
-    def decode(self, batch: int, context: int, steps: int, seed: int) -> list[float]:
-        """Seconds of each of `steps` steps of `batch` sequences, after prompts of `context`."""
+    def decode(self, prompts: list[list[int]], steps: int) -> list[float]:
+        """Seconds of each of `steps` steps in which all prompts, of one length, are continued."""
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The `count` most probable next tokens, one after the other."""
-
-
-def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """The same ordinary ids for every engine."""
-    source, ordinary = random.Random(seed), range(FIRST_ORDINARY_ID, vocab_size)
-    return [source.choices(ordinary, k=length) for _ in range(count)]
 
 
 def serve(worker: Worker) -> None:

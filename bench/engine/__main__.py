@@ -1,4 +1,4 @@
-"""The engine's speed on a device, beside the best that the device can do: python -m bench.engine
+"""The engine's speed on a device, beside the best that the device can do.
 
 Cases that need the same engine share it. Weights are random: on the CPU from a checkpoint in
 --work_dir, on a GPU made on the device. Results are written after every case.
@@ -10,63 +10,42 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
 
 import torch
 
 from bench.checkpoint import ensure_checkpoint
 from bench.engine import arrivals, memory, throughput, variants
 from bench.engine.crowd import crowd
-from bench.engine.driver import Job, free_memory, loaded
+from bench.engine.driver import Job, Load, free_memory, loaded
 from bench.engine.roofline import WEIGHT_BYTES, Rates, measure_rates
 from bench.engine.shards import shards
-from bench.engine.throughput import Load, Loaded
+from bench.engine.throughput import Loaded
 from bench.engine.trace import profile_steps
-from bench.report import RESULTS, WORK_DIR, Recorder, Row, cores, read_host
+from bench.report import Recorder, Row, command_parser, cores, finish, read_host
 from bench.shapes import SHAPES
 from model_service.loading.precision import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much each case measures; lengths are in tokens."""
+    """How much each case measures, by default on a CPU; lengths are in tokens."""
 
-    rounds: int
-    steps: int  # decode steps of the sweeps
-    streams: tuple[int, ...]  # of the decode sweep
-    context: int  # that streams of the decode sweep begin with
-    contexts: tuple[int, ...]  # of the context sweep
-    batch: int  # streams of the cases batch, profile and blocks
-    short_prompt: int
-    prompt: int
-    answer: int
-    prefill: int  # prompt of the case prefill
-    long_prompt: int  # that arrives amid streams
-    crowd: Load  # sequences of mixed lengths
-    crowd_steps: int
-    traced_steps: int
+    rounds: int = 3
+    steps: int = 32  # decode steps of the sweeps, and of the case crowd
+    streams: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)  # of the decode sweep
+    contexts: tuple[int, ...] = (16, 128, 256, 512, 1024)  # of the context sweep
+    batch: int = 8  # streams of the cases batch, profile and blocks
+    short_prompt: int = 32  # of the decode sweep, one_stream, formats and blocks
+    prompt: int = 128
+    answer: int = 64
+    prefill: int = 512  # prompt of the case prefill
+    long_prompt: int = 4000  # that arrives amid streams
+    crowd: tuple[int, int, int] = (64, 72, 100)  # Load of sequences of mixed lengths
+    traced_steps: int = 4
     step_tokens: int | None = None  # most of one step; default: all prompts of a case together
 
 
-CPU = Sizes(
-    rounds=3,
-    steps=32,
-    streams=(1, 2, 4, 8, 16, 32, 64),
-    context=32,
-    contexts=(16, 128, 256, 512, 1024),
-    batch=8,
-    short_prompt=32,
-    prompt=128,
-    answer=64,
-    prefill=512,
-    long_prompt=4000,
-    crowd=Load(64, 72, 100),
-    crowd_steps=12,
-    traced_steps=4,
-)
-GPU = dataclasses.replace(
-    CPU,
+GPU = Sizes(
     streams=(1, 4, 16, 64, 256),
     contexts=(128, 1024, 3072),
     batch=64,
@@ -74,31 +53,32 @@ GPU = dataclasses.replace(
     prompt=512,
     answer=256,
     prefill=2048,
-    crowd=Load(256, 288, 400),
-    crowd_steps=64,
+    crowd=(256, 288, 400),
     traced_steps=16,
     step_tokens=2048,
 )
-TINY = Sizes(1, 3, (1, 3), 8, (4, 12), 3, 8, 16, 12, 32, 64, Load(5, 20, 40), 4, 3)
+TINY = Sizes(1, 3, (1, 3), (4, 12), 3, 8, 16, 12, 32, 64, (5, 20, 40), 3)
 
-PRESETS = {"cpu": CPU, "gpu": GPU, "tiny": TINY}
+PRESETS = {"cpu": Sizes(), "gpu": GPU, "tiny": TINY}
 
 # Cases of one engine, with the loads that it must hold, and the cases that load their own.
 SHARED: dict[str, Callable[[Sizes], list[Load]]] = {
     "one_stream": lambda sizes: [Load(1, sizes.short_prompt, sizes.answer)],
     "batch": lambda sizes: [Load(sizes.batch, sizes.prompt, sizes.answer)],
-    "decode": lambda sizes: [Load(n, sizes.context, sizes.steps + 1) for n in sizes.streams],
+    "decode": lambda sizes: [Load(n, sizes.short_prompt, sizes.steps + 1) for n in sizes.streams],
     "context": lambda sizes: [Load(8, each, sizes.steps + 1) for each in sizes.contexts],
     "prefill": lambda sizes: [Load(1, sizes.prefill, 1)],
     "first_token": lambda sizes: [Load(1, sizes.prompt, 1)],
     "profile": lambda sizes: [
         Load(n, sizes.prompt, sizes.answer + 4 * sizes.traced_steps) for n in (1, sizes.batch)
     ],
-    "crowd": lambda sizes: [sizes.crowd],
+    "crowd": lambda sizes: [Load(*sizes.crowd)],
 }
 ALONE = ("load", "dialog", "stall", "kv_cache", "shards", "formats", "blocks")
 ON_CPU = ("load", "prefill", "decode", "context", "dialog", "stall", "kv_cache", "shards")
 ON_GPU = ("one_stream", "batch", "prefill", "first_token", "profile", "crowd", "formats", "blocks")
+SIZE_FLAGS = ("rounds", "steps", "streams", "contexts")  # fields of Sizes
+ALL_FORMATS = ("formats", "blocks")  # each has all formats by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +99,21 @@ class Bench:
                 self._attempt(case, functools.partial(self._alone, case))
 
     def rates(self) -> Rates:
-        """The device's rates: of a CPU measured anew each time, of a GPU once."""
-        threads = self.job.settings.get("threads")
+        """The device's rates: of a CPU anew each time, as others use it, of a GPU once."""
         measure = _gpu_rates if self.job.device.type == "cuda" else measure_rates
-        return measure(self.job.device, self.job.dtype, cast("int | None", threads))
+        return measure(self.job.device, self.job.dtype)
 
     def _attempt(self, case: str, measure: Callable[[], Iterable[Row]]) -> None:
         self.recorder.attempt(case, measure)
         free_memory()
 
     def _shared(self, cases: list[str]) -> Iterator[Row]:
+        crowd = Load(*self.sizes.crowd)
         loads = [load for case in cases for load in SHARED[case](self.sizes)]
         at_once = max(load.streams * load.prompt for load in loads)
         # The lengths of a crowd are mixed: an average sequence has half of the longest one's.
         room = max(
-            load.streams * (load.prompt + load.answer) // (2 if load is self.sizes.crowd else 1)
+            load.streams * (load.prompt + load.answer) // (2 if load == crowd else 1)
             for load in loads
         )
         length = max(load.prompt + load.answer for load in loads)
@@ -141,8 +121,8 @@ class Bench:
         sized = self.job.sized(streams, length, max(room, length))
         sized = dataclasses.replace(sized, step_tokens=self.sizes.step_tokens or at_once)
         with loaded(sized) as driver:
+            engine = Loaded(sized, driver, self.rates, self.sizes.rounds)
             for case in cases:
-                engine = Loaded(sized, driver, self.rates, self.sizes.rounds)
                 self.recorder.attempt(case, functools.partial(self._measure, engine, case))
                 driver.clear()
         rates = self.rates()
@@ -156,7 +136,7 @@ class Bench:
             if case == "profile":
                 yield from profile_steps(engine, load, sizes.traced_steps)
             elif case == "crowd":
-                yield from crowd(engine, load, sizes.crowd_steps, sizes.traced_steps)
+                yield from crowd(engine, load, sizes.steps, sizes.traced_steps)
             elif load.answer == 1:
                 yield throughput.first_token(case, engine, load)
             else:
@@ -164,8 +144,6 @@ class Bench:
 
     def _alone(self, case: str) -> Iterator[Row]:
         job, sizes = self.job, self.sizes
-        eight = Load(8, sizes.context, sizes.steps + 1)
-        wide = dataclasses.replace(job, precision=None, step_tokens=sizes.step_tokens or 2048)
         if case == "load":
             return memory.load_time(job)
         if case == "kv_cache":
@@ -173,10 +151,12 @@ class Bench:
         if case == "dialog":
             return arrivals.dialog(job, turns=10, user=max(8, sizes.prefill // 8), answer=8)
         if case == "stall":
-            return arrivals.stall(job, 8, sizes.context, sizes.long_prompt)
+            return arrivals.stall(job, 8, sizes.short_prompt, sizes.long_prompt)
         if case == "shards":
-            counts = job.shape.config.shard_counts()
-            return shards(job, [n for n in (1, 2, 4) if n <= cores() and n in counts], eight)
+            possible = job.shape.config.shard_counts()
+            counts = [n for n in (1, 2, 4) if n <= cores() and n in possible]
+            return shards(job, counts, Load(8, sizes.short_prompt, sizes.steps + 1))
+        wide = dataclasses.replace(job, precision=None, step_tokens=sizes.step_tokens or 2048)
         blocks = case == "blocks"
         return variants.side_by_side(
             case,
@@ -190,88 +170,52 @@ class Bench:
 
 
 @functools.cache
-def _gpu_rates(device: torch.device, dtype: str, threads: int | None) -> Rates:
-    return measure_rates(device, dtype, threads)
+def _gpu_rates(device: torch.device, dtype: str) -> Rates:
+    return measure_rates(device, dtype)
 
 
 def main(arguments: list[str] | None = None, default_device: str | None = None) -> None:
     args = _parser(default_device).parse_args(arguments)
-    cuda = args.device == "cuda"
-    preset = PRESETS[args.sizes or ("gpu" if cuda else "cpu")]
-    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    sizes = dataclasses.replace(preset, **given)
-    dtype = args.dtype or ("bfloat16" if cuda else read_host().wide_dtype)
     deadline = time.monotonic() + args.seconds
-    failed = False
-    for name in args.shapes or ["7B" if cuda else "110M"]:
-        shape = SHAPES[name]
-        recorder = Recorder(
-            "engine",
-            args.results,
-            {"shape": name, "parameters": shape.parameters},
-            part=name,
-            deadline=deadline,
-            device=torch.cuda.get_device_name() if cuda else "",
-        )
-        cases = args.cases or (ON_GPU if cuda else ON_CPU)
-        device = torch.device(args.device)
-        folder = None
-        if not cuda or "load" in cases:
-            folder = ensure_checkpoint(shape, args.work_dir, device)
-        job = Job(
-            shape,
-            dtype,
-            device,
-            settings={"threads": args.threads} if args.threads else {},
-            ckpt_dir=folder,
-        )
-        for number, precision in enumerate(
-            args.precisions or [dtype, *([] if cuda else ["int8", "int4"])]
-        ):
-            job = dataclasses.replace(job, precision=precision, dtype=dtype)
-            if precision in DTYPES:
-                job = dataclasses.replace(job, precision=None, dtype=precision)
-            # Each of these has all formats by itself.
-            once = () if number else ("formats", "blocks")
-            bench = Bench(job, sizes, recorder)
-            bench.run(case for case in cases if case in once or case not in ("formats", "blocks"))
-        print(recorder.write() / "result.md")
-        failed |= recorder.failed
-    if failed:
-        raise SystemExit(1)
+    shapes = args.shapes or ["7B" if args.device == "cuda" else "110M"]
+    finish(*[_run_shape(name, args, deadline) for name in shapes])
 
 
-FLAGS = {
-    "rounds": "repetitions of each measurement",
-    "steps": "decode steps per repetition, of the sweeps and of shards",
-    "streams": "numbers of streams of the case decode",
-    "context": "tokens that the streams of the case decode begin with",
-    "contexts": "tokens that the streams of the case context begin with",
-    "prompt": "tokens of the cases batch, first_token and profile",
-    "prefill": "tokens of the case prefill",
-    "long_prompt": "tokens of the prompt that arrives amid streams",
-}
+def _run_shape(name: str, args: argparse.Namespace, deadline: float) -> Recorder:
+    cuda, device, shape = args.device == "cuda", torch.device(args.device), SHAPES[name]
+    host = read_host(args.device)
+    details = {"shape": name, "parameters": shape.parameters}
+    recorder = Recorder("engine", args.results, details, name, host, deadline)
+    given = {flag: getattr(args, flag) for flag in SIZE_FLAGS if getattr(args, flag) is not None}
+    sizes = dataclasses.replace(PRESETS[args.sizes or ("gpu" if cuda else "cpu")], **given)
+    cases = args.cases or (ON_GPU if cuda else ON_CPU)
+    folder = None
+    if not cuda or "load" in cases:
+        folder = ensure_checkpoint(shape, args.work_dir, device)
+    job = Job(shape, host.wide_dtype, device, ckpt_dir=folder)
+    quantized = [] if cuda else ["int8", "int4"]
+    for number, precision in enumerate(args.precisions or [host.wide_dtype, *quantized]):
+        if precision in DTYPES:
+            bench = Bench(dataclasses.replace(job, dtype=precision), sizes, recorder)
+        else:
+            bench = Bench(dataclasses.replace(job, precision=precision), sizes, recorder)
+        bench.run(case for case in cases if number == 0 or case not in ALL_FORMATS)
+    return recorder
 
 
 def _parser(device: str | None) -> argparse.ArgumentParser:
     default = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    parser = argparse.ArgumentParser(
-        f"python -m bench.{'gpu' if device else 'engine'}", description=__doc__
-    )
+    parser = command_parser("gpu" if device else "engine", __doc__, default_device=default)
     add = parser.add_argument
     add("--cases", nargs="+", choices=[*SHARED, *ALONE], help="default: those of the device")
     add("--shapes", nargs="+", choices=SHAPES, help="default: 110M, on a GPU 7B")
     add("--precisions", nargs="+", choices=WEIGHT_BYTES, help="formats of the weights")
-    add("--dtype", choices=DTYPES, help="of activations; default: bfloat16 where it is fast")
-    add("--device", choices=["cuda", "cpu"], default=default, help=f"default: {default}")
     add("--sizes", choices=PRESETS, help="how much each case measures; default: by device")
-    for name, text in FLAGS.items():
-        many = {"nargs": "+"} if name in ("streams", "contexts") else {}
-        add(f"--{name}", type=int, help=text, **many)  # type: ignore[arg-type]
-    add("--threads", type=int, help="default: as the engine chooses")
+    add("--rounds", type=int, help="repetitions of each measurement")
+    add("--steps", type=int, help="decode steps per repetition, of the sweeps, crowd and shards")
+    add("--streams", type=int, nargs="+", help="numbers of streams of the case decode")
+    add("--contexts", type=int, nargs="+", help="tokens that the streams of context begin with")
     add("--seconds", type=float, default=float("inf"), help="no case begins later; default: no end")
-    add("--work_dir", type=Path, default=WORK_DIR, help="keeps checkpoints between runs")
-    add("--results", type=Path, default=RESULTS, help="folder of all results")
     return parser
 
 

@@ -1,20 +1,6 @@
-"""The effect of a new prompt on streams that run (`stall`), and its own wait (`dialog`).
-
-`stall`: a machine that others use, too, changes its speed while a long prompt is computed. So each
-gap is divided by the time of the nearest steps without prompt tokens: all steps before the arrival
-have none, and after it the engine makes such a step from time to time.
-
-Findings (1.1B, int8, 8 streams, a prompt of 4,000 tokens, two AVX2 cores). In one step the prompt
-held the streams up for 256 times a step. With at most 1.7 times a step the median gap is 1.6, 99 of
-100 stay below 2.2, the longest of 865 was 2.4, and the prompt's first token comes after 230 s.
-Chunks of a whole block, 16 tokens, were too large at the end of such a prompt: 2.7 steps each.
-
-`dialog`: each turn's prompt holds all earlier turns. With the prefix cache the time to first token
-stayed between 0.63 and 0.81 s over ten turns, where it grew from 0.67 to 5.8 s without.
-"""
+"""The effect of a new prompt on streams that run (`stall`), and its own wait (`dialog`)."""
 
 import heapq
-import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -27,7 +13,12 @@ UNLIMITED = 1e9  # times a step: never reached
 
 
 def stall(job: Job, streams: int, context: int, tokens: int) -> Iterator[Row]:
-    """`streams` decode when a prompt of `tokens` arrives; with the engine's defaults, and whole."""
+    """`streams` decode when a prompt of `tokens` arrives; with the engine's defaults, and whole.
+
+    A machine that others use, too, changes its speed while a long prompt is computed. So each gap
+    is divided by the time of the nearest steps without prompt tokens: all steps before the arrival
+    have none, and after it the engine makes such a step from time to time.
+    """
     # Streams must outlive the prompt: one token per step, of which eight in nine compute at least
     # four of the prompt's.
     answer = STEPS_BEFORE + tokens // 3 + 64
@@ -35,8 +26,7 @@ def stall(job: Job, streams: int, context: int, tokens: int) -> Iterator[Row]:
     sized = job.sized(streams + 1, max(tokens + 1, context + answer), room)
     whole: dict[str, Setting] = {"max_step_tokens": tokens + streams, "max_stall": UNLIMITED}
     for chunks, settings in (("default", {"max_step_tokens": 512}), ("whole", whole)):
-        changed = sized.sized(sized.sequences, sized.length, sized.tokens, **settings)
-        with loaded(changed) as driver:
+        with loaded(sized.with_settings(**settings)) as driver:
             driver.fill(driver.prompts([context] * streams), [answer] * streams)
             steps = _steps_around_arrival(driver, tokens)
         del driver
@@ -49,12 +39,16 @@ def stall(job: Job, streams: int, context: int, tokens: int) -> Iterator[Row]:
 
 def _steps_around_arrival(driver: Driver, tokens: int) -> list[tuple[int, float]]:
     """Prompt tokens and seconds of each step, from before the arrival to the first token."""
-    steps = [driver.step() for _ in range(STEPS_BEFORE + 1)]
+    driver.step()
+    begin = len(driver.trial.steps)
+    for _ in range(STEPS_BEFORE):
+        driver.step()
     (prompt,) = driver.prompts([tokens])
     request = driver.add(prompt, 1)
     while not driver.answers[request]:
-        steps.append(driver.step())
-    return [(b.prompt_tokens, b.ended - a.ended) for a, b in itertools.pairwise(steps)]
+        driver.step()
+    computed = [step.prompt_tokens for step in driver.trial.steps]
+    return [*zip(computed, driver.trial.seconds(), strict=True)][begin:]
 
 
 def _gaps(steps: Sequence[tuple[int, float]]) -> dict[str, float]:
@@ -102,15 +96,15 @@ def dialog(job: Job, turns: int, user: int, answer: int) -> Iterator[Row]:
                 history += driver.prompts([user])[0]
                 cached = driver.engine.load().cached_prompt_tokens
                 trial = driver.answer([history], answer)
-                (request,) = trial.prompts
                 yield Row(
                     "dialog",
                     {"weights": job.weights, "prefix_cache": prefix_cache, "turn": turn},
                     {
                         "prompt_tokens": len(history),
-                        "first_token_ms": 1e3 * (trial.arrivals()[0][0] - trial.started),
+                        "first_token_ms": 1e3 * trial.first_token_seconds(),
                         "cached_prompt_tokens": driver.engine.load().cached_prompt_tokens - cached,
                     },
                 )
+                (request,) = trial.prompts
                 history += tuple(driver.answers[request])
         del driver

@@ -10,7 +10,7 @@ import itertools
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +41,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """Equal requests that arrive at once."""
+
+    streams: int
+    prompt: int  # tokens of each
+    answer: int
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """The engine that a measurement wants."""
 
@@ -68,13 +77,13 @@ class Job:
 
     def sized(self, sequences: int, length: int, tokens: int = 0, **settings: Setting) -> "Job":
         """The same for `sequences` of at most `length` tokens, `tokens` in all."""
-        return dataclasses.replace(
-            self,
-            sequences=sequences,
-            length=length,
-            tokens=tokens or sequences * length,
-            settings={**self.settings, **settings},
-        )
+        tokens = tokens or sequences * length
+        sized = dataclasses.replace(self, sequences=sequences, length=length, tokens=tokens)
+        return sized.with_settings(**settings)
+
+    def with_settings(self, **settings: Setting) -> "Job":
+        """The same with other fields of ReplicaOptions."""
+        return dataclasses.replace(self, settings={**self.settings, **settings})
 
     def replica_settings(self) -> dict[str, Setting]:
         """The fields of ReplicaOptions that differ from their defaults, also flags of the service.
@@ -116,11 +125,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Some requests from their arrival to their last token."""
+    """The requests of an engine, and its steps, since it was idle."""
 
-    prompts: Mapping[int, int]  # lengths, by request
+    prompts: dict[int, int]  # lengths, by request
     started: float  # time.perf_counter
-    steps: Sequence[Step]
+    steps: list[Step]
 
     def arrivals(self) -> list[list[float]]:
         """When each token came, by request."""
@@ -129,6 +138,10 @@ class Trial:
             for request, count in step.tokens.items():
                 times[request] += [step.ended] * count
         return [*times.values()]
+
+    def first_token_seconds(self) -> float:
+        """From the arrival to the first token of the first request."""
+        return self.arrivals()[0][0] - self.started
 
     def seconds(self) -> list[float]:
         """From the end of the step before, or from the arrival, to the end of each step."""
@@ -202,9 +215,10 @@ class Driver:
         timed = dataclasses.replace(replica, runner=cast("ModelRunner", self._runner))
         self.engine: Engine = timed.engine()
         self.vocab_size = replica.info.vocab_size
+        self.trial = Trial({}, 0.0, [])  # begins when a request comes to the idle engine
         self.answers: dict[int, list[int]] = {}  # ids so far, by request
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}  # that were asked for, by request
         self._random = random.Random(seed)
-        self._next_id = 0
         self._prompt_tokens = 0  # computed so far
         self._running: set[int] = set()
 
@@ -213,12 +227,24 @@ class Driver:
         ordinary = range(FIRST_ORDINARY_ID, self.vocab_size)
         return [tuple(self._random.choices(ordinary, k=length)) for length in lengths]
 
-    def add(self, prompt: Prompt, answer: int) -> int:
-        """Adds a greedy request without stop tokens; returns its number."""
-        request, self._next_id = self._next_id, self._next_id + 1
-        self.engine.add(GenerationRequest(request, prompt, answer, GREEDY))
+    def add(
+        self,
+        prompt: Prompt,
+        answer: int,
+        sampling: SamplingParams = GREEDY,
+        stop_ids: Iterable[int] = (),
+        **logprobs: int,
+    ) -> int:
+        """Adds a request, with fields of GenerationRequest for logprobs; returns its number."""
+        if not self.engine.has_work:
+            self.trial = Trial({}, time.perf_counter(), [])
+        request = len(self.answers)
+        self.engine.add(
+            GenerationRequest(request, prompt, answer, sampling, frozenset(stop_ids), **logprobs)  # type: ignore[arg-type]
+        )
+        self.trial.prompts[request] = len(prompt)
         self._running.add(request)
-        self.answers[request] = []
+        self.answers[request], self.logprobs[request] = [], []
         return request
 
     def step(self) -> Step:
@@ -229,6 +255,7 @@ class Driver:
             if output.error:
                 raise RuntimeError(output.error)
             request = cast("int", output.request_id)
+            self.logprobs[request] += output.logprobs
             if output.ids:
                 tokens[request] = tokens.get(request, 0) + len(output.ids)
                 self.answers[request] += output.ids
@@ -237,16 +264,25 @@ class Driver:
         # Read once per step, as the service's thread does: it is a part of what a step costs.
         before, self._prompt_tokens = self._prompt_tokens, self.engine.load().prompt_tokens
         ended = time.perf_counter()
-        return Step(ended, tokens, self._prompt_tokens - before, self._runner.seconds - forward)
+        computed, forward = self._prompt_tokens - before, self._runner.seconds - forward
+        self.trial.steps.append(Step(ended, tokens, computed, forward))
+        return self.trial.steps[-1]
 
-    def answer(self, prompts: Sequence[Prompt], answer: int) -> Trial:
-        """All prompts at once, each answered with `answer` tokens."""
-        started = time.perf_counter()
-        lengths = {self.add(prompt, answer): len(prompt) for prompt in prompts}
-        steps = []
+    def finish(self) -> Trial:
+        """Steps until all answers are complete."""
         while self.engine.has_work:
-            steps.append(self.step())
-        return Trial(lengths, started, steps)
+            self.step()
+        return self.trial
+
+    def answer(self, prompts: Iterable[Prompt], answer: int) -> Trial:
+        """All prompts at once to the idle engine, each answered with `answer` tokens."""
+        for prompt in prompts:
+            self.add(prompt, answer)
+        return self.finish()
+
+    def answer_load(self, load: Load) -> Trial:
+        """As `answer`, with random prompts."""
+        return self.answer(self.prompts([load.prompt] * load.streams), load.answer)
 
     def fill(self, prompts: Iterable[Prompt], answers: Iterable[int]) -> dict[int, int]:
         """Brings a sequence per prompt to its first token. Returns their contexts by request.
@@ -254,18 +290,12 @@ class Driver:
         Raises:
             RuntimeError: an answer was over before the last sequence began.
         """
-        lengths = {
-            self.add(prompt, answer): len(prompt)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        }
-        contexts: dict[int, int] = {}
-        while len(contexts) < len(lengths):
-            tokens = self.step().tokens
-            for request in tokens.keys() & lengths.keys():
-                contexts[request] = contexts.get(request, lengths[request]) + tokens[request]
-        if not lengths.keys() <= self._running:
+        requests = [*map(self.add, prompts, answers)]
+        while not all(self.answers[each] for each in requests):
+            self.step()
+        if not self._running.issuperset(requests):
             raise RuntimeError("the sequences never ran all at once: ask for longer answers")
-        return contexts
+        return {each: self.trial.prompts[each] + len(self.answers[each]) for each in requests}
 
     def shortfalls(self, prompt: Prompt, answer: Prompt) -> list[float]:
         """How much lower than the best logprob that of each token of `answer` is, given `prompt`.
@@ -273,15 +303,10 @@ class Driver:
         All zero when a greedy engine that computes the same function wrote the answer; near zero
         where it chose the other of two tokens that are equally probable.
         """
-        request = GenerationRequest(
-            -1, prompt + answer, 0, GREEDY, logprobs=True, prompt_logprobs=True, top_logprobs=1
-        )
-        self.engine.add(request)
-        entries: list[TokenLogprobs] = []
-        while self.engine.has_work:
-            for output in self.engine.step():
-                entries += output.logprobs
-        return [entry.top[0][1] - entry.logprob for entry in entries[len(prompt) :]]
+        request = self.add(prompt + answer, 0, logprobs=True, prompt_logprobs=True, top_logprobs=1)
+        self.finish()
+        entries = self.logprobs[request][len(prompt) :]
+        return [entry.top[0][1] - entry.logprob for entry in entries]
 
     def cancel(self, request: int) -> None:
         """Ends a request; the next one gets its slot."""
@@ -292,8 +317,7 @@ class Driver:
         """Cancels what runs."""
         for request in tuple(self._running):
             self.cancel(request)
-        while self.engine.has_work:
-            self.step()
+        self.finish()
 
 
 @contextmanager

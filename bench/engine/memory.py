@@ -1,10 +1,5 @@
-"""The cost of a model before and beside its steps: load time, and memory per cached token.
+"""The cost of a model before and beside its steps: load time, and memory per cached token."""
 
-Finding: on the CPU the cache's pages are touched only when they are used; `torch.zeros` had touched
-all of them at the start, 512 MiB of memory for 512 MiB of cache.
-"""
-
-import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +21,8 @@ def load_time(job: Job) -> Iterator[Row]:
         raise SkippedError("there is no checkpoint")
     reading, size = read_checkpoint(job.ckpt_dir)
     for verify in (True, False):
-        settings = {**job.settings, "verify_checkpoint": verify}
         started = time.perf_counter()
-        dataclasses.replace(job, settings=settings).load()
+        job.with_settings(verify_checkpoint=verify).load()
         seconds = time.perf_counter() - started
         yield Row(
             "load",

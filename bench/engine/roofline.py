@@ -1,23 +1,17 @@
-"""The roofline: what the device does at best, measured, and the least time that a step can take.
+"""The roofline: the rates of the device, measured, and the least time that a step can take.
 
-A step has to read all weights once and every cached key and value that its tokens attend to; it has
-to multiply each token with every weight of the layers, and each row whose logits are wanted with
-the output matrix. The larger of bytes over bandwidth and operations over the matrix rate bounds any
-engine. Norms, scales, activations, the embedding's rows and what is written to the cache are left
-out because they are small, so the bounds are a little lower than any engine can reach.
-
-The rates are measured in the same run, on a shared CPU beside every measurement: such a machine is
-not the same a minute later. Matrices are random: a GPU multiplies zeros faster, as they draw less
-power.
+Norms, scales, activations, the embedding's rows and what is written to the cache are left out
+because they are small, so the bounds are a little lower than any engine can reach. Matrices are
+random: a GPU multiplies zeros faster, as they draw less power.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Self
 
 import torch
+from torch.utils.benchmark import Timer
 
 from bench.shapes import Shape
 from model_service.loading.precision import DTYPES
@@ -67,12 +61,8 @@ class Work:
     pairs: float = 0  # a query with a key that it sees
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(
-            self.tokens + other.tokens,
-            self.logits + other.logits,
-            self.context + other.context,
-            self.pairs + other.pairs,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return type(self)(*(ours + theirs for ours, theirs in pairs))
 
     @classmethod
     def decode(cls, contexts: Iterable[int]) -> Self:
@@ -134,110 +124,58 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is moved and multiplied to measure a device, and how often."""
+    """How much is moved and multiplied to measure a device, and for how long."""
 
     buffer: int  # bytes; many times the largest cache
     matrix: int  # rows and columns
-    repeats: int
+    seconds: float  # of each measurement
 
 
-# On the CPU about a second on two cores.
-EFFORTS = {"cuda": Effort(2 * 2**30, 8192, 20), "cpu": Effort(256 * 2**20, 1536, 3)}
+EFFORTS = {"cuda": Effort(2 * 2**30, 8192, 0.05), "cpu": Effort(256 * 2**20, 1536, 0.2)}
 
 
-def measure_rates(device: torch.device, dtype: str, threads: int | None = None) -> Rates:
-    """The rates of `device`: matrix products in `dtype`, and in 8 bits where it has them.
-
-    `threads`: as many as the engine uses on the CPU; default: PyTorch's own number.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+def measure_rates(device: torch.device, dtype: str) -> Rates:
+    """The rates of `device`: matrix products in `dtype`, and in 8 bits where it has them."""
     effort = EFFORTS[device.type]
-    try:
-        matrix = {dtype: _matrix_rate(device, effort, DTYPES[dtype])}
-        if device.type == "cpu":
-            matrix["int8"] = _int8_rate(effort)
-        elif torch.cuda.get_device_capability(device) >= FP8_SINCE:
-            matrix["float8"] = _float8_rate(device, effort)
-        return Rates(_copy_rate(device, effort), _read_rate(device, effort), matrix)
-    finally:
-        torch.set_num_threads(before)
 
+    def fastest(run: Callable[[], object]) -> float:
+        """Seconds of the fastest of some runs on the device."""
+        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        return min(timer.blocked_autorange(min_run_time=effort.seconds).times)
 
-def fastest(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest of some runs on `device`, after three that do not count."""
-    for _ in range(3):
-        run()
-    if device.type != "cuda":
-        return min(_host_seconds(run) for _ in range(repeats))
-    pairs = [(_timer(), _timer()) for _ in range(repeats)]
-    for begin, end in pairs:
-        begin.record()
-        run()
-        end.record()
-    torch.cuda.synchronize(device)
-    milliseconds: list[float] = [begin.elapsed_time(end) for begin, end in pairs]
-    return min(milliseconds) / 1e3
-
-
-def _timer() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _host_seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def _copy_rate(device: torch.device, effort: Effort) -> float:
     source = torch.ones(effort.buffer // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * effort.buffer / fastest(lambda: target.copy_(source), device, effort.repeats)
+    copy = 2 * effort.buffer / fastest(lambda: target.copy_(source))
+    # Kernels of little but reading: a sum, and a product with a vector.
+    matrix, vector = source.view(-1, 2048), torch.ones(2048, device=device)
+    read = effort.buffer / min(fastest(source.sum), fastest(lambda: matrix @ vector))
+    products = _products(device, dtype, effort.matrix)
+    operations = 2 * effort.matrix**3
+    return Rates(copy, read, {name: operations / fastest(run) for name, run in products.items()})
 
 
-def _read_rate(device: torch.device, effort: Effort) -> float:
-    """The faster of a sum and a product with a vector: kernels of little but reading."""
-    buffer = torch.ones(effort.buffer // 4, device=device)
-    matrix, vector = buffer.view(-1, 2048), torch.ones(2048, device=device)
-    taken = (fastest(run, device, effort.repeats) for run in (buffer.sum, lambda: matrix @ vector))
-    return effort.buffer / min(taken)
-
-
-def _matrix_rate(device: torch.device, effort: Effort, dtype: torch.dtype) -> float:
-    size = effort.matrix
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    return 2 * size**3 / fastest(lambda: torch.mm(a, b, out=product), device, effort.repeats)
-
-
-def _float8_rate(device: torch.device, effort: Effort) -> float:
-    """One scale for each matrix: the fastest that the GPU's library has."""
-    size = effort.matrix
-    a, b = (torch.randn(size, size, device=device).to(FP8) for _ in range(2))
-    one = torch.ones((), device=device)
-
-    def multiply() -> torch.Tensor:
-        product: torch.Tensor = torch._scaled_mm(  # noqa: SLF001  # PyTorch's only 8-bit product
-            a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+def _products(device: torch.device, dtype: str, size: int) -> dict[str, Callable[[], object]]:
+    """Matrix products of `size` rows and columns, by the type of their numbers."""
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    wide_a, wide_b = a.to(DTYPES[dtype]), b.to(DTYPES[dtype])
+    products: dict[str, Callable[[], object]] = {dtype: lambda: wide_a @ wide_b}
+    if device.type == "cpu":
+        # `torch._int_mm` has no fast kernel without VNNI. This one has; it quantizes `a`, too.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # deprecated, without a successor so far
+            weight = torch.quantize_per_tensor(b, 1 / 32, 0, torch.qint8)
+            packed = torch.ops.quantized.linear_prepack(weight, None)
+        multiply = torch.ops.quantized.linear_dynamic
+        products["int8"] = lambda: multiply(a, packed, reduce_range=False)
+    elif torch.cuda.get_device_capability(device) >= FP8_SINCE:
+        # One scale for each matrix: the fastest that the GPU's library has.
+        narrow_a, narrow_b, one = a.to(FP8), b.to(FP8).t(), torch.ones((), device=device)
+        products["float8"] = lambda: torch._scaled_mm(  # noqa: SLF001  # PyTorch's only 8-bit product
+            narrow_a,
+            narrow_b,
+            scale_a=one,
+            scale_b=one,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
         )
-        return product
-
-    return 2 * size**3 / fastest(multiply, device, effort.repeats)
-
-
-def _int8_rate(effort: Effort) -> float:
-    """The rate of PyTorch's int8 product, quantization of the activations included.
-
-    `torch._int_mm` has no fast kernel without VNNI, this one has.
-    """
-    a, b = (torch.randn(effort.matrix, effort.matrix) for _ in range(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # deprecated, without a successor so far
-        weight = torch.quantize_per_tensor(b, 1 / 32, 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(weight, None)
-    multiply = torch.ops.quantized.linear_dynamic
-    taken = fastest(
-        lambda: multiply(a, packed, reduce_range=False), torch.device("cpu"), effort.repeats
-    )
-    return 2 * effort.matrix**3 / taken
+    return products

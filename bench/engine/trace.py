@@ -1,8 +1,7 @@
-"""Where the device's time goes in a decode step: which kernels, how long, and the gaps between.
+"""The device's time in decode steps: which kernels, how long, and the gaps between them.
 
-From PyTorch's profiler, which sees each kernel of a CUDA graph as well. It slows the host down a
-little, so a trace's gaps are no shorter than those of a run without it; each is given beside the
-time of a step that was not traced.
+PyTorch's profiler sees each kernel of a CUDA graph, too. It slows the host down, so the gaps are no
+shorter than without it; each trace is given beside the time of a step that was not traced.
 """
 
 import time
@@ -15,7 +14,8 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # as its profiler does
 from torch.profiler import ProfilerActivity, profile
 
-from bench.engine.throughput import Load, Loaded
+from bench.engine.driver import Load
+from bench.engine.throughput import Loaded
 from bench.report import Row, Value
 
 MAX_ROWS = 16

@@ -1,6 +1,6 @@
-"""A conversation in the terminal or over pipes: answers go to stdout, all else to stderr.
+"""A conversation in the terminal or over pipes: answers go to stdout, everything else to stderr.
 
-The dialog lives here and is sent with every question; the services remember nothing.
+The dialog is kept here and sent with every question; the services keep no conversations.
 """
 
 import importlib
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import click
 
+from chasqui.cli.client_warnings import client_warnings
 from chasqui.cli.wrapping import WordWrap
+from chasqui.flags import with_advice
 from client.errors import ChasquiError
 from client.requests import ChatOptions, Message
 from client.results import Delta, Event, Finished, FinishReason, Started, Token
@@ -23,17 +25,17 @@ from client.sync import Client
 from llama.prompt_format.tags import special_tags, without_special_tags
 
 HELP = """\
-/system TEXT  give the model instructions; without TEXT, take them back
+/system TEXT  give the model instructions; without TEXT, remove them
 /reset        forget the conversation, keep the instructions
-/logprobs     show the tokens of each answer with their probabilities, or stop that
+/logprobs     turn on or off: show the tokens of each answer with their probabilities
 /save FILE    write the conversation to FILE as JSON
-/help         show this
-/quit         leave; so do Ctrl-D, and Ctrl-C while nothing is being answered
+/help         show this list
+/quit         end the chat, like Ctrl-D, or Ctrl-C at the prompt
 Ctrl-C        stop the running answer"""
 
 _ENDINGS = {
     FinishReason.LENGTH: "cut off: the answer reached its length limit",
-    FinishReason.CONTEXT_LENGTH: "cut off: dialog and answer fill the context",
+    FinishReason.CONTEXT_LENGTH: "cut off: dialog and answer fill the model's context",
     FinishReason.CANCELLED: "stopped",
     FinishReason.SAFETY: "ended by the safety classifier",
 }
@@ -47,11 +49,11 @@ class Conversation:
         self._options: ChatOptions = {**options, "context_policy": "drop_oldest_turns"}
         self._system = system
         self._turns: list[Message] = []
-        # Pairs of messages at the beginning that fit the context no more and are not sent again.
+        # Turns at the beginning that no longer fit the context and are not sent again.
         self._dropped_turns = 0
 
     def run(self) -> None:
-        """Answers what comes in, line by line, until the end of the input."""
+        """Answers the input line by line until its end."""
         interactive = sys.stdin.isatty()
         for line in _typed_lines() if interactive else sys.stdin:
             text = line.strip()
@@ -63,14 +65,14 @@ class Conversation:
                 elif text:
                     self.ask(text)
             except BrokenPipeError:
-                raise  # nothing shows answers any more
+                raise  # the output is no longer read
             except (ChasquiError, OSError) as error:
                 if not interactive:
                     raise
-                _say(f"Error: {error}")
+                _say(f"Error: {with_advice(error)}")
 
     def ask(self, question: str) -> None:
-        """Prints the answer while it is made. Ctrl-C ends it; what there is of it stays."""
+        """Prints the answer as it is generated. Ctrl-C ends it and keeps the part so far."""
         user: Message = {"role": "user", "content": question}
         finish_reason, categories = FinishReason.CANCELLED, tuple[str, ...]()
         deltas: list[Delta] = []
@@ -88,33 +90,33 @@ class Conversation:
                             categories = event.safety_categories
             except KeyboardInterrupt:
                 pass  # leaving the stream cancels it
-        _note_ending(finish_reason, categories)
+        _explain_ending(finish_reason, categories)
         if self._options.get("logprobs"):
             _show([token for delta in deltas for token in delta.tokens])
         answer = "".join(delta.text for delta in deltas)
         if not answer and finish_reason is FinishReason.STOP:
             _say("(the answer is empty)")
-        # A refused question would have every later one refused, too, and a turn needs an answer.
+        # Kept are only turns with an answer; a refused question would have later ones refused, too.
         if finish_reason is FinishReason.SPECIAL_TAGS:
-            _note_refusal(question)
+            _explain_refusal(question)
         elif answer and finish_reason is not FinishReason.SAFETY:
             self._keep(user, answer)
 
     def ask_for_choices(self, question: str, n: int) -> None:
-        """Prints `n` answers; the conversation does not go on from any of them."""
+        """Prints `n` answers; none of them becomes part of the conversation."""
         user: Message = {"role": "user", "content": question}
         dialog = [*self._dialog(first_turn=self._dropped_turns), user]
         with closing(self._client.chat_stream(dialog, n=n, **self._options)) as stream:
             print_choices(stream, n)
-        _note_refusal(question)
+        _explain_refusal(question)
 
     def _keep(self, user: Message, answer: str) -> None:
         kept = without_special_tags(answer)
         if tags := special_tags(answer):
             left_out = "the tags" if kept.strip() else "this turn"
             _say(
-                f"(the answer holds {' and '.join(tags)}, which no dialog may hold: the "
-                f"conversation goes on without {left_out})"
+                f"(the answer contains {' and '.join(tags)}, which no dialog may contain: the "
+                f"conversation continues without {left_out})"
             )
         if kept.strip() or not tags:
             self._turns += [user, {"role": "assistant", "content": kept}]
@@ -129,16 +131,16 @@ class Conversation:
         if count:
             self._dropped_turns += count
             turns = "turn does" if self._dropped_turns == 1 else "turns do"
-            _say(f"(the oldest {self._dropped_turns} {turns} not fit the context any more)")
+            _say(f"(the oldest {self._dropped_turns} {turns} not fit the model's context any more)")
 
     def _obey(self, text: str) -> None:
         command, _, argument = text.partition(" ")
         match command:
             case "/system" if tags := special_tags(argument):
-                _say(f"instructions must not hold {' or '.join(tags)}: they are as before")
+                _say(f"instructions must not contain {' or '.join(tags)}: they are unchanged")
             case "/system":
                 self._system = argument.strip() or None
-                _say("instructions set" if self._system else "instructions taken back")
+                _say("instructions set" if self._system else "instructions removed")
             case "/reset":
                 self._turns, self._dropped_turns = [], 0
                 _say("conversation forgotten")
@@ -152,7 +154,7 @@ class Conversation:
             case "/help":
                 _say(HELP)
             case _:
-                _say(f"there is no {command}; /help lists the commands")
+                _say(f"there is no command {command}; /help lists the commands")
 
     def _save(self, path: Path) -> None:
         dialog = json.dumps(self._dialog(), ensure_ascii=False, indent=2)
@@ -161,24 +163,34 @@ class Conversation:
 
 
 def printed(stream: Iterator[Event]) -> Iterator[Event]:
-    """Passes the events on and prints their text, with a line's end also where the stream fails."""
+    """Passes the events on and prints their text; ends the line, even if the stream fails."""
     at_line_start, form = True, _form()
-    try:
-        for event in stream:
-            if isinstance(event, Delta):
-                click.echo(form(event.text), nl=False)
-                at_line_start = event.text.endswith("\n")
-            elif not at_line_start:
-                click.echo()
-                at_line_start = True
-            yield event
-    finally:
+
+    def end_line() -> None:
+        nonlocal at_line_start, form
         if not at_line_start:
             click.echo()
+            at_line_start, form = True, _form()
+
+    def show_warning(text: str) -> None:
+        end_line()
+        _say(f"({text})")
+
+    with client_warnings(show_warning):
+        try:
+            for event in stream:
+                if isinstance(event, Delta):
+                    click.echo(form(event.text), nl=False)
+                    at_line_start = event.text.endswith("\n")
+                else:
+                    end_line()
+                yield event
+        finally:
+            end_line()
 
 
 def _form() -> Callable[[str], str]:
-    """How text is shown that begins on a new line: broken between words, if on a terminal."""
+    """The formatting of text that begins a line: on a terminal, lines break between words."""
     if sys.stdout is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return str
     terminal = sys.stdout.fileno()
@@ -192,26 +204,26 @@ def print_choices(stream: Iterator[Event], n: int) -> None:
             case Started():
                 _say(f"(answer {event.choice_index + 1} of {n}, seed {event.seed})")
             case Finished():
-                _note_ending(event.finish_reason, event.safety_categories)
+                _explain_ending(event.finish_reason, event.safety_categories)
 
 
-def _note_ending(reason: FinishReason, categories: Sequence[str]) -> None:
-    """Says why an answer ended, where that is not plain to see, and what a classifier found."""
+def _explain_ending(reason: FinishReason, categories: Sequence[str]) -> None:
+    """Prints why an answer ended early, with the categories of the safety classifier."""
     if reason in _ENDINGS:
         found = f": {', '.join(categories)}" if categories else ""
         _say(f"({_ENDINGS[reason]}{found})")
 
 
-def _note_refusal(question: str) -> None:
+def _explain_refusal(question: str) -> None:
     if tags := special_tags(question):
         _say(
-            f"(the question holds {' and '.join(tags)}, which no dialog may hold: it was not "
-            "answered, and the conversation goes on without it)"
+            f"(the question contains {' and '.join(tags)}, which no dialog may contain: it was not "
+            "answered, and the conversation continues without it)"
         )
 
 
 def in_turn(stream: Iterator[Event]) -> Iterator[Event]:
-    """The events of one dialog's answers, answer by answer; the first answer's never wait."""
+    """The events of one dialog's answers, sorted by answer; those of the first are not delayed."""
     waiting: defaultdict[int, deque[Event]] = defaultdict(deque)
     turn = 0
     for arrived in stream:
@@ -223,13 +235,13 @@ def in_turn(stream: Iterator[Event]) -> Iterator[Event]:
 
 
 def _typed_lines() -> Iterator[str]:
-    with suppress(ImportError):  # editing and history for input(); not every Python has it
+    with suppress(ImportError):  # line editing and history for input(), if this Python has it
         importlib.import_module("readline")
     try:
         while True:
             yield input("> ")
     except (EOFError, KeyboardInterrupt):
-        click.echo()  # the shell's prompt belongs on a line of its own
+        click.echo()  # ends the line of the prompt
 
 
 def _show(tokens: Sequence[Token]) -> None:

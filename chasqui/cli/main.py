@@ -1,7 +1,7 @@
-"""The `chasqui` command. Exit status: 0 fine, 1 failed (stderr says why), 2 wrong usage.
+"""The `chasqui` command. Exit status: 0 success, 1 failure (stderr says why), 2 wrong usage.
 
-Flags keep Meta's names. Settings have an environment variable, too, CHASQUI_ and the name in
-capitals, which means the same to every command and service.
+Flags have the names of Meta's parameters. A setting is also an environment variable, CHASQUI_ and
+the name in capitals, with the same meaning for every command and service.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from chasqui.cli.status import status
 from chasqui.flags import (
     access_settings,
     one_line_errors,
+    penalty_settings,
     priority_setting,
     setting,
     target_setting,
@@ -40,15 +41,16 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def sampling_settings(command: F) -> F:
-    """The flags of `client.requests.Sampling` that a line can hold, priority and deadline."""
+    """The flags of model, sampling (as in `client.requests.Sampling`), priority and deadline."""
     settings = (
-        setting("temperature", type=float, help="0 is greedy."),
-        setting("top_p", type=float, help="Probability mass to sample from."),
-        setting("top_k", type=int, help="Most probable tokens to sample from."),
+        setting("model", help="Fail unless the gateway serves this model.  [default: any]"),
+        setting("temperature", type=float, help="Sampling temperature; 0 is greedy."),
+        setting("top_p", type=float, help="Sample from the tokens of this probability mass."),
+        setting("top_k", type=int, help="Sample from this many most probable tokens."),
         setting("min_p", type=float, help="Least probability, as a share of the best token's."),
         setting("max_gen_len", type=int, help="Most tokens of an answer."),
         setting("min_gen_len", type=int, help="Fewest tokens of an answer."),
-        setting("seed", type=int, help="Makes the answer repeatable."),
+        setting("seed", type=int, help="Seed that makes the answer repeatable."),
         click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
         click.option(
             "--stop_token_ids",
@@ -57,9 +59,7 @@ def sampling_settings(command: F) -> F:
             multiple=True,
             help="Token that ends the answer; may be repeated.",
         ),
-        setting("repetition_penalty", type=float, help="Above 1 discourages repetition."),
-        setting("presence_penalty", type=float, help="Lowers tokens that the answer has."),
-        setting("frequency_penalty", type=float, help="The same, for each time it has them."),
+        penalty_settings,
         priority_setting,
         setting("timeout", type=float, help="Seconds an answer may take.  [default: no limit]"),
     )
@@ -70,15 +70,15 @@ def sampling_settings(command: F) -> F:
 
 def _instructions(_context: click.Context, _flag: click.Parameter, value: str | None) -> str | None:
     if tags := special_tags(value or ""):
-        raise click.BadParameter(f"must not hold {' or '.join(tags)}: no dialog may")
+        raise click.BadParameter(f"must not contain {' or '.join(tags)}, which no dialog may")
     return value
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="chasqui-llama")
 def main() -> None:
-    """Llama 2 Chat as gRPC services: start them, talk to them."""
-    # Text that is not valid here is for the request's check to refuse, or shown as "?".
+    """Llama 2 Chat as gRPC services: start them, talk to them, measure them."""
+    # Invalid input reaches the check of the request, which names it; invalid output becomes "?".
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -91,16 +91,14 @@ main.add_command(keys)
 @main.command()
 @target_setting
 @setting("system", callback=_instructions, help="Instructions for the model.")
-@click.option("--ask", metavar="TEXT", help="Ask this, print the answer, leave.")
-@click.option(
-    "--n", type=int, help="With --ask: print so many answers, the seed of each counted up."
-)
+@click.option("--ask", metavar="TEXT", help="Ask one question, print the answer, and end.")
+@click.option("--n", type=int, help="With --ask: print this many answers, each with the next seed.")
 @click.option(
     "--serve",
     "start_services",
     is_flag=True,
-    help="If nothing answers at the target, run all services on the demonstration checkpoint "
-    "meanwhile: at a free port, unless --target names one.",
+    help="If nothing answers at the target, run all services on the demonstration checkpoint until "
+    "the end of the chat, at a free port unless --target is given.",
 )
 @sampling_settings
 @access_settings
@@ -118,11 +116,11 @@ def chat(
     start_services: bool,
     **options: Unpack[ChatOptions],
 ) -> None:
-    """Talk to the model. /help lists what else one may type."""
+    """Talk to the model. Type /help in the chat for its commands."""
     if n is not None and ask is None:
-        raise click.UsageError("--n needs --ask: a conversation goes on from one answer")
+        raise click.UsageError("--n needs --ask: a conversation continues from only one answer")
     if ask is None and sys.stdin is None:
-        raise click.UsageError("standard input is closed, and questions come from there: use --ask")
+        raise click.UsageError("there is no standard input to read questions from: use --ask")
     with contextlib.ExitStack() as stack:
         if start_services and not _answers(target, access):
             is_default = context.get_parameter_source("target") is ParameterSource.DEFAULT
@@ -144,15 +142,15 @@ def chat(
 @main.command()
 @click.argument("text")
 @target_setting
-@click.option("--echo", is_flag=True, help="Print the text in front of its continuation.")
-@click.option("--n", type=int, help="Print so many continuations, the seed of each counted up.")
+@click.option("--echo", is_flag=True, help="Print TEXT before its continuation.")
+@click.option("--n", type=int, help="Print this many continuations, each with the next seed.")
 @sampling_settings
 @access_settings
 @one_line_errors()
 def complete(
     text: str, *, target: str, access: Access, n: int | None, **options: Unpack[TextOptions]
 ) -> None:
-    """Continue TEXT. The continuation begins with the space that belongs behind TEXT, if any."""
+    """Continue TEXT. The output can be appended to TEXT: it begins with a space if one is due."""
     options["exact_continuation"] = True
     with (
         Client(target, tls=access.tls, api_key=access.api_key) as client,
@@ -176,7 +174,7 @@ def _answers(target: str, access: Access) -> bool:
         try:
             client.get_model()
         except ConnectionSettingsError:
-            raise  # something is there
+            raise  # a server answers, with other settings
         except UnreachableError:
             return False
     return True

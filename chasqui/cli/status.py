@@ -1,4 +1,4 @@
-"""`chasqui status`: replicas, load and health, for people as a table and for programs as JSON."""
+"""`chasqui status`: a gateway's replicas, load and health, as a table or as JSON."""
 
 import json
 import sys
@@ -10,58 +10,81 @@ from enum import Enum
 
 import click
 
-from chasqui.flags import access_settings, one_line_errors, target_setting
+from chasqui.flags import (
+    access_settings,
+    one_line_errors,
+    setting,
+    target_setting,
+    with_advice,
+)
 from client.connection.channel import Access
-from client.errors import ChasquiError
+from client.errors import ChasquiError, DeadlineExceededError, InvalidRequestError
 from client.status import GatewayStatus, ReplicaStatus, Upstream
 from client.sync import Client
 
-TIMEOUT = 10.0  # seconds that a gateway has to answer
-INTERVAL = 2.0  # seconds from one look to the next
+TIMEOUT = 10.0  # seconds
+INTERVAL = 2.0  # seconds between two requests of --watch
 NOTHING = "–"
 
 
 @click.command()
 @target_setting
 @access_settings
-@click.option("--watch", is_flag=True, help=f"Look every {INTERVAL:g} seconds, until Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per look.")
+@click.option("--watch", is_flag=True, help=f"Repeat every {INTERVAL:g} seconds, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
+@setting(
+    "timeout",
+    type=float,
+    default=TIMEOUT,
+    show_default=True,
+    help="Seconds that the gateway has to answer.",
+)
 @one_line_errors()
-def status(*, target: str, access: Access, watch: bool, as_json: bool) -> None:
+def status(*, target: str, access: Access, watch: bool, as_json: bool, timeout: float) -> None:
     """Show a gateway's replicas, load and health.
 
-    Exit status: 0 if it serves, 1 if not.
+    Exit status: 0 if the gateway serves, 1 if not.
     """
+    show = _watch if watch else _show
     with Client(target, tls=access.tls, api_key=access.api_key) as client:
-        serving = _watch(client, as_json=as_json) if watch else _show(client, as_json=as_json)
+        serving = show(client, timeout, as_json=as_json)
     sys.exit(0 if serving else 1)
 
 
-def _show(client: Client, *, as_json: bool) -> bool:
-    found = client.get_status(timeout=TIMEOUT)
+def _show(client: Client, timeout: float, *, as_json: bool) -> bool:
+    try:
+        found = client.get_status(timeout=timeout)
+    except DeadlineExceededError as error:
+        raise DeadlineExceededError(
+            f"the gateway at {client.target} did not send its status within {timeout:g} seconds, "
+            "the --timeout of this command",
+            error.request_id,
+        ) from error
     click.echo(_document(found) if as_json else table(client.target, found))
     return found.serving
 
 
-def _watch(client: Client, *, as_json: bool) -> bool:
-    """Shows the status again and again; a gateway that is gone may come back. True if it served."""
+def _watch(client: Client, timeout: float, *, as_json: bool) -> bool:
+    """Shows the status until Ctrl-C, errors included; returns whether the last one was serving."""
     serving = False
     try:
         while True:
             if not as_json:
-                click.clear()  # on a terminal
+                click.clear()  # has no effect unless stdout is a terminal
             try:
-                serving = _show(client, as_json=as_json)
+                serving = _show(client, timeout, as_json=as_json)
+            except InvalidRequestError:
+                raise
             except ChasquiError as error:
                 serving = False
-                click.echo(str(error), err=as_json)
+                click.echo(with_advice(error), err=as_json)
             time.sleep(INTERVAL)
     except KeyboardInterrupt:
         return serving
 
 
 def table(target: str, found: GatewayStatus) -> str:
-    """The text for people; `target` is the gateway's address."""
+    """The status as text; `target` is the gateway's address."""
     return "\n".join(_lines(target, found))
 
 
@@ -79,7 +102,7 @@ def _lines(target: str, found: GatewayStatus) -> Iterator[str]:
     if found.replicas:
         yield from _aligned([_HEADS, *map(_cells, found.replicas)])
     else:
-        yield "no replica is named or found"
+        yield "no replica is configured or found in DNS"
     upstreams = [found.tokenizer, found.safety, *(replica.upstream for replica in found.replicas)]
     reasons = [
         f"{upstream.target}: {upstream.reason}"
@@ -113,7 +136,7 @@ def _cells(replica: ReplicaStatus) -> Sequence[str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The rows in columns, names aligned on the left and numbers on the right."""
+    """The rows as lines with columns: names left-aligned, numbers right-aligned."""
     named = _HEADS.index("running")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -142,10 +165,10 @@ def _document(found: GatewayStatus) -> str:
 
 
 def _plain(value: object) -> object:
-    """States by name, durations in seconds."""
+    """A value in JSON's types: a state by its name, a duration in seconds."""
     match value:
         case Enum():
             return value.name
         case timedelta():
             return value.total_seconds()
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

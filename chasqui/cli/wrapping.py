@@ -1,30 +1,30 @@
-"""Text that is streamed to a terminal, broken between words.
+"""Word wrap for text that is streamed to a terminal.
 
-A terminal breaks a line wherever it is full. Here a word that does not fit is taken back and begun
-again on the next line. The rest of its line is filled with spaces, so that the terminal breaks the
-line by itself: text that is copied from there has no line break that the model did not write.
+A terminal breaks a line wherever it is full. Here a word that does not fit is erased and written
+again on the next line. The rest of its line is filled with spaces, so that the terminal itself
+breaks the line: text copied from there has no line break that the model did not write.
 """
 
 import unicodedata
 from collections.abc import Callable
 
-# Narrower ones are left to break lines by themselves.
+# Narrower terminals break lines by themselves.
 _MIN_COLUMNS = 20
 _TAB = 8
 
 
 class WordWrap:
-    """Turns text that follows on what it turned before, from the beginning of a line on.
+    """Wraps successive pieces of a text that starts at the beginning of a line.
 
-    `columns` gives the width of the terminal, which may change.
+    `columns` returns the current width of the terminal.
     """
 
     def __init__(self, columns: Callable[[], int]) -> None:
         self._width = columns
         self._columns = 0
-        self._column = 0  # cells in use; as many as there are columns: the next one breaks the line
-        # The unfinished word, of characters that are one cell wide (how wide others are, only the
-        # terminal knows), or None if it cannot be taken back.
+        self._column = 0  # cells in use; when they fill the line, the next one breaks it
+        # The unfinished word, of characters that are one cell wide (only the terminal knows the
+        # width of others), or None if it cannot be erased.
         self._word: str | None = ""
 
     def __call__(self, text: str) -> str:
@@ -47,14 +47,14 @@ class WordWrap:
         if cells == 1 and self._column >= self._columns - 1:
             return self._on_the_next_line(character)
         self._advance(cells)
-        # Letters behind a wide character cannot be taken back: the rest of the line would be filled
-        # with a space that the model did not write.
+        # Letters after a wide character cannot be erased: filling the rest of the line would add a
+        # space that the model did not write.
         narrow = cells == 1 or unicodedata.combining(character)
         self._word = self._word + character if narrow and self._word is not None else None
         return character
 
     def _on_the_next_line(self, character: str) -> str:
-        """The unfinished word and its next character, for which there is no room any more."""
+        """Moves the unfinished word and its next character, which do not fit, to the next line."""
         word = self._word
         length = 0 if word is None else sum(map(_cells, word))
         start = self._column - length
@@ -67,13 +67,13 @@ class WordWrap:
         return f"{back}{' ' * (self._columns - start)}{word}{character}"
 
     def _advance(self, cells: int) -> None:
-        if self._column + cells > self._columns:  # the terminal breaks the line in front of it
+        if self._column + cells > self._columns:  # the terminal breaks the line before it
             self._column = 0
         self._column += cells
 
 
 def _cells(character: str) -> int:
-    """How many columns of a terminal a character takes."""
+    """The width of a character in terminal columns."""
     if unicodedata.category(character) in {"Mn", "Me", "Cf", "Cc"}:
         return 0
     return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1

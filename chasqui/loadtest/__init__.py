@@ -1,5 +1,5 @@
-"""The load generator behind `chasqui bench`: a gateway's throughput and latency, seen from outside.
+"""The load generator of `chasqui bench`, which measures a gateway's throughput and latency.
 
-`workload` makes the requests, `generator` sends them and records what comes back when, `summary`
-turns records into numbers, `report` and `plot` show them. It knows the contract alone.
+`workload` makes the requests, `generator` sends them and records the times of their events,
+`summary` computes rates and percentiles, `report` and `plot` show them. Only the gRPC API is used.
 """

@@ -1,6 +1,6 @@
-"""`chasqui bench`: flags in, a measured run out.
+"""`chasqui bench`: reads the flags, runs the measurement, prints and saves the results.
 
-Whatever can be wrong with the flags is said before the first request is sent: a run may take hours.
+All flags are checked before the first request is sent, because a run may take hours.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import click
 from chasqui.flags import (
     access_settings,
     one_line_errors,
+    penalty_settings,
     priority_setting,
     setting,
     target_setting,
@@ -37,7 +38,7 @@ S = TypeVar("S")
 
 
 def _checked(read: Callable[[S], T]) -> Callable[..., T | None]:
-    """A flag's callback: `read` takes its value, or says in a ValueError what is wrong with it."""
+    """The callback of a flag: `read` converts its value, and raises ValueError if it is invalid."""
 
     def callback(_context: click.Context, _flag: click.Parameter, value: S | None) -> T | None:
         try:
@@ -75,26 +76,26 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @setting(
     "concurrency",
     type=click.IntRange(1),
-    help=f"Closed loop: requests at a time.  [default: {DEFAULT_CONCURRENCY}]",
+    help=f"Closed loop: requests in progress at once.  [default: {DEFAULT_CONCURRENCY}]",
 )
 @setting(
     "rate",
     type=POSITIVE,
     callback=_checked(_finite),
-    help="Open loop instead: requests per second, whatever becomes of them.",
+    help="Open loop instead: requests per second, however slow the answers are.",
 )
 @setting(
     "requests",
     type=click.IntRange(1),
-    help=f"Requests to send.  [default: {DEFAULT_REQUESTS}, without --duration]",
+    help=f"Requests to send.  [default: {DEFAULT_REQUESTS}; with --duration: no limit]",
 )
-@setting("duration", type=POSITIVE, callback=_checked(seconds), help="Seconds to send for.")
+@setting("duration", type=POSITIVE, callback=_checked(seconds), help="Seconds to send.")
 @setting(
     "warmup",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Requests to send first and not to count.",
+    help="Requests to send first, which are not measured.",
 )
 @setting(
     "prompt_tokens",
@@ -108,34 +109,38 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     default="64",
     show_default=True,
     callback=_checked(lengths.parse),
-    help="Length of answers, likewise.",
+    help="Length of answers, in the same forms.",
 )
 @setting(
     "shared_prefix",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Tokens of each prompt that are the same in all.",
+    help="Tokens at the beginning that all prompts have in common.",
 )
 @setting(
     "dialogs",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     callback=_checked(read_dialogs),
-    help="JSON lines of dialogs to send instead of random prompts.",
+    help="JSON lines file of dialogs to send instead of random prompts.",
 )
 @setting(
     "seed",
     type=click.IntRange(0, SEEDS - 1),
     default=0,
     show_default=True,
-    help="Makes lengths, prompts, arrivals and answers repeatable.",
+    help="Seed that makes lengths, prompts, arrival times and answers repeatable.",
 )
-@setting("temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@setting("top_p", type=float, help="Probability mass to sample from.")
-@setting("top_k", type=int, help="Most probable tokens to sample from.")
-@setting("repetition_penalty", type=float, help="Above 1 discourages repetition.")
-@setting("presence_penalty", type=float, help="Lowers tokens that the answer has.")
-@setting("frequency_penalty", type=float, help="The same, for each time it has them.")
+@setting(
+    "temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 is greedy.",
+)
+@setting("top_p", type=float, help="Sample from the tokens of this probability mass.")
+@setting("top_k", type=int, help="Sample from this many most probable tokens.")
+@penalty_settings
 @priority_setting
 @setting("timeout", type=POSITIVE, callback=_checked(seconds), help="Seconds an answer may take.")
 @setting(
@@ -143,21 +148,21 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Connections that requests take in turn.",
+    help="Connections, which the requests use in turn.",
 )
 @click.option(
     "--json",
     "json_file",
     type=FILE,
     callback=_checked(_output),
-    help="Write everything to this file.",
+    help="Write all results to this file, as JSON.",
 )
 @click.option(
     "--plot",
     "plot_file",
     type=FILE,
     callback=_checked(_picture),
-    help="Draw latencies and throughput to this file: PNG, PDF or SVG.",
+    help="Draw latencies and throughput into this file: PNG, PDF or SVG.",
 )
 @access_settings
 @one_line_errors()
@@ -183,15 +188,15 @@ def bench(
 ) -> None:
     """Measure throughput and latency of a gateway under load.
 
-    docs/bench.md says what each number means.
+    docs/bench.md explains each number.
     """
     if concurrency is not None and rate is not None:
         raise click.UsageError("--concurrency is a closed loop and --rate an open one: give one")
     if dialogs and shared_prefix:
-        raise click.UsageError("--shared_prefix is for random prompts, and --dialogs has its own")
+        raise click.UsageError("--shared_prefix is for random prompts: leave it out with --dialogs")
     if plot_file is not None and not plot.available():
         raise click.ClickException(
-            "--plot needs matplotlib: pip install '.[bench]' in the source tree brings it"
+            "--plot needs matplotlib: run pip install '.[bench]' in the source tree"
         )
     if requests is None and duration is None:
         requests = DEFAULT_REQUESTS

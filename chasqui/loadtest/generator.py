@@ -1,8 +1,8 @@
-"""When to send what: closed and open loop, and the run that measures one of them.
+"""Sends the requests of a run, in a closed or an open loop, and measures them.
 
-An open loop does not wait for answers, and its latencies count from when a request was *meant* to
-be sent: neither a slow server nor a late generator makes the load gentler or the numbers better
-(Gil Tene's "coordinated omission").
+An open loop does not wait for answers, and its latencies count from the time at which a request was
+*meant* to be sent. So neither a slow server nor a late generator reduces the load or improves the
+numbers (Gil Tene's "coordinated omission").
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from chasqui.loadtest.workload import Work
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """So many requests at a time: the next is sent when one has ended."""
+    """A fixed number of requests in progress: the next one is sent when one has ended."""
 
     concurrency: int
 
@@ -31,7 +31,7 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Requests arrive as a Poisson process of `rate` per second, whatever becomes of them."""
+    """Requests arrive as a Poisson process of `rate` per second, independent of the answers."""
 
     rate: float
     seed: int
@@ -42,16 +42,14 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Until:
-    """The bounds that end the sending, the first that is reached; None is no bound. Requests
-    that were sent are awaited.
-    """
+    """The bounds after which no more requests are sent; None: no such bound."""
 
     requests: int | None = None
     seconds: float | None = None
 
 
 class _Phase:
-    """The requests of one run while it goes on."""
+    """The requests of a run in progress."""
 
     def __init__(self, sender: Sender) -> None:
         self.origin = clock()
@@ -68,7 +66,7 @@ class _Phase:
 
 
 def arrivals(rate: float, seed: int) -> Iterator[float]:
-    """When the requests of a Poisson process arrive: seconds after its start, without end."""
+    """The endless arrival times of a Poisson process, in seconds after its start."""
     random = Random(f"{seed} arrivals")
     now = 0.0
     while True:
@@ -77,10 +75,10 @@ def arrivals(rate: float, seed: int) -> Iterator[float]:
 
 
 async def run(sender: Sender, work: Iterator[Work], loop: Closed | Open, until: Until) -> Run:
-    """Sends work until a bound is reached and all answers have ended.
+    """Sends work until the first bound is reached, and waits until all answers have ended.
 
-    SIGINT and SIGTERM end it sooner, with what was measured by then and `interrupted`; a second
-    signal does what it always does.
+    SIGINT or SIGTERM ends it early: the Run is `interrupted` and has the records so far. A second
+    signal has its usual effect.
     """
     started, cpu = datetime.now(UTC), time.process_time()
     phase = _Phase(sender)
@@ -114,8 +112,8 @@ async def _closed(phase: _Phase, work: Iterator[Work], concurrency: int, until: 
             if is_over():
                 return
             outcome = (await phase.send(each, clock())).outcome
-            # A refused client comes back when the server says so: anything faster would measure
-            # how fast it refuses.
+            # After a refusal, wait as long as the server asks: retrying faster would measure only
+            # the speed of refusals.
             pause = (outcome.retry_after or 0.0) if isinstance(outcome, Failure) else 0.0
 
     async with asyncio.TaskGroup() as workers:
@@ -128,7 +126,7 @@ async def _open(phase: _Phase, work: Iterator[Work], times: Iterator[float], unt
         for after in times:
             if until.seconds is not None and after >= until.seconds:
                 break
-            # Made before it is due, so that making it delays nothing.
+            # Made before it is due, so that it is sent on time.
             if (each := next(work, None)) is None:
                 break
             intended = phase.origin + after
@@ -137,7 +135,7 @@ async def _open(phase: _Phase, work: Iterator[Work], times: Iterator[float], unt
 
 
 async def _interrupted(sending: Coroutine[None, None, None]) -> bool:
-    """Awaits it; true if a signal ended it."""
+    """Awaits `sending`; returns whether a signal ended it."""
     task = asyncio.create_task(sending)
     loop = asyncio.get_running_loop()
     stopping = (signal.SIGINT, signal.SIGTERM)
@@ -158,5 +156,5 @@ async def _interrupted(sending: Coroutine[None, None, None]) -> bool:
         restore()
     if task.cancelled():
         return True
-    task.result()  # raises what went wrong
+    task.result()  # raises its error, if any
     return False

@@ -1,6 +1,6 @@
-"""How many tokens prompts and answers have: the distributions that flags spell as text.
+"""Distributions of prompt and answer lengths in tokens, and their spelling in flags.
 
-A draw has no bounds; its user clips it to the context length.
+Drawn lengths are not bounded; `workload` clips them to the context length.
 """
 
 import math
@@ -31,7 +31,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Every length from `low` to `high`, both included, is as likely."""
+    """Every length from `low` to `high`, both included, is equally likely."""
 
     low: int
     high: int
@@ -45,9 +45,9 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class LogNormal:
-    """The logarithm is normal: half are below `median`; the tail of long ones grows with `sigma`.
+    """Log-normal: half are below `median`, and `sigma` is the deviation of the logarithm.
 
-    Lengths of prompts and answers in recorded traffic look much like this.
+    Lengths of prompts and answers in recorded traffic have about this distribution.
     """
 
     median: float
@@ -64,7 +64,7 @@ Lengths = Constant | Uniform | LogNormal
 
 
 def parse(text: str) -> Lengths:
-    """The distribution that `text` spells; ValueError says what is wrong with it."""
+    """The distribution that `text` spells. ValueError: it is none of FORMS, or out of range."""
     if _CONSTANT.fullmatch(text):
         _check_positive(int(text))
         return Constant(int(text))
@@ -80,7 +80,7 @@ def parse(text: str) -> Lengths:
         if sigma > MAX_SIGMA:
             raise ValueError(f"sigma must be at most {MAX_SIGMA:g}, not {sigma!r}")
         return LogNormal(median, sigma)
-    raise ValueError(f"{text!r} is no length; write {FORMS}")
+    raise ValueError(f"must be {FORMS}, not {text!r}")
 
 
 def _check_positive(tokens: float) -> None:

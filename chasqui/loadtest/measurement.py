@@ -1,4 +1,4 @@
-"""A whole measurement: what is planned, and what comes of it."""
+"""A whole measurement: its plan, its execution and its results."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from client.results import Model
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A measurement to make; `warmup` requests go first, in the same loop, and are not counted."""
+    """The plan of a measurement; `warmup` requests are sent first and not measured."""
 
     target: str
     loop: Closed | Open
@@ -26,7 +26,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A run with all that one must know to judge or repeat it."""
+    """A run, with everything that is needed to judge or repeat it."""
 
     plan: Plan
     model: Model
@@ -35,12 +35,11 @@ class Measurement:
 
 
 async def measure(plan: Plan, model: Model, access: Access = OPEN) -> Measurement | None:
-    """Carries the plan out; None if a signal came before the part that counts.
+    """Carries out the plan; None if a signal ended it during the warm-up.
 
-    InvalidRequestError: the requests cannot be sent at all. The results of those that are sent are
-    in the measurement.
+    InvalidRequestError: the requests cannot be sent. Errors of sent requests are in the records.
     """
-    # Made for its errors only: inside the run they would be the generator's own.
+    # A first request, to raise the error of one that cannot be sent here and not within the run.
     next(work(plan.workload, model))
     requests = work(plan.workload, model)
     async with Sender(plan.target, plan.connections, plan.timeout, access) as sender:

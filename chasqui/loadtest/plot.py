@@ -1,7 +1,7 @@
-"""A run as one picture: how each latency is distributed, and how the throughput went.
+"""Draws a run as one picture: the distributions of latencies, and the throughput over time.
 
-The only module that needs the extra `bench`. Figures are made without pyplot: that keeps state and
-looks for a display.
+This is the only module that needs the extra `bench`. It does not use pyplot, which keeps global
+state and looks for a display.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".pdf", ".svg")
 BINS = 60
 BLUE, ORANGE, GREY = "#1f5f9e", "#c8561b", "#767676"
-# A distribution this wide, greatest over least, is drawn on a logarithmic axis.
+# The ratio of greatest to least sample from which on an axis is logarithmic.
 WIDE = 30.0
 
 
@@ -29,7 +29,7 @@ def available() -> bool:
 
 
 def save(measurement: Measurement, path: Path) -> None:
-    """Draws it to a file in the format of its suffix, one of FORMATS."""
+    """Draws a measurement into a file, in the format of its suffix, one of FORMATS."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     run, summary = measurement.run, measurement.summary

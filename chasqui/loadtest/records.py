@@ -1,7 +1,7 @@
-"""The records of a run: one record per request, and the latencies that follow from it.
+"""The records of a run, one per request, and the latencies computed from them.
 
-Times are seconds since the run began, latencies are seconds. All latencies count from when the
-request was meant to be sent, `intended`, and not from when it was.
+Times are seconds since the start of the run, latencies are seconds. All latencies count from the
+time at which the request was meant to be sent, `intended`, and not from `sent`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from client.results import FinishReason, Usage
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """An answer came to its end."""
+    """A complete answer."""
 
     finish_reason: FinishReason
     usage: Usage
@@ -21,7 +21,7 @@ class Success:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The call ended with another status than OK; `status` is its name in grpc.StatusCode."""
+    """A call that ended with a status other than OK: `status` is its name in grpc.StatusCode."""
 
     status: str
     message: str
@@ -31,9 +31,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request. `arrivals` are the times of the events that brought text.
+    """One request. `arrivals` are the times of the events with text.
 
-    `shortened`: the context would not have held the lengths that were drawn for it.
+    `shortened`: its drawn lengths were reduced to fit the context.
     """
 
     index: int
@@ -50,25 +50,25 @@ class Record:
 
     @property
     def time_to_first_token(self) -> float | None:
-        """None without an answer. Tokens without text show at the end of the answer only."""
-        if not self._completion_tokens:
+        """Seconds to the first text, or to the end of an answer without text; None: no answer."""
+        if not self.completion_tokens:
             return None
         return (self.arrivals[0] if self.arrivals else self.ended) - self.intended
 
     @property
     def gaps(self) -> list[float]:
-        """Between one event with text and the next."""
+        """Seconds between consecutive events with text."""
         return [after - before for before, after in pairwise(self.arrivals)]
 
     @property
     def time_per_output_token(self) -> float | None:
-        """From the first text to the last, per token after the first; None without a second."""
-        if self._completion_tokens < 2 or len(self.arrivals) < 2:
+        """Seconds from the first text to the last, per token after the first; None below 2."""
+        if self.completion_tokens < 2 or len(self.arrivals) < 2:
             return None
-        return (self.arrivals[-1] - self.arrivals[0]) / (self._completion_tokens - 1)
+        return (self.arrivals[-1] - self.arrivals[0]) / (self.completion_tokens - 1)
 
     @property
-    def _completion_tokens(self) -> int:
+    def completion_tokens(self) -> int:
         match self.outcome:
             case Success(usage=usage):
                 return usage.completion_tokens
@@ -78,11 +78,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A measurement.
+    """The records of a run and its totals.
 
-    `seconds`: from the start of the run to the end of its last answer. `cpu_share`: the time that
-    this process computed, all of its threads together, as a share of one core. `interrupted`: the
-    user ended the run, and cut off `unfinished` requests.
+    `seconds`: from the start of the run to the end of its last answer. `cpu_share`: the CPU time of
+    all threads of this process, as a fraction of one core. `interrupted`: a signal ended the run
+    and cut off `unfinished` requests.
     """
 
     started: datetime

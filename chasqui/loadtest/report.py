@@ -1,4 +1,4 @@
-"""A run for people, as a table, and for programs, as a JSON document.
+"""Reports of a run: a table to read, and a JSON document for programs.
 
 docs/bench.md documents the document's fields: change both together.
 """
@@ -17,7 +17,7 @@ from chasqui.loadtest.records import Failure, Record, Run, Success
 from chasqui.loadtest.summary import PERCENTILES, Distribution, Summary
 from client.results import Model
 
-# A share of one core. The generator computes in one thread, and a busy one sees events late.
+# Fraction of one core above which the generator, a single thread, may notice events too late.
 BUSY_CPU_SHARE = 0.7
 
 SHOWN_PERCENTILES = (50, 90, 99)
@@ -29,12 +29,12 @@ def headline(plan: Plan, model: Model) -> str:
 
 
 def table(measurement: Measurement) -> str:
-    """The text for people: counts, rates, latencies in ms, and faults of the measurement."""
+    """The results as text: counts, rates, latencies in ms, and doubts about the measurement."""
     return "\n".join(_lines(measurement))
 
 
 def document(measurement: Measurement) -> dict[str, object]:
-    """Everything, ready for `json.dump`."""
+    """All results, ready for `json.dump`."""
     run, summary, model = measurement.run, measurement.summary, measurement.model
     return {
         "chasqui": version("chasqui-llama"),
@@ -92,8 +92,8 @@ def _notes(measurement: Measurement) -> Iterator[str]:
         )
     if run.cpu_share > BUSY_CPU_SHARE:
         yield (
-            f"this client used {run.cpu_share:.0%} of a core: it may have been the bottleneck, and "
-            "times may be its own; spread the load over several clients"
+            f"this client used {run.cpu_share:.0%} of a core, so it may have been the bottleneck: "
+            "spread the load over several clients"
         )
 
 
@@ -201,7 +201,7 @@ def _outcome(outcome: Success | Failure) -> dict[str, object]:
 
 
 def _ms(seconds: float) -> float:
-    """To the microsecond: what lies below is noise, and doubles the size of the document."""
+    """Milliseconds, rounded to microseconds: more digits are noise and double the document."""
     return round(1e3 * seconds, 3)
 
 

@@ -1,6 +1,6 @@
-"""One request: sends it, follows its answer, records what came when.
+"""Sends one request, reads its answer and records the times of its events.
 
-This runs once per event of every stream, on one core: it takes the time and reads nothing else
+This runs once per event of every stream, on one core: it records the time and does nothing else
 before the end of an answer.
 """
 
@@ -26,7 +26,7 @@ from client.results import Finished
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 
-# The pause of a closed loop after a broken connection: without it the loop would count failures.
+# The pause of a closed loop after a broken connection, so that it does not only count failures.
 RECONNECT_SECONDS = 1.0
 
 Response = chat_pb2.TextCompleteStreamResponse | chat_pb2.ChatCompleteStreamResponse
@@ -36,7 +36,7 @@ clock = time.perf_counter
 
 
 class Sender:
-    """The connections to a gateway, which requests take in turn."""
+    """The connections to a gateway, which requests use in turn."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Sender:
     ) -> None:
         self._target = target
         self._timeout = arguments.seconds(timeout)
-        # gRPC lets equal channels share one connection unless each has a pool of its own.
+        # gRPC lets equal channels share a connection unless each has its own pool.
         own_pool = ("grpc.use_local_subchannel_pool", 1)
         self._channels = [
             open_aio_channel(target, access.tls, own_pool) for _ in range(connections)
@@ -63,9 +63,9 @@ class Sender:
             await channel.close()
 
     async def send(self, work: Work, intended: float, origin: float) -> Record:
-        """Follows an answer to its end; a status other than OK is an outcome and raises nothing.
+        """Reads an answer to its end; a status other than OK becomes a Failure and raises nothing.
 
-        `intended` and `origin`, the start of the run, are by `clock`.
+        `intended` and `origin`, the start of the run, are times of `clock`.
         """
         arrivals: list[float] = []
         last: Response | None = None

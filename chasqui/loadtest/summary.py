@@ -1,6 +1,6 @@
-"""Records in, numbers out: rates over the whole run, and distributions of latencies.
+"""Summarizes records: rates over the whole run, and distributions of latencies.
 
-Only answers that came to their end count; what failed is counted by its status.
+Only complete answers are measured; failures are counted by status.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9)
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Samples in the unit they came in; `percentiles` has a value for each of PERCENTILES."""
+    """Statistics in the unit of the samples; `percentiles` has a value for each of PERCENTILES."""
 
     count: int
     mean: float
@@ -30,7 +30,7 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """Requests that ended with one status, and what the server said to the first of them."""
+    """Requests that ended with the same status, and the message of the first."""
 
     count: int
     first_message: str
@@ -38,9 +38,9 @@ class Failures:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run in numbers: tokens and requests of complete answers, latencies in seconds.
+    """The results of a run: tokens and requests of complete answers, latencies in seconds.
 
-    A distribution without samples is None. `queued` is the server's word, from Usage.
+    A distribution without samples is None. `queued` is measured by the server (Usage).
     """
 
     succeeded: int
@@ -67,7 +67,7 @@ class Summary:
 
 
 def distribution(samples: Iterable[float | None]) -> Distribution | None:
-    """None samples are left out.
+    """The distribution of the samples other than None; None if there are none.
 
     Percentiles interpolate linearly between the two nearest samples in order; the least sample is
     percentile 0, the greatest 100 (definition 7 of Hyndman and Fan, 1996; NumPy's default).
@@ -116,8 +116,7 @@ def summarize(run: Run) -> Summary:
 def tokens_per_second(run: Run, bins: int) -> Sequence[float]:
     """Output tokens per second in each of `bins` equal parts of the run.
 
-    An answer's tokens are spread evenly over its events: a stream does not tell how many an event
-    brings.
+    An answer's tokens are spread evenly over its events, whose numbers of tokens are unknown.
     """
     totals = [0.0] * bins
     width = run.seconds / bins

@@ -1,7 +1,6 @@
-"""The requests of a run, one after another without end; the seed and the model decide all of them.
+"""The endless sequence of requests of a run, which depends only on the seed and the model.
 
-Prompts are random token ids, so that their length is exact and no answer of the model is needed to
-know it, or dialogs from a file for real text.
+Prompts are random token ids, whose length is exact without a tokenizer, or dialogs from a file.
 """
 
 import json
@@ -19,7 +18,7 @@ from client.results import Model
 from llama.prompt_format.tags import special_tags
 from llama.v1 import chat_pb2
 
-# Unknown, beginning and end of sequence in Llama's vocabulary: no ordinary text has them.
+# Ids below are unknown, beginning and end of sequence in Llama's vocabulary, not ordinary text.
 FIRST_ORDINARY_ID = 3
 SEEDS = 2**64
 DIALOG_FORMS = '[{"role": …, "content": …}, …] or {"messages": […]}'
@@ -29,9 +28,9 @@ DIALOG_FORMS = '[{"role": …, "content": …}, …] or {"messages": […]}'
 class Workload:
     """The requests to send.
 
-    With `dialogs` the prompts are those, in turn, and end of sequence ends an answer. Without, they
-    are `prompt_tokens` random ids, of which the first `shared_prefix` are the same in all requests,
-    and answers have exactly `answer_tokens`.
+    With `dialogs`, these are sent in turn, and end of sequence ends an answer. Without, prompts are
+    `prompt_tokens` random ids, of which the first `shared_prefix` are the same in all requests, and
+    answers have exactly `answer_tokens`.
     """
 
     prompt_tokens: Lengths
@@ -44,13 +43,13 @@ class Workload:
     def __str__(self) -> str:
         answers = f"answers of {self.answer_tokens} tokens"
         if self.dialogs:
-            return f"{len(self.dialogs):,} dialogs, {answers} or less"
+            return f"{len(self.dialogs):,} dialogs, {answers} or fewer"
         return f"prompts of {self.prompt_tokens} tokens, {answers}"
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request; `shortened` if the context would not hold the lengths that were drawn."""
+    """One request; `shortened`: its drawn lengths were reduced to fit the context."""
 
     index: int
     request: chat_pb2.TextCompleteStreamRequest | chat_pb2.ChatCompleteStreamRequest
@@ -58,27 +57,27 @@ class Work:
 
 
 def work(workload: Workload, model: Model) -> Iterator[Work]:
-    """The requests, without end. InvalidRequestError: the sampling cannot be sent."""
+    """The endless requests. InvalidRequestError: the sampling parameters cannot be sent."""
     if workload.dialogs:
         return _dialogs(workload, model)
     return _random_prompts(workload, model)
 
 
 def read_dialogs(path: Path) -> list[Dialog]:
-    """Dialogs from JSON lines: arrays of messages, or objects whose `messages` is one.
+    """Dialogs from JSON lines: arrays of messages, or objects with such an array as `messages`.
 
-    ValueError names the first line that is neither or cannot be sent. Whether a dialog keeps the
-    rules, the gateway decides.
+    ValueError names the first line that is neither or cannot be sent. The gateway checks the rules
+    of dialogs.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     dialogs = [_dialog(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not dialogs:
-        raise ValueError(f"{path} holds no dialogs")
+        raise ValueError(f"{path} contains no dialogs")
     return dialogs
 
 
 def _random_prompts(workload: Workload, model: Model) -> Iterator[Work]:
-    # Lengths and ids draw apart: the same ids come first whatever the lengths are, and vice versa.
+    # Lengths and ids have separate generators, so that neither changes with the other.
     lengths, ids = _random(workload.seed, "lengths"), _random(workload.seed, "ids")
     ordinary = range(FIRST_ORDINARY_ID, model.vocab_size)
     prefix = _random(workload.seed, "prefix").choices(ordinary, k=workload.shared_prefix)
@@ -87,7 +86,7 @@ def _random_prompts(workload: Workload, model: Model) -> Iterator[Work]:
         wanted = workload.prompt_tokens.draw(lengths), workload.answer_tokens.draw(lengths)
         prompt_tokens = _clip(wanted[0], model.context_length - 1)
         answer_tokens = _clip(wanted[1], model.context_length - prompt_tokens)
-        # At least one token of its own, or equal lengths would be equal prompts.
+        # At least one token is not shared, or prompts of equal length would be equal.
         shared = prefix[: prompt_tokens - 1]
         prompt = shared + ids.choices(ordinary, k=prompt_tokens - len(shared))
         sampling = _sampling(workload, index, answer_tokens, ignore_eos=True)
@@ -136,11 +135,13 @@ def _dialog(line: str, number: int) -> Dialog:
         raise ValueError(f"line {number} is not JSON ({error})") from error
     messages = found.get("messages") if isinstance(found, dict) else found
     if not (isinstance(messages, list) and all(isinstance(each, dict) for each in messages)):
-        raise ValueError(f"line {number} is no dialog: it must be {DIALOG_FORMS}")
+        raise ValueError(f"line {number} is not a dialog: it must be {DIALOG_FORMS}")
     try:
         requests.chat(chat_pb2.ChatCompleteStreamRequest, [messages], {})
     except InvalidRequestError as error:
         raise ValueError(f"line {number}: {error}") from error
     if tags := special_tags("\n".join(message["content"] for message in messages)):
-        raise ValueError(f"line {number} holds {' and '.join(tags)}, so it would not be answered")
+        raise ValueError(
+            f"line {number} contains {' and '.join(tags)}, so it would not be answered"
+        )
     return cast("Dialog", messages)

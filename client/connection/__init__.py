@@ -1,1 +1,1 @@
-"""How a client reaches a server: targets, channels, and why a connection failed."""
+"""The connection of a client to a server: targets, channels, and why a connection failed."""

@@ -1,4 +1,4 @@
-"""Cancels streams by name at a gateway: for asyncio, and without it."""
+"""Cancels streams by name at a gateway, with asyncio and without."""
 
 import asyncio
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from llama.v1.chat_pb2_grpc import ChatServiceStub
 if TYPE_CHECKING:  # only the stub file has it
     from llama.v1.chat_pb2_grpc import ChatServiceAsyncStub
 
-# Bounds the end of a stream if the gateway does not answer.
+# Limits how long closing a stream takes if the gateway does not answer.
 TIMEOUT = 2.0  # seconds
 
 
 async def cancel_streams_aio(stub: "ChatServiceAsyncStub", names: Iterable[str]) -> None:
-    """Sends all Cancel calls together and waits for them; their errors do not matter."""
+    """Sends all CancelStream calls at once and waits for them; ignores their errors."""
     with suppress(grpc.aio.UsageError):  # the channel is closed
         calls = [
             stub.CancelStream(CancelStreamRequest(stream_name=name), timeout=TIMEOUT)

@@ -1,6 +1,4 @@
-"""The shared base of the synchronous and the asyncio client: how to reach a
-gateway, how to know it, and how to be known.
-"""
+"""gRPC channels to a gateway, with TLS and API key, for the synchronous and the asyncio client."""
 
 import re
 import ssl
@@ -19,10 +17,10 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # The gateway limits its answers, and its operator may allow more than gRPC's 4 MiB.
     ("grpc.max_receive_message_length", -1),
-    # A server that vanished without a word is noticed within half a minute, also mid-stream.
+    # A server that vanished without closing the connection is noticed within half a minute.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # After a restart of the server the next call finds it: gRPC's own bound is two minutes.
+    # A restarted server is found by the next call: gRPC's default is two minutes.
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
@@ -31,10 +29,10 @@ Options = tuple[tuple[str, int | str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Encryption, with PEM files. `ca`: whom to trust, by default gRPC's list of public ones.
+    """TLS settings, with PEM files. `ca`: the trusted authorities, by default gRPC's public ones.
 
-    `cert` and `key` are for gateways that ask for a certificate; `name` is what the gateway's
-    certificate must hold, by default the target's host.
+    `cert` and `key` are for gateways that ask for a client certificate; `name` is the name that the
+    gateway's certificate must have, by default the target's host.
     """
 
     ca: Path | str | None = None
@@ -43,7 +41,7 @@ class Tls:
     name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """OSError where a file cannot be read, ValueError where its contents cannot be used."""
+        """Raises OSError if a file cannot be read, ValueError if its contents cannot be used."""
         self.context()
         ca, key, cert = (
             Path(path).read_bytes() if path else None for path in (self.ca, self.key, self.cert)
@@ -51,7 +49,7 @@ class Tls:
         return grpc.ssl_channel_credentials(ca, key, cert)
 
     def context(self) -> ssl.SSLContext:
-        """The same for Python's own TLS, which says what is wrong; errors as of `credentials`."""
+        """The same for Python's own TLS, whose errors say more; raises like `credentials`."""
         if (self.cert is None) != (self.key is None):
             raise ValueError("cert and key belong together: give both")
         used = self.ca
@@ -59,10 +57,10 @@ class Tls:
             context = ssl.create_default_context(cafile=used)
             used = self.cert
             if self.cert is not None:
-                # Without a password of its own, OpenSSL would ask for one on the terminal.
+                # With an empty password OpenSSL does not ask for one on the terminal.
                 context.load_cert_chain(self.cert, self.key, password="")
         except ssl.SSLError as error:
-            # OpenSSL has no reason where it finds nothing at all in the file.
+            # OpenSSL gives no reason if the file contains no certificate at all.
             reason = (error.reason or "it holds none").replace("_", " ").lower()
             raise ValueError(f"{used} cannot be used as a certificate: {reason}") from error
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # newer Pythons are stricter than gRPC
@@ -82,9 +80,9 @@ OPEN = Access()
 
 
 def channel_options(target: str, tls: Tls | None = None) -> Options:
-    """Channel options; a proxy of the environment is not asked for this machine itself.
+    """Channel options; a target on this machine bypasses the proxy of the environment.
 
-    ValueError: it is no target.
+    ValueError: it is not a valid target.
     """
     options: Options = _OPTIONS
     try:
@@ -116,7 +114,7 @@ C = TypeVar("C", grpc.Channel, grpc.aio.Channel)
 
 
 def with_key(channel: C, api_key: str | None) -> C:
-    """For stubs: the channel, with an API key sent in each of its calls. ValueError: it is none."""
+    """A channel for stubs that sends the API key with every call. ValueError: it is not valid."""
     if api_key is None:
         return channel
     check_key(api_key)
@@ -124,13 +122,13 @@ def with_key(channel: C, api_key: str | None) -> C:
 
 
 def check_key(api_key: str) -> None:
-    """ValueError where metadata cannot carry the API key."""
+    """Raises ValueError if gRPC metadata cannot carry the API key."""
     if not re.fullmatch("[ -~]+", arguments.text(api_key)):
-        raise ValueError("an API key must hold printable ASCII characters and nothing else")
+        raise ValueError("an API key must consist of printable ASCII characters")
 
 
 class _KeyedChannel:
-    """The part of a channel that stubs use; gRPC's interceptors would wrap each call's object."""
+    """The part of a channel that stubs use, because gRPC's interceptors would wrap every call."""
 
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel, api_key: str) -> None:
         self._channel = channel

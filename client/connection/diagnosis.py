@@ -1,7 +1,7 @@
-"""Why a gateway cannot be reached: a proxy on the way, or two sides that do not agree on TLS.
+"""Finds out why a gateway cannot be reached: a proxy, or TLS settings that do not match.
 
-gRPC says "OK" or "Socket closed" there. So after a call that reached nothing, this connects once
-more by itself, with the TLS of Python's standard library, and reads what the other side answers.
+gRPC reports these only as "OK" or "Socket closed". So after a call that reached no server, this
+connects once more, with the TLS of Python's standard library, and examines the answer.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from client.errors import ChasquiError, ConnectionSettingsError, UnreachableErro
 if TYPE_CHECKING:
     from client.connection.channel import Tls
 
-# Seconds that the other side has for each of its answers.
+# Timeout of each socket operation, in seconds.
 PATIENCE = 5.0
 
 # The beginning of every HTTP/2 connection: the preface, then an empty SETTINGS frame.
@@ -28,14 +28,14 @@ _OWN_TLS = "give the client tls=Tls(ca=…), the command --ca FILE, or --tls for
 
 
 def explained(error: ChasquiError, target: str, tls: "Tls | None") -> ChasquiError:
-    """The error, or a better one where it says that the target cannot be reached. Blocks."""
+    """The error, or a ConnectionSettingsError if a reason is found. Blocks."""
     if not isinstance(error, UnreachableError) or error.request_id is not None:
         return error
     if (proxy := targets.proxy(target)) is not None:
         return ConnectionSettingsError(
             f"{error.message}, {proxy}; no_proxy={targets.addresses(target)[0].host} exempts it"
         )
-    # gRPC has tried all addresses of a target. One says enough.
+    # gRPC has tried all addresses of a target; one is enough for the diagnosis.
     for address in targets.addresses(target)[:1]:
         problem = _problem(address, tls)
         if problem is not None:
@@ -44,14 +44,14 @@ def explained(error: ChasquiError, target: str, tls: "Tls | None") -> ChasquiErr
 
 
 async def explained_aio(error: ChasquiError, target: str, tls: "Tls | None") -> ChasquiError:
-    """The same in a thread, so that the event loop is not blocked."""
+    """The same, in a thread, so that the event loop is not blocked."""
     if not isinstance(error, UnreachableError):
         return error
     return await asyncio.to_thread(explained, error, target, tls)
 
 
 def _problem(address: targets.Address, tls: "Tls | None") -> str | None:
-    """The fault between the two sides; None if this connection finds none."""
+    """The mismatch between client and server; None if there is none."""
     try:
         if _speaks_tls(address):
             if tls is None:
@@ -62,13 +62,13 @@ def _problem(address: targets.Address, tls: "Tls | None") -> str | None:
             return "answers, but speaks neither gRPC nor TLS"
         if answer and tls is not None:
             return "speaks plaintext, and this client TLS: leave out tls=, or --tls and --ca"
-    except (OSError, ValueError):  # it does not answer at all, or has no name, as gRPC has said
+    except (OSError, ValueError):  # no answer or an unknown name, which gRPC has reported
         pass
     return None
 
 
 def _speaks_tls(address: targets.Address) -> bool:
-    """Whether it answers a handshake, be it with a refusal."""
+    """Whether the server answers a TLS handshake, even if with a refusal."""
     try:
         with _connected(address) as plain, _anyone().wrap_socket(plain):
             return True
@@ -79,7 +79,7 @@ def _speaks_tls(address: targets.Address) -> bool:
 
 
 def _plaintext_answer(address: targets.Address) -> bytes:
-    """The beginning of its answer to HTTP/2 in plaintext, up to the type of the first frame."""
+    """The server's answer to plaintext HTTP/2, up to the type of its first frame."""
     with suppress(ConnectionError), _connected(address) as plain:
         plain.sendall(_HELLO)
         return plain.recv(4, socket.MSG_WAITALL)
@@ -95,7 +95,7 @@ def _tls_problem(address: targets.Address, tls: "Tls") -> str | None:
                 plain, server_hostname=name, suppress_ragged_eofs=False
             ) as connection,
         ):
-            # A server judges the client's certificate behind the client's part of the handshake.
+            # A server checks the client's certificate only after the client's handshake is done.
             connection.sendall(_HELLO)
             if connection.recv(1):
                 return None
@@ -136,7 +136,7 @@ def _connected(address: targets.Address) -> socket.socket:
 
 
 def _anyone() -> ssl.SSLContext:
-    """For a connection to a server of any name and authority, over which nothing is sent."""
+    """A context that accepts any certificate; only for connections over which nothing is sent."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

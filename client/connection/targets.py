@@ -1,7 +1,7 @@
 """Targets: the addresses of gateways, as users write them, and the proxies on the way to them.
 
 A target is host:port, or one of gRPC's own forms such as dns:///host:port or unix:/path. Anything
-else is refused here: gRPC would take a missing port for 443 and a URL for a name to look up.
+else is refused here: gRPC would replace a missing port by 443 and look up a URL as a host name.
 """
 
 import os
@@ -13,7 +13,7 @@ from ipaddress import ip_address, ip_network
 from client import arguments
 
 _FORMS = "such as 127.0.0.1:50051, [::1]:50051 or chat.example.org:50051"
-# gRPC's forms with a host and a port behind the scheme, and those with something else.
+# gRPC's schemes that are followed by host and port, and those that are not.
 _WITH_HOST = ("dns", "ipv4", "ipv6")
 _WITHOUT_HOST = ("unix", "unix-abstract", "vsock", "xds")
 _ADDRESS = re.compile(r"(?:\[(?P<ipv6>[^\s\[\]/]+)\]|(?P<host>[^\s\[\]/:@]+)):(?P<port>\d{1,5})")
@@ -24,7 +24,7 @@ _EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to connect to."""
+    """A host and a port to connect to."""
 
     host: str  # an IPv6 address without its brackets
     port: int
@@ -32,7 +32,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A proxy that gRPC takes on the way to a target, and the variable that names it."""
+    """A proxy that gRPC uses for a target, and the environment variable that names it."""
 
     variable: str
     address: str  # without user and password
@@ -45,7 +45,7 @@ def addresses(target: str) -> list[Address]:
     """The addresses that a target names; none for a form without hosts, such as a Unix socket's.
 
     Raises:
-        ValueError: it is no target.
+        ValueError: it is not a valid target.
     """
     scheme, colon, rest = arguments.text(target).partition(":")
     if colon and scheme in _WITHOUT_HOST:
@@ -69,7 +69,7 @@ def is_local(target: str) -> bool:
 
 
 def proxy(target: str) -> Proxy | None:
-    """The proxy that gRPC takes on the way to the target, by its rules for the environment."""
+    """The proxy that gRPC uses for the target, by gRPC's rules for environment variables."""
     if is_local(target):
         return None
     variable = next((name for name in _PROXIES if os.environ.get(name)), None)

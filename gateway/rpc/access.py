@@ -1,6 +1,7 @@
 """Permissions of the gateway's services, and how long a connection lasts."""
 
-from gateway.settings import GatewaySettings
+from pathlib import Path
+
 from llama.v1 import chat_pb2, operator_pb2
 from serving.intake.grpc_options import Option
 from serving.intake.interceptor import Authorize
@@ -13,16 +14,16 @@ _NEEDS: dict[str, Permission] = {
 }
 
 
-def authorizer(settings: GatewaySettings) -> Authorize | None:
-    """The check of API keys; None if none are configured. StartError if their file is invalid."""
-    return None if settings.api_keys is None else KeyRing(settings.api_keys, _NEEDS).authorize
+def authorizer(api_keys: Path | None) -> Authorize | None:
+    """The check of the API keys in a file; None without one. StartError if it is invalid."""
+    return None if api_keys is None else KeyRing(api_keys, _NEEDS).authorize
 
 
-def connection_options(settings: GatewaySettings) -> list[Option]:
-    """Options of gRPC for the connections of clients."""
-    if settings.max_connection_age is None:
+def connection_options(max_age: float | None, grace_period: float) -> list[Option]:
+    """Options of gRPC for the connections of clients; times in seconds, None for no limit."""
+    if max_age is None:
         return []
     return [
-        ("grpc.max_connection_age_ms", round(settings.max_connection_age * 1000)),
-        ("grpc.max_connection_age_grace_ms", round(settings.grace_period * 1000)),
+        ("grpc.max_connection_age_ms", round(max_age * 1000)),
+        ("grpc.max_connection_age_grace_ms", round(grace_period * 1000)),
     ]

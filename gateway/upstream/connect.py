@@ -7,7 +7,6 @@ from typing import Protocol
 
 import grpc
 
-from gateway.settings import GatewaySettings
 from serving.security.tls import TlsFiles, UpstreamCertificates
 from serving.server import channel
 
@@ -37,12 +36,16 @@ def plaintext(target: str, name: str | None = None) -> grpc.aio.Channel:  # noqa
     return channel(target)
 
 
-def connector(settings: GatewaySettings) -> Connect:
-    """The function that makes this gateway's channels to the services behind it."""
-    if settings.upstream_ca is None:
+def connector(files: TlsFiles | None, server_name: str | None) -> Connect:
+    """The function that makes this gateway's channels to the services behind it.
+
+    Args:
+        files: for TLS; None for plaintext.
+        server_name: the name that the certificates must have; None: the name in the address.
+    """
+    if files is None:
         return plaintext
-    files = TlsFiles(settings.upstream_cert, settings.upstream_key, settings.upstream_ca)
-    certificates = UpstreamCertificates(files, settings.upstream_name)
+    certificates = UpstreamCertificates(files, server_name)
 
     def connect(target: str, name: str | None = None) -> grpc.aio.Channel:
         return channel(target, certificates.expecting(name))

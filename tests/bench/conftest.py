@@ -21,7 +21,7 @@ MakeSpec = Callable[..., WorkerSpec]
 @pytest.fixture(autouse=True)
 def small_effort(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures this machine's rates on little data: a test needs them to be there, not exact."""
-    monkeypatch.setitem(roofline.EFFORTS, "cpu", Effort(2**22, 64, 1))
+    monkeypatch.setitem(roofline.EFFORTS, "cpu", Effort(2**22, 64, 0.001))
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ class EchoWorker:
             raise ValueError("precision unknown")
         return {"process": str(os.getpid())}
 
-    def prefill(self, tokens: int, seed: int) -> list[float]:
-        if seed < 0:
+    def prefill(self, prompt: list[int]) -> list[float]:
+        if not prompt:
             raise RuntimeError("out of tokens")
-        return [float(tokens)]
+        return [float(sum(prompt))]
 
-    def decode(self, batch: int, context: int, steps: int, seed: int) -> list[float]:
-        return [float(batch + context + seed)] * steps
+    def decode(self, prompts: list[list[int]], steps: int) -> list[float]:
+        return [float(sum(map(sum, prompts)))] * steps
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         if not prompt:

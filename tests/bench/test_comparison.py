@@ -15,7 +15,6 @@ from bench.baselines.__main__ import main
 from bench.baselines.comparison import (
     ANSWER_TOKENS,
     Case,
-    check_precision,
     parse_case,
     rate_rows,
     same_function,
@@ -69,19 +68,19 @@ def test_comparison_measures_who_can_run_and_names_who_cannot(
 
 
 def test_default_contenders_suit_the_processor() -> None:
-    narrow = default_names(NARROW, "cpu")
+    narrow = default_names(NARROW)
     assert "transformers-float32" in narrow
     assert "transformers-bfloat16" not in narrow
-    wide = default_names(WIDE, "cpu")
+    wide = default_names(WIDE)
     assert {"chasqui-bfloat16", "vllm-eager-bfloat16", "llama.cpp-q8_0"} <= set(wide)
 
 
 def test_bfloat16_needs_the_hardware() -> None:
-    check_precision(CONTENDERS["chasqui-bfloat16"], WIDE, "cpu")
+    CONTENDERS["chasqui-bfloat16"].check(WIDE)
     with pytest.raises(UnavailableError, match="bfloat16"):
-        check_precision(CONTENDERS["chasqui-bfloat16"], NARROW, "cpu")
+        CONTENDERS["chasqui-bfloat16"].check(NARROW)
     with pytest.raises(UnavailableError, match="built for the CPU"):
-        check_precision(CONTENDERS["llama.cpp-q8_0"], WIDE, "cuda")
+        CONTENDERS["llama.cpp-q8_0"].check(dataclasses.replace(WIDE, device="NVIDIA H200"))
 
 
 def test_improbable_token_shows_another_function() -> None:

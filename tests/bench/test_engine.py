@@ -7,9 +7,9 @@ import torch
 
 from bench.engine.__main__ import main
 from bench.engine.arrivals import NEAREST, over_decode_only
-from bench.engine.driver import Job, Step, Trial, loaded
+from bench.engine.driver import Job, Load, Step, Trial, loaded
 from bench.engine.roofline import measure_rates
-from bench.engine.throughput import Load, Loaded, decode
+from bench.engine.throughput import Loaded, decode
 from bench.shapes import SHAPES
 
 

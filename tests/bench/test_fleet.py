@@ -16,8 +16,8 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 def test_worker_answers_what_it_was_asked(fleet: Fleet, make_spec: MakeSpec) -> None:
     spec = make_spec("one")
-    assert fleet.call(spec, "prefill", tokens=5, seed=1) == [5.0]
-    assert fleet.call(spec, "decode", batch=1, context=2, steps=3, seed=4) == [7.0] * 3
+    assert fleet.call(spec, "prefill", prompt=[5]) == [5.0]
+    assert fleet.call(spec, "decode", prompts=[[3, 4]], steps=3) == [7.0] * 3
     assert fleet.call(spec, "greedy", prompt=[7, 8, 9], count=2) == [7, 8]
 
 
@@ -40,7 +40,7 @@ def test_all_workers_but_the_one_that_is_asked_are_stopped(
 ) -> None:
     specs = [make_spec("one"), make_spec("two")]
     for spec in (*specs, specs[0]):
-        assert fleet.call(spec, "prefill", tokens=5, seed=1) == [5.0]
+        assert fleet.call(spec, "prefill", prompt=[5]) == [5.0]
     for spec in specs:
         status = Path(f"/proc/{fleet.info(spec)['process']}/status").read_text()
         assert "State:\tT (stopped)" in status
@@ -62,7 +62,7 @@ def test_new_process_is_to_be_warmed_up_again(fleet: Fleet, make_spec: MakeSpec)
 
 def test_error_of_a_worker_is_reported_with_its_message(fleet: Fleet, make_spec: MakeSpec) -> None:
     with pytest.raises(WorkerError, match="prefill: RuntimeError: out of tokens"):
-        fleet.call(make_spec("one"), "prefill", tokens=1, seed=-1)
+        fleet.call(make_spec("one"), "prefill", prompt=[])
     with pytest.raises(WorkerError, match="load: ValueError: precision unknown"):
         fleet.info(make_spec("two", precision="unknown"))
 
@@ -72,7 +72,7 @@ def test_death_of_a_worker_is_reported_with_its_last_words(
 ) -> None:
     with pytest.raises(WorkerError, match="greedy: ended, libraries print to stdout"):
         fleet.call(make_spec("one"), "greedy", prompt=[], count=1)
-    assert fleet.call(make_spec("one"), "prefill", tokens=5, seed=1) == [5.0]
+    assert fleet.call(make_spec("one"), "prefill", prompt=[5]) == [5.0]
 
 
 def test_worker_that_cannot_load_leaves_no_process(fleet: Fleet, make_spec: MakeSpec) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,12 @@ from bench.report import (
     SCHEMA,
     Host,
     Recorder,
-    Report,
     Row,
     SkippedError,
     features,
-    make_report,
     ratio,
-    result_folder,
     spread,
     table,
-    write_report,
 )
 
 ROWS = (
@@ -30,15 +27,19 @@ ROWS = (
 HOST = Host("AMD EPYC 9R14", 2, 16.0, ("avx2", "bf16"), "Linux")
 
 
-def report(rows: tuple[Row, ...] = ROWS) -> Report:
-    return dataclasses.replace(
-        make_report("engine", rows, ["a note"], {"shape": "tiny"}), host=HOST
+def written(root: Path) -> Path:
+    """The folder of a result with these rows."""
+    details = {"shape": "tiny"}
+    created = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    recorder = Recorder(
+        "engine", root, details, host=HOST, rows=[*ROWS], notes=["a note"], created=created
     )
+    recorder.write()
+    return recorder.folder
 
 
 def test_result_file_says_what_where_and_with_which_versions(tmp_path: Path) -> None:
-    write_report(report(), tmp_path)
-    document = json.loads((tmp_path / "result.json").read_text())
+    document = json.loads((written(tmp_path) / "result.json").read_text())
     assert document["schema"] == SCHEMA
     assert document["host"]["features"] == ["avx2", "bf16"]
     assert {"python", "commit", "torch"} <= document["versions"].keys()
@@ -47,25 +48,23 @@ def test_result_file_says_what_where_and_with_which_versions(tmp_path: Path) -> 
         "settings": {"streams": 1},
         "values": {"tokens_per_s": 12.5},
     }
-    assert document.keys() == {field.name for field in dataclasses.fields(Report)}
+    about = {"kind", "details", "host", "versions", "command", "created", "schema"}
+    assert document.keys() == {"rows", "notes", *about}
 
 
 def test_page_has_machine_notes_and_a_table_per_case(tmp_path: Path) -> None:
-    write_report(report(), tmp_path)
-    page = (tmp_path / "result.md").read_text()
+    page = (written(tmp_path) / "result.md").read_text()
     assert "AMD EPYC 9R14, 2 cores (avx2, bf16)" in page
     assert "- a note" in page
     assert "## decode\n\n| streams | tokens per s | cached |" in page
 
 
 def test_table_has_a_dash_for_what_was_not_measured() -> None:
-    rows = [{**row.settings, **row.values} for row in ROWS]
-    assert table(rows).splitlines()[2:] == ["| 1 | 12.5 | – |", "| 8 | 1234 | – |"]
+    assert table(ROWS).splitlines()[2:] == ["| 1 | 12.5 | – |", "| 8 | 1234 | – |"]
 
 
-def test_folder_is_named_after_date_and_machine() -> None:
-    folder = result_folder(dataclasses.replace(report(), created="2026-01-02T03:04:05"), Path("r"))
-    assert folder == Path("r/2026-01-02-amd-epyc-9r14-2c-avx2-bf16/engine")
+def test_folder_is_named_after_date_and_machine(tmp_path: Path) -> None:
+    assert written(tmp_path) == tmp_path / "2026-01-02-amd-epyc-9r14-2c-avx2-bf16/engine"
 
 
 def test_features_are_read_from_flags_of_both_architectures() -> None:
@@ -83,7 +82,9 @@ def test_a_failing_case_is_noted_and_keeps_what_it_had(tmp_path: Path) -> None:
         yield Row("first", {}, {"value": 1.0})
         raise RuntimeError("out of memory\nand so on")
 
-    recorder = Recorder("engine", tmp_path, part="7B", device="NVIDIA H200")
+    recorder = Recorder(
+        "engine", tmp_path, part="7B", host=dataclasses.replace(HOST, device="NVIDIA H200")
+    )
     recorder.attempt("some", failing)
     assert recorder.failed
     (file,) = tmp_path.glob("*-nvidia-h200/engine/7B/result.json")

@@ -84,7 +84,7 @@ def test_nothing_to_compute_needs_no_time() -> None:
 
 
 def test_rates_are_measured_in_the_type_of_the_activations_and_in_8_bits() -> None:
-    rates = measure_rates(torch.device("cpu"), "float32", threads=1)
+    rates = measure_rates(torch.device("cpu"), "float32")
     assert rates.matrix.keys() == {"float32", "int8"}
     assert 0 < min(rates.copy, rates.read) <= rates.bandwidth
     quantized = Job(SHAPES["tiny"], "float32", torch.device("cpu"), precision="int4").network

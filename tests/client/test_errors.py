@@ -116,5 +116,5 @@ def test_another_grpc_server_at_the_target_is_recognised(
 ) -> None:
     target = start_gateway()
 
-    with pytest.raises(ChasquiError, match=f"{target} answers, but is no gateway"):
+    with pytest.raises(ChasquiError, match=f"{target} answers, but it is not a gateway"):
         get_model(target)

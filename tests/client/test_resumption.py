@@ -1,5 +1,6 @@
 """Streams whose connection breaks, without a network."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -159,8 +160,24 @@ def test_answer_that_is_not_repeated_exactly_is_an_error(
     assert reader.stream.wants_cancel
 
 
+def test_each_lost_connection_is_reported_once_with_the_time_that_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reader, responses = Reader(timeout=20.0), run_of(["Chasquis ", "ran"])
+    for _ in range(2):
+        reader.append(next(responses))
+        reader.fails(BROKEN)
+        reader.fails(REFUSED)
+        reader.clock.now += 4.7
+    tries = [
+        f"the connection broke; trying for up to {left} seconds to continue the answer"
+        for left in ("20", "15")
+    ]
+    assert caplog.record_tuples == [("chasqui", logging.WARNING, each) for each in tries]
+
+
 def test_several_prompts_without_a_seed_are_not_repeated() -> None:
-    with pytest.raises(StreamLostError, match="can only be repeated with a seed"):
+    with pytest.raises(StreamLostError, match="can only be repeated if the request has a seed"):
         repeated(Reader(prompts=("One", "Two")), run_of([ANSWER]))
 
 

@@ -53,7 +53,12 @@ async def test_services_inside_talk_mutual_tls(
     to_model, _ = await start_server(model.service(), **tls)
     named: Any = {**upstreams, "upstream_name": "inside.example"}
     settings = GatewaySettings(port=0, grace_period=0, **named)
-    backend = Backend(to_tokenizer, [to_model], settings.pool_options, connector(settings))
+    backend = Backend(
+        to_tokenizer,
+        [to_model],
+        settings.pool_options,
+        connector(settings.upstream_tls, settings.upstream_name),
+    )
     server: Running = await servers.enter_async_context(
         running(settings, gateway_service(backend, settings))
     )
@@ -97,7 +102,7 @@ async def test_gateway_says_which_side_speaks_tls(
     chosen = {name: values[name] for name in service_settings}
     target, _ = await start_server(tokenizer_service(tokenizer), **chosen)
     settings = GatewaySettings(**{name: values[name] for name in gateway_settings})
-    async with connector(settings)(target) as to_tokenizer:
+    async with connector(settings.upstream_tls, settings.upstream_name)(target) as to_tokenizer:
         stub = TokenizerServiceStub(to_tokenizer)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.GetVocabulary(GetVocabularyRequest())
@@ -129,7 +134,12 @@ async def test_services_show_the_names_that_their_targets_have(
     }
     settings = GatewaySettings(port=0, grace_period=0, **upstreams)
     targets = [f"dns:///{to_model}"]
-    backend = Backend(to_tokenizer, targets, settings.pool_options, connector(settings))
+    backend = Backend(
+        to_tokenizer,
+        targets,
+        settings.pool_options,
+        connector(settings.upstream_tls, settings.upstream_name),
+    )
     service = gateway_service(backend, settings)
     server: Running = await servers.enter_async_context(running(settings, service))
     async with channel(server.address) as to_gateway:

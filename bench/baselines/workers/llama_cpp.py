@@ -11,7 +11,7 @@ from importlib import metadata
 import llama_cpp
 import numpy as np
 
-from bench.baselines.protocol import Job, random_prompts, serve
+from bench.baselines.protocol import Job, serve
 
 UBATCH = 512
 
@@ -37,24 +37,20 @@ class LlamaCppWorker:
             "threads": str(job.threads),
         }
 
-    def prefill(self, tokens: int, seed: int) -> list[float]:
+    def prefill(self, prompt: list[int]) -> list[float]:
         context = self._context(1)
-        prompts = random_prompts(1, tokens, self._vocab_size, seed)
         started = time.perf_counter()
-        context.decode(prompts)
+        context.decode([prompt])
         return [time.perf_counter() - started]
 
-    def decode(self, batch: int, context: int, steps: int, seed: int) -> list[float]:
-        running = self._context(batch)
-        prompts = random_prompts(batch, context, self._vocab_size, seed)
-        ids = running.decode([prompts[0]])
-        for sequence in range(1, batch):
-            ids += running.decode([prompts[sequence]], first=sequence)
-        ids = running.decode([[token] for token in ids])
+    def decode(self, prompts: list[list[int]], steps: int) -> list[float]:
+        context = self._context(len(prompts))
+        ids = [context.decode([prompt], first)[0] for first, prompt in enumerate(prompts)]
+        ids = context.decode([[token] for token in ids])
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
-            ids = running.decode([[token] for token in ids])
+            ids = context.decode([[token] for token in ids])
             seconds.append(time.perf_counter() - started)
         return seconds
 

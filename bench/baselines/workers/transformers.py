@@ -5,11 +5,12 @@ On the CPU in eager mode with its dynamic cache; on CUDA with a static cache and
 """
 
 import time
+from typing import Any
 
 import torch
 import transformers
 
-from bench.baselines.protocol import Job, random_prompts, serve
+from bench.baselines.protocol import Job, serve
 
 # The first call compiles, the second records the graph, the third is the first that replays it.
 WARM_UP = 3
@@ -21,10 +22,10 @@ class TransformersWorker:
     def load(self, job: Job) -> dict[str, str]:
         torch.set_num_threads(job.threads)
         self._cuda = job.device == "cuda"
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             job.model, dtype=getattr(torch, job.precision), attn_implementation="sdpa"
         )
-        self._model = self._model.to(job.device).eval()
+        self._model = model.to(job.device).eval()
         self._length = job.length
         self._compiled = self._forward
         if self._cuda:
@@ -38,16 +39,16 @@ class TransformersWorker:
         }
 
     @torch.no_grad()
-    def prefill(self, tokens: int, seed: int) -> list[float]:
-        ids = self._prompts(1, tokens, seed)
+    def prefill(self, prompt: list[int]) -> list[float]:
+        ids = self._ids([prompt])
         started = self._now()
         self._forward(ids, None)
         return [self._now() - started]
 
     @torch.no_grad()
-    def decode(self, batch: int, context: int, steps: int, seed: int) -> list[float]:
+    def decode(self, prompts: list[list[int]], steps: int) -> list[float]:
         cache = self._cache()
-        ids = self._forward(self._prompts(batch, context, seed), cache)
+        ids = self._forward(self._ids(prompts), cache)
         for _ in range(WARM_UP):
             # The next replay of a graph overwrites the result of the last one.
             ids = self._compiled(ids, cache).clone()
@@ -61,7 +62,7 @@ class TransformersWorker:
     @torch.no_grad()
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         cache = self._cache()
-        ids = torch.tensor([prompt], device=self._model.device)
+        ids = self._ids([prompt])
         answer = []
         for _ in range(count):
             ids = self._forward(ids, cache)
@@ -80,8 +81,7 @@ class TransformersWorker:
         next_ids: torch.Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
         return next_ids
 
-    def _prompts(self, count: int, length: int, seed: int) -> torch.Tensor:
-        prompts = random_prompts(count, length, self._model.config.vocab_size, seed)
+    def _ids(self, prompts: list[list[int]]) -> torch.Tensor:
         return torch.tensor(prompts, device=self._model.device)
 
     def _now(self) -> float:

@@ -7,7 +7,7 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 
-from bench.baselines.protocol import Job, random_prompts, serve
+from bench.baselines.protocol import Job, serve
 
 
 class VllmWorker:
@@ -17,7 +17,7 @@ class VllmWorker:
         eager = bool(job.options["eager"])
         # vLLM takes whole GiB, and only from here.
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(job.options["cache_gib"])
-        self._llm = LLM(
+        llm = LLM(
             job.model,
             skip_tokenizer_init=True,
             dtype=job.precision,
@@ -28,8 +28,7 @@ class VllmWorker:
             enable_prefix_caching=False,
             seed=0,
         )
-        self._engine = self._llm.llm_engine
-        self._vocab_size = self._llm.model_config.get_vocab_size()
+        self._engine = llm.llm_engine
         self._next_id = 0
         return {
             "vllm": vllm.__version__,
@@ -38,18 +37,15 @@ class VllmWorker:
             "threads": str(torch.get_num_threads()),
         }
 
-    def prefill(self, tokens: int, seed: int) -> list[float]:
-        (prompt,) = random_prompts(1, tokens, self._vocab_size, seed)
+    def prefill(self, prompt: list[int]) -> list[float]:
         started = time.perf_counter()
         self._add(prompt, 1)
-        while self._engine.has_unfinished_requests():
-            self._engine.step()
+        self._finish()
         return [time.perf_counter() - started]
 
-    def decode(self, batch: int, context: int, steps: int, seed: int) -> list[float]:
-        prompts = random_prompts(batch, context, self._vocab_size, seed)
+    def decode(self, prompts: list[list[int]], steps: int) -> list[float]:
         # Prompts that end in different steps make some sequences longer than others.
-        waiting = {self._add(prompt, steps + batch + 2) for prompt in prompts}
+        waiting = {self._add(prompt, steps + len(prompts) + 2) for prompt in prompts}
         running = tuple(waiting)
         while waiting:
             waiting -= {output.request_id for output in self._engine.step()}
@@ -59,11 +55,10 @@ class VllmWorker:
             started = time.perf_counter()
             outputs = self._engine.step()
             seconds.append(time.perf_counter() - started)
-            if len(outputs) != batch:
-                raise RuntimeError(f"a step advanced {len(outputs)} of {batch} sequences")
+            if len(outputs) != len(prompts):
+                raise RuntimeError(f"a step advanced {len(outputs)} of {len(prompts)} sequences")
         self._engine.abort_request(list(running))
-        while self._engine.has_unfinished_requests():
-            self._engine.step()
+        self._finish()
         return seconds
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
@@ -73,6 +68,10 @@ class VllmWorker:
             for output in self._engine.step():
                 ids = list(output.outputs[0].token_ids)
         return ids
+
+    def _finish(self) -> None:
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
 
     def _add(self, prompt: list[int], answer: int) -> str:
         request_id = str(self._next_id)

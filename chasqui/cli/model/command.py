@@ -103,12 +103,12 @@ def convert(source: Path, target: Path, *, form: str, files: int | None, dtype: 
     type=click.Choice(["int8", "int4", "fp8"]),
     default="int8",
     show_default=True,
-    help="Form of the linear layers' weights.",
+    help="Number format of the linear layers' weights.",
 )
 def quantize(ckpt_dir: Path, output_dir: Path, quantization: str) -> None:
-    """Write a quantized checkpoint, which loads as it is.
+    """Write a quantized checkpoint, which the model service loads directly.
 
-    It is half as large as one in 16 bits with int8 and fp8, three eighths with int4.
+    With int8 and fp8 it is half as large as a 16-bit one, with int4 three eighths.
     """
     command = ["quantize", "--ckpt_dir", str(ckpt_dir)]
     command += ["--output_dir", str(output_dir), "--quantize", quantization]

@@ -1,1 +1,1 @@
-"""`chasqui serve`: all services on this machine, as child processes."""
+"""`chasqui serve`: runs all services on this machine, as child processes."""

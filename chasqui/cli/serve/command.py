@@ -1,4 +1,4 @@
-"""`chasqui serve`: all services on this machine until a signal ends them."""
+"""`chasqui serve`: the command, its messages and its reaction to signals."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from client.aio import AsyncClient
 from client.errors import ChasquiError
 from client.results import Model
 
-# Seconds after which a wait for the services' end is explained.
+# Seconds of waiting for services to end after which a message names them.
 PATIENCE = 5.0
 
 
@@ -38,46 +38,46 @@ PATIENCE = 5.0
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The checkpoint's tokenizer.model.",
 )
-@setting("model_name", help="Name that clients see.  [default: the folder's]")
-@setting("shards", type=click.IntRange(1), default=1, help="Processes to cut the model over.")
+@setting("model_name", help="Model name for clients.  [default: the name of --ckpt_dir]")
+@setting("shards", type=click.IntRange(1), default=1, help="Processes that share one model.")
 @setting("replicas", type=click.IntRange(1), default=1, help="Copies of the model to run.")
-@setting("host", default="127.0.0.1", show_default=True, help="Address for the gateway.")
+@setting("host", default="127.0.0.1", show_default=True, help="Address the gateway listens on.")
 @setting(
     "port",
     type=click.IntRange(0, 65535),
     default=50051,
     show_default=True,
-    help="Port for the gateway; 0: any that is free.",
+    help="Port the gateway listens on; 0: any free port.",
 )
 @setting("max_seq_len", type=int, help="Most tokens of prompt and answer.  [default: 512]")
 @setting("max_batch_size", type=int, help="Most sequences that run at once.  [default: 8]")
-@setting("dtype", help="auto, float32, bfloat16 or float16.")
-@setting("quantize", help="auto, none, int8, int4 or fp8.")
-@setting("device", help="auto, cpu or cuda.")
+@setting("dtype", help="Type of the weights: auto, float32, bfloat16 or float16.")
+@setting("quantize", help="Quantization of the weights: auto, none, int8, int4 or fp8.")
+@setting("device", help="Device of the model: auto, cpu or cuda.")
 @setting(
     "safety",
     is_flag=True,
-    help="Have a safety service judge dialogs and answers, by the rules that come with it.",
+    help="Run a safety service, too, which judges dialogs and answers by its default rules.",
 )
 @setting(
     "log_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the services' logs go.  [default: stderr]",
+    help="File to append the services' logs to.  [default: stderr]",
 )
 @setting(
     "log_format",
     type=click.Choice(["auto", "text", "json"]),
     default="auto",
     show_default=True,
-    help="format of the logs: auto is text on a terminal and else JSON, an object a line. json is "
-    "also for the lines of this command itself.",
+    help="Format of the logs. auto: text on a terminal, else one JSON object per line. json: the "
+    "messages of this command are JSON, too.",
 )
 @setting(
     "log_level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     show_default=True,
-    help="Least level of the logs.",
+    help="Least severe level that is logged.",
 )
 @one_line_errors()
 def serve(
@@ -132,24 +132,24 @@ def summary(model: Model) -> str:
 
 
 class _Terminal:
-    """Lines of the command itself, as text or as JSON lines like the services' logs."""
+    """The messages of the command itself, as text or as JSON lines like the services' logs."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
 
     def say(self, text: str, level: str = "info", **values: object) -> None:
-        """Information goes to stdout, all else to stderr; `values` are for JSON alone."""
+        """Prints level info to stdout, other levels to stderr; `values` appear only in JSON."""
         line = as_json("serve", own_line(level, text, **values)) if self._as_json else text
         click.echo(line, err=level != "info")
 
     def say_at_end(self, text: str, level: str = "info") -> None:
-        """Says it if anything is there to show it: a closed terminal must not cut answers off."""
+        """The same, but ignores a closed terminal, which must not cut off running answers."""
         with contextlib.suppress(OSError):
             self.say(text, level)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """In JSON, an error that ends the command is a line like all others."""
+        """With JSON, prints an error that ends the command as a JSON line, too."""
         try:
             yield
         except (ChasquiError, SupervisorError) as error:
@@ -164,7 +164,7 @@ async def _serve_until_stopped(services: Supervisor, terminal: _Terminal) -> Non
     stopping = False
 
     def on_signal() -> None:
-        # The first one lets running answers finish, a second one does not.
+        # The first signal lets running answers finish; the second one ends everything.
         nonlocal stopping
         if stopping:
             services.kill()
@@ -193,7 +193,7 @@ async def _serve(services: Supervisor, terminal: _Terminal) -> None:
         try:
             terminal.say(summary(await client.get_model()))
         except ChasquiError as error:
-            # With CHASQUI_API_KEYS it serves those who have one.
+            # With CHASQUI_API_KEYS the gateway requires a key, which this client does not have.
             if error.code is not grpc.StatusCode.UNAUTHENTICATED:
                 raise
     terminal.say(
@@ -228,10 +228,10 @@ def _opened(log_file: Path) -> TextIO:
 
 @contextlib.contextmanager
 def _log_to(path: Path | None, log_format: str, level: str) -> Iterator[Log]:
-    """Where the lines of the services go."""
+    """The function that writes the services' lines to the file or to stderr."""
     with contextlib.ExitStack() as stack:
         stream = sys.stderr if path is None else stack.enter_context(_opened(path))
-        # There is no stderr where it was closed.
+        # sys.stderr is None if it was closed.
         text = log_format == "text" or (
             log_format == "auto" and stream is not None and stream.isatty()
         )

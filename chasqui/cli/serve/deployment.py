@@ -1,4 +1,4 @@
-"""A deployment of `chasqui serve` on this machine, and the commands of its services."""
+"""The settings of a `chasqui serve` deployment, and the command lines of its services."""
 
 import math
 import os
@@ -16,7 +16,7 @@ GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """The services of this machine; `model_settings` are flags of the model service by name."""
+    """The services to run; `model_settings` are flags of the model service by name."""
 
     ckpt_dir: Path
     tokenizer_path: Path
@@ -25,14 +25,14 @@ class Deployment:
     replicas: int = 1
     host: str = LOOPBACK
     port: int = 0
-    safety: bool = False  # whether dialogs and answers are judged, by the rules that ship
-    # Whether the services log debug lines. Lines of the level info are always needed, see below.
+    safety: bool = False  # run a safety service with its default rules
+    # Services log at level debug instead of info. The supervisor needs their lines of level info.
     debug: bool = False
     model_settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def grace_period(self) -> float:
-        """Seconds that running answers get at the end."""
+        """Seconds that running answers get to finish when the services are stopped."""
         given = os.environ.get(GRACE_PERIOD_VARIABLE) or "30"
         try:
             seconds = float(given)
@@ -48,7 +48,7 @@ class Deployment:
         return self._command("tokenizer_service", port=0, tokenizer_path=self.tokenizer_path)
 
     def model_command(self, port: int = 0) -> list[str]:
-        # A model takes all cores unless told that it shares them.
+        # Without --threads, each replica would use all cores.
         share = max(1, (os.cpu_count() or 1) // (self.shards * self.replicas))
         return self._command(
             "model_service",
@@ -77,10 +77,7 @@ class Deployment:
         )
 
     def _command(self, module: str, **flags: object) -> list[str]:
-        """How to run a service so that its log can be read here; None leaves a flag out.
-
-        True and False become `--name` and `--no-name`, as the services want it.
-        """
+        """The command line of a service, with its log in JSON; a flag of None is left out."""
         flags = {
             "host": LOOPBACK,
             "log_format": "json",
@@ -93,7 +90,7 @@ class Deployment:
 
 
 def demonstration() -> Deployment:
-    """The checkpoint that comes with the distribution."""
+    """A deployment of the demonstration checkpoint, which is part of the distribution."""
     folder = Path(str(resources.files("demo") / "checkpoint"))
     if not folder.is_dir():
         raise SupervisorError(f"the demonstration checkpoint is missing: no folder {folder}")

@@ -1,7 +1,6 @@
-"""Health checks that tell when a service hangs: what Kubernetes' liveness probe is there.
+"""Health checks that detect a service that hangs, like Kubernetes' liveness probes.
 
-The service's own health is asked, not what the gateway knows of it: the gateway wants a key of
-those who ask, and has no part in the restart.
+They ask the service itself and not the gateway, which may require an API key.
 """
 
 import asyncio
@@ -11,19 +10,18 @@ import grpc
 
 from client.connection.channel import channel_options
 
-PERIOD = 5.0  # seconds from one check to the next
+PERIOD = 5.0  # seconds between two checks
 TIMEOUT = 5.0  # seconds for an answer
 MAX_UNANSWERED = 3  # in a row
 
 
 async def until_hung(address: str, most_not_serving: float) -> str:
-    """Waits until the service at `address` hangs; returns how that shows.
+    """Waits until the service at `address` hangs; returns the symptom.
 
-    Args:
-        address: where it listens.
-        most_not_serving: seconds that it may answer other than SERVING, as it does while it drains.
+    It may answer with a status other than SERVING, as while it drains, for `most_not_serving`
+    seconds.
     """
-    # The client alone is installed without this module.
+    # Not at the top, because an installation of only the client lacks this module.
     from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
 
     request = health_pb2.HealthCheckRequest()

@@ -1,4 +1,4 @@
-"""The services' log lines, as `chasqui serve` reads them, and its own in the same format."""
+"""Reads the services' log lines for `chasqui serve`, and writes its own in the same format."""
 
 import json
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def listening_address(line: str) -> str | None:
-    """The address in the log line by which a service says that it listens; None in any other."""
+    """The address in a service's log line "listening"; None for any other line."""
     record = _record(line)
     return str(record["address"]) if record.get("event") == "listening" else None
 
 
 def readable(line: str) -> str:
-    """A log line for people; what is not JSON (such as a traceback) stays."""
+    """A JSON log line as text; a line that is not JSON (such as a traceback) stays as it is."""
     record = _record(line)
     if "event" not in record:
         return line
@@ -38,20 +38,20 @@ def own_line(level: str, event: str, **values: object) -> str:
 
 
 def as_json(service: str, line: str) -> str:
-    """A log line as one JSON object that names its service; what is not JSON becomes its event."""
+    """A log line as a JSON object that names its service; other text becomes the event."""
     return json.dumps({"service": service, **(_record(line) or {"event": line})})
 
 
 def is_below(level: str, line: str) -> bool:
-    """Whether a line has a lower level. A line without a level, such as one of a traceback, is
-    never below.
-    """
+    """Whether a line has a lower level; False for lines without one, such as a traceback's."""
     own = _record(line).get("level")
     return own in LEVELS and LEVELS.index(str(own)) < LEVELS.index(level)
 
 
 def failure(lines: Sequence[str]) -> str:
-    """The last lines that say why a service ended; each once, because all shards say it."""
+    """The reason why a service ended: its error lines, each once (all shards log the same), or the
+    last lines of its log.
+    """
     errors = list(filter(is_error, lines))
     if errors:
         return "; ".join(dict.fromkeys(map(readable, errors)))

@@ -1,4 +1,4 @@
-"""One service as a child process of `chasqui serve`."""
+"""A service that runs as a child process of `chasqui serve`."""
 
 import asyncio
 import contextlib
@@ -14,19 +14,19 @@ from typing import cast
 from chasqui.cli.serve.service_log import failure, is_error, listening_address, readable
 
 LINES_KEPT = 200
-# A replica that lived for so long is not counted as one that cannot live, in seconds.
+# A replica that ran for this many seconds counts as started well: its failures are counted anew.
 SETTLED = 60.0
-# Seconds that the end of a killed process may take. Only what hangs in the kernel takes longer.
+# Seconds to wait for a killed process. Only one that hangs in the kernel takes longer.
 KILLED_SECONDS = 5.0
 
 Log = Callable[[str, str], None]
 
 
 class ServiceProcess:
-    """A child process, followed by its log.
+    """A child process whose log is read.
 
-    `address` is known when it listens, `complaint` when it has logged an error, and `ended` is done
-    when it is gone.
+    `address` is set when it listens, `complaint` when it has logged an error, and `ended` is done
+    when the process has ended.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ServiceProcess:
         self.complaint: Future[str] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.create_task(self._follow(log, on_end))
         self.name = name
-        self.earlier_failures = 0  # of those that it replaces, in a row
+        self.earlier_failures = 0  # consecutive failures of the processes that it replaces
         self._started_at = time.monotonic()
         self._process = process
         self._asked_to_end = False
@@ -45,20 +45,21 @@ class ServiceProcess:
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
 
     def obituary(self) -> str:
+        """The sentence that says how and why the process ended."""
         if self._killed_because:
-            return f"{self.name} was killed, as {self._killed_because}"
+            return f"{self.name} was killed, because {self._killed_because}"
         reason = failure(list(self._lines))
         return f"{self.name} {_end(cast('int', self._process.returncode))}: {reason}"
 
     @property
     def failures_in_a_row(self) -> int:
-        """The end of the process itself included."""
+        """Consecutive failures, the end of this process included."""
         settled = time.monotonic() - self._started_at > SETTLED
         return 1 if settled else self.earlier_failures + 1
 
     @property
     def stopping(self) -> bool:
-        """Whether it was asked to end, and has not."""
+        """Whether it was asked to end and still runs."""
         return self._asked_to_end and not self.ended.done()
 
     @property
@@ -67,7 +68,7 @@ class ServiceProcess:
         return self._killed_at_end and self._process.returncode in (None, -signal.SIGKILL)
 
     def kill_at_end(self, reason: str) -> None:
-        """Kills it, unless it has ended by itself."""
+        """Kills it while the services are stopped, unless it has ended."""
         if not self.ended.done():
             self._killed_at_end = True
             self.kill(reason)
@@ -77,7 +78,7 @@ class ServiceProcess:
         self._signal(signal.SIGKILL)
 
     async def stop(self, seconds: float) -> None:
-        """Asks it to end; kills it when it has not ended after `seconds`."""
+        """Asks it to end, and kills it if it has not ended after `seconds`."""
         self._asked_to_end = True
         self._signal(signal.SIGTERM)
         done, _ = await asyncio.wait({self.ended}, timeout=seconds)
@@ -86,7 +87,7 @@ class ServiceProcess:
             await asyncio.wait({self.ended}, timeout=KILLED_SECONDS)
 
     def _signal(self, signum: signal.Signals) -> None:
-        # asyncio's send_signal would wait for a process that has just ended, and lose its status.
+        # asyncio's send_signal would reap a process that has just ended, and lose its status.
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signum)

@@ -1,10 +1,10 @@
-"""The services as child processes: started in order, watched, and stopped, the gateway first. A
-replica of the model that dies or hangs is started again, as the gateway does without it meanwhile;
-any other service that dies ends them all.
+"""Runs the services as child processes: starts them in order, watches them, and stops them, the
+gateway first. A model replica that ends or hangs is restarted, because the gateway can do without
+it for a while; if another service ends, all are stopped.
 
-They share a process group of their own with a guard, a shell that waits for the end of its standard
-input and then kills the group. So Ctrl-C reaches the services only through here, and a killed
-supervisor leaves no service behind.
+The services share a process group with a guard, a shell that kills the group when its standard
+input closes. So Ctrl-C does not reach the services directly, and they do not outlive a supervisor
+that is killed.
 """
 
 import asyncio
@@ -28,62 +28,62 @@ from chasqui.cli.serve.service_process import Log, ServiceProcess
 from chasqui.errors import SupervisorError
 from client.connection.channel import channel_options
 
-# How variables begin that each service needs for itself: with one for all they would not find each
-# other (TLS), or share a port.
+# Prefixes of variables that must differ between the services: with common values they could not
+# connect to each other (TLS), or would share a port.
 OF_ONE_SERVICE = (
     "CHASQUI_TLS_",
     "CHASQUI_UPSTREAM_",
     "CHASQUI_HEALTH_PORT",
     "CHASQUI_METRICS_PORT",
 )
-# The distribution's extras, each with a module that it alone brings.
+# The distribution's extras, each with a module that only it installs.
 EXTRAS = {"serving": "grpc_health", "tokenizer": "sentencepiece", "model": "torch"}
 GUARD = "read _; kill -KILL 0"
 GATEWAY = "gateway"
 LINE_LIMIT = 1 << 20  # bytes
 MAX_RESTARTS = 5  # in a row
-FIRST_PAUSE = 0.5  # seconds before the first restart; each further one waits twice as long
-# Seconds beyond the grace period. A service that has not ended by then hangs.
+FIRST_PAUSE = 0.5  # seconds before the first restart, doubled for each further one
+# Seconds after the grace period at which a service that has not ended counts as hung.
 STOP_MARGIN = 10.0
 
 
 class Supervisor:
-    """Runs one deployment once. Every line that a service writes goes to `log`, with its name."""
+    """Runs one deployment, once. `log` gets every line that a service writes, with its name."""
 
     def __init__(self, deployment: Deployment, log: Log) -> None:
         self._deployment = deployment
         self._log = log
         self._guard: Process | None = None
         self._children: list[ServiceProcess] = []
-        self._replica_ports: dict[str, int] = {}  # by the names of replicas, once they listen
+        self._replica_ports: dict[str, int] = {}  # by name of replica, once all listen
         self._ended: asyncio.Queue[ServiceProcess] = asyncio.Queue()
         self._liveness_checks: set[asyncio.Task[None]] = set()
 
     @property
     def grace_period(self) -> float:
-        """Seconds that running answers get at the end."""
+        """Seconds that running answers get to finish when the services are stopped."""
         return self._deployment.grace_period
 
     @property
     def stop_seconds(self) -> float:
-        """Seconds that a service may take to end once it is asked to."""
+        """Seconds after which a service that was asked to end is killed."""
         return self.grace_period + STOP_MARGIN
 
     @property
     def stopping(self) -> list[str]:
-        """The names of the services that were asked to end and have not."""
+        """The names of the services that were asked to end and still run."""
         return [child.name for child in self._children if child.stopping]
 
     @property
     def killed(self) -> list[str]:
-        """The names of the services that had to be killed when all were stopped."""
+        """The names of the services that had to be killed at the end."""
         return [child.name for child in self._children if child.killed_at_end]
 
     async def start(self) -> str:
         """Starts the services, waits until the gateway is SERVING, returns its address."""
         _require_extras()
         _refuse_variables_of_one_service()
-        # Refused before anything starts, and a large model takes minutes.
+        # Errors are raised before anything starts, because a large model takes minutes to load.
         _ = self.grace_period
         _refuse_unusable_address(self._deployment.host, self._deployment.port)
         self._guard = await asyncio.create_subprocess_exec(
@@ -99,14 +99,14 @@ class Supervisor:
             watching.cancel()
 
     async def watch(self) -> NoReturn:
-        """Starts replicas that end by themselves again; raises why any other service ended."""
+        """Restarts replicas that end; raises SupervisorError if another service ends."""
         restarts: set[asyncio.Task[None]] = set()
         try:
             while True:
                 child = await self._ended.get()
                 if child.name not in self._replica_ports or child.failures_in_a_row > MAX_RESTARTS:
                     raise SupervisorError(child.obituary())
-                event = f"{child.obituary()}; it is started again"
+                event = f"{child.obituary()}; it is restarted"
                 self._log(child.name, own_line("warning", event))
                 restarts.add(asyncio.create_task(self._restart(child)))
         finally:
@@ -114,7 +114,7 @@ class Supervisor:
                 restart.cancel()
 
     async def stop(self) -> None:
-        """Stops what runs. The gateway goes first, so that its answers can be finished."""
+        """Stops the services, the gateway first, so that it can finish running answers."""
         for check in self._liveness_checks:
             check.cancel()
         gateway = [child for child in self._children if child.name == GATEWAY]
@@ -126,7 +126,7 @@ class Supervisor:
             await self._guard.wait()
 
     def kill(self) -> None:
-        """Ends all services at once. Ranks are not in the group; they end with their launcher."""
+        """Kills all services. Ranks are not in the process group; they end with their launcher."""
         for child in self._children:
             child.kill_at_end("all services were ended at once")
         if self._guard is not None:
@@ -152,14 +152,14 @@ class Supervisor:
         address = await gateway.address
         serving = asyncio.create_task(_until_serving(address))
         try:
-            # The services listen before the gateway starts: what it has against one will not pass.
+            # The services listen before the gateway starts, so an error about one is final.
             either: set[Future[Any]] = {serving, gateway.complaint}
             await asyncio.wait(either, return_when=FIRST_COMPLETED)
             if not serving.done():
                 raise SupervisorError(f"gateway: {gateway.complaint.result()}")
             serving.result()
         except grpc.aio.AioRpcError:
-            # Its process ends, too; the reason is in the last lines it wrote.
+            # The process ends, too; the reason is in its last lines.
             await gateway.ended
             raise SupervisorError(gateway.obituary()) from None
         finally:
@@ -167,13 +167,13 @@ class Supervisor:
         return address
 
     async def _restart(self, child: ServiceProcess) -> None:
-        """At the same address, where the gateway looks for it."""
+        """Restarts a replica at the same address, at which the gateway expects it."""
         failures = child.failures_in_a_row
         await asyncio.sleep(FIRST_PAUSE * 2 ** (failures - 1))
         port, group = self._replica_ports[child.name], cast("Process", self._guard).pid
         again = await self._spawn_replica(child.name, port, group)
         again.earlier_failures = failures
-        # In its place, as the order of the end is that of the list.
+        # In the same place, because services are stopped in the order of the list.
         self._children.remove(again)
         self._children[self._children.index(child)] = again
 
@@ -205,7 +205,7 @@ class Supervisor:
             stdout=PIPE,
             stderr=STDOUT,
             limit=LINE_LIMIT,
-            # They talk to each other on this machine: a proxy in the environment is not for them.
+            # Connections among the services must not use a proxy of the environment.
             env={**os.environ, "no_grpc_proxy": LOOPBACK},
             process_group=group,
         )
@@ -216,9 +216,9 @@ class Supervisor:
 
 @contextlib.contextmanager
 def in_background(deployment: Deployment, log: Log) -> Iterator[str]:
-    """The services beside synchronous code: their address, until the end of the block."""
+    """Runs the services in a thread until the end of the `with` block; yields their address."""
     loop = asyncio.new_event_loop()
-    # A daemon, so that an impatient Ctrl-C while stopping is not held up; the guard does the rest.
+    # A daemon, so that a second Ctrl-C ends the command at once; the guard then kills the services.
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     supervisor = Supervisor(deployment, log)
@@ -232,7 +232,7 @@ def in_background(deployment: Deployment, log: Log) -> Iterator[str]:
 
 
 async def _until_serving(address: str) -> None:
-    # The client alone is installed without this module; `_require_extras` has seen that it is here.
+    # Not at the top, because an installation of only the client lacks this module.
     from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
 
     async with grpc.aio.insecure_channel(address, channel_options(address)) as channel:
@@ -247,9 +247,8 @@ def _require_extras() -> None:
     missing = [extra for extra, module in EXTRAS.items() if not importlib.util.find_spec(module)]
     if missing:
         raise SupervisorError(
-            f"the services are not installed here (missing: {', '.join(missing)}): pip install "
-            "'.[all]' in the source tree brings them. Or start the services elsewhere and name "
-            "their --target"
+            f"the services are not installed here (missing: {', '.join(missing)}): run pip install "
+            "'.[all]' in the source tree, or start the services elsewhere and name them by --target"
         )
 
 
@@ -257,17 +256,17 @@ def _refuse_variables_of_one_service() -> None:
     given = sorted(name for name in os.environ if name.startswith(OF_ONE_SERVICE))
     if given:
         raise SupervisorError(
-            f"{', '.join(given)} would hold for all services, and each needs its own: unset them, "
-            "or start the services one by one"
+            f"{', '.join(given)} would apply to all services, and each needs its own value: unset "
+            "them, or start the services one by one"
         )
 
 
 def _refuse_unusable_address(host: str, port: int) -> None:
-    """Says what the gateway would say when all others run."""
+    """Raises the error that the gateway would raise after all other services have started."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
-            # As gRPC does: connections that were closed lately do not keep the port.
+            # Like gRPC: recently closed connections do not keep the port in use.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:

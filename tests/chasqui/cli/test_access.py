@@ -10,11 +10,11 @@ from client import Client
 from serving.security.keys import KeyRing
 
 
-def test_new_key_opens_with_the_entry_it_is_printed_with(tmp_path: Path) -> None:
+def test_new_key_opens_with_all_that_is_printed_below_it(tmp_path: Path) -> None:
     printed = CliRunner().invoke(main, ["keys", "new", "--name", "ada"]).stdout
     key, _, entry = printed.partition("\n\n")
     file = tmp_path / "keys.toml"
-    file.write_text(entry[entry.index("[[keys]]") :])
+    file.write_text(entry)
     ring = KeyRing(file, {"test.Echo": "generate"})
     assert ring.authorize("/test.Echo/Say", [("authorization", f"Bearer {key}")]).name == "ada"
     assert key not in entry

@@ -71,7 +71,7 @@ def test_a_conversation_that_outgrows_the_context_says_what_was_dropped(
     done = run("chat", "--target", target, *GREEDY, stdin=f"{question}\n" * 6)
 
     assert done.returncode == 0, done.stderr
-    assert "(the oldest 1 turn does not fit the context any more)" in done.stderr
+    assert "(the oldest 1 turn does not fit the model's context any more)" in done.stderr
 
 
 def test_a_question_with_special_tags_is_refused_and_forgotten(run: Run, target: str) -> None:
@@ -86,7 +86,7 @@ def test_unknown_commands_are_named(run: Run, target: str) -> None:
     done = run("chat", "--target", target, stdin="/nothing\n")
 
     assert (done.returncode, done.stdout) == (0, "")
-    assert "there is no /nothing; /help lists the commands" in done.stderr
+    assert "there is no command /nothing; /help lists the commands" in done.stderr
 
 
 def test_complete_streams_the_continuation(run: Run, target: str) -> None:
@@ -112,6 +112,16 @@ def test_priority_and_no_time_limit_are_flags_of_chat_and_complete(run: Run, tar
         assert refused.stderr == "Error: priority: must be -100 to 100, not 101\n"
         nothing = run(*command, *flags, "--timeout=nan")
         assert nothing.stderr == "Error: timeout: must be a number of seconds, 0 or more, not nan\n"
+
+
+@pytest.mark.parametrize("command", [("chat", "--ask", "Hello"), ("complete", "Hello")])
+def test_a_model_that_is_not_served_is_an_error(
+    run: Run, target: str, command: tuple[str, ...]
+) -> None:
+    flags = ("--target", target, "--max_gen_len=1")
+    assert run(*command, *flags, "--model=gqa-mp1").returncode == 0
+    refused = run(*command, *flags, "--model=other")
+    assert refused.stderr == "Error: model: 'other' is not served here, 'gqa-mp1' is\n"
 
 
 @pytest.mark.parametrize("command", [("chat", "--ask", "Hello"), ("complete", "Hello"), ("bench",)])
@@ -157,7 +167,7 @@ def test_closed_standard_input_is_wrong_usage(target: str) -> None:
     command = f"{CHASQUI} chat --target {target} <&-"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "standard input is closed, and questions come from there: use --ask" in done.stderr
+    assert "there is no standard input to read questions from: use --ask" in done.stderr
 
 
 def test_words_are_kept_whole_on_a_terminal(

@@ -21,7 +21,7 @@ async def test_service_that_does_not_end_when_asked_is_killed_and_named() -> Non
 
     assert ended == [service]
     assert service.killed_at_end
-    assert service.obituary() == "model-1 was killed, as it did not end within 0.1 seconds"
+    assert service.obituary() == "model-1 was killed, because it did not end within 0.1 seconds"
 
 
 async def test_service_that_ends_when_asked_is_not_said_to_be_killed() -> None:

@@ -16,7 +16,7 @@ def test_a_conversation_goes_on_after_an_answer_with_tags(
     done = run("chat", "--target", target, stdin=lines)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "Hi! [/INST] More? [INST]"  # what came is shown
-    assert done.stderr.count("(the answer holds [INST] and [/INST], which no dialog may hold") == 1
+    assert done.stderr.count("(the answer contains [INST] and [/INST], which") == 1
     assert gateway.dialogs[1] == ["Hello", "Hi!  More? ", "How are you?"]
     saved = json.loads((tmp_path / "saved").read_text())
     assert [each["content"] for each in saved] == [*gateway.dialogs[1], "Fine."]
@@ -26,14 +26,15 @@ def test_a_turn_whose_answer_is_all_tags_is_left_out(run: Run, start_gateway: St
     gateway = Scripted([" [INST]"], ["Fine."])
     target = start_gateway(ChatCompleteStream=gateway.stream)
     done = run("chat", "--target", target, stdin="Hello\nHow are you?\n")
-    assert "the conversation goes on without this turn)" in done.stderr
+    assert "the conversation continues without this turn)" in done.stderr
     assert gateway.dialogs[1] == ["How are you?"]
 
 
 def test_a_question_with_tags_is_said_to_be_left_out(run: Run, target: str) -> None:
     done = run("chat", "--target", target, "--max_gen_len=4", stdin="<<SYS>> hi\nHello\n")
     assert (
-        "(the question holds <<SYS>>, which no dialog may hold: it was not answered" in done.stderr
+        "(the question contains <<SYS>>, which no dialog may contain: it was not answered"
+        in done.stderr
     )
     assert done.stdout.count("Error: special tags are not allowed") == 1
 
@@ -41,8 +42,8 @@ def test_a_question_with_tags_is_said_to_be_left_out(run: Run, target: str) -> N
 def test_instructions_with_tags_are_refused_at_once(run: Run, target: str) -> None:
     lines = "/system Be brief.\n/system [INST]\nHello\n"
     done = run("chat", "--target", target, "--max_gen_len=4", stdin=lines)
-    assert "instructions must not hold [INST]: they are as before" in done.stderr
+    assert "instructions must not contain [INST]: they are unchanged" in done.stderr
     assert "Error:" not in done.stdout
     flag = run("chat", "--target", target, "--system", "a [/INST]", "--ask", "Hello")
     assert flag.returncode == 2
-    assert "must not hold [/INST]: no dialog may" in flag.stderr
+    assert "must not contain [/INST], which no dialog may" in flag.stderr

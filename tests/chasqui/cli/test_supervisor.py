@@ -56,7 +56,7 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chasqui.cli.serve.supervisor.EXTRAS", {"model": "no_such_module"})
     services = Supervisor(Deployment(Path(), Path()), log=lambda *_: None)
 
-    with pytest.raises(SupervisorError, match=r"\(missing: model\): pip install '\.\[all\]'"):
+    with pytest.raises(SupervisorError, match=r"\(missing: model\): run pip install '\.\[all\]'"):
         asyncio.run(services.start())
 
 
@@ -69,7 +69,7 @@ def test_variables_that_would_hold_for_all_services_are_refused(
     done = run("serve", "--port=0")
 
     assert done.returncode == 1
-    assert "CHASQUI_TLS_CERT, CHASQUI_TLS_KEY would hold for all services" in done.stderr
+    assert "CHASQUI_TLS_CERT, CHASQUI_TLS_KEY would apply to all services" in done.stderr
 
 
 def test_services_log_what_is_read_here_and_get_the_grace_period(
@@ -210,8 +210,8 @@ async def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyP
         await services.stop()
 
     assert text.usage.completion_tokens > 0
-    [restart] = [line for line in lines if "it is started again" in line]
-    assert "model-1 was killed, as it left 1 health checks in a row unanswered" in restart
+    [restart] = [line for line in lines if "it is restarted" in line]
+    assert "model-1 was killed, because it left 1 health checks in a row unanswered" in restart
     assert not model.is_running()
 
 

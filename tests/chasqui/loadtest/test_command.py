@@ -155,7 +155,7 @@ def test_a_plot_without_the_extra_is_refused_before_anything_is_sent(
     done = CliRunner().invoke(main, ["bench", "--target", NOWHERE, "--plot", "run.png"])
 
     assert done.exit_code == 1
-    assert "--plot needs matplotlib: pip install '.[bench]'" in done.output
+    assert "--plot needs matplotlib: run pip install '.[bench]'" in done.output
 
 
 @pytest.mark.parametrize(
@@ -167,10 +167,10 @@ def test_a_plot_without_the_extra_is_refused_before_anything_is_sent(
         (("--timeout=nan",), "must be a number of seconds"),
         (("--dialogs=DIALOGS", "--shared_prefix=9"), "--shared_prefix is for random prompts"),
         (("--prompt_tokens=0",), "at least 1 token"),
-        (("--answer_tokens=some",), "is no length"),
+        (("--answer_tokens=some",), "must be 128, uniform:"),
         (("--json=no/such/folder.json",), "there is no folder no/such"),
         (("--plot=run.jpg",), "must end with .png"),
-        (("--dialogs=/dev/null",), "holds no dialogs"),
+        (("--dialogs=/dev/null",), "contains no dialogs"),
     ],
 )
 def test_wrong_usage_is_refused_before_anything_is_sent(

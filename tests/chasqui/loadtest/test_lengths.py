@@ -51,8 +51,8 @@ def test_a_distribution_reads_back_as_it_is_written(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "is no length"),
-        ("-1", "is no length"),
+        ("", "must be 128, uniform:"),
+        ("-1", "must be 128, uniform:"),
         ("0", "at least 1"),
         ("uniform:0-3", "at least 1"),
         ("uniform:9-3", "9 is above 3"),
@@ -60,7 +60,7 @@ def test_a_distribution_reads_back_as_it_is_written(
         ("lognormal:0.99999999,1", "at least 1 token, not 0.99999999"),
         ("lognormal:100,5.0000001", "sigma must be at most 5, not 5.0000001"),
         ("lognormal:100,7", "sigma must be at most 5"),
-        ("normal:100,7", "is no length"),
+        ("normal:100,7", "must be 128, uniform:"),
     ],
 )
 def test_what_is_no_distribution_is_refused_with_the_reason(text: str, complaint: str) -> None:

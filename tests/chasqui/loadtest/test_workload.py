@@ -115,15 +115,15 @@ def test_dialogs_are_read_as_arrays_and_as_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [
-        ("", "holds no dialogs"),
+        ("", "contains no dialogs"),
         ("[]\n{", "line 2 is not JSON"),
-        ('{"dialog": []}', "line 1 is no dialog"),
-        ('["Hello"]', "line 1 is no dialog"),
+        ('{"dialog": []}', "line 1 is not a dialog"),
+        ('["Hello"]', "line 1 is not a dialog"),
         ('[{"role": "robot", "content": "Hi"}]', r"line 1: .*role: must be .*, not 'robot'"),
         ('[{"role": "user"}]', "line 1: .*content: must be a text, not None"),
         (
             '[{"role": "user", "content": "a [/INST]"}]',
-            r"line 1 holds \[/INST\], so it would not be answered",
+            r"line 1 contains \[/INST\], so it would not be answered",
         ),
     ],
 )

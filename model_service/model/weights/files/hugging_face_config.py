@@ -28,6 +28,8 @@ _REQUIRED = {
 }
 _OPTIONAL = {"num_key_value_heads": "n_kv_heads", "head_dim": "head_dim"}
 _LLAMA_ONLY = "serve a checkpoint with Llama's architecture"
+_REPR = reprlib.Repr()
+_REPR.maxstring = 80  # the names of classes are long
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -67,7 +69,7 @@ def _check_architecture(path: Path, settings: Mapping[str, Any]) -> None:
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise CheckpointError(
             path,
-            f"has model_type {reprlib.repr(model_type)}; {supported} are supported",
+            f"has model_type {_shown(model_type)}; {supported} are supported",
             _LLAMA_ONLY,
         )
     expected = _ARCHITECTURES[model_type]
@@ -75,15 +77,14 @@ def _check_architecture(path: Path, settings: Mapping[str, Any]) -> None:
     if architectures is not None and architectures != [expected]:
         raise CheckpointError(
             path,
-            f"has architectures {reprlib.repr(architectures)}; {supported} are supported",
+            f"has architectures {_shown(architectures)}; {supported} are supported",
             _LLAMA_ONLY,
         )
     window = settings.get("sliding_window", _MISTRAL_WINDOW) if model_type == "mistral" else None
     if window is not None:
         raise CheckpointError(
             path,
-            f"has sliding_window {reprlib.repr(window)}, but here every token attends to all "
-            "before it",
+            f"has sliding_window {_shown(window)}, but here every token attends to all before it",
             "serve a checkpoint whose sliding_window is null, such as Mistral 7B v0.2 and later",
         )
 
@@ -107,7 +108,7 @@ def _check_arithmetic(path: Path, settings: Mapping[str, Any]) -> None:
     if activation != "silu":
         raise CheckpointError(
             path,
-            f"has hidden_act {reprlib.repr(activation)}; silu is supported",
+            f"has hidden_act {_shown(activation)}; silu is supported",
             _LLAMA_ONLY,
         )
 
@@ -123,9 +124,7 @@ def _sizes(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(path, f"lacks {name}", "copy it again")
         # -1 is Meta's way to leave the size of the vocabulary open.
         if rule := broken_rule("n_layers" if own == "vocab_size" else own, value):
-            raise CheckpointError(
-                path, f"{name} is {reprlib.repr(value)}, not {rule}", "correct it"
-            )
+            raise CheckpointError(path, f"{name} is {_shown(value)}, not {rule}", "correct it")
         sizes[own] = value
     return sizes
 
@@ -133,9 +132,7 @@ def _sizes(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _flag(path: Path, settings: Mapping[str, Any], name: str) -> bool:
     value = settings.get(name, False)
     if not isinstance(value, bool):
-        raise CheckpointError(
-            path, f"{name} is {reprlib.repr(value)}, not true or false", "correct it"
-        )
+        raise CheckpointError(path, f"{name} is {_shown(value)}, not true or false", "correct it")
     return value
 
 
@@ -150,20 +147,15 @@ def _rope(path: Path, settings: Mapping[str, Any]) -> tuple[float, RopeScaling |
     if stated is None:
         stated = {}
     if not isinstance(stated, dict):
-        raise CheckpointError(
-            path, f"{name} is {reprlib.repr(stated)}, not an object", "correct it"
-        )
+        raise CheckpointError(path, f"{name} is {_shown(stated)}, not an object", "correct it")
     theta = stated.get("rope_theta", settings.get("rope_theta", ROPE_THETA))
     if rule := broken_rule("rope_theta", theta):
-        raise CheckpointError(
-            path, f"rope_theta is {reprlib.repr(theta)}, not {rule}", "correct it"
-        )
+        raise CheckpointError(path, f"rope_theta is {_shown(theta)}, not {rule}", "correct it")
     share = stated.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
     if share != 1:
         raise CheckpointError(
             path,
-            f"has partial_rotary_factor {reprlib.repr(share)}, but all features of a head rotate "
-            "here",
+            f"has partial_rotary_factor {_shown(share)}, but all features of a head rotate here",
             _LLAMA_ONLY,
         )
     kind = stated.get("rope_type", stated.get("type", "default"))
@@ -178,8 +170,7 @@ def _scaling(
     if not isinstance(kind, str) or kind not in {"linear", "llama3"}:
         raise CheckpointError(
             path,
-            f"has {name} of the type {reprlib.repr(kind)}; default, linear and llama3 are "
-            "supported",
+            f"has {name} of the type {_shown(kind)}; default, linear and llama3 are supported",
             _LLAMA_ONLY,
         )
     fields: dict[str, object] = {"kind": kind}
@@ -204,3 +195,7 @@ def _scaling(
     except ValueError as error:
         problem = str(error).replace("original_context_length", "original_max_position_embeddings")
         raise CheckpointError(path, f"{name} {problem}", "correct it") from None
+
+
+def _shown(value: object) -> str:
+    return _REPR.repr(value)

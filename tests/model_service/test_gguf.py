@@ -1,0 +1,203 @@
+"""GGUF files give the answers that transformers gives with them."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from model_service.engine.sequence import GenerationRequest, SamplingParams
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
+from model_service.model.config import RopeScaling
+from model_service.model.weights.files.gguf.gguf_file import GgufFile, open_gguf
+from model_service.model.weights.partition import split_dimension
+from tests.model_service.gguf_models import (
+    METADATA,
+    QUANTIZED_BY_PACKAGE,
+    SCALES,
+    converted,
+    loaded_by_transformers,
+    make_model,
+    write_gguf,
+)
+from tests.model_service.hugging_face_models import greedy
+
+CPU = torch.device("cpu")
+LENGTH = 16
+GREEDY = SamplingParams(temperature=0.0)
+PROMPTS = [[1, 5, 9, 77, 3], [(7 * i + i * i) % 128 for i in range(60)]]
+TYPES = (*QUANTIZED_BY_PACKAGE, *SCALES)
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def weights(source: GgufFile, rank: int = 0, shards: int = 1) -> dict[str, torch.Tensor]:
+    return dict(source.read_shard(rank, shards, torch.float32, CPU))
+
+
+def llama_3_divisors() -> Any:
+    """`rope_freqs.weight` as `LlamaModel.generate_extra_tensors` of convert_hf_to_gguf.py."""
+    divisors = []
+    for frequency in 1.0 / (10000.0 ** (np.arange(0, 32, 2) / 32)):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4.0:
+            divisors.append(1.0)
+        elif wavelength > 8192 / 1.0:
+            divisors.append(8.0)
+        else:
+            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            divisors.append(1 / ((1 - smooth) / 8.0 + smooth))
+    return np.array(divisors, np.float32), GGMLQuantizationType.F32
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Files of all types and shapes, and transformers' answers with them."""
+    folder = tmp_path_factory.mktemp("models")
+    model = make_model()
+    answers = {}
+    for name in TYPES:
+        path = write_gguf(folder / f"{name}.gguf", converted(model, name))
+        answers[str(path)] = greedy(loaded_by_transformers(path), PROMPTS, LENGTH)
+    # The network itself, converted as llama.cpp does it: without transformers' way back.
+    answers[str(folder / "F32.gguf")] = greedy(model, PROMPTS, LENGTH)
+
+    tied = converted(model, "Q8_0", tied=True)
+    path = write_gguf(folder / "tied.gguf", tied)
+    answers[str(path)] = greedy(loaded_by_transformers(path), PROMPTS, LENGTH)
+
+    scaled = converted(model, "F16") | {"rope_freqs.weight": llama_3_divisors()}
+    path = write_gguf(folder / "llama3.gguf", scaled)
+    scaled_model = make_model(rope_parameters=LLAMA_3)
+    scaled_model.load_state_dict(loaded_by_transformers(folder / "F16.gguf").state_dict())
+    answers[str(path)] = greedy(scaled_model, PROMPTS, LENGTH)
+
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    path = write_gguf(folder / "linear.gguf", converted(model, "F32"), METADATA | linear)
+    linear_model = make_model(rope_parameters={"rope_type": "linear", "factor": 4.0})
+    answers[str(path)] = greedy(linear_model, PROMPTS, LENGTH)
+    return answers
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_greedy_answers_are_those_of_transformers(models: dict[str, Any], shards: int) -> None:
+    script = str(Path(__file__).with_name("greedy_ranks.py"))
+    command = [sys.executable, "-m", "model_service.launcher", f"--shards={shards}", script]
+    command += [json.dumps(PROMPTS), str(LENGTH), *models]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    made = json.loads(done.stdout)
+    for path, expected in models.items():
+        for own, theirs in zip(made[path], expected, strict=True):
+            assert own["ids"] == theirs["ids"], path
+            assert own["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4), path
+
+
+def file_of(models: dict[str, Any], name: str) -> Path:
+    return next(Path(path) for path in models if Path(path).stem == name)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_shards_are_cuts_of_the_whole(models: dict[str, Any], name: str) -> None:
+    source = open_gguf(file_of(models, name))
+    parts = [weights(source, rank, 4) for rank in range(4)]
+    for parameter, whole in weights(source).items():
+        dimension = split_dimension(parameter)
+        own = [part[parameter] for part in parts]
+        joined = own[0] if dimension is None else torch.cat(own, dimension)
+        assert torch.equal(joined, whole), parameter
+    assert sum(part.numel() for part in parts[0].values()) == source.shard_parameters(4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pieces_are_put_together_in_order(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    source = open_gguf(file_of(models, "Q4_K"))
+    whole = weights(source)
+    monkeypatch.setattr(f"{type(source.tensors['norm.weight']).__module__}._PIECE", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name, weight in weights(source).items():
+        assert torch.equal(weight, whole[name]), name
+
+
+def test_weights_are_read_in_another_type(models: dict[str, Any]) -> None:
+    source = open_gguf(file_of(models, "Q6_K"))
+    wide = weights(source)
+    for name, weight in source.read_shard(0, 1, torch.bfloat16, CPU):
+        assert torch.equal(weight, wide[name].bfloat16()), name
+
+
+def test_config_is_what_the_metadata_states(models: dict[str, Any]) -> None:
+    config = open_gguf(file_of(models, "llama3")).config
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert (config.norm_eps, config.trained_context_length, config.head_dim) == (1e-6, 256, 32)
+    linear = open_gguf(file_of(models, "linear")).config.rope_scaling
+    assert linear is not None
+    assert (linear.kind, linear.factor) == ("linear", 4.0)
+
+
+def test_a_tied_matrix_is_one_parameter(models: dict[str, Any]) -> None:
+    tied, plain = (open_gguf(file_of(models, name)) for name in ("tied", "Q8_0"))
+    assert plain.parameters - tied.parameters == 128 * 256
+    read = weights(tied)
+    assert torch.equal(read["output.weight"], read["tok_embeddings.weight"])
+
+
+def test_a_file_of_version_2_is_read_like_one_of_version_3(
+    models: dict[str, Any], tmp_path: Path
+) -> None:
+    data = bytearray(file_of(models, "Q8_0").read_bytes())
+    data[4] = 2
+    (tmp_path / "old.gguf").write_bytes(data)
+    old, new = open_gguf(tmp_path / "old.gguf"), open_gguf(file_of(models, "Q8_0"))
+    assert old.fingerprint() == new.fingerprint()
+
+
+def test_fingerprint_tells_weights_and_types_apart(models: dict[str, Any], tmp_path: Path) -> None:
+    path = file_of(models, "Q4_0")
+    data = bytearray(path.read_bytes())
+    data[-33] ^= 1  # in the last tensor, before the padding
+    (tmp_path / "other.gguf").write_bytes(data)
+    opened = [open_gguf(each) for each in (path, tmp_path / "other.gguf")]
+    assert opened[0].fingerprint() != opened[1].fingerprint()
+    assert open_gguf(path).fingerprint() == opened[0].fingerprint()
+    # The blocks of this type have the same size.
+    retyped = dataclasses.replace(
+        opened[0].tensors["output.weight"], type=GGMLQuantizationType.IQ4_NL
+    )
+    others = {**opened[0].tensors, "output.weight": retyped}
+    assert dataclasses.replace(opened[0], tensors=others).fingerprint() != opened[0].fingerprint()
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantize_works_on_the_dequantized_weights(
+    models: dict[str, Any], run: Any, tmp_path: Path, quantize: Any
+) -> None:
+    path = file_of(models, "Q4_K")
+    plain = {
+        tensor.name: (gguf.dequantize(tensor.data, tensor.tensor_type), GGMLQuantizationType.F32)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+    answers = []
+    for source in (path, write_gguf(tmp_path / "plain.gguf", plain)):
+        options = ReplicaOptions(source, 256, dtype="float32", device="cpu", quantize=quantize)
+        engine = load_replica(options).engine()
+        request = GenerationRequest("a", tuple(PROMPTS[1]), LENGTH, GREEDY, logprobs=True)
+        answers.append(run(engine, [request])["a"])
+    assert len(answers[0].ids) == LENGTH
+    assert answers[0] == answers[1]
