@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.gguf.gguf_file import open_gguf
 from model_service.model.weights.files.gguf.header import read_header
+from model_service.model.weights.open_weights import open_weights
 from tests.model_service.gguf_models import METADATA, Tensors, random_blocks, write_gguf
 
 CPU = torch.device("cpu")
@@ -172,6 +174,27 @@ def test_a_path_that_holds_no_file(tmp_path: Path) -> None:
     refused(tmp_path / "page.gguf", "does not begin with GGUF")
     (tmp_path / "empty.gguf").touch()
     refused(tmp_path / "empty.gguf", "is empty. To fix: copy or download it again")
+
+
+def test_a_folder_is_opened_if_it_holds_one_file(write: Callable[..., Path]) -> None:
+    path = write()
+    (path.parent / "README.md").touch()
+    assert open_weights(path.parent).fingerprint() == open_weights(path).fingerprint()
+    shutil.copy(path, path.with_name("second.gguf"))
+    with pytest.raises(CheckpointError) as caught:
+        open_weights(path.parent)
+    assert "holds several GGUF files: model.gguf, second.gguf. To fix: name one" in str(
+        caught.value
+    )
+
+
+def test_tensors_that_share_bytes(write: Callable[..., Path]) -> None:
+    path = write()
+    data = path.read_bytes()
+    # After its name: the number of dimensions, two sizes, the type, then its place.
+    place = data.index(b"blk.1.attn_v.weight") + len("blk.1.attn_v.weight") + 4 + 2 * 8 + 4
+    path.write_bytes(data[:place] + bytes(8) + data[place + 8 :])
+    refused(path, "is damaged: blk.0.attn_q.weight and blk.1.attn_v.weight share bytes")
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from model_service.model.errors import CheckpointError
+from model_service.model.weights.files.gguf.gguf_file import open_gguf
 from model_service.model.weights.files.hugging_face import open_hugging_face
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 from model_service.model.weights.source import WeightSource
 
 ACCEPTED = (
     "name a folder with Meta's params.json and consolidated.*.pth, or with Hugging Face's "
-    "config.json and model.safetensors (or model.safetensors.index.json and its files)"
+    "config.json and model.safetensors (or model.safetensors.index.json and its files), or a GGUF "
+    "file"
 )
 
 
@@ -17,7 +19,7 @@ def open_weights(path: Path, *, verify: bool = True) -> WeightSource:
     """Opens and checks the weights at `path`.
 
     Args:
-        path: a folder in Meta's or Hugging Face's format.
+        path: a folder in Meta's or Hugging Face's format, or with one GGUF file; or that file.
         verify: compare every tensor with its checksum, if the format has checksums.
 
     Raises:
@@ -27,6 +29,8 @@ def open_weights(path: Path, *, verify: bool = True) -> WeightSource:
     if not path.exists():
         raise CheckpointError(path, "not found", ACCEPTED)
     if not path.is_dir():
+        if path.suffix == ".gguf":
+            return open_gguf(path)
         raise CheckpointError(path, "is a file of a kind that is not read", ACCEPTED)
     # Some Hugging Face folders hold a params.json as well.
     if any(path.glob("consolidated.*.pth")):
@@ -35,6 +39,13 @@ def open_weights(path: Path, *, verify: bool = True) -> WeightSource:
         return open_hugging_face(path)
     if (path / "params.json").exists():
         return open_checkpoint(path, verify=verify)
+    if files := sorted(path.glob("*.gguf")):
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise CheckpointError(
+                path, f"holds several GGUF files: {names}", "name one of them, not the folder"
+            )
+        return open_gguf(files[0])
     if found := next(path.glob("pytorch_model*.bin"), None):
         raise CheckpointError(path, f"holds {found.name} without a config.json", ACCEPTED)
     if (path / "adapter_config.json").exists():

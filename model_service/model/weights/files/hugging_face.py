@@ -15,10 +15,10 @@ import torch
 from model_service.model.config import ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.weights.files.digest import digest
 from model_service.model.weights.files.hugging_face_config import read_config
 from model_service.model.weights.files.safetensors_files import (
     StoredTensor,
-    digest,
     open_safetensors,
 )
 from model_service.model.weights.finite import check_finite, extremes

@@ -3,10 +3,6 @@
 A file begins with a header that names each tensor with its type, shape and place; it holds no code.
 """
 
-import hashlib
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +15,6 @@ from model_service.model.weights.files.meta_files import FETCH_AGAIN, READABLE
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_HASHING_THREADS = 16
-_CHUNK_BYTES = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,29 +105,3 @@ def _open(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             path, f"cannot be read: {error.strerror or error}", READABLE
         ) from error
-
-
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names, types, shapes and all bytes of `tensors`, hexadecimal.
-
-    The format has no checksums, so only the bytes tell weights apart. Several threads read and hash
-    them in pieces of 16 MiB, whose hashes are hashed in turn.
-    """
-    with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
-        total = hashlib.sha256()
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for piece in pool.map(_hash, _pieces(tensor)):
-                total.update(piece)
-    return total.hexdigest()
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    values = tensor.reshape(-1).view(torch.uint8)
-    for begin in range(0, len(values), _CHUNK_BYTES):
-        yield values[begin : begin + _CHUNK_BYTES]
-
-
-def _hash(piece: torch.Tensor) -> bytes:
-    return hashlib.sha256(piece.numpy().data).digest()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from model_service.model.config import ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.weights.files.digest import digest
 from model_service.model.weights.files.gguf.config import check_kind, read_config, read_divisors
 from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, read_header
 from model_service.model.weights.files.gguf.tensors import StoredTensor, WorkerPool, map_tensors
@@ -27,7 +28,6 @@ from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import part_shape, shard_parameters, split_dimension
 
 _EMBEDDING, _OUTPUT, _DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
-_HASHED_BYTES = 2**24  # that a thread hashes at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +75,15 @@ class GgufFile:
     def fingerprint(self) -> str:
         """SHA-256 of the shape and of all weights as they are stored, hexadecimal.
 
-        The format has no checksums, so this reads the file once, with several threads.
+        Reads all weights, as the format has no checksums.
         """
-        digest = hashlib.sha256(repr(self.config).encode())
-        with WorkerPool() as pool:
-            for name, tensor in self.tensors.items():
-                digest.update(f"{name} {tensor.type.name}".encode())
-                data = tensor.data.reshape(-1)
-                pieces = (
-                    data[begin : begin + _HASHED_BYTES]
-                    for begin in range(0, len(data), _HASHED_BYTES)
-                )
-                for hashed in pool.ordered(_hash, pieces):
-                    digest.update(hashed)
-        return digest.hexdigest()
+        # The type belongs to the name, because blocks of two types may have the same size.
+        stored = {
+            f"{name} {tensor.type.name}": torch.from_numpy(tensor.data)
+            for name, tensor in self.tensors.items()
+        }
+        identity = f"{self.config!r} {digest(stored)}"
+        return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def open_gguf(path: Path) -> GgufFile:
@@ -114,10 +109,6 @@ def open_gguf(path: Path) -> GgufFile:
         scaling = read_divisors(path, _divisors(path, divisors, config), config)
         config = replace(config, rope_scaling=scaling or config.rope_scaling)
     return GgufFile(path, config, {name: stored[names[name]] for name in names})
-
-
-def _hash(data: NDArray[np.uint8]) -> bytes:
-    return hashlib.sha256(data.data).digest()
 
 
 def _map(path: Path) -> NDArray[np.uint8]:

@@ -102,7 +102,7 @@ def read_header(path: Path, data: memoryview) -> GgufHeader:
 
 
 def _check_version(path: Path, cursor: "_Cursor") -> None:
-    if cursor.take(len(MAGIC)) != MAGIC:
+    if cursor.read(len(MAGIC)) != MAGIC:
         raise CheckpointError(path, "does not begin with GGUF", "name a GGUF file")
     version = cursor.number("<I")
     if version & 0xFFFF == 0:  # the specification's way to recognise the other byte order
@@ -166,7 +166,7 @@ class _Cursor:
         self.position += size
         return begin
 
-    def take(self, size: int) -> bytes:
+    def read(self, size: int) -> bytes:
         begin = self.skip(size)
         return self._data[begin : self.position].tobytes()
 
@@ -184,7 +184,7 @@ class _Cursor:
         if size > _MAX_STRING:
             raise self.damage(f"states a text of {size} bytes")
         try:
-            return self.take(size).decode()
+            return self.read(size).decode()
         except UnicodeDecodeError as error:
             raise self.damage("holds a text that is not UTF-8") from error
 

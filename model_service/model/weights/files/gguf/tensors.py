@@ -48,7 +48,6 @@ _PIECE = 2**19  # weights that a thread dequantizes at once: 2 MiB in float32
 
 _PARALLEL_FROM = 2**15  # elements: at::internal::GRAIN_SIZE
 
-_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -135,7 +134,7 @@ class WorkerPool:
         self._executor.shutdown(cancel_futures=True)
 
     def ordered(
-        self, function: Callable[[_Item], _Result], items: Iterable[_Item]
+        self, function: Callable[[int], _Result], items: Iterable[int]
     ) -> Iterator[_Result]:
         """The results of `function` for all items, in their order."""
         waiting: deque[Future[_Result]] = deque()
