@@ -4,12 +4,15 @@ It needs the packages of the extra `model`, which the client does without: the m
 programs do it, in a process of their own.
 """
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+
+from llama.model_files import ModelFileError, find_tokenizer
 
 _MODEL = click.Path(path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -81,7 +84,7 @@ def convert(source: Path, target: Path, *, form: str, files: int | None, dtype: 
     arguments += ["--files", str(files)] if files else []
     arguments += ["--dtype", dtype] if dtype else []
     _run_offline(*arguments)
-    click.echo(f"{target}: written. Serve it: chasqui serve --ckpt_dir {target} …")
+    click.echo(f"{target}: written. Serve it: {_serving(source, target)}")
 
 
 @model.command()
@@ -114,6 +117,16 @@ def quantize(ckpt_dir: Path, output_dir: Path, quantization: str) -> None:
     command += ["--output_dir", str(output_dir), "--quantize", quantization]
     _run_offline(*command)
     click.echo(f"{output_dir}: {quantization}. Serve it: chasqui serve --ckpt_dir {output_dir} …")
+
+
+def _serving(source: Path, target: Path) -> str:
+    """The command that serves a converted model, with a tokenizer that stayed at the source."""
+    command = f"chasqui serve --ckpt_dir {target}"
+    for path in (target, source):
+        with contextlib.suppress(ModelFileError):
+            find_tokenizer(path)
+            return command if path == target else f"{command} --tokenizer_path {path}"
+    return f"{command} --tokenizer_path …"
 
 
 def _run_offline(*arguments: str) -> None:

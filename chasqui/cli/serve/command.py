@@ -22,6 +22,7 @@ from chasqui.flags import one_line_errors, setting
 from client.aio import AsyncClient
 from client.errors import ChasquiError
 from client.results import Model
+from llama.model_files import ModelFileError, find_tokenizer
 
 # Seconds of waiting for services to end after which a message names them.
 PATIENCE = 5.0
@@ -30,13 +31,15 @@ PATIENCE = 5.0
 @click.command()
 @setting(
     "ckpt_dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of a checkpoint in Meta's format.  [default: the demonstration checkpoint]",
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder in Meta's or Hugging Face's format, or a GGUF file.  [default: the demonstration "
+    "checkpoint]",
 )
 @setting(
     "tokenizer_path",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The checkpoint's tokenizer.model.",
+    type=click.Path(exists=True, path_type=Path),
+    help="The model's tokenizer.model, tokenizer.json or GGUF file, or a folder with one of them.  "
+    "[default: --ckpt_dir]",
 )
 @setting("model_name", help="Model name for clients.  [default: the name of --ckpt_dir]")
 @setting("shards", type=click.IntRange(1), default=1, help="Processes that share one model.")
@@ -96,12 +99,7 @@ def serve(
     **model_settings: object,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
-    if ckpt_dir is not None and tokenizer_path is not None:
-        checkpoint = Deployment(ckpt_dir, tokenizer_path)
-    elif ckpt_dir is None and tokenizer_path is None:
-        checkpoint = demonstration()
-    else:
-        raise click.UsageError("--ckpt_dir and --tokenizer_path belong together: give both")
+    checkpoint = _checkpoint(ckpt_dir, tokenizer_path)
     deployment = replace(
         checkpoint,
         model_name=model_name or checkpoint.model_name,
@@ -116,6 +114,21 @@ def serve(
     terminal = _Terminal(as_json=log_format == "json")
     with terminal.errors(), _log_to(log_file, log_format, log_level) as log:
         asyncio.run(_serve_until_stopped(Supervisor(deployment, log), terminal))
+
+
+def _checkpoint(ckpt_dir: Path | None, tokenizer_path: Path | None) -> Deployment:
+    """The model to serve, with the tokenizer that is named or beside it."""
+    if ckpt_dir is None:
+        if tokenizer_path is not None:
+            raise click.UsageError("--tokenizer_path needs --ckpt_dir: name the model, too")
+        return demonstration()
+    try:
+        find_tokenizer(tokenizer_path or ckpt_dir)
+    except ModelFileError as error:
+        if tokenizer_path is not None:
+            raise SupervisorError(str(error)) from error
+        raise click.UsageError(f"{error} (--tokenizer_path)") from error
+    return Deployment(ckpt_dir, tokenizer_path or ckpt_dir)
 
 
 def summary(model: Model) -> str:

@@ -253,7 +253,8 @@ def test_ctrl_d_at_the_prompt_leaves_with_a_line_of_its_own_for_the_shell(
     [
         (("chat", "--no_such_flag"), "No such option"),
         (("serve", "--shards", "0"), "0 is not in the range"),
-        (("serve", "--ckpt_dir", "."), "belong together"),
+        (("serve", "--ckpt_dir", "."), "has no tokenizer"),
+        (("serve", "--tokenizer_path", "."), "needs --ckpt_dir"),
     ],
 )
 def test_wrong_usage_has_its_own_status(
