@@ -105,6 +105,10 @@ class RandomWeights:
         """Number of weights that one of `shards` ranks holds; `linear` counts those or the rest."""
         return shard_parameters(self.config, shards, linear=linear)
 
+    def stored_dtype(self, name: str) -> torch.dtype:  # noqa: ARG002  # all are alike
+        """The type in which each parameter is drawn."""
+        return torch.bfloat16
+
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
@@ -18,6 +18,7 @@ from client.errors import (
     StreamLostError,
     UnreachableError,
 )
+from llama.prompt_format.recognition import FormatName
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -43,6 +44,32 @@ target_setting = setting(
     callback=_target,
     help="Address of the gateway, host:port.",
 )
+
+
+def checkpoint_settings(command: F) -> F:
+    """The flags that say which model to serve."""
+    settings = (
+        setting(
+            "ckpt_dir",
+            type=click.Path(exists=True, path_type=Path),
+            help="Folder of a checkpoint in Meta's or Hugging Face's format, or a GGUF file.  "
+            "[default: the demonstration checkpoint]",
+        ),
+        setting(
+            "tokenizer_path",
+            type=click.Path(exists=True, path_type=Path),
+            help="Its tokenizer.model, tokenizer.json or GGUF file.  [default: that in --ckpt_dir]",
+        ),
+        setting(
+            "prompt_format",
+            type=click.Choice(get_args(FormatName)),
+            help="Format of prompts; auto is that of the model's chat template.  [default: auto]",
+        ),
+    )
+    for each in reversed(settings):
+        command = each(command)
+    return command
+
 
 priority_setting = setting(
     "priority",

@@ -62,7 +62,7 @@ class Llama:
 
         Args:
             ckpt_dir: folder with Meta's params.json and consolidated.*.pth, any number of files, or
-                with Hugging Face's config.json and *.safetensors.
+                with Hugging Face's config.json and *.safetensors, or a GGUF file.
             tokenizer_path: the checkpoint's tokenizer.model, tokenizer.json or GGUF file, or a
                 folder with one of them.
             max_seq_len: most tokens of a prompt and its answer together, from 2 to the number for

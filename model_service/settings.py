@@ -26,7 +26,7 @@ class ModelSettings(ServerSettings):
         Path,
         Field(
             description="folder with Meta's params.json and consolidated.*.pth, or with Hugging "
-            "Face's config.json and *.safetensors"
+            "Face's config.json and *.safetensors; or a GGUF file"
         ),
     ]
     tokenizer_path: Annotated[

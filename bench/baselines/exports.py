@@ -1,11 +1,9 @@
 """Exports of a checkpoint: GGUF, with the `gguf` package's own quantizers, and Hugging Face's.
 
-Both need the extra `bench`. Meta rotates neighbouring features (0 with 1, 2 with 3), and so does
-GGUF's architecture `llama`; Hugging Face rotates feature i with i + head_dim / 2, so there the rows
-of wq and wk move.
+GGUF needs the extra `bench`. Meta rotates neighbouring features (0 with 1, 2 with 3), and so does
+GGUF's architecture `llama`.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -14,26 +12,13 @@ import torch
 from bench.baselines.environments import UnavailableError
 from bench.checkpoint import complete_or_absent
 from bench.engine.driver import in_own_process
-from model_service.model.config import ROPE_THETA, ModelConfig
+from model_service.model.config import ROPE_THETA
+from model_service.model.weights.conversion.write_hugging_face import write_hugging_face
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 
 CONTEXT_LENGTH = 4096
 CPU = torch.device("cpu")
 BYTES_END = 3 + 256  # ids 3 to 258 are the bytes in a Llama 2 vocabulary
-HF_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-}
 
 
 def ensure_model(kind: str, ckpt_dir: Path, work_dir: Path) -> Path:
@@ -71,62 +56,8 @@ def model_bytes(path: Path) -> int:
 
 
 def export_hf(ckpt_dir: Path, folder: Path) -> None:
-    """Writes config.json and model.safetensors, in bfloat16, into a new folder."""
-    from safetensors.torch import save_file  # noqa: PLC0415  # extra `bench`
-
-    checkpoint = open_checkpoint(ckpt_dir, verify=False)
-    config = checkpoint.config
-    folder.mkdir()
-    weights = {
-        hf_name(name): hf_weight(name, weight, config)
-        for name, weight in checkpoint.read_shard(0, 1, torch.bfloat16, CPU)
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    document = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": CONTEXT_LENGTH,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": ROPE_THETA,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
-
-
-def hf_name(name: str) -> str:
-    """Hugging Face's name of one of Meta's parameters."""
-    stem = name.removesuffix(".weight")
-    if not stem.startswith("layers."):
-        return f"{HF_NAMES[stem]}.weight"
-    _, number, rest = stem.split(".", 2)
-    return f"model.layers.{number}.{HF_NAMES[rest]}.weight"
-
-
-def hf_weight(name: str, weight: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """One of Meta's parameters as Hugging Face's network wants it, contiguous."""
-    heads = {"wq": config.n_heads, "wk": config.kv_heads}.get(name.split(".")[-2])
-    return weight.contiguous() if heads is None else halves_from_pairs(weight, heads)
-
-
-def halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Moves the rows of wq or wk [heads × head_dim, dim] from neighbouring pairs to two halves.
-
-    `permute` in transformers' convert_llama_weights_to_hf.py.
-    """
-    rows, columns = weight.shape
-    pairs = weight.view(heads, rows // heads // 2, 2, columns)
-    return pairs.transpose(1, 2).reshape(rows, columns)
+    """Writes config.json and safetensors files into a new folder."""
+    write_hugging_face(open_checkpoint(ckpt_dir, verify=False), folder)
 
 
 def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TypeVar, Unpack
 
 import click
@@ -19,11 +20,12 @@ from chasqui.cli.doctor.command import doctor
 from chasqui.cli.keys import keys
 from chasqui.cli.model.command import model
 from chasqui.cli.serve.command import serve, summary
-from chasqui.cli.serve.deployment import demonstration
+from chasqui.cli.serve.deployment import Deployment, deployment_of
 from chasqui.cli.serve.supervisor import in_background
 from chasqui.cli.status import status
 from chasqui.flags import (
     access_settings,
+    checkpoint_settings,
     one_line_errors,
     penalty_settings,
     priority_setting,
@@ -97,9 +99,10 @@ main.add_command(keys)
     "--serve",
     "start_services",
     is_flag=True,
-    help="If nothing answers at the target, run all services on the demonstration checkpoint until "
-    "the end of the chat, at a free port unless --target is given.",
+    help="If nothing answers at the target, run all services on --ckpt_dir until the end of the "
+    "chat, at a free port unless --target is given.",
 )
+@checkpoint_settings
 @sampling_settings
 @access_settings
 @click.pass_context
@@ -114,6 +117,9 @@ def chat(
     ask: str | None,
     n: int | None,
     start_services: bool,
+    ckpt_dir: Path | None,
+    tokenizer_path: Path | None,
+    prompt_format: str | None,
     **options: Unpack[ChatOptions],
 ) -> None:
     """Talk to the model. Type /help in the chat for its commands."""
@@ -121,10 +127,16 @@ def chat(
         raise click.UsageError("--n needs --ask: a conversation continues from only one answer")
     if ask is None and sys.stdin is None:
         raise click.UsageError("there is no standard input to read questions from: use --ask")
+    if not start_services:
+        for flag in ("ckpt_dir", "tokenizer_path", "prompt_format"):
+            if context.get_parameter_source(flag) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{flag} needs --serve: the target has its own model")
     with contextlib.ExitStack() as stack:
         if start_services and not _answers(target, access):
             is_default = context.get_parameter_source("target") is ParameterSource.DEFAULT
-            target = stack.enter_context(_demonstration_services(None if is_default else target))
+            checkpoint = deployment_of(ckpt_dir, tokenizer_path)
+            deployment = replace(checkpoint, prompt_format=prompt_format)
+            target = stack.enter_context(_services(deployment, None if is_default else target))
             access = Access()
         client = stack.enter_context(Client(target, tls=access.tls, api_key=access.api_key))
         conversation = Conversation(client, options, system)
@@ -181,13 +193,14 @@ def _answers(target: str, access: Access) -> bool:
 
 
 @contextlib.contextmanager
-def _demonstration_services(target: str | None) -> Iterator[str]:
+def _services(deployment: Deployment, target: str | None) -> Iterator[str]:
     host, port = "127.0.0.1", "0"
     if target is not None:
         host, _, port = target.rpartition(":")
         if not (host and port.isdigit()):
             raise click.UsageError(f"--target must be host:port to serve there, not {target!r}")
-    deployment = replace(demonstration(), host=host, port=int(port))
-    click.secho("starting the services on the demonstration checkpoint …", err=True, dim=True)
+    deployment = replace(deployment, host=host, port=int(port))
+    name = deployment.model_name or deployment.ckpt_dir.name
+    click.secho(f"starting the services with {name} …", err=True, dim=True)
     with in_background(deployment, log=lambda _name, _line: None) as address:
         yield address

@@ -1,13 +1,19 @@
-"""Converts token ids to text one by one, from the vocabulary alone: no call per token. Deltas hold
-whole characters, and joined they equal SentencePiece's `decode` of all ids, so the rules are its
-own: a run of byte pieces is decoded as UTF-8 with one U+FFFD for *each* byte that is part of no
-character, and any other piece, even a control token, ends the run.
+"""Token ids to text as they are made, from the vocabulary alone: no call per token. Deltas hold
+whole characters, and joined they equal the `decode` of all ids by the model's library.
+
+SentencePiece decodes a run of byte pieces as UTF-8 with one U+FFFD for *each* byte that is part of
+no character, and any other piece, even a control token, ends the run. In a vocabulary of byte-level
+byte-pair encoding all pieces are bytes, control tokens add none, and each maximal part of a broken
+character becomes one U+FFFD, as in `tokenizers`.
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
+
+from llama.model_files import MAX_PADDING
 
 _REPLACE_EACH_BYTE = "gateway.replace_each_byte"
 # The codec's own "replace" puts one U+FFFD for several bytes of a truncated character.
@@ -32,19 +38,30 @@ class PieceKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The texts of each token id, in three forms, precomputed."""
+    """The texts of each token id, in three forms, precomputed.
 
+    The model's embedding may have more rows than there are tokens. It may choose the ids of those
+    rows, so the three tables have entries without a text for them.
+    """
+
+    size: int  # the number of tokens
     pieces: tuple[bytes, ...]
-    # The text that the id adds inside a text; None for a byte piece, whose text depends on its
-    # neighbours.
+    # The text that the id adds inside a text; None where it depends on its neighbours, as that of a
+    # byte does.
     inner_texts: tuple[str | None, ...]
     # The text of the id on its own.
     lone_texts: tuple[str, ...]
-    # Every id that ends an answer.
+    # All ids that end an answer.
     eos_ids: tuple[int, ...]
-    # The most bytes of text that one token stands for; None: unbounded.
-    max_token_bytes: int | None = None
-    mean_token_bytes: float = 0.0
+    # The rule for the bytes of characters: that of byte-level encoding, or SentencePiece's.
+    byte_level: bool
+    # The ids of control tokens by their names.
+    control_ids: Mapping[str, int]
+    # The Jinja template of a dialog in the model's files; empty where they have none.
+    chat_template: str
+    # No token stands for more bytes of an encoded text; None where there is no bound.
+    max_token_bytes: int | None
+    mean_token_bytes: float
 
     @classmethod
     def build(
@@ -52,34 +69,48 @@ class Vocabulary:
         pieces: Iterable[tuple[bytes, int]],
         *,
         dummy_prefix: bool,
-        eos_id: int,
-        answer_ends: Iterable[int] = (),
+        eos_ids: Sequence[int],
+        byte_level: bool = False,
+        control_ids: Mapping[str, int] = MappingProxyType({}),
+        chat_template: str = "",
         max_token_bytes: int | None = None,
     ) -> "Vocabulary":
-        """Builds the tables from the bytes and kind of each id.
+        """From the bytes and kind of each id.
 
-        With `dummy_prefix` the encoder adds a space in front of a text, which is dropped again.
-        `answer_ends` are ids that end an answer beside `eos_id`.
+        With `dummy_prefix` a space in front of a text belongs to its encoding and is dropped.
         """
-        table = tuple((piece, PieceKind(kind)) for piece, kind in pieces)
+        table = [(piece, PieceKind(kind)) for piece, kind in pieces]
+        size = len(table)
+        table += [(b"", PieceKind.CONTROL)] * int(size * MAX_PADDING)
+        errors = _broken_bytes(byte_level=byte_level)
         return cls(
+            size=size,
             pieces=tuple(piece for piece, _ in table),
             inner_texts=tuple(
-                None if kind is PieceKind.BYTE else piece.decode() for piece, kind in table
+                None if byte_level or kind is PieceKind.BYTE else piece.decode()
+                for piece, kind in table
             ),
             lone_texts=tuple(
-                piece.decode(errors=_REPLACE_EACH_BYTE).removeprefix(
+                piece.decode(errors=errors).removeprefix(
                     " " if dummy_prefix and kind is PieceKind.NORMAL else ""
                 )
                 for piece, kind in table
             ),
-            eos_ids=(*dict.fromkeys((eos_id, *answer_ends)),),
+            eos_ids=tuple(eos_ids),
+            byte_level=byte_level,
+            control_ids=MappingProxyType(dict(control_ids)),
+            chat_template=chat_template,
             max_token_bytes=max_token_bytes,
-            mean_token_bytes=sum(len(piece) for piece, _ in table) / max(len(table), 1),
+            mean_token_bytes=sum(len(piece) for piece, _ in table) / max(size, 1),
         )
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return self.size
+
+
+def _broken_bytes(*, byte_level: bool) -> str:
+    """How bytes that are no character are decoded, as the name of an error handler."""
+    return "replace" if byte_level else _REPLACE_EACH_BYTE
 
 
 class Detokenizer:
@@ -87,7 +118,7 @@ class Detokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._utf8 = _Utf8Decoder(errors=_REPLACE_EACH_BYTE)
+        self._utf8 = _Utf8Decoder(errors=_broken_bytes(byte_level=vocabulary.byte_level))
         self._at_start = True
 
     def push(self, token_id: int) -> str:
@@ -103,7 +134,7 @@ class Detokenizer:
         return self.finish() + inner_text
 
     def finish(self) -> str:
-        """U+FFFD for each byte of an unfinished character, if there is one."""
+        """The text of an unfinished character that no byte follows."""
         return self._utf8.decode(b"", final=True)
 
 

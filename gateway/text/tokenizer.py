@@ -166,18 +166,22 @@ class TokenizerClient:
 
     def _set_vocabulary(self, response: tokenizer_pb2.GetVocabularyResponse) -> None:
         if self._vocabulary is None:
-            control_tokens = {each.name: i for i, each in enumerate(response.pieces) if each.name}
+            control_ids = {each.name: i for i, each in enumerate(response.pieces) if each.name}
             try:
                 chosen = choose_format(self._format_name, response.chat_template)
-                require_control_tokens(chosen, control_tokens)
+                require_control_tokens(chosen, control_ids)
             except PromptFormatError as error:
                 raise UnfitUpstreamError(str(error)) from error
-            answer_ends = (control_tokens[each] for each in chosen.answer_ends)
+            # A tokenizer service of an earlier version tells eos_id alone.
+            eos_ids = response.eos_ids or [response.eos_id]
+            answer_ends = (control_ids[each] for each in chosen.answer_ends)
             self._vocabulary = Vocabulary.build(
                 ((piece.bytes, piece.kind) for piece in response.pieces),
                 dummy_prefix=response.dummy_prefix,
-                eos_id=response.eos_id,
-                answer_ends=(*response.eos_ids, *answer_ends),
+                eos_ids=(*dict.fromkeys((*eos_ids, *answer_ends)),),
+                byte_level=response.byte_level,
+                control_ids=control_ids,
+                chat_template=response.chat_template,
                 max_token_bytes=response.max_token_bytes or None,
             )
             self.prompt_format, self.has_bos = chosen, response.HasField("bos_id")

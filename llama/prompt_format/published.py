@@ -20,8 +20,8 @@ _LITERAL = r"'(?:[^'\\]|\\.)*'"
 
 
 @dataclass(frozen=True, slots=True)
-class WholeTemplate:
-    """A template that writes dialogs alone."""
+class PublishedTemplate:
+    """A template in canonical form."""
 
     format: PromptFormat
     # A regular expression for the whole text.
@@ -29,15 +29,6 @@ class WholeTemplate:
     # The format's marks, where the group `default_system` of the pattern is the system message that
     # the template writes if a dialog has none.
     marks: MarkedTurns | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateParts:
-    """A template that writes more than dialogs, such as tools: the parts that write dialogs."""
-
-    format: PromptFormat
-    required: tuple[str, ...]
-    forbidden: tuple[str, ...] = ()
 
 
 def _pattern(*parts: str, **patterns: str) -> str:
@@ -150,9 +141,27 @@ _OLD_MISTRAL = (
 _MISTRAL_V3 = (
     _SPLIT_SYSTEM_FIRST,
     "{{bos_token}}",
+    _FOR_LOOP_MESSAGES,
+    _IF_USER,
     "{%if loop.last and system_message is defined%}"
     "{{'[INST] '+system_message+'\\n\\n'+message['content']+'[/INST]'}}"
     "{%else%}{{'[INST] '+message['content']+'[/INST]'}}{%endif%}",
+    _IF_ASSISTANT,
+    "{{' '+message['content']⟨trim⟩+eos_token}}",
+    _END,
+)
+_LLAMA31 = _pattern(
+    "{{bos_token}}{%set date_string='26 Jul 2024'%}"
+    "{%if messages[0]['role']=='system'%}{%set system_message=messages[0]['content']|trim%}"
+    "{%set messages=messages[1:]%}{%else%}{%set system_message=''%}{%endif%}"
+    "{{'<|start_header_id|>system<|end_header_id|>\\n\\n"
+    "Cutting Knowledge Date: December 2023\\nToday Date: '+date_string+'\\n\\n'"
+    "+system_message+'<|eot_id|>'}}",
+    _FOR_ALL,
+    "{{'<|start_header_id|>'+message['role']+'<|end_header_id|>\\n\\n'"
+    "+message['content']|trim+'<|eot_id|>'}}{%endfor%}",
+    _IF_PROMPT,
+    "{{'<|start_header_id|>assistant<|end_header_id|>\\n\\n'}}{%endif%}",
 )
 
 _CHATML_WITH_BOS_MARKS = replace(CHATML_MARKS, bos=True)
@@ -169,64 +178,40 @@ _SPACED_VICUNA_MARKS = replace(
 _OLD_MISTRAL_MARKS = replace(MISTRAL_MARKS, before_user=("[INST] ",), before_answer="")
 _OLD_MISTRAL_SPACED_MARKS = replace(_OLD_MISTRAL_MARKS, after_answer=(Control("</s>"), " "))
 
-WHOLE_TEMPLATES = (
-    WholeTemplate(FORMATS["llama2"], _LLAMA2),
-    WholeTemplate(FORMATS["llama3"], _LLAMA3),
-    WholeTemplate(FORMATS["chatml"], _pattern(*_CHATML, default=_CHATML_DEFAULT), CHATML_MARKS),
-    WholeTemplate(
+PUBLISHED_TEMPLATES = (
+    PublishedTemplate(FORMATS["llama2"], _LLAMA2),
+    PublishedTemplate(FORMATS["llama3"], _LLAMA3),
+    PublishedTemplate(FORMATS["chatml"], _pattern(*_CHATML, default=_CHATML_DEFAULT), CHATML_MARKS),
+    PublishedTemplate(
         marked("chatml", _CHATML_WITH_BOS_MARKS),
         _pattern("{{bos_token}}", *_CHATML, default=_CHATML_DEFAULT),
         _CHATML_WITH_BOS_MARKS,
     ),
-    WholeTemplate(FORMATS["zephyr"], _ZEPHYR),
-    WholeTemplate(
+    PublishedTemplate(FORMATS["zephyr"], _ZEPHYR),
+    PublishedTemplate(
         marked("vicuna", _SPACED_VICUNA_MARKS, special_tags=VICUNA_TAGS),
         _VICUNA,
         _SPACED_VICUNA_MARKS,
     ),
-    WholeTemplate(FORMATS["mistral"], _MISTRAL),
-    WholeTemplate(
+    PublishedTemplate(FORMATS["mistral"], _MISTRAL),
+    PublishedTemplate(
         marked("mistral", _OLD_MISTRAL_MARKS, special_tags=MISTRAL_TAGS),
         _pattern(*_OLD_MISTRAL, space=""),
     ),
-    WholeTemplate(
+    PublishedTemplate(
         marked("mistral", _OLD_MISTRAL_SPACED_MARKS, special_tags=MISTRAL_TAGS),
         _pattern(*_OLD_MISTRAL, space=r"\+' '"),
     ),
-)
-TEMPLATE_PARTS = (
-    TemplateParts(
-        FORMATS["llama3.1"],
-        required=(
-            "{{bos_token}}",
-            "{%set date_string='26 Jul 2024'%}",
-            "{%set system_message=messages[0]['content']|trim%}{%set messages=messages[1:]%}"
-            "{%else%}{%set system_message=''%}{%endif%}"
-            "{{'<|start_header_id|>system<|end_header_id|>\\n\\n'}}",
-            "{{'Cutting Knowledge Date: December 2023\\nToday Date: '+date_string+'\\n\\n'}}",
-            "{{system_message+'<|eot_id|>'}}",
-            "{{'<|start_header_id|>'+message['role']+'<|end_header_id|>\\n\\n'"
-            "+message['content']|trim+'<|eot_id|>'}}",
-            "{%if add_generation_prompt%}"
-            "{{'<|start_header_id|>assistant<|end_header_id|>\\n\\n'}}{%endif%}",
-        ),
-    ),
-    TemplateParts(
-        FORMATS["mistral-v3"],
-        required=(*_MISTRAL_V3, "{{' '+message['content']|trim+eos_token}}"),
-    ),
-    TemplateParts(
+    PublishedTemplate(FORMATS["llama3.1"], _LLAMA31),
+    PublishedTemplate(FORMATS["mistral-v3"], _pattern(*_MISTRAL_V3, trim=r"\|trim")),
+    PublishedTemplate(
         marked("mistral-v3", replace(MISTRAL_V3_MARKS, strip=Strip.NONE)),
-        required=(*_MISTRAL_V3, "{{' '+message['content']+eos_token}}"),
+        _pattern(*_MISTRAL_V3, trim=""),
     ),
-    # The judgement's categories are in Chasqui's own words, whatever the template's are.
-    TemplateParts(
-        FORMATS["llama-guard"],
-        required=(
-            "[INST] Task: Check if there is unsafe content in",
-            "<BEGIN UNSAFE CONTENT CATEGORIES>",
-            "<BEGIN CONVERSATION>",
-        ),
-        forbidden=("<|start_header_id|>",),
-    ),
+)
+# In a template of Llama Guard. The categories in the prompt are Chasqui's, whatever these are.
+LLAMA_GUARD_PARTS = (
+    "[INST] Task: Check if there is unsafe content in",
+    "<BEGIN UNSAFE CONTENT CATEGORIES>",
+    "<BEGIN CONVERSATION>",
 )

@@ -10,8 +10,12 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
 
-from llama.prompt_format.formats import FORMATS, LLAMA2, PromptFormat, marked
-from llama.prompt_format.published import TEMPLATE_PARTS, WHOLE_TEMPLATES, WholeTemplate
+from llama.prompt_format.formats import FORMATS, LLAMA2, LLAMA_GUARD, PromptFormat, marked
+from llama.prompt_format.published import (
+    LLAMA_GUARD_PARTS,
+    PUBLISHED_TEMPLATES,
+    PublishedTemplate,
+)
 from llama.prompt_format.template_text import canonical, unescaped
 
 # For settings: `auto` is the format of the model's chat template.
@@ -43,14 +47,11 @@ def recognised(template: str) -> PromptFormat:
     if not template.strip():
         return LLAMA2
     text = canonical(template)
-    for whole in WHOLE_TEMPLATES:
-        if found := re.fullmatch(whole.pattern, text):
-            return _with_default_system(whole, found.groupdict().get("default_system"))
-    for parts in TEMPLATE_PARTS:
-        if all(each in text for each in parts.required) and not any(
-            each in text for each in parts.forbidden
-        ):
-            return parts.format
+    for published in PUBLISHED_TEMPLATES:
+        if found := re.fullmatch(published.pattern, text):
+            return _with_default_system(published, found.groupdict().get("default_system"))
+    if all(each in text for each in LLAMA_GUARD_PARTS):
+        return LLAMA_GUARD
     raise PromptFormatError(
         "the chat template in the model's files is unknown: name the format of its prompts with "
         f"--prompt_format, one of {', '.join(FORMATS)}"
@@ -67,8 +68,8 @@ def require_control_tokens(chosen: PromptFormat, vocabulary: Collection[str]) ->
         )
 
 
-def _with_default_system(whole: WholeTemplate, default_system: str | None) -> PromptFormat:
-    if default_system is None or whole.marks is None:
-        return whole.format
-    marks = replace(whole.marks, default_system=unescaped(default_system))
-    return marked(whole.format.name, marks, special_tags=whole.format.special_tags)
+def _with_default_system(published: PublishedTemplate, default_system: str | None) -> PromptFormat:
+    if default_system is None or published.marks is None:
+        return published.format
+    marks = replace(published.marks, default_system=unescaped(default_system))
+    return marked(published.format.name, marks, special_tags=published.format.special_tags)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llama.prompt_format.template_branches import without_tools
+
 _OPENING = re.compile(r"\{([%{#])([-+]?)")
 _COMMENT_END = re.compile(r"([-+]?)#\}")
 _TOKEN = re.compile(
@@ -20,13 +22,6 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
-_LITERAL = r"'(?:[^'\\]|\\.)*'"
-# Checks that refuse a dialog, which the dialog rules make superfluous.
-_CHECKS = re.compile(
-    rf"\{{%if\b(?:(?!%\}}).)*%\}}\{{\{{raise_exception\({_LITERAL}\)\}}\}}\{{%endif%\}}"
-    rf"|\{{%else%\}}\{{\{{raise_exception\({_LITERAL}\)\}}\}}(?=\{{%endif%\}})",
-    re.DOTALL,
-)
 # Other ways to write the same.
 _SPELLINGS = (
     (re.compile(r"\.(content|role)\b"), r"['\1']"),
@@ -51,6 +46,7 @@ def canonical(template: str) -> str:
 
     Statements are `{%…%}` and outputs `{{…}}`, without white space except between words; literal
     text is an output of a literal in single quotes; adjacent outputs and literals are joined.
+    Branches for tools are left out.
     """
     parts = [*_parts(template.removesuffix("\n"))]
     written = []
@@ -64,11 +60,15 @@ def canonical(template: str) -> str:
             after = parts[index + 1] if index + 1 < len(parts) else _Part("", "")
             if text := _shown(part.content, before, after):
                 written.append(f"{{{{{_literal(text)}}}}}")
-    text = "".join(written)
-    for spelling, usual in _SPELLINGS:
-        text = spelling.sub(usual, text)
-    text = _CHECKS.sub("", text).replace("}}{{", "+")
+    nodes = [*map(_usual, written)]
+    text = "".join(without_tools(nodes)).replace("}}{{", "+")
     return text.replace("'+'", "")
+
+
+def _usual(node: str) -> str:
+    for spelling, usual in _SPELLINGS:
+        node = spelling.sub(usual, node)
+    return node
 
 
 def _parts(template: str) -> Iterator[_Part]:

@@ -97,8 +97,9 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
         runner = _make_runner(layout, network, limits.blocks)
         if device.type == "cuda":
             warm_up(runner, limits)
-    info = ModelInfo.of(options, source, shards, precision, device)
-    return Replica(info, limits, runner, is_leader=rank == LEADER)
+    is_leader = rank == LEADER
+    info = ModelInfo.of(options, source, shards, precision, device, is_leader=is_leader)
+    return Replica(info, limits, runner, is_leader=is_leader)
 
 
 def _make_runner(layout: Layout, network: Transformer, blocks: int) -> ModelRunner:

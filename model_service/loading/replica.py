@@ -17,7 +17,12 @@ from model_service.model.weights.source import WeightSource
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Description of the loaded model."""
+    """Description of the loaded model.
+
+    Attributes:
+        fingerprint: equal only for replicas that give the same answers; empty on followers, because
+            some formats are identified only by reading all weights.
+    """
 
     name: str
     parameters: int
@@ -39,6 +44,8 @@ class ModelInfo:
         shards: int,
         precision: Precision,
         device: torch.device,
+        *,
+        is_leader: bool,
     ) -> "ModelInfo":
         return cls(
             name=options.model_name or options.ckpt_dir.resolve().name,
@@ -49,7 +56,7 @@ class ModelInfo:
             dtype=precision.dtype_name,
             quantization=precision.quantization,
             device=_device_name(device),
-            fingerprint=_fingerprint(source, shards, precision, device),
+            fingerprint=_fingerprint(source, shards, precision, device) if is_leader else "",
             determinism=precision.determinism,
             max_batch_size=options.max_batch_size,
         )

@@ -96,6 +96,11 @@ class WeightUpload:
         self._fetched = [Fence(device) for _ in self._buffers]
         self._next = 0
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether copies go straight to their target, without buffers."""
+        return not self._buffers
+
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Fills `target`, a tensor or a part of one on the device, with `source` of the host.
 

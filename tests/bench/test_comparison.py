@@ -26,14 +26,11 @@ from bench.baselines.exports import (
     ensure_model,
     export_gguf,
     export_hf,
-    halves_from_pairs,
-    hf_weight,
     model_bytes,
 )
 from bench.engine.driver import Job, loaded
 from bench.report import read_host
 from bench.shapes import SHAPES
-from model_service.model.operations import apply_rotary, rotary_frequencies
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 
 NAMES = st.lists(st.text("abc", min_size=1), min_size=1, max_size=6, unique=True)
@@ -204,36 +201,3 @@ def test_failed_export_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="export to F32 failed"):
         ensure_model("F32", tmp_path / "no-checkpoint", tmp_path)
     assert not list((tmp_path / "exports" / "no-checkpoint").iterdir())
-
-
-def rotate_halves(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """As transformers' apply_rotary_pos_emb: x [tokens, heads, head_dim]."""
-    cos, sin = (part.repeat(1, 2).unsqueeze(1) for part in (rotary.real, rotary.imag))
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def test_rotated_halves_score_as_rotated_pairs() -> None:
-    torch.manual_seed(0)
-    query, key, x = torch.randn(32, DIM), torch.randn(32, DIM), torch.randn(6, DIM)
-    rotary = rotary_frequencies(HEAD_DIM, 6)
-
-    def project(weight: torch.Tensor) -> torch.Tensor:
-        return (x @ weight.T).view(6, HEADS, HEAD_DIM)
-
-    ours = [apply_rotary(project(weight), rotary) for weight in (query, key)]
-    theirs = [
-        rotate_halves(project(halves_from_pairs(weight, HEADS)), rotary) for weight in (query, key)
-    ]
-    scores, their_scores = (torch.einsum("qhd,khd->hqk", *pair) for pair in (ours, theirs))
-    torch.testing.assert_close(scores, their_scores)
-
-
-def test_only_queries_and_keys_are_reordered() -> None:
-    config = SHAPES["tiny"].config
-    moved = set()
-    for name, shape in config.parameter_shapes().items():
-        weight = torch.arange(torch.Size(shape).numel()).view(shape)
-        if not torch.equal(hf_weight(name, weight, config), weight):
-            moved.add(name.split(".")[-2])
-    assert moved == {"wq", "wk"}

@@ -41,7 +41,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     pieces = [(piece.bytes, piece.kind) for piece in tokenizer.vocabulary()]
-    return Vocabulary.build(pieces, dummy_prefix=tokenizer.dummy_prefix, eos_id=tokenizer.eos_id)
+    return Vocabulary.build(pieces, dummy_prefix=tokenizer.dummy_prefix, eos_ids=tokenizer.eos_ids)
 
 
 @dataclass

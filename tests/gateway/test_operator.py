@@ -68,7 +68,7 @@ async def test_status_tells_why_a_replica_takes_no_work(
     model: Any, start_gateway: Any, start_server: Any, tokenizer_target: str
 ) -> None:
     other = copy.deepcopy(model.info)
-    other.vocab_size += 1
+    other.vocab_size -= 1
     unfit, _ = await start_server(type(model)(other).service())
     gateway = await start_gateway(tokenizer_target, unfit, UNREACHABLE)
     found = await status_when(

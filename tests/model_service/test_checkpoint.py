@@ -40,6 +40,37 @@ def test_any_files_load_onto_any_ranks(golden: Path, files: str, ranks: int) -> 
             assert torch.equal(weight, own[name]), name
 
 
+def split_by_rows(folder: Path, numbers: range) -> None:
+    """Splits the embedding as Llama 3 does."""
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    files = [torch.load(path, weights_only=True) for path in paths]
+    rows = torch.cat([file["tok_embeddings.weight"] for file in files], dim=1).chunk(len(files))
+    for number in numbers:
+        torch.save(files[number] | {"tok_embeddings.weight": rows[number].clone()}, paths[number])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_files_may_split_the_vocabulary_as_llama_3_does(
+    checkpoint: Callable[[str], Path], golden: Path, ranks: int
+) -> None:
+    folder = checkpoint("gqa-mp4")
+    split_by_rows(folder, range(4))
+    params = json.loads((folder / "params.json").read_text()) | {"vocab_size": 560}
+    (folder / "params.json").write_text(json.dumps(params))
+    original = open_checkpoint(golden / "checkpoints" / "gqa-mp4")
+    for rank in range(ranks):
+        found = dict(open_checkpoint(folder).read_shard(rank, ranks, torch.float32, CPU))
+        for name, weight in original.read_shard(rank, ranks, torch.float32, CPU):
+            assert torch.equal(found[name], weight), name
+
+
+def test_all_files_must_split_the_vocabulary_alike(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("gqa-mp4")
+    split_by_rows(folder, range(1, 4))
+    with pytest.raises(CheckpointError, match=r"01.pth: splits .* otherwise than consolidated.00"):
+        open_checkpoint(folder)
+
+
 def test_weights_are_converted_and_counted(golden: Path) -> None:
     checkpoint = open_checkpoint(golden / "checkpoints" / "mha-mp1")
     weights = dict(checkpoint.read_shard(0, 2, torch.bfloat16, CPU))

@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -17,8 +18,13 @@ from gguf import GGMLQuantizationType
 from model_service.engine.sequence import GenerationRequest, SamplingParams
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
+from model_service.model import pinned_transfer
 from model_service.model.config import RopeScaling
+from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.weights.conversion.write_meta import write_meta
 from model_service.model.weights.files.gguf.gguf_file import GgufFile, open_gguf
+from model_service.model.weights.files.gguf.tensors import WorkerPool
+from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.partition import split_dimension
 from tests.model_service.gguf_models import (
     METADATA,
@@ -133,6 +139,55 @@ def test_pieces_are_put_together_in_order(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for name, weight in weights(source).items():
         assert torch.equal(weight, whole[name]), name
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_pieces_pass_through_the_buffers_of_a_device(
+    models: dict[str, Any], dimension: int
+) -> None:
+    stored = open_gguf(file_of(models, "Q5_K")).tensors["layers.0.feed_forward.w2.weight"]
+    rows, columns = (100, 512) if dimension == 0 else (256, 100)
+    direct, staged = torch.empty(rows, columns), torch.empty(rows, columns)
+    with WorkerPool() as pool:
+        stored.copy_part(dimension, 150, direct, WeightUpload(CPU), pool)
+        stored.copy_part(dimension, 150, staged, WeightUpload(CPU, 4096), pool)
+    assert torch.equal(staged, direct)
+
+
+def test_host_holds_some_pieces_and_never_the_weights(
+    models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 300_000  # 82 MB, dequantized 307 MB
+    tensors = {
+        tensor.name: (tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(file_of(models, "tied")).tensors
+    }
+    codes = np.zeros((rows, 256 // 32 * 34), np.uint8)
+    tensors["token_embd.weight"] = codes, GGMLQuantizationType.Q8_0
+    path = write_gguf(tmp_path / "large.gguf", tensors, METADATA | {"llama.vocab_size": rows})
+    del codes, tensors
+    monkeypatch.setattr(pinned_transfer, "BUFFER_BYTES", 2**22)
+    # The device meta has no numbers to look at.
+    monkeypatch.setattr(f"{open_gguf.__module__}.extremes", lambda _: torch.zeros(2))
+    source = open_gguf(path)
+    process = psutil.Process()
+
+    def own() -> int:  # without the pages of mapped files
+        memory = process.memory_info()
+        return int(memory.rss - memory.shared)
+
+    before = own()
+    device = torch.device("meta")
+    held = max(own() - before for _ in source.read_shard(0, 1, torch.float16, device))
+    assert held < 50e6
+
+
+def test_a_converted_file_holds_the_same_numbers(models: dict[str, Any], tmp_path: Path) -> None:
+    source = open_gguf(file_of(models, "Q6_K"))
+    write_meta(source, tmp_path / "meta")
+    converted_weights = dict(open_weights(tmp_path / "meta").read_shard(0, 1, torch.float32, CPU))
+    for name, weight in weights(source).items():
+        assert torch.equal(converted_weights[name], weight), name
 
 
 def test_weights_are_read_in_another_type(models: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -161,29 +160,3 @@ def test_model_without_bos_and_eos_is_refused(tmp_path: Path) -> None:
     path = train(tmp_path / "other.model", bos_id=-1, eos_id=-1)
     with pytest.raises(ModelFileError, match=r"other\.model .* without BOS or EOS"):
         open_tokenizer(path)
-
-
-def damaged(model: bytes) -> dict[str, bytes]:
-    return {
-        "empty": b"",
-        "truncated": model[:1000],
-        "tiktoken": b"IQ== 0\nIg== 1\n" * 100,
-        "tokenizer.json": json.dumps({"version": "1.0"}).encode(),
-    }
-
-
-@pytest.mark.parametrize("fault", damaged(b""))
-def test_unusable_file_is_named_with_the_fix(tmp_path: Path, model_path: Path, fault: str) -> None:
-    path = tmp_path / fault
-    path.write_bytes(damaged(model_path.read_bytes())[fault])
-    with pytest.raises(ModelFileError) as error:
-        open_tokenizer(path)
-    assert str(error.value).startswith(f"{path} is damaged or not a SentencePiece model; use ")
-
-
-@pytest.mark.parametrize("name", ["missing.model", "."])
-def test_unreadable_file_is_named_with_the_reason_and_the_fix(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ModelFileError) as error:
-        open_tokenizer(tmp_path / name)
-    assert str(error.value).startswith(f"cannot read {tmp_path / name}: ")
-    assert "tokenizer_path" in str(error.value)

@@ -10,6 +10,7 @@ can form, and merges that lead to them are left out.
 
 import json
 import re
+import secrets
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -33,8 +34,8 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".jo
     map(chr, range(0x2000, 0x200B))
 )
 _BYTE_NAME = re.compile(r"<0x([0-9A-F]{2})>")
-# U+FFFF is no character: the alphabet of bytes lacks it, and no merge makes a name that has it.
-_UNREACHABLE = "\uffff"
+# In front of the names that no text may form: no merge makes them, and they cannot be guessed.
+_UNREACHABLE = f"\uffff{secrets.token_hex(8)}"
 
 
 class BytePairVocabulary:
@@ -65,7 +66,7 @@ class BytePairVocabulary:
         }
         self.pieces = self._pieces(unknown)
         self.dummy_prefix = not self.byte_level and _strips_first_space(description["decoder"])
-        texts = [each for each in added if each["content"] not in self._control]
+        texts = [each for each in added if each["content"] not in self._control | {unknown}]
         self._encoder = self._load(description, texts, description.get("pre_tokenizer"))
         middle = stages.for_middle_of_prompt(description.get("pre_tokenizer"))
         self._middle_encoder = (
@@ -222,8 +223,6 @@ def _check(description: Description) -> None:
     bytes_missing = {f"<0x{byte:02X}>" for byte in range(256)} - model["vocab"].keys()
     if bytes_missing or not model.get("byte_fallback"):
         raise ValueError("it lacks pieces for bytes (byte_fallback), so some text has no ids")
-    if model.get("ignore_merges"):
-        raise ValueError("ignore_merges is supported only with a ByteLevel decoder")
 
 
 def _strips_first_space(decoder: Description) -> bool:

@@ -12,35 +12,23 @@ from typing import TextIO
 import click
 import grpc
 
-from chasqui.cli.serve.deployment import Deployment, demonstration
+from chasqui.cli.serve.deployment import deployment_of
 from chasqui.cli.serve.loading_bars import LoadingBars, on_terminal
 from chasqui.cli.serve.service_log import as_json, is_below, own_line, readable
 from chasqui.cli.serve.service_process import Log
 from chasqui.cli.serve.supervisor import Supervisor
 from chasqui.errors import SupervisorError
-from chasqui.flags import one_line_errors, setting
+from chasqui.flags import checkpoint_settings, one_line_errors, setting
 from client.aio import AsyncClient
 from client.errors import ChasquiError
 from client.results import Model
-from llama.model_files import ModelFileError, find_tokenizer
 
 # Seconds of waiting for services to end after which a message names them.
 PATIENCE = 5.0
 
 
 @click.command()
-@setting(
-    "ckpt_dir",
-    type=click.Path(exists=True, path_type=Path),
-    help="Folder in Meta's or Hugging Face's format, or a GGUF file.  [default: the demonstration "
-    "checkpoint]",
-)
-@setting(
-    "tokenizer_path",
-    type=click.Path(exists=True, path_type=Path),
-    help="The model's tokenizer.model, tokenizer.json or GGUF file, or a folder with one of them.  "
-    "[default: --ckpt_dir]",
-)
+@checkpoint_settings
 @setting("model_name", help="Model name for clients.  [default: the name of --ckpt_dir]")
 @setting("shards", type=click.IntRange(1), default=1, help="Processes that share one model.")
 @setting("replicas", type=click.IntRange(1), default=1, help="Copies of the model to run.")
@@ -87,6 +75,7 @@ def serve(
     *,
     ckpt_dir: Path | None,
     tokenizer_path: Path | None,
+    prompt_format: str | None,
     model_name: str | None,
     shards: int,
     replicas: int,
@@ -99,9 +88,10 @@ def serve(
     **model_settings: object,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
-    checkpoint = _checkpoint(ckpt_dir, tokenizer_path)
+    checkpoint = deployment_of(ckpt_dir, tokenizer_path)
     deployment = replace(
         checkpoint,
+        prompt_format=prompt_format,
         model_name=model_name or checkpoint.model_name,
         shards=shards,
         replicas=replicas,
@@ -114,21 +104,6 @@ def serve(
     terminal = _Terminal(as_json=log_format == "json")
     with terminal.errors(), _log_to(log_file, log_format, log_level) as log:
         asyncio.run(_serve_until_stopped(Supervisor(deployment, log), terminal))
-
-
-def _checkpoint(ckpt_dir: Path | None, tokenizer_path: Path | None) -> Deployment:
-    """The model to serve, with the tokenizer that is named or beside it."""
-    if ckpt_dir is None:
-        if tokenizer_path is not None:
-            raise click.UsageError("--tokenizer_path needs --ckpt_dir: name the model, too")
-        return demonstration()
-    try:
-        find_tokenizer(tokenizer_path or ckpt_dir)
-    except ModelFileError as error:
-        if tokenizer_path is not None:
-            raise SupervisorError(str(error)) from error
-        raise click.UsageError(f"{error} (--tokenizer_path)") from error
-    return Deployment(ckpt_dir, tokenizer_path or ckpt_dir)
 
 
 def summary(model: Model) -> str:

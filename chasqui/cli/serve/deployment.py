@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from chasqui.errors import SupervisorError
+from llama.model_files import ModelFileError, find_tokenizer
 
 LOOPBACK = "127.0.0.1"
 GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
@@ -20,6 +21,7 @@ class Deployment:
 
     ckpt_dir: Path
     tokenizer_path: Path
+    prompt_format: str | None = None
     model_name: str | None = None
     shards: int = 1
     replicas: int = 1
@@ -74,6 +76,7 @@ class Deployment:
             tokenizer_target=tokenizer,
             model_targets=",".join(models),
             safety_target=safety,
+            prompt_format=self.prompt_format,
         )
 
     def _command(self, module: str, **flags: object) -> list[str]:
@@ -87,6 +90,24 @@ class Deployment:
         }
         given = (_flag(name, value) for name, value in flags.items() if value is not None)
         return [sys.executable, "-m", module, *given]
+
+
+def deployment_of(ckpt_dir: Path | None, tokenizer_path: Path | None) -> Deployment:
+    """A deployment of a checkpoint, by default of the demonstration checkpoint.
+
+    Raises:
+        SupervisorError: there is a tokenizer and no checkpoint, or the checkpoint has no tokenizer.
+    """
+    if ckpt_dir is None:
+        if tokenizer_path is not None:
+            raise SupervisorError("--tokenizer_path needs --ckpt_dir: give both")
+        return demonstration()
+    if tokenizer_path is None:
+        try:
+            tokenizer_path = find_tokenizer(ckpt_dir).path
+        except ModelFileError as error:
+            raise SupervisorError(f"--tokenizer_path is needed: {error}") from error
+    return Deployment(ckpt_dir, tokenizer_path)
 
 
 def demonstration() -> Deployment:

@@ -1,12 +1,14 @@
 """The cut of the network's parameters into the equal parts of Meta's files.
 
-Llama 2 splits `tok_embeddings` on dimension 1 (fairscale's ParallelEmbedding), unlike Llama 3.
+Llama 2 splits `tok_embeddings` on dimension 1 (fairscale's ParallelEmbedding), as ranks do here,
+whereas Llama 3 splits it on dimension 0 (VocabParallelEmbedding).
 """
 
 import math
 
 from model_service.model.config import ModelConfig
 
+EMBEDDING = "tok_embeddings.weight"
 SPLIT_DIMENSION = {
     "tok_embeddings": 1,
     "wq": 0,
@@ -22,7 +24,7 @@ SPLIT_DIMENSION = {
 
 def is_linear(name: str) -> bool:
     """Whether the parameter `name` belongs to a linear layer, and so may be quantized."""
-    return split_dimension(name) is not None and name != "tok_embeddings.weight"
+    return split_dimension(name) is not None and name != EMBEDDING
 
 
 def split_dimension(name: str) -> int | None:
@@ -36,6 +38,11 @@ def part_shape(name: str, shape: tuple[int, ...], parts: int) -> tuple[int, ...]
     if dimension is None:
         return shape
     return (*shape[:dimension], shape[dimension] // parts, *shape[dimension + 1 :])
+
+
+def splits_vocabulary(part: tuple[int, ...], config: ModelConfig, parts: int) -> bool:
+    """Whether `part` is the shape of one of `parts` of the embedding as Llama 3 splits it."""
+    return parts > 1 and part == (config.vocab_size // parts, config.dim)
 
 
 def shard_parameters(config: ModelConfig, shards: int, *, linear: bool | None = None) -> int:

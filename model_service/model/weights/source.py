@@ -20,6 +20,9 @@ class WeightSource(Protocol):
     def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
         """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The floating-point type that holds the parameter `name` as it is stored."""
+
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -253,8 +253,7 @@ def test_ctrl_d_at_the_prompt_leaves_with_a_line_of_its_own_for_the_shell(
     [
         (("chat", "--no_such_flag"), "No such option"),
         (("serve", "--shards", "0"), "0 is not in the range"),
-        (("serve", "--ckpt_dir", "."), "has no tokenizer"),
-        (("serve", "--tokenizer_path", "."), "needs --ckpt_dir"),
+        (("chat", "--ckpt_dir", "."), "--ckpt_dir needs --serve"),
     ],
 )
 def test_wrong_usage_has_its_own_status(

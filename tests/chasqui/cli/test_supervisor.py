@@ -327,6 +327,6 @@ def test_chat_starts_services_where_nothing_answers(run: Run) -> None:
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert done.stderr == "starting the services on the demonstration checkpoint …\n"
+    assert done.stderr == "starting the services with chasqui-demo …\n"
     with Client(target) as client, pytest.raises(UnreachableError):
         client.get_model()

@@ -14,8 +14,13 @@ from pathlib import Path
 import torch
 
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
+from model_service.model.errors import CheckpointError
 from model_service.model.pinned_transfer import WeightUpload
-from model_service.model.weights.files.meta_checks import check_copies, check_tensors
+from model_service.model.weights.files.meta_checks import (
+    ONE_CHECKPOINT,
+    check_copies,
+    check_tensors,
+)
 from model_service.model.weights.files.meta_files import (
     check_archive,
     open_tensors,
@@ -23,7 +28,13 @@ from model_service.model.weights.files.meta_files import (
 )
 from model_service.model.weights.files.meta_params import read_params
 from model_service.model.weights.finite import check_finite, extremes
-from model_service.model.weights.partition import is_linear, shard_parameters, split_dimension
+from model_service.model.weights.partition import (
+    EMBEDDING,
+    is_linear,
+    shard_parameters,
+    split_dimension,
+    splits_vocabulary,
+)
 from model_service.model.weights.quantization import FORMATS, QuantizedWeight
 
 StoredWeight = torch.Tensor | QuantizedWeight
@@ -45,6 +56,11 @@ class Checkpoint:
     def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
         """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
         return shard_parameters(self.config, shards, linear=linear)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type of the parameter `name` in the files; float32 if it is quantized."""
+        stored = self.files[0][name]
+        return stored.dtype if isinstance(stored, torch.Tensor) else torch.float32
 
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
@@ -75,6 +91,9 @@ class Checkpoint:
         self, name: str, dimension: int, start: int, weight: torch.Tensor, upload: WeightUpload
     ) -> None:
         """Fills `weight` with a parameter's elements from `start` on along `dimension`."""
+        if name == EMBEDDING and self._splits_vocabulary:
+            self._read_rows(start, weight, upload)
+            return
         end = start + weight.shape[dimension]
         offset = 0
         for file in self.files:
@@ -89,6 +108,20 @@ class Checkpoint:
                     moved = part.moved(upload.moved)
                     target.copy_(moved.narrow(dimension, low - offset, high - low))
             offset += size
+
+    @property
+    def _splits_vocabulary(self) -> bool:
+        return splits_vocabulary(
+            tuple(self.files[0][EMBEDDING].shape), self.config, len(self.files)
+        )
+
+    def _read_rows(self, start: int, weight: torch.Tensor, upload: WeightUpload) -> None:
+        """Fills `weight` with the embedding's columns from `start` on; each file has some rows."""
+        offset = 0
+        for file in self.files:
+            part = file[EMBEDDING].narrow(1, start, weight.shape[1])
+            upload.copy(part, weight.narrow(0, offset, len(part)))
+            offset += len(part)
 
     def fingerprint(self) -> str:
         """SHA-256 of the shape and of each tensor's checksum, hexadecimal.
@@ -130,6 +163,9 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
         config = replace(config, vocab_size=len(embedding))
     for path, tensors in zip(paths, files, strict=True):
         check_tensors(path, tensors, config, len(files))
+        if tensors[EMBEDDING].shape != files[0][EMBEDDING].shape:
+            problem = f"splits {EMBEDDING} otherwise than {paths[0].name}"
+            raise CheckpointError(path, problem, ONE_CHECKPOINT)
     check_copies(paths, files, config)
     return Checkpoint(folder, config, tuple(_stored_weights(file, config) for file in files))
 

@@ -12,7 +12,13 @@ import torch
 from model_service.model.config import ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.finite import check_finite, extremes
-from model_service.model.weights.partition import is_linear, part_shape, split_dimension
+from model_service.model.weights.partition import (
+    EMBEDDING,
+    is_linear,
+    part_shape,
+    split_dimension,
+    splits_vocabulary,
+)
 from model_service.model.weights.quantization import FP8, GROUP_SIZE
 
 # Computed from the shape of the network. Meta's files hold it, some conversions do not.
@@ -28,7 +34,10 @@ _log = logging.getLogger(__name__)
 def check_tensors(
     path: Path, tensors: dict[str, torch.Tensor], config: ModelConfig, files: int
 ) -> None:
-    """Raises CheckpointError unless `tensors` is one of `files` equal parts of the network."""
+    """Raises CheckpointError unless `tensors` is one of `files` equal parts of the network.
+
+    The embedding may be split as in Llama 2 or as in Llama 3.
+    """
     _check_names(path, tensors, config)
     if uneven := _uneven(config, files):
         raise CheckpointError(path.parent, f"{files} files do not divide {uneven}", ONE_CHECKPOINT)
@@ -43,6 +52,9 @@ def check_tensors(
         raise CheckpointError(
             path, f"also holds {_some(unexpected)}", "use the params.json that came with this file"
         )
+    embedding = tuple(tensors[EMBEDDING].shape)
+    if splits_vocabulary(embedding, config, files):
+        expected[EMBEDDING] = (embedding, FLOAT_TYPES)
     for name, (shape, dtypes) in expected.items():
         tensor = tensors[name]
         if tensor.dtype not in dtypes:

@@ -4,6 +4,7 @@ import dataclasses
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from model_service.model.config import (
     LLAMA_3_SCALING,
@@ -20,6 +21,7 @@ _LLAMA_2_CONTEXT, _LLAMA_3_CONTEXT, _SCALED_CONTEXT = 4096, 8192, 131072
 # The file of Llama 3 says `use_scaled_rope`; converted checkpoints say which scaling.
 _SCALING_PARAMS = {"rope_scaling", "use_scaled_rope"}
 _PARAMS = {field.name for field in dataclasses.fields(ModelConfig)} | {"use_scaled_rope"}
+_ALWAYS = {"dim", "n_layers", "n_heads"}
 _PARAMS -= {"tied_embeddings"}  # Meta's files hold the output matrix in any case
 
 
@@ -33,6 +35,29 @@ def read_params(path: Path) -> ModelConfig:
         path, if_missing="name the folder that holds params.json and consolidated.*.pth"
     )
     return _validated(path, params)
+
+
+def params_of(config: ModelConfig) -> dict[str, Any]:
+    """The content of a params.json for `config`: in Meta's own terms as far as these suffice."""
+    defaults = ModelConfig(config.dim, config.n_layers, config.n_heads)
+    params: dict[str, Any] = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(ModelConfig)
+        if field.name in _ALWAYS or getattr(config, field.name) != getattr(defaults, field.name)
+    }
+    derived = dataclasses.replace(config, head_dim=0, hidden_dim=0)
+    for name in ("head_dim", "hidden_dim"):
+        if getattr(config, name) == getattr(derived, name):
+            params.pop(name, None)
+    params.pop("tied_embeddings", None)
+    scaling = params.pop("rope_scaling", None)
+    if scaling == LLAMA_3_SCALING:
+        params["use_scaled_rope"] = True
+    elif scaling is not None:
+        params["rope_scaling"] = dataclasses.asdict(scaling)
+    if config.trained_context_length == _metas_context(params):
+        params.pop("trained_context_length", None)
+    return params
 
 
 def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:

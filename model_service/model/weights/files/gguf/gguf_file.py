@@ -51,6 +51,10 @@ class GgufFile:
         """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
         return shard_parameters(self.config, shards, linear=linear)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type of the parameter `name` in the file; float32 holds dequantized codes exactly."""
+        return self.tensors[name].dtype
+
     def read_shard(
         self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -65,11 +65,16 @@ class StoredTensor:
     type: Any
     data: NDArray[np.uint8]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers, or of dequantized ones."""
+        return _PLAIN.get(self.type, torch.float32)
+
     def plain(self) -> torch.Tensor | None:
         """The numbers, a view of the file; None if they are quantized."""
         if self.type not in _PLAIN:
             return None
-        return torch.from_numpy(self.data).view(_PLAIN[self.type]).view(self.shape)
+        return torch.from_numpy(self.data).view(self.dtype).view(self.shape)
 
     def copy_part(
         self,
@@ -103,7 +108,7 @@ class StoredTensor:
             _copy_in_this_thread(dequantized(begin), target[begin : begin + rows])
 
         begins = range(0, height, rows)
-        if target.is_cpu:
+        if upload.is_direct:
             deque(pool.ordered(fill, begins), maxlen=0)
             return
         for begin, values in zip(begins, pool.ordered(dequantized, begins), strict=True):
