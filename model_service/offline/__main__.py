@@ -72,6 +72,7 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("target", type=Path)
     parser.add_argument("--to", choices=["meta", "hf"], required=True)
     parser.add_argument("--files", type=int)
+    parser.add_argument("--file_bytes", type=int, default=5 * 10**9)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     parser.set_defaults(command=_convert)
 
@@ -82,7 +83,8 @@ def _convert(given: argparse.Namespace) -> int:
         convert,
     )
 
-    convert(given.source, given.target, ConversionOptions(given.to, given.files, given.dtype))
+    options = ConversionOptions(given.to, given.files, given.file_bytes, given.dtype)
+    convert(given.source, given.target, options)
     return 0
 
 

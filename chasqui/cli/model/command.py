@@ -15,7 +15,6 @@ import click
 from llama.model_files import ModelFileError, find_tokenizer
 
 _MODEL = click.Path(path_type=Path)
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.group()
@@ -66,21 +65,40 @@ def verify(path: Path) -> None:
 @click.option(
     "--files",
     type=click.IntRange(1),
-    help="Files to divide the weights among.  [default: as many as Meta's source has, else 1; in "
-    "Hugging Face's format, files of up to 5 GB]",
+    help="Files to divide the weights among, in Meta's format.  [default: as many as Meta's "
+    "source has, else 1]",
+)
+@click.option(
+    "--file_bytes",
+    type=click.IntRange(1),
+    help="Most bytes of a file, in Hugging Face's format.  [default: 5000000000]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Type of the new weights.  [default: that of the source's linear layers]",
+    help="Type of the new weights.  [default: the source's; float32 for quantized GGUF]",
 )
-def convert(source: Path, target: Path, *, form: str, files: int | None, dtype: str | None) -> None:
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    form: str,
+    files: int | None,
+    file_bytes: int | None,
+    dtype: str | None,
+) -> None:
     """Write the model at SOURCE to the folder TARGET in another format.
 
-    It never holds more than one file of the target in memory. Started again after an interruption,
-    it keeps the files that are finished. The new folder has checksums for `chasqui model verify`.
+    Memory holds one weight at a time; the disk needs room for the largest new file twice. Started
+    again after an interruption, it keeps the files that are finished. The new folder has checksums
+    for `chasqui model verify`.
     """
+    if files and form == "hf":
+        raise click.UsageError("--files is for Meta's format; use --file_bytes")
+    if file_bytes and form == "meta":
+        raise click.UsageError("--file_bytes is for Hugging Face's format; use --files")
     arguments = ["convert", str(source), str(target), "--to", form]
+    arguments += ["--file_bytes", str(file_bytes)] if file_bytes else []
     arguments += ["--files", str(files)] if files else []
     arguments += ["--dtype", dtype] if dtype else []
     _run_offline(*arguments)
@@ -90,9 +108,9 @@ def convert(source: Path, target: Path, *, form: str, files: int | None, dtype: 
 @model.command()
 @click.option(
     "--ckpt_dir",
-    type=_FOLDER,
+    type=click.Path(exists=True, path_type=Path),
     required=True,
-    help="Folder of a checkpoint in Meta's format.",
+    help="The model: a folder in Meta's or Hugging Face's format, or a GGUF file.",
 )
 @click.option(
     "--output_dir",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from model_service.offline.checksums import file_digest, read_list, write_list
 from serving.errors import StartError
 
@@ -67,8 +69,8 @@ class UnfinishedFolder:
         return file_digest(path, self._algorithm, lambda _read: None) == self._digests[name]
 
     @property
-    def partial(self) -> Path:
-        """A folder for files that are being written."""
+    def staging(self) -> Path:
+        """A folder for what is being written."""
         return self._folder / _PARTIAL
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
@@ -77,7 +79,7 @@ class UnfinishedFolder:
         Raises:
             StartError: the disk does not take it.
         """
-        part = self.partial / name
+        part = self.staging / name
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             write(part)
@@ -89,9 +91,10 @@ class UnfinishedFolder:
             part.replace(self._folder / name)
             self._digests[name] = digest
             write_list(self._list, self._digests)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises the second
+            reason = getattr(error, "strerror", None) or error
             raise StartError(
-                f"{self._folder / name} cannot be written: {error.strerror or error}. To fix: make "
+                f"{self._folder / name} cannot be written: {reason}. To fix: make "
                 "room or change the permissions, then start the same command again; it keeps the "
                 "files that are finished"
             ) from error
@@ -107,5 +110,5 @@ class UnfinishedFolder:
 
     def finish(self) -> None:
         """Removes what only an unfinished conversion needs."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.rmtree(self.staging, ignore_errors=True)
         (self._folder / _STATE).unlink()

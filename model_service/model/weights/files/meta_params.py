@@ -75,7 +75,7 @@ def _validated(path: Path, params: Mapping[str, object]) -> ModelConfig:
             raise CheckpointError(
                 path, f"{name} is {reprlib.repr(value)}, not {rule}", "correct it"
             )
-    plain.setdefault("trained_context_length", metas_context(params))
+    plain.setdefault("trained_context_length", _metas_context(params))
     config = ModelConfig(rope_scaling=scaling, **plain)  # type: ignore[arg-type]  # checked above
     if ("head_dim" not in params and config.dim % config.n_heads) or config.uneven_heads():
         raise CheckpointError(
@@ -103,7 +103,7 @@ def _scaling(path: Path, params: Mapping[str, object]) -> RopeScaling | None:
         raise CheckpointError(path, f"rope_scaling {error}", "correct it") from None
 
 
-def metas_context(params: Mapping[str, object]) -> int:
+def _metas_context(params: Mapping[str, object]) -> int:
     if params.get("use_scaled_rope"):
         return _SCALED_CONTEXT
     return (

@@ -28,7 +28,7 @@ def meta_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hf_model(meta_model: Path) -> Path:
     """The same model in Hugging Face's format: an index and two files."""
     folder = meta_model.with_name("hf")
-    convert(meta_model, folder, ConversionOptions("hf", files=2))
+    convert(meta_model, folder, ConversionOptions("hf", file_bytes=600_000))
     (folder / "SHA256SUMS").unlink()
     return folder
 

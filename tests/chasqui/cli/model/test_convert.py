@@ -5,25 +5,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from model_service.model.config import LLAMA_3_SCALING, ModelConfig, RopeScaling
 from model_service.model.errors import CheckpointError
-from model_service.model.weights.files.hugging_face_config import read_config
-from model_service.model.weights.files.meta_params import read_params
 from model_service.model.weights.open_weights import open_weights
 from model_service.offline.conversion.convert import ConversionOptions, convert
-from model_service.offline.conversion.hugging_face_format import (
-    hugging_face_config,
-    plan_files,
-)
-from model_service.offline.conversion.meta_format import meta_params
 from model_service.offline.quantize import quantize_checkpoint
 from model_service.offline.verification import verify
 from serving.errors import StartError
@@ -51,8 +40,8 @@ def test_there_and_back_gives_the_same_bytes(checkpoint: str, tmp_path: Path) ->
 
     first, last = contents(tmp_path / "meta"), contents(tmp_path / "back")
     assert all(first[name] == last[name] for name in first if name.endswith(".pth"))
-    configs = [read_params(folder / "params.json") for folder in (source, tmp_path / "back")]
-    assert shape(configs[0]) == replace(shape(configs[1]), vocab_size=configs[0].vocab_size)
+    shapes = [open_weights(each).config.parameter_shapes() for each in (source, tmp_path / "back")]
+    assert shapes[0] == shapes[1]
     original = [torch.load(file) for file in sorted(source.glob("*.pth"))]
     back = [torch.load(file) for file in sorted((tmp_path / "back").glob("*.pth"))]
     for one, other in zip(original, back, strict=True):
@@ -65,7 +54,9 @@ def test_the_command_writes_a_whole_model_with_its_tokenizer(
     meta_model: Path, tmp_path: Path, run: Run
 ) -> None:
     target = tmp_path / "hf"
-    done = run("model", "convert", str(meta_model), str(target), "--to", "hf", "--files", "3")
+    done = run(
+        "model", "convert", str(meta_model), str(target), "--to", "hf", "--file_bytes", "400000"
+    )
     assert done.returncode == 0, done.stderr
     assert len([*target.glob("model-0000?-of-00003.safetensors")]) == 3
     assert (target / "tokenizer.model").read_bytes() == (
@@ -82,7 +73,8 @@ def test_an_interrupted_conversion_goes_on(
     form: str, meta_model: Path, tmp_path: Path, run: Run
 ) -> None:
     source = Path(shutil.copytree(meta_model, tmp_path / "source"))
-    arguments = ["model", "convert", str(source), "--to", form, "--files", "4"]
+    division = ["--files", "4"] if form == "meta" else ["--file_bytes", "300000"]
+    arguments = ["model", "convert", str(source), "--to", form, *division]
     assert run(*arguments, str(tmp_path / "at once")).returncode == 0
     target = tmp_path / "target"
     with broken_last_weight(source / "consolidated.01.pth"):
@@ -134,7 +126,7 @@ def test_another_conversion_is_not_mixed_in(meta_model: Path, tmp_path: Path) ->
     with broken_last_weight(source / "consolidated.01.pth"), pytest.raises(CheckpointError):
         convert(source, target, ConversionOptions("meta", 4))
     with pytest.raises(StartError, match="unfinished conversion of another model"):
-        convert(source, target, ConversionOptions("meta", 4, "float16"))
+        convert(source, target, ConversionOptions("meta", 4, dtype="float16"))
     with pytest.raises(StartError, match="is not an empty folder"):
         convert(source, source, ConversionOptions("hf"))
 
@@ -159,60 +151,3 @@ def test_a_quantized_model_is_refused(meta_model: Path, tmp_path: Path) -> None:
     quantize_checkpoint(meta_model, tmp_path / "int8", "int8")
     with pytest.raises(CheckpointError, match="is quantized to int8"):
         convert(tmp_path / "int8", tmp_path / "hf", ConversionOptions("hf"))
-
-
-configs = st.builds(
-    ModelConfig,
-    dim=st.integers(1, 16).map(lambda n: 64 * n),
-    n_layers=st.just(2),
-    n_heads=st.just(8),
-    n_kv_heads=st.sampled_from([None, 2, 8]),
-    vocab_size=st.integers(8, 128_256),
-    norm_eps=st.sampled_from([1e-5, 1e-6]),
-    rope_theta=st.sampled_from([1e4, 5e5]),
-    rope_scaling=st.sampled_from([None, LLAMA_3_SCALING, RopeScaling("linear", 4.0)]),
-    head_dim=st.sampled_from([0, 64]),
-    hidden_dim=st.integers(1, 4096),
-    trained_context_length=st.sampled_from([4096, 8192, 131_072]),
-)
-
-
-def shape(config: ModelConfig) -> ModelConfig:
-    """The configuration without the two ways to state the same."""
-    kv_heads = config.kv_heads
-    return replace(config, multiple_of=1, ffn_dim_multiplier=None, n_kv_heads=kv_heads)
-
-
-@given(config=configs)
-def test_params_json_describes_any_shape(
-    config: ModelConfig, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "params.json"
-    path.write_text(json.dumps(meta_params(config)))
-    assert shape(read_params(path)) == shape(config)
-
-
-@given(config=configs, tied=st.booleans())
-def test_config_json_describes_any_shape(
-    config: ModelConfig, tied: bool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "config.json"
-    config = replace(config, tied_embeddings=tied)
-    path.write_text(json.dumps(hugging_face_config(config, "float16")))
-    assert shape(read_config(path)) == shape(config)
-
-
-def test_params_json_of_llama_2_is_metas_own() -> None:
-    params = meta_params(
-        ModelConfig(vocab_size=32000, hidden_dim=11008, trained_context_length=4096)
-    )
-    assert set(params) <= {"dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps"}
-    assert params["multiple_of"] == 256
-
-
-@given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=20), files=st.integers(1, 20))
-def test_a_plan_holds_each_parameter_once_in_order(sizes: list[int], files: int) -> None:
-    shapes = {f"layers.{i}.attention.wq.weight": (size,) for i, size in enumerate(sizes)}
-    plans = plan_files(shapes, dict.fromkeys(shapes, 2), files)
-    assert [name for plan in plans for name in plan.parameters] == list(shapes)
-    assert len(plans) <= files
