@@ -7,9 +7,9 @@ import torch
 
 from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu import computes_in_bfloat16
+from model_service.model.weight_sizes import weight_bytes
 from model_service.model.weights.quantization import FP8, GROUP_SIZE
 from model_service.model.weights.source import WeightSource
-from model_service.model.weights.weight_sizes import weight_bytes
 from serving.errors import StartError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -5,7 +5,7 @@ import torch
 
 from model_service.loading.precision import Precision, choose_precision, cuda_dtype
 from model_service.model.config import ModelConfig
-from model_service.model.weights.weight_sizes import weight_bytes
+from model_service.model.weight_sizes import weight_bytes
 from serving.errors import StartError
 
 H200, A100, T4 = (9, 0), (8, 0), (7, 5)

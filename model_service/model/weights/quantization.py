@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 from model_service.model.config import Quantization
-from model_service.model.weights.weight_sizes import GROUP_SIZE as GROUP_SIZE  # noqa: PLC0414
+from model_service.model.weight_sizes import GROUP_SIZE as GROUP_SIZE  # noqa: PLC0414
 
 FP8 = torch.float8_e4m3fn
 _INT4_MAX = 15

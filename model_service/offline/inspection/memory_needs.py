@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from model_service.loading.host_memory import WORKING_MEMORY, free_host_memory
 from model_service.model.config import ModelConfig, Quantization
+from model_service.model.weight_sizes import weight_bytes
 from model_service.model.weights.partition import shard_parameters
-from model_service.model.weights.weight_sizes import weight_bytes
 
 _SMI = ("nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits")
 _SMI_SECONDS = 10.0

@@ -13,7 +13,7 @@ from tests.command import Run
 
 
 def wrong(path: Path) -> dict[str, str]:
-    """What is wrong, by the names of files."""
+    """The complaints, by the names of files."""
     found: list[FileCheck] = [*verify(path, lambda _read: None)]
     return {check.path.name: check.text for check in found if not check.whole}
 
