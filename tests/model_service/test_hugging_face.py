@@ -11,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model_service.loading import distributed
+from model_service.loading.precision import Precision
 from model_service.model.config import RopeScaling
+from model_service.model.load_network import load_network
 from model_service.model.weights.files.hugging_face import open_hugging_face
 from model_service.model.weights.open_weights import open_weights
+from model_service.model.weights.packing import plain
 from tests.model_service.hugging_face_models import LLAMA_3, VARIANTS, Variant, greedy, save_model
 
 CPU = torch.device("cpu")
@@ -69,6 +73,24 @@ def test_a_tied_matrix_is_one_parameter_and_takes_memory_as_two(models: dict[str
     assert plain.shard_parameters(2) == tied.shard_parameters(2)
     weights = dict(tied.read_shard(0, 1, torch.float32, CPU))
     assert torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
+
+
+def test_a_tied_matrix_that_kernels_read_as_it_is_is_held_once(models: dict[str, Any]) -> None:
+    tied, plain_source = (open_weights(folder_of(models, name)) for name in ("tied", "gqa"))
+    for shards, saved in ((1, 128 * 128), (2, 0)):
+        sizes = [
+            Precision("cuda", torch.float16, "none", torch.float16).shard_bytes(source, shards)
+            for source in (plain_source, tied)
+        ]
+        assert sizes[0] - sizes[1] == 2 * saved
+    distributed.initialize("cpu")
+    for source, shared in ((tied, True), (plain_source, False)):
+        weights = source.read_shard(0, 1, torch.float32, CPU)
+        network = load_network(
+            source.config, 64, weights, pack=plain, dtype=torch.float32, device=CPU
+        )
+        own = [network.get_submodule(name).weight for name in ("output", "tok_embeddings")]
+        assert (own[0] is own[1]) is shared
 
 
 def test_old_places_of_rotary_settings_mean_the_same(

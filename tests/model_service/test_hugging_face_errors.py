@@ -1,15 +1,20 @@
 """Folders that cannot be served name the file, the problem and the fix."""
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from model_service.model.errors import CheckpointError
+from model_service.model.operations import rotary_frequencies
 from model_service.model.weights.open_weights import open_weights
 from tests.model_service.hugging_face_models import Variant, save_model
 
@@ -106,6 +111,43 @@ def test_unsupported_settings_are_named(one: Path, changes: dict[str, Any], prob
     assert told.startswith("~/config.json: ")
     assert problem in told
     assert ". To fix: " in told
+
+
+SETTINGS = [
+    "architectures", "attention_bias", "head_dim", "hidden_act", "hidden_size",
+    "intermediate_size", "max_position_embeddings", "mlp_bias", "model_type",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "partial_rotary_factor",
+    "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "sliding_window", "tie_word_embeddings", "vocab_size",
+]  # fmt: skip
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.sampled_from([10**400, -1, 0, 2**20, 1e-300, 64, 128, "linear", [], {}, [[]], "Llama"]),
+    st.text(max_size=3),
+)
+OBJECTS = st.dictionaries(
+    st.sampled_from(["rope_type", "type", "rope_theta", "factor", "low_freq_factor"]),
+    VALUES | st.sampled_from(["llama3", "linear", "default", 2.0]),
+)
+
+
+@given(name=st.sampled_from(SETTINGS), value=VALUES | OBJECTS)
+def test_any_setting_is_served_as_it_is_or_refused(
+    saved: dict[str, Path], name: str, value: object
+) -> None:
+    source = saved["one"]
+    settings = json.loads((source / "config.json").read_text()) | {name: value}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.safetensors").symlink_to(source / "model.safetensors")
+        (Path(folder) / "config.json").write_text(json.dumps(settings))
+        with contextlib.suppress(CheckpointError):
+            served = open_weights(Path(folder)).config
+            assert served.parameter_shapes() == open_weights(source).config.parameter_shapes()
+            rotary = rotary_frequencies(served.head_dim, 4, served.rope_theta, served.rope_scaling)
+            assert torch.view_as_real(rotary).isfinite().all()
 
 
 def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

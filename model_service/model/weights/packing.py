@@ -3,7 +3,7 @@
 import torch
 
 from model_service.model import cpu
-from model_service.model.config import Quantization
+from model_service.model.config import ModelConfig, Quantization
 from model_service.model.weights import matrices
 from model_service.model.weights.matrices import Pack
 
@@ -25,6 +25,19 @@ def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device
 
 def plain(weight: torch.Tensor) -> torch.Tensor:
     return weight
+
+
+def shares_tied_output(
+    config: ModelConfig, shards: int, quantization: Quantization, dtype: torch.dtype, device: str
+) -> bool:
+    """Whether a tied output matrix is the embedding's tensor, in memory once.
+
+    Several ranks cut the two matrices along different dimensions, and packed kernels read the
+    output matrix in an order of their own.
+    """
+    if not config.tied_embeddings or shards > 1 or quantization != "none":
+        return False
+    return packing(quantization, dtype, torch.device(device)) is plain
 
 
 _ON_CPU: dict[Quantization, Pack] = {

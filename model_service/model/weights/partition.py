@@ -1,7 +1,7 @@
 """The cut of the network's parameters into the equal parts of Meta's files.
 
-Llama 2 splits `tok_embeddings` on dimension 1 (fairscale's ParallelEmbedding), as ranks do here,
-whereas Llama 3 splits it on dimension 0 (VocabParallelEmbedding).
+Llama 2 splits `tok_embeddings` on dimension 1 (fairscale's ParallelEmbedding), and so do the ranks
+here. The files of Llama 3 split it on dimension 0 (VocabParallelEmbedding).
 """
 
 import math

@@ -68,7 +68,10 @@ def needs(config: ModelConfig, device: Device, context: int) -> list[Need]:
     others = shard_parameters(config, 1, linear=False)
     found = []
     for precision, quantization, itemsize in _FORMS[device.kind]:
-        weights = round(linear * weight_bytes(quantization, itemsize, device.kind))
+        # A tied output matrix is in memory once where kernels read it as it is.
+        shared = config.tied_embeddings and quantization == "none" and device.kind == "cuda"
+        own = linear - config.vocab_size * config.dim if shared else linear
+        weights = round(own * weight_bytes(quantization, itemsize, device.kind))
         weights += others * itemsize
         cache = cache_bytes(config, itemsize) * context
         fits = weights + cache + WORKING_MEMORY <= device.free
