@@ -23,7 +23,7 @@ class Finding:
 
     def __str__(self) -> str:
         remedy = f". To fix: {self.fix}" if self.fix else ""
-        return f"{self.verdict:5}  {self.subject:10}  {self.text}{remedy}"
+        return f"{self.verdict:5}  {self.subject:11}  {self.text}{remedy}"
 
 
 def fine(subject: str, text: str) -> Finding:

@@ -86,7 +86,7 @@ def test_it_runs_where_no_extra_is_installed(tmp_path: Path, free_port: int) -> 
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert "[model]     not installed:" in done.stdout
+    assert "[model]      not installed:" in done.stdout
     assert "torch" in done.stdout
     assert "kernels are unknown without PyTorch" in done.stdout
     assert f"{free_port} is free" in done.stdout
