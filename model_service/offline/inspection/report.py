@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.model_files import ModelFileError, chat_template, find_tokenizer
+from llama.model_files import ModelFileError, chat_template, embedding_fits, find_tokenizer
 from llama.prompt_format.recognition import PromptFormatError, recognised
 from model_service.loading.host_memory import WORKING_MEMORY, readable_size
 from model_service.model.config import ModelConfig
 from model_service.offline.inspection.memory_needs import Device, Need, devices, needs
 from model_service.offline.inspection.vocabulary_size import vocabulary_size
-from model_service.offline.stored_model import META, StoredModel, read_stored_model
+from model_service.offline.stored_model import StoredModel, read_stored_model
 
 DEFAULT_CONTEXT = 512  # of --max_seq_len
 
@@ -82,10 +82,9 @@ def _tokenizer(
     except PromptFormatError as error:
         problems.append(f"{found.path}: {error}")
     size = model.config.vocab_size
-    # Hugging Face's and GGUF files may have more rows than tokens, because their number is padded.
-    if tokens > size or (model.form == META and tokens != size):
+    if not embedding_fits(size, tokens):
         problems.append(
-            f"{found.path}: has {tokens:,} tokens, and the model's vocabulary is {size:,}. To fix: "
+            f"{found.path}: has {tokens:,} tokens, and the model's embedding has {size:,} rows. To fix: "
             "name the tokenizer that came with this model (--tokenizer_path)."
         )
     report = TokenizerReport(found.path, found.form.value, tokens, prompt_format)
