@@ -16,8 +16,9 @@ import click
 from click.core import ParameterSource
 
 from chasqui.cli.chat import Conversation, print_choices, printed, refused_tags
+from chasqui.cli.doctor.command import doctor
 from chasqui.cli.keys import keys
-from chasqui.cli.model import model
+from chasqui.cli.model.command import model
 from chasqui.cli.serve.command import serve, summary
 from chasqui.cli.serve.deployment import Deployment, deployment_of
 from chasqui.cli.serve.supervisor import in_background
@@ -173,6 +174,7 @@ def complete(
 main.add_command(serve)
 main.add_command(bench)
 main.add_command(status)
+main.add_command(doctor)
 
 
 def _answers(target: str, access: Access) -> bool:

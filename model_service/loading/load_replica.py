@@ -10,10 +10,12 @@ import torch.distributed as dist
 from model_service.engine.step.plan_channel import LEADER, PlanChannel
 from model_service.engine.step.runner import ModelRunner
 from model_service.loading import distributed
+from model_service.loading.host_memory import readable_size
 from model_service.loading.layout import Layout
-from model_service.loading.memory import MemoryPlan, readable_size
+from model_service.loading.memory import MemoryPlan
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Precision, choose_device, choose_precision
+from model_service.loading.progress import reported
 from model_service.loading.replica import ModelInfo, Replica
 from model_service.loading.step_memory import memory_for_steps, step_memory
 from model_service.loading.warm_up import warm_up
@@ -73,10 +75,11 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
 
+    read = source.read_shard(rank, shards, precision.read_dtype, device)
     network = load_network(
         config,
         limits.context_length,
-        source.read_shard(rank, shards, precision.read_dtype, device),
+        reported(read, source.shard_parameters(shards)) if rank == LEADER else read,
         pack=packing(precision.quantization, precision.dtype, device),
         dtype=precision.dtype,
         device=device,

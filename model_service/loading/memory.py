@@ -4,17 +4,14 @@ On CUDA, `step_memory.py` replaces the estimate for a step by a measurement.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
+from model_service.loading.host_memory import GIB, free_host_memory, readable_size
+from model_service.loading.host_memory import WORKING_MEMORY as WORKING_MEMORY  # noqa: PLC0414
 from serving.errors import StartError
 from serving.numbers import format_apart
 
-GIB = 2**30
-# Activations, buffers and the interpreter, beside weights and cache.
-WORKING_MEMORY = GIB // 4
 # The share of the memory left by the weights that a cache of no given size may take. A CPU's memory
 # is shared with everything else on the machine.
 CACHE_SHARE = {"cuda": 0.9, "cpu": 0.5}
@@ -85,23 +82,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process may still allocate on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(psutil.virtual_memory().available, _free_in_cgroup())
-
-
-def _free_in_cgroup(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """The free part of the container's memory limit (cgroup v2); psutil sees the whole machine."""
-    try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        statistics = dict(
-            line.split() for line in (folder / "memory.stat").read_text().splitlines()
-        )
-    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        return psutil.virtual_memory().total
-    # Cached file pages count as used, and are given up when memory is wanted.
-    return limit - used + int(statistics.get("inactive_file", 0))
-
-
-def readable_size(size: int) -> str:
-    """A number of bytes for people."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+    return free_host_memory()

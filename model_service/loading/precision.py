@@ -7,7 +7,8 @@ import torch
 
 from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu import computes_in_bfloat16
-from model_service.model.weights.packing import shares_tied_output, weight_bytes
+from model_service.model.weight_sizes import weight_bytes
+from model_service.model.weights.packing import shares_tied_output
 from model_service.model.weights.quantization import FP8, GROUP_SIZE
 from model_service.model.weights.source import WeightSource
 from serving.errors import StartError
@@ -87,7 +88,7 @@ class Precision:
         config, kind = source.config, self.device_type
         if shares_tied_output(config, shards, self.quantization, self.dtype, kind):
             linear -= config.vocab_size * config.dim
-        of_linear = weight_bytes(self.quantization, self.dtype, self.device_type)
+        of_linear = weight_bytes(self.quantization, self.dtype.itemsize, self.device_type)
         return round(linear * of_linear + others * self.dtype.itemsize)
 
     def check(self, config: ModelConfig, shards: int) -> None:

@@ -18,7 +18,7 @@ from model_service.model.config import ModelConfig, RopeScaling
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 from model_service.model.weights.files.meta_params import read_params
-from model_service.quantize import quantize_checkpoint
+from model_service.offline.quantize import quantize_checkpoint
 from serving.errors import StartError
 
 CPU = torch.device("cpu")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 from model_service.model.weights.files.meta_params import params_of, read_params
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.source import WeightSource
-from model_service.quantize import quantize_checkpoint
+from model_service.offline.quantize import quantize_checkpoint
 from serving.errors import StartError
 from tests.model_service.hugging_face_models import VARIANTS, greedy, save_model
 
@@ -161,23 +159,6 @@ def test_folders_in_use_are_left_alone(golden: Path, tmp_path: Path, write: Writ
     with pytest.raises(StartError, match="is not an empty folder: name a new one"):
         write(open_weights(golden / "checkpoints" / "mha-mp1"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "model_service.model.weights.conversion"]
-    command += map(str, arguments)
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
-
-
-def test_the_command_converts_and_says_why_not(golden: Path, tmp_path: Path) -> None:
-    source = golden / "checkpoints" / "gqa-mp2"
-    arguments = ("--ckpt_dir", source, "--output_dir", tmp_path / "new", "--to", "hugging-face")
-    done = convert(*arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert_equal(open_hugging_face(tmp_path / "new"), open_checkpoint(source))
-    done = convert(*arguments)
-    assert done.returncode == 1
-    assert done.stderr == f"{tmp_path / 'new'} is not an empty folder: name a new one\n"
 
 
 CONFIGS = st.builds(

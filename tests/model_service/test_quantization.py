@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 from model_service.model.weights.quantization import FORMATS, GROUP_SIZE
-from model_service.quantize import quantize_checkpoint
+from model_service.offline.quantize import quantize_checkpoint
 from serving.errors import StartError
 
 # Largest error of a weight, in units of the largest weight of what shares its scale.

@@ -13,6 +13,7 @@ import click
 import grpc
 
 from chasqui.cli.serve.deployment import deployment_of
+from chasqui.cli.serve.loading_bars import LoadingBars, on_terminal
 from chasqui.cli.serve.service_log import as_json, is_below, own_line, readable
 from chasqui.cli.serve.service_process import Log
 from chasqui.cli.serve.supervisor import Supervisor
@@ -219,12 +220,22 @@ def _log_to(path: Path | None, log_format: str, level: str) -> Iterator[Log]:
     with contextlib.ExitStack() as stack:
         stream = sys.stderr if path is None else stack.enter_context(_opened(path))
         # sys.stderr is None if it was closed.
-        on_terminal = stream is not None and stream.isatty()
-        text = log_format == "text" or (log_format == "auto" and on_terminal)
+        text = log_format == "text" or (
+            log_format == "auto" and stream is not None and stream.isatty()
+        )
+        bars = LoadingBars() if on_terminal() else None
+        if bars is not None:
+            stack.callback(bars.close)
 
         def log(name: str, line: str) -> None:
-            if not is_below(level, line):
-                shown = f"{name} | {readable(line)}" if text else as_json(name, line)
+            if bars is not None and bars.on_line(name, line) and stream is sys.stderr:
+                return
+            if is_below(level, line):
+                return
+            shown = f"{name} | {readable(line)}" if text else as_json(name, line)
+            if bars is not None and stream is sys.stderr:
+                bars.echo(shown)
+            else:
                 click.echo(shown, file=stream, err=True)
 
         yield log

@@ -26,6 +26,11 @@ def readable(line: str) -> str:
     return " ".join((str(record["event"]), *values))
 
 
+def event(line: str) -> str:
+    """The event of a log line; empty for a line that is not JSON."""
+    return str(_record(line).get("event", ""))
+
+
 def own_line(level: str, event: str, **values: object) -> str:
     """A log line of `chasqui serve` itself."""
     timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")

@@ -1,4 +1,4 @@
-"""The choice of the form of linear layers' weights on a device, and its size in memory."""
+"""The choice of the form of linear layers' weights on a device."""
 
 import torch
 
@@ -6,7 +6,6 @@ from model_service.model import cpu
 from model_service.model.config import ModelConfig, Quantization
 from model_service.model.weights import matrices
 from model_service.model.weights.matrices import Pack
-from model_service.model.weights.quantization import GROUP_SIZE
 
 
 def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Pack:
@@ -39,15 +38,6 @@ def shares_tied_output(
     if not config.tied_embeddings or shards > 1 or quantization != "none":
         return False
     return packing(quantization, dtype, torch.device(device)) is plain
-
-
-def weight_bytes(quantization: Quantization, dtype: torch.dtype, device_type: str) -> float:
-    """Bytes per weight of a linear layer, including its share of the groups' scales."""
-    if quantization == "none":
-        return dtype.itemsize
-    if device_type == "cuda":
-        return {"int8": 1.0, "int4": 0.5 + 4 / GROUP_SIZE, "fp8": 1.0}[quantization]
-    return {"int8": 1.0, "int4": 1.0, "fp8": 4.0}[quantization]
 
 
 _ON_CPU: dict[Quantization, Pack] = {

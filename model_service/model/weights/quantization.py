@@ -11,8 +11,8 @@ from typing import Self
 import torch
 
 from model_service.model.config import Quantization
+from model_service.model.weight_sizes import GROUP_SIZE as GROUP_SIZE  # noqa: PLC0414
 
-GROUP_SIZE = 32  # neighbours in a row whose 4-bit codes share one scale
 FP8 = torch.float8_e4m3fn
 _INT4_MAX = 15
 _FP8_MAX = torch.finfo(FP8).max  # 448

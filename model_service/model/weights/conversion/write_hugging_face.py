@@ -1,9 +1,11 @@
 """Writes a Hugging Face folder: `config.json` and safetensors files."""
 
+import collections
 import itertools
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from model_service.model.config import ModelConfig
-from model_service.model.weights.conversion.target import new_folder
+from model_service.model.weights.conversion.mapped_tensors import mapped_tensors
+from model_service.model.weights.conversion.target import Target, new_folder
 from model_service.model.weights.files.hugging_face import stored_as
 from model_service.model.weights.files.safetensors_files import INDEX, SINGLE
 from model_service.model.weights.source import WeightSource
@@ -29,25 +32,41 @@ def write_hugging_face(source: WeightSource, folder: Path, *, file_bytes: int = 
     Args:
         source: of the weights.
         folder: new or empty.
-        file_bytes: most bytes of a file, unless one tensor is larger; a file is in memory while it
-            is written.
+        file_bytes: most bytes of a file, unless one tensor is larger. A file is collected in
+            mapped temporary files, so memory holds one tensor, and the disk needs room for the file
+            twice.
 
     Raises:
         StartError: the weights are not finite, or the folder is in use or cannot be written.
     """
-    with new_folder(folder):
-        files = _files(source, file_bytes)
-        weights = _weights(source)
-        for file, names in files.items():
-            content = dict(itertools.islice(weights, len(names)))
-            save_file(content, folder / file, metadata={"format": "pt"})
-            del content
-        # The source checks its weights after the last one.
-        if rest := list(weights):
-            raise AssertionError(f"{len(rest)} weights are in no file")
-        if len(files) > 1:
-            _write_json(folder / INDEX, _index(source, files))
-        _write_json(folder / "config.json", _settings(source))
+    with new_folder(folder) as target:
+        write_hugging_face_into(target, source, file_bytes=file_bytes)
+
+
+def write_hugging_face_into(
+    target: Target, source: WeightSource, *, file_bytes: int = FILE_BYTES
+) -> None:
+    """`write_hugging_face` into a folder that is open, and may hold finished files."""
+    files = _files(source, file_bytes)
+    weights = _weights(source)
+    for file, names in files.items():
+        own = itertools.islice(weights, len(names))
+        if target.is_finished(file):
+            # A source is read in its order, so the weights of finished files pass by.
+            collections.deque(own, maxlen=0)
+            continue
+        target.write(file, partial(_save, own, target.staging / "tensors"))
+    # The source checks its weights after the last one.
+    if rest := list(weights):
+        raise AssertionError(f"{len(rest)} weights are in no file")
+    if len(files) > 1:
+        _write_json(target, INDEX, _index(source, files))
+    _write_json(target, "config.json", _settings(source))
+
+
+def _save(tensors: Iterator[tuple[str, torch.Tensor]], staging: Path, path: Path) -> None:
+    with mapped_tensors(staging, tensors) as mapped:
+        save_file(dict(mapped), path, metadata={"format": "pt"})
 
 
 def _stored_names(config: ModelConfig) -> dict[str, str]:
@@ -145,5 +164,6 @@ def _settings(source: WeightSource) -> dict[str, Any]:
     return settings
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _write_json(target: Target, name: str, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    target.write(name, lambda path: path.write_text(text, encoding="utf-8"))

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from model_service.model.errors import FETCH_AGAIN as FETCH_AGAIN  # noqa: PLC0414
+from model_service.model.errors import READABLE as READABLE  # noqa: PLC0414
 from model_service.model.errors import CheckpointError
 
-FETCH_AGAIN = "copy or download it again"
-READABLE = "make it a file that this user may read"
 _CHECKSUM_THREADS = 16
 _READ_BYTES = 2**22
 _META_FORMAT = "name the folder that holds params.json and consolidated.*.pth"

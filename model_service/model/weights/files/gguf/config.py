@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from model_service.model.config import ModelConfig, RopeScaling, broken_rule
 from model_service.model.errors import CheckpointError
@@ -109,22 +109,24 @@ def read_config(
     return config
 
 
-def read_divisors(path: Path, divisors: torch.Tensor, config: ModelConfig) -> RopeScaling | None:
+def read_divisors(
+    path: Path, divisors: NDArray[np.float32], config: ModelConfig
+) -> RopeScaling | None:
     """The scaling that divides the rotary frequencies by these numbers [head_dim / 2].
 
     Raises:
         CheckpointError: it is not the scaling of Llama 3.
     """
-    numbers = divisors.double()
+    numbers = divisors.astype(np.float64)
     if bool((numbers == 1).all()):
         return None
     factor = float(f"{numbers.max().item():.6g}")
-    exponents = torch.arange(0, config.head_dim, 2).double() / config.head_dim
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     turns = _LLAMA_3["original_context_length"] / (2 * math.pi * config.rope_theta**exponents)
     low, high = _LLAMA_3["low_freq_factor"], _LLAMA_3["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / ((1 - kept) / factor + kept)
-    if config.rope_scaling or not torch.allclose(numbers, expected, rtol=1e-4, atol=0.0):
+    if config.rope_scaling or not np.allclose(numbers, expected, rtol=1e-4, atol=0.0):
         raise CheckpointError(
             path,
             "rope_freqs.weight changes the rotary frequencies in another way than Llama 3 does, "

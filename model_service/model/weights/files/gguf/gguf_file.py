@@ -183,7 +183,7 @@ def _check_tensors(
             )
 
 
-def _divisors(path: Path, stored: StoredTensor, config: ModelConfig) -> torch.Tensor:
+def _divisors(path: Path, stored: StoredTensor, config: ModelConfig) -> NDArray[np.float32]:
     """The divisors of the rotary frequencies [head_dim / 2], with their shape checked."""
     numbers = stored.plain()
     if numbers is None or stored.shape != (config.head_dim // 2,):
@@ -193,7 +193,8 @@ def _divisors(path: Path, stored: StoredTensor, config: ModelConfig) -> torch.Te
             f"{config.head_dim // 2} in F32",
             CONVERT_AGAIN,
         )
-    return numbers
+    found: NDArray[np.float32] = numbers.numpy()
+    return found
 
 
 def _dimensions(shape: tuple[int, ...]) -> str:

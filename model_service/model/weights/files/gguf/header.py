@@ -13,8 +13,7 @@ from pathlib import Path
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
-from model_service.model.errors import CheckpointError
-from model_service.model.weights.files.meta_files import FETCH_AGAIN
+from model_service.model.errors import FETCH_AGAIN, CheckpointError
 
 CONVERT_AGAIN = "convert the model again with llama.cpp's convert_hf_to_gguf.py"
 MAGIC = b"GGUF"

@@ -1,0 +1,69 @@
+"""Checks whether the default ports of the services are free."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+
+from chasqui.cli.doctor.finding import Finding, fine, remark, wrong
+
+# The ports of services that are started one by one; `chasqui serve` lets the system choose them.
+SINGLE_SERVICES = {50052: "tokenizer service", 50053: "model service", 50054: "safety service"}
+
+
+def check_ports(host: str, port: int) -> Iterator[Finding]:
+    """The gateway's port, and those of services that are started one by one."""
+    reason = why_taken(host, port)
+    if reason is None:
+        yield fine("port", f"{port} is free (gateway)")
+    else:
+        yield wrong(
+            "port",
+            f"{port} (gateway): {reason}{_holder(port)}",
+            f"stop that process, or choose another port: chasqui serve --port {_free_port(host)}",
+        )
+    for single, service in SINGLE_SERVICES.items():
+        if single == port:
+            continue
+        reason = why_taken(host, single)
+        if reason is None:
+            yield fine("port", f"{single} is free ({service})")
+        else:
+            text = f"{single} ({service}): {reason}{_holder(single)}"
+            yield remark("port", f"{text}; chasqui serve does not need it")
+
+
+def why_taken(host: str, port: int) -> str | None:
+    """The system's reason for which no server can listen there; None if one can."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            # As gRPC does: connections that were closed lately do not keep the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _free_port(host: str) -> int:
+    """A port that is free now."""
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as probe:
+        probe.bind(address)
+        return int(probe.getsockname()[1])
+
+
+def _holder(port: int) -> str:
+    """The process that listens on a port, where the system tells this user."""
+    try:
+        import psutil  # noqa: PLC0415  # belongs to the extra `model`
+    except ModuleNotFoundError:
+        return ""
+    with suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN
+            # An address is a pair, or empty for a socket that has none yet.
+            if listens and connection.laddr[1:] == (port,) and connection.pid:
+                process = psutil.Process(connection.pid)
+                return f", by process {process.pid} ({' '.join(process.cmdline()[:4])})"
+    return ""

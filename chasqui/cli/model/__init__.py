@@ -1,0 +1,1 @@
+"""`chasqui model`: work on the files of a model."""

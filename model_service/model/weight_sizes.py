@@ -1,0 +1,20 @@
+"""The memory that a weight of a linear layer takes in each form. Imports no PyTorch."""
+
+from model_service.model.config import Quantization
+
+GROUP_SIZE = 32  # neighbours in a row whose 4-bit codes share one scale
+
+
+def weight_bytes(quantization: Quantization, itemsize: int, device_type: str) -> float:
+    """Bytes per weight, including its share of the groups' scales.
+
+    Args:
+        quantization: the form of the weights.
+        itemsize: bytes of one number of the activations' type.
+        device_type: cpu or cuda.
+    """
+    if quantization == "none":
+        return itemsize
+    if device_type == "cuda":
+        return {"int8": 1.0, "int4": 0.5 + 4 / GROUP_SIZE, "fp8": 1.0}[quantization]
+    return {"int8": 1.0, "int4": 1.0, "fp8": 4.0}[quantization]

@@ -1,0 +1,1 @@
+"""Programs that work on the files of a model, and ask the machine, without a running service."""

@@ -1,0 +1,1 @@
+"""Writes a model in another format, file by file."""

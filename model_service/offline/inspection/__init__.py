@@ -1,0 +1,1 @@
+"""A model and its needs, and what the machine has."""

@@ -1,0 +1,180 @@
+"""A model as the headers of its files describe it, in any format. Imports no PyTorch.
+
+Reading takes milliseconds, because no weight is read.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
+from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
+from model_service.model.weights.files.hugging_face_config import read_config
+from model_service.model.weights.files.meta_params import read_params
+from model_service.offline.headers.gguf import read_gguf_config, read_gguf_header
+from model_service.offline.headers.pth import read_pth_header
+from model_service.offline.headers.safetensors import read_safetensors_header
+from model_service.offline.headers.tensor_header import TensorHeader
+
+META: Final = "Meta's format"
+HUGGING_FACE: Final = "Hugging Face's format"
+GGUF: Final = "GGUF"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+READERS: Mapping[str, Callable[[Path], list[TensorHeader]]] = {
+    ".pth": read_pth_header,
+    ".safetensors": read_safetensors_header,
+    ".gguf": read_gguf_header,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of weights.
+
+    Attributes:
+        path: its place.
+        size: bytes.
+        tensors: by its header.
+    """
+
+    path: Path
+    size: int
+    tensors: tuple[TensorHeader, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model on disk.
+
+    Attributes:
+        path: the folder, or the GGUF file.
+        form: the name of its format.
+        config: the network's shape.
+        files: those with weights.
+    """
+
+    path: Path
+    form: str
+    config: ModelConfig
+    files: tuple[StoredFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files with weights."""
+        return sum(file.size for file in self.files)
+
+
+def read_stored_model(path: Path) -> StoredModel:
+    """The model in the folder, or in the GGUF file, `path`.
+
+    Raises:
+        CheckpointError: there is none, a file is missing or damaged, or its architecture is not
+            served; the message names the file and the fix.
+    """
+    form, files = weight_files(path)
+    if form == META:
+        config = read_params(path / "params.json")
+    elif form == HUGGING_FACE:
+        config = read_config(path / "config.json")
+    else:
+        config = read_gguf_config(files[0])
+    stored = tuple(_read_file(file) for file in files)
+    if config.vocab_size == VOCAB_SIZE_FROM_EMBEDDING:
+        config = replace(config, vocab_size=_embedding_rows(stored))
+    return StoredModel(path, form, config, stored)
+
+
+def weight_files(path: Path) -> tuple[str, list[Path]]:
+    """The format of the model at `path`, and its files with weights.
+
+    Raises:
+        CheckpointError: there is no model, or a file of it is missing.
+    """
+    if not path.exists():
+        raise CheckpointError(path, "not found", "name the folder or the GGUF file of a model")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            fix = "name the folder that holds the model's files, or a .gguf file"
+            raise CheckpointError(path, "is a file, and not in GGUF", fix)
+        return GGUF, [path]
+    # Some Hugging Face folders hold a params.json as well.
+    if any(path.glob("consolidated.*.pth")):
+        return META, _numbered(path)
+    if (path / SINGLE).exists():
+        return HUGGING_FACE, [path / SINGLE]
+    if (path / INDEX).exists():
+        return HUGGING_FACE, indexed_files(path / INDEX)
+    if (path / "params.json").exists():
+        return META, _numbered(path)
+    gguf = sorted(path.glob("*.gguf"))
+    if len(gguf) == 1:
+        return GGUF, gguf
+    if gguf:
+        problem = f"holds {len(gguf)} GGUF files"
+        raise CheckpointError(path, problem, f"name one of them, such as {gguf[0]}")
+    if found := next(path.glob("pytorch_model*.bin"), None):
+        raise CheckpointError(
+            path,
+            f"holds its weights as {found.name}, which may run code when it is read",
+            "convert them once to safetensors: transformers.AutoModelForCausalLM"
+            ".from_pretrained(folder).save_pretrained(new_folder)",
+        )
+    if (path / "adapter_config.json").exists():
+        fix = "merge it into its model with peft, and name the result"
+        raise CheckpointError(path, "holds an adapter, not a model", fix)
+    if part := next(path.glob("*.safetensors"), None):
+        raise CheckpointError(path / INDEX, f"not found, though {part.name} is there", FETCH_AGAIN)
+    raise CheckpointError(
+        path,
+        "holds no model",
+        "name a folder with params.json and consolidated.*.pth, one with config.json and "
+        "model.safetensors, or a .gguf file",
+    )
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index of safetensors files names, all of which are there.
+
+    Raises:
+        CheckpointError: the index is damaged, or a file that it names is missing.
+    """
+    try:
+        names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        files = [index.parent / Path(name).name for name in sorted(set(names))]
+    except OSError as error:
+        raise CheckpointError(index, f"cannot be read: {error.strerror}", READABLE) from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise CheckpointError(index, "is no index of safetensors files", FETCH_AGAIN) from None
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        problem = f"not found, and {index.name} names it ({len(missing)} of {len(files)} missing)"
+        raise CheckpointError(missing[0], problem, "download the missing files")
+    return files
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Meta's files, numbered without a gap."""
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    for number, path in enumerate(paths):
+        expected = folder / f"consolidated.{number:02d}.pth"
+        if path != expected:
+            raise CheckpointError(expected, f"not found, though {path.name} is there", FETCH_AGAIN)
+    if not paths:
+        fix = "name the folder that holds params.json and consolidated.*.pth"
+        raise CheckpointError(folder / "consolidated.00.pth", "not found", fix)
+    return paths
+
+
+def _read_file(path: Path) -> StoredFile:
+    return StoredFile(path, path.stat().st_size, tuple(READERS[path.suffix](path)))
+
+
+def _embedding_rows(files: tuple[StoredFile, ...]) -> int:
+    for tensor in files[0].tensors:
+        if tensor.name == "tok_embeddings.weight" and tensor.shape:
+            return tensor.shape[0]
+    problem = "lacks tok_embeddings.weight"
+    raise CheckpointError(files[0].path, problem, "use the params.json that came with this file")
