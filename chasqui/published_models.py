@@ -79,7 +79,6 @@ def main() -> None:
     if path is None:
         sys.exit(f"{model.requirement} is installed, but does not hold {model.file}")
     for name, value in {"CHASQUI_CKPT_DIR": str(path), **model.settings}.items():
-        # What is set already stays.
         print(f"export {name}={shlex.quote(os.environ.get(name) or value)}")
 
 

@@ -13,7 +13,7 @@ from typing import TypedDict, cast
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from client.requests import Message, Sampling
-from llama.prompt_format.tags import without_special_tags
+from llama.prompt_format.tags import SPECIAL_TAGS, without_special_tags
 from llama.v1 import chat_pb2, sampling_pb2
 
 
@@ -103,6 +103,7 @@ class Prediction:
     id: str
     created: datetime
     model: str
+    special_tags: tuple[str, ...] = SPECIAL_TAGS
 
     @property
     def seed(self) -> int:
@@ -115,7 +116,7 @@ class Prediction:
 
         Special tags in `text` are removed, because a dialog that contains one is refused.
         """
-        return {"role": "assistant", "content": without_special_tags(self.text)}
+        return {"role": "assistant", "content": without_special_tags(self.text, self.special_tags)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ class Started:
     dropped_turns: int
     fingerprint: str
     determinism: Determinism
+    special_tags: tuple[str, ...] = SPECIAL_TAGS
 
     @property
     def seed(self) -> int:
@@ -208,6 +210,8 @@ class Model:
     determinism: Determinism
     limits: Limits
     sampling_defaults: Sampling
+    prompt_format: str = ""
+    special_tags: tuple[str, ...] = SPECIAL_TAGS
 
 
 def determinism(value: int) -> Determinism:
@@ -242,6 +246,7 @@ def _prediction(
         id=response.id,
         created=_datetime(response.created),
         model=response.model,
+        special_tags=_special_tags(message),
     )
 
 
@@ -259,6 +264,7 @@ def event(message: chat_pb2.StreamEvent) -> Event:
             dropped_turns=started.dropped_turns,
             fingerprint=started.fingerprint,
             determinism=determinism(started.determinism),
+            special_tags=_special_tags(started),
         )
     if message.HasField("delta"):
         delta = message.delta
@@ -310,7 +316,18 @@ def model(response: chat_pb2.GetModelResponse) -> Model:
             max_response_bytes=limits.max_response_bytes,
         ),
         sampling_defaults=_sampling(response.sampling_defaults),
+        prompt_format=response.prompt_format.name,
+        special_tags=_special_tags(response),
     )
+
+
+def _special_tags(
+    message: chat_pb2.Prediction | chat_pb2.Started | chat_pb2.GetModelResponse,
+) -> tuple[str, ...]:
+    """Those of the model's prompt format; a gateway that does not tell it knows Llama 2's alone."""
+    if not message.HasField("prompt_format"):
+        return SPECIAL_TAGS
+    return tuple(message.prompt_format.special_tags)
 
 
 def _finish_reason(value: int) -> FinishReason:

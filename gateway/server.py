@@ -174,6 +174,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
             self._replicas.model,
             self._replicas.ready_count,
             self._pipeline.limits(),
+            prompt_format=self._pipeline.prompt_format,
             max_request_bytes=self._settings.max_request_bytes,
             max_response_bytes=self._settings.max_response_bytes,
         )

@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.arguments import Arguments, Sampling, checked, refuse
-from llama.prompt_format.dialog import UNSAFE_ERROR, has_special_tags, render
+from llama.prompt_format.dialog import UNSAFE_ERROR
 from llama.prompt_format.dialog import Message as DialogMessage
+from llama.prompt_format.formats import LLAMA2, PromptFormat
+from llama.prompt_format.recognition import (
+    PromptFormatError,
+    choose_format,
+    require_control_tokens,
+)
 from llama.rank import Rank
 from llama.turns import Turns
 from llama.types import (
@@ -97,6 +103,11 @@ class Llama:
                 f"--shards {model_parallel_size}"
             )
         tokenizer = open_tokenizer(tokenizer_path)
+        try:
+            prompt_format = choose_format("auto", tokenizer.chat_template)
+            require_control_tokens(prompt_format, tokenizer.control_ids)
+        except PromptFormatError as error:
+            raise StartError(f"{error}, of a gateway that Llama.connect calls") from error
         options = ReplicaOptions(
             Path(ckpt_dir), max_seq_len=max_seq_len, max_batch_size=max_batch_size
         )
@@ -110,7 +121,7 @@ class Llama:
             # As in Meta's code, a script under torchrun prints once.
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         print(f"Loaded in {time.monotonic() - started:.2f} seconds")
-        return Llama(replica, tokenizer, seed)
+        return Llama(replica, tokenizer, seed, prompt_format)
 
     @staticmethod
     def connect(
@@ -133,8 +144,17 @@ class Llama:
         key = api_key or os.environ.get("CHASQUI_API_KEY") or None
         return RemoteLlama(target, timeout, tls=tls, api_key=key)
 
-    def __init__(self, replica: "Replica", tokenizer: "Tokenizer", seed: int) -> None:
+    def __init__(
+        self,
+        replica: "Replica",
+        tokenizer: "Tokenizer",
+        seed: int,
+        prompt_format: PromptFormat = LLAMA2,
+    ) -> None:
         self.tokenizer = tokenizer
+        self._format = prompt_format
+        answer_ends = (tokenizer.control_ids[each] for each in prompt_format.answer_ends)
+        self._stop_ids = frozenset((*tokenizer.eos_ids, *answer_ends))
         self._limits = replica.limits
         self._rank = Rank(replica)
         self._turns = Turns(self._rank.use_device)
@@ -224,12 +244,15 @@ class Llama:
         As in Meta's code, the answer to a dialog with a special tag is a refusal, but the dialog
         does not run: its tokens and logprobs are empty. Roles out of order are a ValueError that
         names the message: `dialogs[0].messages[1].role`.
+
+        The prompts are in the format of the chat template beside the tokenizer, and in Llama 2's
+        where there is none.
         """
 
         def call(abandoned: threading.Event) -> list[ChatPrediction]:
             read, sampling = checked(Arguments.dialogs, dialogs, temperature, top_p, max_gen_len)
-            safe = [i for i, dialog in enumerate(read) if not has_special_tags(dialog)]
-            encoded = {f"dialogs[{i}]": _encode(read[i], self.tokenizer) for i in safe}
+            safe = [i for i, dialog in enumerate(read) if not self._format.has_special_tags(dialog)]
+            encoded = {f"dialogs[{i}]": self._encode(read[i]) for i in safe}
             generation = self._generate(encoded, sampling, abandoned, logprobs=logprobs)
             refusal: _Decoded = (UNSAFE_ERROR, [], [] if logprobs else None)
             answers = dict(zip(safe, self._decoded(generation), strict=True))
@@ -267,7 +290,7 @@ class Llama:
                 sampling=SamplingParams(
                     sampling.temperature, sampling.top_p, seed=self._seeds.getrandbits(64)
                 ),
-                stop_ids=frozenset(self.tokenizer.eos_ids),
+                stop_ids=self._stop_ids,
                 logprobs=bool(logprobs),
                 prompt_logprobs=bool(logprobs and echo),
             )
@@ -280,6 +303,15 @@ class Llama:
             return results.ids, results.logprobs
         begun = prompts.values() if echo else [[] for _ in prompts]
         return [[*p, *ids] for p, ids in zip(begun, results.ids, strict=True)], None
+
+    def _encode(self, dialog: Sequence[DialogMessage]) -> list[int]:
+        return [
+            token
+            for segment in itertools.chain.from_iterable(self._format.render(dialog))
+            for token in self.tokenizer.encode(
+                segment.text, segment.bos, segment.eos, segment.control_token
+            )
+        ]
 
     def _decode(self, ids: Sequence[int]) -> str:
         """The text of ids; rows that pad the embedding have none."""
@@ -294,11 +326,3 @@ class Llama:
             (decode(tokens), [decode([token]) for token in tokens], values)
             for tokens, values in zip(ids, logprobs, strict=True)
         ]
-
-
-def _encode(dialog: "Sequence[DialogMessage]", tokenizer: "Tokenizer") -> list[int]:
-    return [
-        token
-        for segment in render(dialog)
-        for token in tokenizer.encode(segment.text, bos=segment.bos, eos=segment.eos)
-    ]

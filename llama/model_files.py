@@ -14,8 +14,6 @@ from llama.gguf_metadata import MAGIC, GgufError, read_metadata
 # In the order in which they are looked for: tokenizer.json also has the tokens that a fine-tuning
 # added, which the tokenizer.model beside it lacks.
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
-# Rows of an embedding that no token has, as a fraction of the tokens.
-MAX_PADDING = 0.05
 _GGUF_EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -105,14 +103,19 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def embedding_fits(rows: int, tokens: int) -> bool:
-    """Whether a model with this many rows of its embedding can belong to a tokenizer.
+def max_embedding_rows(tokens: int) -> int:
+    """The most rows that the embedding of a model with this many tokens may have.
 
-    Many embeddings are padded with rows that no token has, the most in use by 2.4 %
-    (deepseek-llm-7b: 102,400 rows, 100,015 tokens). A model may still choose their ids: they decode
-    to nothing.
+    Many embeddings are padded with rows that no token has. deepseek-llm-7b has 2.4 % more rows than
+    tokens, 102,400 for 100,015, and one in twenty is allowed. A model may choose the ids of such
+    rows: they decode to nothing.
     """
-    return tokens <= rows <= tokens * (1 + MAX_PADDING)
+    return tokens + tokens // 20
+
+
+def embedding_fits(rows: int, tokens: int) -> bool:
+    """Whether a model whose embedding has this many rows can belong to a tokenizer."""
+    return tokens <= rows <= max_embedding_rows(tokens)
 
 
 def chat_template(path: Path) -> str:

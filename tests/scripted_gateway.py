@@ -30,7 +30,10 @@ class Unfinished:
 class Scripted:
     """A gateway that answers each dialog with the next texts, and keeps the contents of dialogs."""
 
-    def __init__(self, *answers: Sequence[str]) -> None:
+    def __init__(
+        self, *answers: Sequence[str], prompt_format: chat_pb2.PromptFormat | None = None
+    ) -> None:
+        self._started = chat_pb2.Started(prompt_format=prompt_format)
         self.dialogs: list[list[str]] = []
         self._answers = iter(answers)
 
@@ -38,7 +41,7 @@ class Scripted:
         self, request: chat_pb2.ChatCompleteStreamRequest, _context: grpc.ServicerContext
     ) -> Iterator[chat_pb2.ChatCompleteStreamResponse]:
         self.dialogs.append([message.content for message in request.dialogs[0].messages])
-        yield chat_event(1, started=chat_pb2.Started())
+        yield chat_event(1, started=self._started)
         number = 1
         for number, text in enumerate(next(self._answers), start=2):
             yield chat_event(number, delta=chat_pb2.Delta(text=text))

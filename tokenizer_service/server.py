@@ -1,9 +1,9 @@
 """TokenizerService over gRPC: limits and field-level errors around a `Tokenizer`.
 
 The libraries run in worker threads (they release the interpreter lock), because the largest request
-takes most of a second and health checks must not wait for it. The bytes that are encoded or decoded
-at once are bounded, because SentencePiece needs about 70 bytes of memory for each, and `tokenizers`
-about 150. Callers take turns.
+takes seconds and health checks must not wait for it. The bytes that are encoded or decoded at once
+are bounded, because SentencePiece needs about 70 bytes of memory for each, and `tokenizers` up to
+200. Callers take turns.
 """
 
 import asyncio

@@ -29,7 +29,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
             raise ValueError("it holds no object")
         control_names = [name for name in (names["bos"], names["eos"]) if name]
         vocabulary = BytePairVocabulary(description, control_names)
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path} is not a usable tokenizer.json: {error}") from error
     ids = vocabulary.ids
     ends = answer_end_ids(path)

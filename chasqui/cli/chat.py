@@ -22,7 +22,7 @@ from client.errors import ChasquiError
 from client.requests import ChatOptions, Message
 from client.results import Delta, Event, Finished, FinishReason, Started, Token
 from client.sync import Client
-from llama.prompt_format.tags import special_tags, without_special_tags
+from llama.prompt_format.tags import SPECIAL_TAGS, special_tags, without_special_tags
 
 HELP = """\
 /system TEXT  give the model instructions; without TEXT, remove them
@@ -51,6 +51,8 @@ class Conversation:
         self._turns: list[Message] = []
         # Turns at the beginning that no longer fit the context and are not sent again.
         self._dropped_turns = 0
+        # The model's, as its last answer told them.
+        self._special_tags = SPECIAL_TAGS
 
     def run(self) -> None:
         """Answers the input line by line until its end."""
@@ -82,6 +84,7 @@ class Conversation:
                 for event in printed(stream):
                     match event:
                         case Started():
+                            self._special_tags = event.special_tags
                             self._drop_turns(event.dropped_turns)
                         case Delta():
                             deltas.append(event)
@@ -98,7 +101,7 @@ class Conversation:
             _say("(the answer is empty)")
         # Kept are only turns with an answer; a refused question would have later ones refused, too.
         if finish_reason is FinishReason.SPECIAL_TAGS:
-            _explain_refusal(question)
+            _explain_refusal(special_tags(question, self._special_tags))
         elif answer and finish_reason is not FinishReason.SAFETY:
             self._keep(user, answer)
 
@@ -107,12 +110,11 @@ class Conversation:
         user: Message = {"role": "user", "content": question}
         dialog = [*self._dialog(first_turn=self._dropped_turns), user]
         with closing(self._client.chat_stream(dialog, n=n, **self._options)) as stream:
-            print_choices(stream, n)
-        _explain_refusal(question)
+            _explain_refusal(special_tags(question, print_choices(stream, n)))
 
     def _keep(self, user: Message, answer: str) -> None:
-        kept = without_special_tags(answer)
-        if tags := special_tags(answer):
+        kept = without_special_tags(answer, self._special_tags)
+        if tags := special_tags(answer, self._special_tags):
             left_out = "the tags" if kept.strip() else "this turn"
             _say(
                 f"(the answer contains {' and '.join(tags)}, which no dialog may contain: the "
@@ -136,7 +138,7 @@ class Conversation:
     def _obey(self, text: str) -> None:
         command, _, argument = text.partition(" ")
         match command:
-            case "/system" if tags := special_tags(argument):
+            case "/system" if argument and (tags := refused_tags(self._client, argument)):
                 _say(f"instructions must not contain {' or '.join(tags)}: they are unchanged")
             case "/system":
                 self._system = argument.strip() or None
@@ -197,14 +199,25 @@ def _form() -> Callable[[str], str]:
     return WordWrap(lambda: os.get_terminal_size(terminal).columns)
 
 
-def print_choices(stream: Iterator[Event], n: int) -> None:
-    """Prints `n` answers to one dialog or prompt, each under a note with its number and seed."""
+def print_choices(stream: Iterator[Event], n: int) -> tuple[str, ...]:
+    """Prints `n` answers to one dialog or prompt, each under a note with its number and seed.
+
+    Returns the special tags of the model.
+    """
+    tags = SPECIAL_TAGS
     for event in printed(in_turn(stream)):
         match event:
             case Started():
+                tags = event.special_tags
                 _say(f"(answer {event.choice_index + 1} of {n}, seed {event.seed})")
             case Finished():
                 _explain_ending(event.finish_reason, event.safety_categories)
+    return tags
+
+
+def refused_tags(client: Client, text: str) -> tuple[str, ...]:
+    """The tags in a text that no dialog with the served model may contain."""
+    return special_tags(text, client.get_model().special_tags)
 
 
 def _explain_ending(reason: FinishReason, categories: Sequence[str]) -> None:
@@ -214,8 +227,8 @@ def _explain_ending(reason: FinishReason, categories: Sequence[str]) -> None:
         _say(f"({_ENDINGS[reason]}{found})")
 
 
-def _explain_refusal(question: str) -> None:
-    if tags := special_tags(question):
+def _explain_refusal(tags: Sequence[str]) -> None:
+    if tags:
         _say(
             f"(the question contains {' and '.join(tags)}, which no dialog may contain: it was not "
             "answered, and the conversation continues without it)"

@@ -15,7 +15,7 @@ from typing import TypeVar, Unpack
 import click
 from click.core import ParameterSource
 
-from chasqui.cli.chat import Conversation, print_choices, printed
+from chasqui.cli.chat import Conversation, print_choices, printed, refused_tags
 from chasqui.cli.doctor.command import doctor
 from chasqui.cli.keys import keys
 from chasqui.cli.model.command import model
@@ -37,7 +37,6 @@ from client.connection.channel import Access
 from client.errors import ConnectionSettingsError, UnreachableError
 from client.requests import ChatOptions, TextOptions
 from client.sync import Client
-from llama.prompt_format.tags import special_tags
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -70,12 +69,6 @@ def sampling_settings(command: F) -> F:
     return command
 
 
-def _instructions(_context: click.Context, _flag: click.Parameter, value: str | None) -> str | None:
-    if tags := special_tags(value or ""):
-        raise click.BadParameter(f"must not contain {' or '.join(tags)}, which no dialog may")
-    return value
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="chasqui-llama")
 def main() -> None:
@@ -92,7 +85,7 @@ main.add_command(keys)
 
 @main.command()
 @target_setting
-@setting("system", callback=_instructions, help="Instructions for the model.")
+@setting("system", help="Instructions for the model.")
 @click.option("--ask", metavar="TEXT", help="Ask one question, print the answer, and end.")
 @click.option("--n", type=int, help="With --ask: print this many answers, each with the next seed.")
 @click.option(
@@ -139,6 +132,9 @@ def chat(
             target = stack.enter_context(_services(deployment, None if is_default else target))
             access = Access()
         client = stack.enter_context(Client(target, tls=access.tls, api_key=access.api_key))
+        if system and (tags := refused_tags(client, system)):
+            problem = f"must not contain {' or '.join(tags)}, which no dialog may"
+            raise click.BadParameter(problem, param_hint="--system")
         conversation = Conversation(client, options, system)
         if ask is not None:
             if n is None:

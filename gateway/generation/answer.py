@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.request.options import Options
-from gateway.text.detokenizer import Detokenizer, Vocabulary
+from gateway.text.detokenizer import Detokenizer
 from gateway.text.stop_strings import StopFilter
+from gateway.text.vocabulary import Vocabulary
 from llama.v1 import chat_pb2, model_pb2
 
 

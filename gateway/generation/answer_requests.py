@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from gateway.admission.ticket import Size
 from gateway.generation.events import AnswerKey, Refusal
+from gateway.request.draft import Prompt
 from gateway.request.options import Options
-from gateway.request.prompts import Prompt
 from llama.v1 import model_pb2
 from llama.v1.sampling_pb2 import SamplingParams
 from serving.security import caller

@@ -21,9 +21,9 @@ from gateway.generation.events import AnswerKey, Event, Finished, KeyedEvent, Re
 from gateway.generation.generation import Generation, Outcome
 from gateway.generation.send_buffer import SendBuffer
 from gateway.replicas.pool import ReplicaPool
+from gateway.request.draft import Prompt
 from gateway.request.options import Options
-from gateway.request.prompts import Prompt
-from gateway.text.detokenizer import Vocabulary
+from gateway.text.vocabulary import Vocabulary
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import (
     FINISH_REASON_CONTEXT_LENGTH,
@@ -55,6 +55,7 @@ async def complete(
     replicas: ReplicaPool,
     admitted: Admitted,
     *,
+    prompt_format: chat_pb2.PromptFormat,
     arrived: float,
     buffer: SendBuffer[AnswerKey, Outcome],
     generations: Generations,
@@ -88,7 +89,10 @@ async def complete(
                     answer, starts[each.key], next(tickets), replicas, deliver
                 )
         for each in requests:
-            yield each.key, _started(each, model, options, response_id, created)
+            yield (
+                each.key,
+                _started(each, model, options, response_id, created, prompt_format=prompt_format),
+            )
             for event in _first_events(each, running.get(each.key), arrived):
                 yield each.key, event
         while running:
@@ -119,6 +123,8 @@ def _started(
     options: Options,
     response_id: str,
     created: Timestamp,
+    *,
+    prompt_format: chat_pb2.PromptFormat,
 ) -> Started:
     prompt_tokens = dropped_turns = 0
     if isinstance(prompt := request.prompt, Prompt):
@@ -134,6 +140,7 @@ def _started(
         model.fingerprint,
         model.determinism,
         dropped_turns,
+        prompt_format,
     )
 
 

@@ -35,6 +35,7 @@ class Started:
     fingerprint: str
     determinism: "Determinism.ValueType"
     dropped_turns: int
+    prompt_format: chat_pb2.PromptFormat
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from gateway.request.options import (
     TextRequest,
     choices,
 )
-from gateway.request.prompts import Window, too_long
+from gateway.request.prompts import too_long
+from gateway.request.window import Window
 from llama.prompt_format import dialog
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import TokenIds

@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.generation.answer import Delta
 from gateway.generation.events import AnswerKey, Event, Finished, Prediction, Started
+from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2
 
 
@@ -48,6 +49,7 @@ def _started(event: Started) -> chat_pb2.Started:
         dropped_turns=event.dropped_turns,
         fingerprint=event.fingerprint,
         determinism=event.determinism,
+        prompt_format=event.prompt_format,
     )
 
 
@@ -104,5 +106,11 @@ def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
         dropped_turns=prediction.started.dropped_turns,
         fingerprint=prediction.started.fingerprint,
         determinism=prediction.started.determinism,
+        prompt_format=prediction.started.prompt_format,
         failovers=prediction.finished.failovers,
     )
+
+
+def prompt_format_message(prompt_format: PromptFormat) -> chat_pb2.PromptFormat:
+    """A prompt format as clients see it."""
+    return chat_pb2.PromptFormat(name=prompt_format.name, special_tags=prompt_format.special_tags)

@@ -1,6 +1,8 @@
 """The answer to GetModel."""
 
 from gateway.request.options import SAMPLING_DEFAULTS, RequestLimits, default_max_gen_len
+from gateway.rpc.messages import prompt_format_message
+from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2, model_pb2
 from llama.v1.sampling_pb2 import SamplingParams
 from serving.request_rules import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
@@ -11,6 +13,7 @@ def model_response(
     replicas: int,
     limits: RequestLimits,
     *,
+    prompt_format: PromptFormat,
     max_request_bytes: int,
     max_response_bytes: int,
 ) -> chat_pb2.GetModelResponse:
@@ -39,4 +42,5 @@ def model_response(
             max_response_bytes=max_response_bytes,
         ),
         sampling_defaults=defaults,
+        prompt_format=prompt_format_message(prompt_format),
     )

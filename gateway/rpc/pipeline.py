@@ -17,11 +17,15 @@ from gateway.generation.completion import Generations, complete
 from gateway.generation.events import SPECIAL_TAGS_REFUSAL, AnswerKey, KeyedEvent, Refusal
 from gateway.generation.generation import Outcome
 from gateway.generation.send_buffer import SendBuffer
+from gateway.request.draft import Prompt
 from gateway.request.options import ChatRequest, Options, RequestLimits, TextRequest, options
-from gateway.request.prompts import Encode, Prompt, Window, encode_dialogs, encode_texts
+from gateway.request.prompts import encode_dialogs, encode_texts
 from gateway.request.read_dialogs import Dialogs, read_dialogs
+from gateway.request.turn_dropper import Encode
 from gateway.request.validation import chat_violations, text_violations
+from gateway.request.window import Window
 from gateway.rpc.access_log import Accounting
+from gateway.rpc.messages import prompt_format_message
 from gateway.rpc.unary import AnswerSize, size_violations
 from gateway.rpc.upstreams import Backend
 from gateway.safety.classifier import Subject
@@ -122,6 +126,7 @@ class Pipeline:
                         self._tokenizer.vocabulary,
                         self._replicas,
                         admitted,
+                        prompt_format=prompt_format_message(self.prompt_format),
                         arrived=account.arrived,
                         buffer=buffer,
                         generations=generations,

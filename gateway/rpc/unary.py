@@ -14,9 +14,9 @@ from typing import TypeVar
 from gateway.generation.answer import Delta
 from gateway.generation.events import AnswerKey, Event, Finished, KeyedEvent, Prediction, Started
 from gateway.request.options import Options
-from gateway.request.prompts import Window
+from gateway.request.window import Window
 from gateway.rpc.messages import prediction_message, response_head
-from gateway.text.detokenizer import Vocabulary
+from gateway.text.vocabulary import Vocabulary
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, resource_exhausted
 from serving.intake.time_slice import TimeSlice
@@ -66,6 +66,7 @@ class AnswerSize:
         match event:
             case Started():
                 self._bytes += PREDICTION_BYTES + event.sampling.ByteSize()
+                self._bytes += event.prompt_format.ByteSize()
             case Delta():
                 # Each token with its tag and length.
                 self._bytes += len(event.text.encode())

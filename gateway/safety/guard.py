@@ -9,8 +9,8 @@ from contextlib import aclosing
 from typing import Any
 
 from gateway.generation.events import AnswerKey, Event, KeyedEvent, Refusal, Started
+from gateway.request.draft import Prompt
 from gateway.request.options import Options
-from gateway.request.prompts import Prompt
 from gateway.safety.classifier import Judgement, SafetyClient, Subject, TimeRemaining
 from gateway.safety.moderation_buffer import ModerationBuffer
 from llama.prompt_format.dialog import Message, drop_oldest_turns

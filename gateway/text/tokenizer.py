@@ -4,14 +4,15 @@ service that comes back with another model file is refused.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
 import grpc
 import structlog
 
-from gateway.text.detokenizer import Vocabulary
+from gateway.text.encode_calls import encode_calls, refusal_of
+from gateway.text.vocabulary import Vocabulary
 from gateway.upstream.connect import Connect, connected
 from gateway.upstream.session import (
     FIRST_PAUSE,
@@ -33,18 +34,13 @@ from llama.prompt_format.recognition import (
 )
 from llama.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from llama.v1.operator_pb2 import UPSTREAM_STATE_CONNECTING
-from serving.errors import RequestError, resource_exhausted, unavailable
+from serving.errors import RequestError, unavailable
 from serving.intake.fair_semaphore import FairSemaphore
 from serving.security import caller
 
 SERVICE = "llama.v1.TokenizerService"
-MAX_SEGMENTS_PER_CALL = 4096  # the contract's limit
-# Bytes of text in one call. A larger request takes several calls, and others take turns with it.
-BYTES_PER_CALL = 256 * 1024
 # Bytes of text that are encoded at once, for all callers; further calls wait for their turn.
 MAX_BYTES_AT_ONCE = 1024 * 1024
-# The cost of a segment beyond its bytes.
-_SEGMENT_BYTES = 64
 # The statuses of a call whose server is lost.
 _CUT_OFF = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
@@ -105,7 +101,7 @@ class TokenizerClient:
         """
         key = caller.current()
         encoded: list[Sequence[int]] = []
-        for request, cost in _calls(segments, key.name):
+        for request, cost in encode_calls(segments, key.name):
             await self._until_serving()
             async with self._semaphore.acquire(key.name, cost, key.limits.weight):
                 response = await self._encode(request, time_remaining)
@@ -147,7 +143,7 @@ class TokenizerClient:
                     return await answer(call)
                 except grpc.aio.AioRpcError as error:
                     if error.code() not in _CUT_OFF:
-                        if (refusal := _refusal(error)) is None:
+                        if (refusal := refusal_of(error)) is None:
                             raise
                         raise refusal from error
             await asyncio.sleep(FIRST_PAUSE)
@@ -200,35 +196,5 @@ class TokenizerClient:
         )
 
 
-def _calls(
-    segments: Sequence[Segment], caller_name: str
-) -> Iterator[tuple[tokenizer_pb2.EncodeRequest, int]]:
-    """The Encode requests for the segments, each with its cost."""
-    request, cost = tokenizer_pb2.EncodeRequest(caller=caller_name), 0
-    for each in segments:
-        size = len(each.text.encode()) + _SEGMENT_BYTES
-        full = cost + size > BYTES_PER_CALL or len(request.segments) == MAX_SEGMENTS_PER_CALL
-        if request.segments and full:
-            yield request, cost
-            request, cost = tokenizer_pb2.EncodeRequest(caller=caller_name), 0
-        request.segments.add(
-            text=each.text, bos=each.bos, eos=each.eos, control_token=each.control_token
-        )
-        cost += size
-    if request.segments:
-        yield request, cost
-
-
 def _unavailable() -> RequestError:
     return unavailable("the tokenizer service is not available")
-
-
-def _refusal(error: grpc.aio.AioRpcError) -> RequestError | None:
-    """The error of a request whose Encode failed; None: an unexpected status, which is a bug."""
-    match error.code():
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return RequestError(error.code(), "the deadline passed while the prompt was encoded")
-        case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            message = f"the prompt is too large for the tokenizer service: {error.details()}"
-            return resource_exhausted(message, "max_request_bytes", retry_after=None)
-    return None

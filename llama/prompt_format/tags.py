@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
-SPECIAL_TAGS = (B_INST, E_INST, B_SYS.strip(), E_SYS.strip())
+SPECIAL_TAGS: tuple[str, ...] = (B_INST, E_INST, B_SYS.strip(), E_SYS.strip())
 
 
 def special_tags(text: str, tags: Sequence[str] = SPECIAL_TAGS) -> tuple[str, ...]:

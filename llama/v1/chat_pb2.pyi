@@ -610,6 +610,7 @@ class Prediction(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
     FAILOVERS_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which dialog or prompt of the request, from 0."""
     choice_index: _builtins.int
@@ -652,6 +653,10 @@ class Prediction(_message.Message):
         what the context leaves, and the seed that the tokens are drawn with. An absent parameter is off.
         """
 
+    @_builtins.property
+    def prompt_format(self) -> Global___PromptFormat:
+        """The format of the model's prompts."""
+
     def __init__(
         self,
         *,
@@ -669,10 +674,11 @@ class Prediction(_message.Message):
         fingerprint: _builtins.str = ...,
         determinism: _sampling_pb2.Determinism.ValueType = ...,
         failovers: _builtins.int = ...,
+        prompt_format: Global___PromptFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "stopped_by", b"stopped_by", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_format", b"prompt_format", "sampling", b"sampling", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "stopped_by", b"stopped_by", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "failovers", b"failovers", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "index", b"index", "safety_categories", b"safety_categories", "sampling", b"sampling", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "stopped_by", b"stopped_by", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "failovers", b"failovers", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "index", b"index", "prompt_format", b"prompt_format", "safety_categories", b"safety_categories", "sampling", b"sampling", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "stopped_by", b"stopped_by", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_stopped_by: _TypeAlias = _typing.Literal["stop_token_id", "stop_string"]  # noqa: Y015
     _WhichOneofArgType_stopped_by: _TypeAlias = _typing.Literal["stopped_by", b"stopped_by"]  # noqa: Y015
@@ -738,6 +744,7 @@ class Started(_message.Message):
     DROPPED_TURNS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which dialog or prompt of the request, from 0."""
     choice_index: _builtins.int
@@ -764,6 +771,10 @@ class Started(_message.Message):
     def sampling(self) -> _sampling_pb2.SamplingParams:
         """As Prediction.sampling."""
 
+    @_builtins.property
+    def prompt_format(self) -> Global___PromptFormat:
+        """As Prediction.prompt_format."""
+
     def __init__(
         self,
         *,
@@ -777,10 +788,11 @@ class Started(_message.Message):
         dropped_turns: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         determinism: _sampling_pb2.Determinism.ValueType = ...,
+        prompt_format: Global___PromptFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "prompt_format", b"prompt_format", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "created", b"created", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "id", b"id", "index", b"index", "model", b"model", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "created", b"created", "determinism", b"determinism", "dropped_turns", b"dropped_turns", "fingerprint", b"fingerprint", "id", b"id", "index", b"index", "model", b"model", "prompt_format", b"prompt_format", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1182,7 +1194,8 @@ class RenderPromptResponse(_message.Message):
     @_builtins.property
     def segments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The rendered text, in the segments that are encoded each on its own. In Llama 2's format a segment
-        is a turn; BOS and EOS are among the ids and not in the text.
+        is a turn; the tokenizer's BOS and EOS are among the ids and not in the text. In other formats a
+        segment begins with the name of the control token in front of it, such as `<|im_start|>`.
         """
 
     def __init__(
@@ -1243,6 +1256,7 @@ class GetModelResponse(_message.Message):
     DETERMINISM_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name given to the model, such as "llama-2-7b-chat"."""
     context_length: _builtins.int
@@ -1271,6 +1285,10 @@ class GetModelResponse(_message.Message):
     def sampling_defaults(self) -> _sampling_pb2.SamplingParams:
         """The values of absent sampling fields."""
 
+    @_builtins.property
+    def prompt_format(self) -> Global___PromptFormat:
+        """The format of the model's prompts."""
+
     def __init__(
         self,
         *,
@@ -1286,14 +1304,46 @@ class GetModelResponse(_message.Message):
         determinism: _sampling_pb2.Determinism.ValueType = ...,
         limits: Global___Limits | None = ...,
         sampling_defaults: _sampling_pb2.SamplingParams | None = ...,
+        prompt_format: Global___PromptFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sampling_defaults", b"sampling_defaults"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "prompt_format", b"prompt_format", "sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "determinism", b"determinism", "dtype", b"dtype", "fingerprint", b"fingerprint", "limits", b"limits", "name", b"name", "parameters", b"parameters", "quantization", b"quantization", "replicas", b"replicas", "sampling_defaults", b"sampling_defaults", "shards", b"shards", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "determinism", b"determinism", "dtype", b"dtype", "fingerprint", b"fingerprint", "limits", b"limits", "name", b"name", "parameters", b"parameters", "prompt_format", b"prompt_format", "quantization", b"quantization", "replicas", b"replicas", "sampling_defaults", b"sampling_defaults", "shards", b"shards", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
+
+@_typing.final
+class PromptFormat(_message.Message):
+    """How dialogs become prompts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SPECIAL_TAGS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name that the gateway's setting has, such as "llama2" or "chatml"."""
+    @_builtins.property
+    def special_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The special tags: a dialog with one of these texts in a message is refused with
+        FINISH_REASON_SPECIAL_TAGS. An answer may hold one; remove it, and again until none is left, before
+        you send the answer back.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        special_tags: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "special_tags", b"special_tags"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptFormat: _TypeAlias = PromptFormat  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):

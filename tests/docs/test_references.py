@@ -21,7 +21,7 @@ SETTINGS: dict[str, type[ServerSettings]] = {
     "The model service": ModelSettings,
     "The safety service": SafetySettings,
 }
-SOURCES = ("chasqui", "client", "gateway", "llama", "model_service", "serving")
+SOURCES = ("chasqui", "client", "gateway", "llama", "model_service", "serving", "tokenizer_service")
 CODE = re.compile(r"`([^`]+)`")
 # Parts of messages that the operating system adds.
 FROM_THE_SYSTEM = "Address already in use"

@@ -18,7 +18,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from gateway.rpc.upstreams import Backend
 from gateway.server import gateway_service
 from gateway.settings import GatewaySettings
-from gateway.text.detokenizer import Vocabulary
+from gateway.text.vocabulary import Vocabulary
 from llama.v1 import chat_pb2_grpc, model_pb2, model_pb2_grpc, operator_pb2_grpc
 from llama.v1.sampling_pb2 import DETERMINISM_SEEDED, FINISH_REASON_CANCELLED
 from safety_service.rules import Rules
@@ -229,6 +229,7 @@ def start_gateway(servers: AsyncExitStack) -> StartGateway:
             chosen.model_target_list,
             chosen.pool_options,
             safety=chosen.safety_options,
+            prompt_format=chosen.prompt_format,
         )
         own = await servers.enter_async_context(AsyncExitStack())
         server = await own.enter_async_context(running(chosen, gateway_service(backend, chosen)))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from gateway.generation.answer import Answer
 from gateway.request.options import Options
-from gateway.text.detokenizer import Vocabulary
 from gateway.text.stop_strings import StopString
+from gateway.text.vocabulary import Vocabulary
 from llama.v1.model_pb2 import TokenEvent, TopLogprobs
 from llama.v1.sampling_pb2 import FINISH_REASON_LENGTH, SamplingParams
 from tokenizer_service.tokenizer import Tokenizer

@@ -3,9 +3,14 @@
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Tokenizers
+from tokenizers import decoders, models
 
-from gateway.text.detokenizer import Detokenizer, PieceKind, Vocabulary
+from gateway.text.detokenizer import Detokenizer
+from gateway.text.vocabulary import PieceKind, Vocabulary
+from llama.model_files import max_embedding_rows
 from tokenizer_service.tokenizer import Tokenizer
+from tokenizer_service.vocabularies.byte_alphabet import CHARACTERS
 
 BOS, EOS, UNKNOWN = 1, 2, 0
 FIRST_BYTE = 3
@@ -75,7 +80,51 @@ def test_lone_texts_are_those_of_sentencepiece(
 def test_first_space_is_dropped_only_where_it_belongs_to_the_encoding(
     dummy_prefix: bool, text: str
 ) -> None:
-    vocabulary = Vocabulary.build(
-        [(b" a", PieceKind.NORMAL)], dummy_prefix=dummy_prefix, eos_ids=[0]
-    )
+    pieces = [(b" a", PieceKind.NORMAL)]
+    vocabulary = Vocabulary.build(pieces, dummy_prefix=dummy_prefix, eos_ids=[0])
     assert "".join(deltas(vocabulary, [0, 0])) == text
+
+
+def test_rows_that_pad_the_embedding_add_no_text(vocabulary: Vocabulary) -> None:
+    assert len(vocabulary) == PIECES
+    padding = range(PIECES, max_embedding_rows(PIECES))
+    assert len(padding) == 28
+    assert "".join(deltas(vocabulary, [*EURO[:2], *padding, *EURO])) == "\ufffd\ufffd€"
+    assert {vocabulary.lone_texts[token_id] for token_id in padding} == {""}
+
+
+# Pieces that begin, continue and never are part of a character, alone and in groups.
+BYTE_PIECES = [bytes([byte]) for byte in range(256)] + ["é".encode(), "🦙".encode()[:3], b" a\xe2"]
+CONTROL_ID = len(BYTE_PIECES)
+BYTE_LEVEL = Vocabulary.build(
+    [*((piece, PieceKind.NORMAL) for piece in BYTE_PIECES), (b"", PieceKind.CONTROL)],
+    dummy_prefix=False,
+    eos_ids=[CONTROL_ID],
+    byte_level=True,
+)
+
+
+def library_of_byte_pieces() -> Tokenizers:
+    """The same pieces in the library `tokenizers`, for its decoder."""
+    characters = {byte: character for character, byte in CHARACTERS.items()}
+    names = ["".join(characters[byte] for byte in piece) for piece in BYTE_PIECES]
+    library = Tokenizers(models.BPE({name: index for index, name in enumerate(names)}, []))
+    library.add_special_tokens(["<|end|>"])
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+LIBRARY = library_of_byte_pieces()
+LEAD, REST = "🦙".encode()[:2], "🦙".encode()[2:]
+
+
+@given(ids=st.lists(st.integers(0x70, CONTROL_ID) | st.integers(0, CONTROL_ID)))
+@example(ids=[*LEAD, CONTROL_ID, *REST])  # control tokens are transparent
+@example(ids=[*LEAD, *"€".encode()[:2]])
+@example(ids=[*b"\xed\xa0\x80\xf4\x90\x80\x80\xc0\x80"])
+def test_byte_level_deltas_join_to_the_librarys_decode(ids: list[int]) -> None:
+    assert "".join(deltas(BYTE_LEVEL, ids)) == LIBRARY.decode(ids, skip_special_tokens=True)
+
+
+def test_byte_level_character_is_told_with_its_last_byte() -> None:
+    assert deltas(BYTE_LEVEL, [*LEAD, CONTROL_ID, *REST]) == ["", "", "", "", "🦙", ""]

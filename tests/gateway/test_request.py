@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.request.options import RequestLimits, options
-from gateway.request.prompts import Window
 from gateway.request.read_dialogs import read_dialogs
 from gateway.request.validation import chat_violations, text_violations
+from gateway.request.window import Window
 from llama.v1.chat_pb2 import (
     ROLE_ASSISTANT,
     ROLE_USER,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from llama import Llama
 from serving.errors import StartError
@@ -18,11 +19,32 @@ from tests.llama.conftest import (
     launch,
     python,
 )
+from tests.tokenizer_service.forms import llama_gguf, llama_tokenizer_json
 
 
 def read_cases(name: str, kind: str) -> list[dict[str, Any]]:
     cases = json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
     return [case for case in cases if case["kind"] == kind]
+
+
+def test_answers_are_the_same_with_a_tokenizer_json(tmp_path: Path) -> None:
+    model = SentencePieceProcessor(model_file=TOKENIZER)
+    path = llama_tokenizer_json(model, tmp_path / "tokenizer.json")
+    checkpoint = str(GOLDEN / "checkpoints" / "gqa-mp1")
+    llama = Llama.build(checkpoint, str(path), max_seq_len=256, max_batch_size=4)
+    case = next(each for each in read_cases("gqa", "chat") if each["content"] != REFUSAL)
+    [answer] = llama.chat_completion([case["dialog"]], **case["args"])
+    assert answer["generation"]["content"] == case["content"]
+
+
+def test_rows_that_pad_the_embedding_add_no_text(tmp_path: Path) -> None:
+    model = SentencePieceProcessor(model_file=TOKENIZER)
+    path = llama_gguf(model, tmp_path / "model.gguf", count=540)
+    checkpoint = str(GOLDEN / "checkpoints" / "gqa-mp1")
+    llama = Llama.build(checkpoint, str(path), max_seq_len=256, max_batch_size=4)
+    assert llama.tokenizer.n_words == 540
+    [token] = llama.tokenizer.encode("a", bos=False, eos=False)
+    assert llama._decoded(([[token, 559]], [[0.0, 0.0]])) == [("a", ["a", ""], [0.0, 0.0])]
 
 
 @pytest.mark.parametrize(

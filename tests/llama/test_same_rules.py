@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.request.options import RequestLimits
-from gateway.request.prompts import Window
 from gateway.request.validation import text_violations
+from gateway.request.window import Window
 from llama.arguments import Arguments, checked
 from llama.v1 import model_pb2
 from llama.v1.chat_pb2 import TextCompleteRequest

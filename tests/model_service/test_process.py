@@ -162,7 +162,7 @@ def test_what_was_found_and_what_it_needs_is_logged_before_it_is_allocated(launc
         (["--max_seq_len", "4097"], "was trained for at most 4096 tokens. To fix: lower --max_seq"),
         (["--dtype", "float16"], "--dtype float16 needs --device cuda"),
         (["--ckpt_dir", "nowhere"], "nowhere: not found. To fix: name a folder"),
-        (["--tokenizer_path", "nowhere"], "--tokenizer_path nowhere: No such file"),
+        (["--tokenizer_path", "nowhere"], "cannot read nowhere: No such file"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(

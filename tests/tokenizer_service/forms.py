@@ -115,16 +115,18 @@ def _merges(names: list[str], scores: list[float]) -> list[tuple[str, str]]:
     return [(left, right) for _, left, right in merges]
 
 
-def llama_gguf(model: SentencePieceProcessor, path: Path, **metadata: Any) -> Path:
-    """Writes the vocabulary of a SentencePiece model as llama.cpp's converter does."""
-    count = range(len(model))
+def llama_gguf(
+    model: SentencePieceProcessor, path: Path, count: int | None = None, **metadata: Any
+) -> Path:
+    """Writes the first pieces of a SentencePiece model as llama.cpp's converter does."""
+    pieces = range(len(model) if count is None else count)
     return write_gguf(
         path,
         model="llama",
         pre="default",
-        tokens=[model.IdToPiece(token_id) for token_id in count],
-        scores=[model.GetScore(token_id) for token_id in count],
-        token_type=sentencepiece_kinds(model),
+        tokens=[model.IdToPiece(token_id) for token_id in pieces],
+        scores=[model.GetScore(token_id) for token_id in pieces],
+        token_type=sentencepiece_kinds(model)[: len(pieces)],
         bos_token_id=model.bos_id(),
         eos_token_id=model.eos_id(),
         unknown_token_id=model.unk_id(),
@@ -137,14 +139,17 @@ def byte_level_gguf(description: dict[str, Any], pre: str, path: Path, **metadat
     ids = description["model"]["vocab"] | {
         each["content"]: each["id"] for each in description["added_tokens"]
     }
-    special = {each["content"] for each in description["added_tokens"] if each["special"]}
+    kinds = {
+        each["content"]: CONTROL if each["special"] else USER_DEFINED
+        for each in description["added_tokens"]
+    }
     tokens = sorted(ids, key=lambda name: ids[name])
     return write_gguf(
         path,
         model="gpt2",
         pre=pre,
         tokens=tokens,
-        token_type=[CONTROL if name in special else NORMAL for name in tokens],
+        token_type=[kinds.get(name, NORMAL) for name in tokens],
         merges=[" ".join(pair) for pair in description["model"]["merges"]],
         **metadata,
     )

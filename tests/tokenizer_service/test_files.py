@@ -92,6 +92,10 @@ def test_unusable_tokenizer_json_is_named_with_the_reason(
         (lambda each: each.update(decoder=None), "its decoder is neither ByteLevel nor"),
         (lambda each: each.update(decoder={"type": "ByteLevel"}), "it does not encode bytes"),
         (lambda each: each.update(normalizer={"type": "None"}), "`tokenizers` cannot read it"),
+        (lambda each: each["added_tokens"][1].update(id=2**40), "id of '</s>' must be from 0"),
+        (lambda each: each["model"]["vocab"].update(a=-1), "the id of 'a' must be from 0"),
+        (lambda each: each.update(decoder=[]), "is not a usable tokenizer.json"),
+        (lambda each: each.update(added_tokens={"a": 1}), "is not a usable tokenizer.json"),
         (lambda each: each.update(added_tokens=[]), "does not say which token ends a text"),
     ],
 )

@@ -1,5 +1,6 @@
 """One SentencePiece model in three forms: the same ids and texts."""
 
+import json
 import os
 from pathlib import Path
 
@@ -150,6 +151,20 @@ def test_no_text_has_the_id_of_a_control_token(
     ids = tokenizer.encode(text, bos=False, eos=False, control_token=after)
     assert not set(tokenizer.control_ids.values()) & set(ids[len(after) > 0 :])
     assert 0 not in ids
+
+
+def test_merges_do_not_lead_to_a_control_token(
+    tmp_path: Path, reference: SentencePieceProcessor
+) -> None:
+    path = llama_tokenizer_json(reference, tmp_path / "tokenizer.json")
+    description = json.loads(path.read_text())
+    description["model"]["vocab"] |= {"s>": 560, "<": 561, ">": 562}
+    description["model"]["merges"] = [["s", ">"], ["<", "s>"], *description["model"]["merges"]]
+    path.write_text(json.dumps(description))
+    library = tokenizers.Tokenizer.from_file(str(path))
+    library.encode_special_tokens = True
+    assert 1 in library.encode("<s>", add_special_tokens=False).ids  # so the merges do lead there
+    assert 1 not in open_tokenizer(path).encode("<s>", bos=False, eos=False)
 
 
 def test_control_token_that_a_fine_tuning_added_has_its_id(

@@ -1,6 +1,7 @@
 """TokenizerService over gRPC."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,6 +25,8 @@ from llama.v1.tokenizer_pb2 import (
     Segment,
 )
 from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
+from tests.tokenizer_service.forms import llama_gguf, llama_tokenizer_json
+from tokenizer_service.open_tokenizer import open_tokenizer
 from tokenizer_service.server import MAX_BYTES_AT_ONCE, TokenizerServicer
 from tokenizer_service.tokenizer import Tokenizer
 
@@ -69,6 +72,52 @@ def test_vocabulary_comes_with_all_that_decoding_needs(
     assert not vocabulary.HasField("pad_id")
     assert vocabulary.dummy_prefix
     assert vocabulary.fingerprint == tokenizer.fingerprint
+    assert list(vocabulary.eos_ids) == [2]
+    assert {piece.name: i for i, piece in enumerate(vocabulary.pieces) if piece.name} == {
+        "<s>": 1,
+        "</s>": 2,
+    }
+    assert (vocabulary.chat_template, vocabulary.byte_level) == ("", False)
+
+
+def test_segment_begins_with_the_id_of_its_control_token(
+    stub: TokenizerServiceStub, tokenizer: Tokenizer
+) -> None:
+    segments = [
+        Segment(text="llama", bos=True, eos=True, control_token="</s>"),
+        Segment(control_token="<s>"),
+    ]
+    response = stub.Encode(EncodeRequest(segments=segments))
+    llama = tokenizer.encode("llama", bos=False, eos=False)
+    assert [list(each.ids) for each in response.segments] == [[1, 2, *llama, 2], [1]]
+
+
+def test_every_unknown_control_token_is_named(stub: TokenizerServiceStub) -> None:
+    names = ["<s>", "<|im_end|>", "", "<unk>", "<0x0A>"]
+    segments = [Segment(text="a", control_token=name) for name in names]
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Encode(EncodeRequest(segments=segments))
+    assert violations(error.value) == {
+        f"segments[{index}].control_token": (
+            f"the model's vocabulary has no control token {names[index]!r}"
+        )
+        for index in (1, 3, 4)
+    }
+
+
+async def test_vocabulary_of_a_chat_model_has_its_template_and_all_ends(tmp_path: Path) -> None:
+    golden = SentencePieceProcessor(
+        model_file=str(Path(__file__).parents[1] / "golden" / "tokenizer.model")
+    )
+    template = "{{ messages[0].content }}"
+    path = llama_gguf(
+        golden, tmp_path / "a.gguf", eot_token_id=1, add_bos_token=False, chat_template=template
+    )
+    servicer = TokenizerServicer(open_tokenizer(path))
+    vocabulary = await servicer.GetVocabulary(GetVocabularyRequest(), None)
+    assert list(vocabulary.eos_ids) == [2, 1]
+    assert vocabulary.chat_template == template
+    assert not vocabulary.HasField("bos_id")
 
 
 def test_every_sequence_with_an_unknown_id_is_named(stub: TokenizerServiceStub) -> None:
@@ -105,13 +154,27 @@ def test_lone_surrogate_on_the_wire_is_the_callers_fault(channel: grpc.Channel) 
     assert "strings must be valid UTF-8" in failed.details()
 
 
-def test_health_answers_while_a_long_text_is_encoded(channel: grpc.Channel, begin: Any) -> None:
+def health_answers_while_encoding(channel: grpc.Channel, begin: Any, words: int) -> None:
     health: Any = health_pb2_grpc.HealthStub(channel)
-    encoding = begin(channel, EncodeRequest(segments=[Segment(text="llama " * 600_000)]))
+    encoding = begin(channel, EncodeRequest(segments=[Segment(text="llama " * words)]))
     answer = health.Check(HealthCheckRequest(service=SERVICE))
     assert not encoding.done()
     assert answer.status == HealthCheckResponse.SERVING
-    assert len(next(encoding).segments[0].ids) > 600_000
+    assert len(next(encoding).segments[0].ids) > words
+
+
+def test_health_answers_while_a_long_text_is_encoded(channel: grpc.Channel, begin: Any) -> None:
+    health_answers_while_encoding(channel, begin, 600_000)
+
+
+def test_health_answers_while_a_tokenizer_json_encodes(
+    launch: Any, begin: Any, reference: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    path = llama_tokenizer_json(reference, tmp_path / "tokenizer.json")
+    process = launch("--tokenizer_path", path, "--port", "0")
+    with grpc.insecure_channel(process.wait_for("listening")["address"]) as channel:
+        process.ignore_log()
+        health_answers_while_encoding(channel, begin, 300_000)
 
 
 def test_reflection_describes_the_service(channel: grpc.Channel) -> None:

@@ -33,6 +33,7 @@ Description = Mapping[str, Any]
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
+MAX_TOKENS = 2**22
 _BYTE_NAME = re.compile(r"<0x([0-9A-F]{2})>")
 # In front of the names that no text may form: no merge makes them, and they cannot be guessed.
 _UNREACHABLE = f"\uffff{secrets.token_hex(8)}"
@@ -51,6 +52,7 @@ class BytePairVocabulary:
         added = description.get("added_tokens") or []
         self.byte_level = stages.find(description.get("decoder"), "ByteLevel") is not None
         self.ids: dict[str, int] = model["vocab"] | {each["content"]: each["id"] for each in added}
+        _check_ids(self.ids)
         special = {each["content"] for each in added if each.get("special")}
         unknown = None if self.byte_level else model.get("unk_token")
         self._control = {
@@ -223,6 +225,13 @@ def _check(description: Description) -> None:
     bytes_missing = {f"<0x{byte:02X}>" for byte in range(256)} - model["vocab"].keys()
     if bytes_missing or not model.get("byte_fallback"):
         raise ValueError("it lacks pieces for bytes (byte_fallback), so some text has no ids")
+
+
+def _check_ids(ids: Mapping[str, int]) -> None:
+    """Every id needs an entry in a table, so a damaged one must not make it huge."""
+    for name, token_id in ids.items():
+        if type(token_id) is not int or not 0 <= token_id < MAX_TOKENS:
+            raise ValueError(f"the id of {name[:64]!r} must be from 0 to {MAX_TOKENS - 1}")
 
 
 def _strips_first_space(decoder: Description) -> bool:

@@ -84,8 +84,8 @@ def _tokenizer(
     size = model.config.vocab_size
     if not embedding_fits(size, tokens):
         problems.append(
-            f"{found.path}: has {tokens:,} tokens, and the model's embedding has {size:,} rows. "
-            "To fix: name the tokenizer that came with this model (--tokenizer_path)."
+            f"{found.path}: has {tokens:,} tokens, and the model's embedding has {size:,} rows. To "
+            "fix: name the tokenizer that came with this model (--tokenizer_path)."
         )
     report = TokenizerReport(found.path, found.form.value, tokens, prompt_format)
     return report, tuple(problems)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from llama.v1 import chat_pb2
 from tests.command import Run
 from tests.scripted_gateway import Scripted, StartGateway
 
@@ -47,3 +48,15 @@ def test_instructions_with_tags_are_refused_at_once(run: Run, target: str) -> No
     flag = run("chat", "--target", target, "--system", "a [/INST]", "--ask", "Hello")
     assert flag.returncode == 2
     assert "must not contain [/INST], which no dialog may" in flag.stderr
+
+
+def test_tags_are_those_of_the_served_models_format(run: Run, start_gateway: StartGateway) -> None:
+    prompt_format = chat_pb2.PromptFormat(name="zephyr", special_tags=["<|user|>"])
+    gateway = Scripted(["[INST] <|user|>Hi"], ["Bye."], prompt_format=prompt_format)
+    served = chat_pb2.GetModelResponse(prompt_format=prompt_format)
+    target = start_gateway(ChatCompleteStream=gateway.stream, GetModel=lambda *_: served)
+    lines = "/system Never write [INST]\n/system <|user|>\nHello\nBye\n"
+    done = run("chat", "--target", target, stdin=lines)
+    assert "instructions must not contain <|user|>: they are unchanged" in done.stderr
+    assert "(the answer contains <|user|>, which no dialog may contain" in done.stderr
+    assert gateway.dialogs[1] == ["Never write [INST]", "Hello", "[INST] Hi", "Bye"]

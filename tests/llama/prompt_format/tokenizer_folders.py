@@ -38,14 +38,19 @@ def byte_level_folder(folder: Path, chat_template: str = "") -> Path:
 
 
 def llama_folder(
-    folder: Path, chat_template: str = "", *, marks: tuple[str, ...] = (), legacy: bool = True
+    folder: Path,
+    chat_template: str = "",
+    *,
+    marks: tuple[str, ...] = (),
+    legacy: bool = True,
+    model_file: Path = DEMO_MODEL,
 ) -> Path:
-    """Llama 2's kind of tokenizer.json, from the demonstration's SentencePiece model.
+    """Llama 2's kind of tokenizer.json, from a SentencePiece model.
 
     `marks` are further control tokens, such as those of Mistral 0.3. Legacy is a space in front of
     each text between control tokens, and not only of one at the beginning.
     """
-    model = SentencePieceProcessor(model_file=str(DEMO_MODEL))
+    model = SentencePieceProcessor(model_file=str(model_file))
     pieces = [model.IdToPiece(token_id) for token_id in range(model.vocab_size())]
     scores = {piece: model.GetScore(token_id) for token_id, piece in enumerate(pieces)}
     vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
