@@ -2,6 +2,7 @@
 terminal.
 """
 
+import os
 import sys
 import threading
 import time
@@ -30,7 +31,9 @@ def progress(label: str, total: int) -> Iterator[Advance]:
     Yields the function to call with the bytes that are done, from any thread. The bar disappears at
     the end.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    # Shards of a model share the terminal, and do the same at the same time.
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first or sys.stderr is None or not sys.stderr.isatty():
         yield lambda _done: None
         return
     bar = _DelayedBar(label, total)

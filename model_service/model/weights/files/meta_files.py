@@ -17,6 +17,7 @@ import torch
 from model_service.model.errors import FETCH_AGAIN as FETCH_AGAIN  # noqa: PLC0414
 from model_service.model.errors import READABLE as READABLE  # noqa: PLC0414
 from model_service.model.errors import CheckpointError
+from serving.telemetry.progress import Advance, progress
 
 _CHECKSUM_THREADS = 16
 _READ_BYTES = 2**22
@@ -65,20 +66,21 @@ def _damaged(path: Path, names: list[str]) -> str | None:
     the page cache, where loading finds them.
     """
     threads = min(_CHECKSUM_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
+    label, size = f"verifying {path.name}", path.stat().st_size
+    with progress(label, size) as advance, ThreadPoolExecutor(threads) as pool:
         shares = [names[i::threads] for i in range(threads)]
-        found = pool.map(_first_damaged, [path] * threads, shares)
+        found = pool.map(_first_damaged, [path] * threads, shares, [advance] * threads)
         damaged = {name for name in found if name is not None}
     return next((name for name in names if name in damaged), None)
 
 
-def _first_damaged(path: Path, names: list[str]) -> str | None:
+def _first_damaged(path: Path, names: list[str], advance: Advance) -> str | None:
     with zipfile.ZipFile(path) as archive:
         for name in names:
             try:
                 with archive.open(name) as record:
-                    while record.read(_READ_BYTES):
-                        pass
+                    while piece := record.read(_READ_BYTES):
+                        advance(len(piece))
             except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
                 return name
     return None
