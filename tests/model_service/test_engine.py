@@ -97,6 +97,21 @@ def test_no_engine_setting_changes_an_answer(
     assert prefix_cache or not load.cached_blocks
 
 
+@pytest.mark.parametrize("step_tokens", [1, 51, 85, 255])
+def test_a_prompt_that_fills_the_context_gets_no_drafts(
+    step_tokens: int, make_engine: Any, cases: Cases, request_for: Any, run: Any
+) -> None:
+    """Its last step has one token, like that of an answer; the text repeats, so it has drafts."""
+    engine = make_engine(max_step_tokens=step_tokens, draft_tokens=8)
+    prompt = (1, *range(60, 64)) * 52
+    request = request_for(
+        cases("gqa")[0], request_id="full", prompt_ids=prompt[:256], prompt_logprobs=True
+    )
+    answer = run(engine, [request])["full"]
+    assert len(answer.logprobs) == 256
+    assert answer.finish_reason is FinishReason.CONTEXT_LENGTH
+
+
 @pytest.mark.parametrize("lookahead", [False, True])
 def test_a_pool_too_small_for_the_load_preempts_and_loses_nothing(
     lookahead: bool, make_engine: Any, cases: Cases, request_for: Any, run: Any

@@ -124,8 +124,10 @@ class Scheduler:
         drafted, rows, size = 0, len(decode), self._pool.block_size
         for chunk in decode:
             sequence = chunk.sequence
-            # The step makes one token more than there are guesses.
-            room = min(sequence.limit - chunk.end - 1, self._max_step_tokens - rows - drafted)
+            # The step makes one token more than there are guesses, and none for a prompt that fills
+            # the context.
+            left = max(0, sequence.limit - chunk.end - 1)
+            room = min(left, self._max_step_tokens - rows - drafted)
             drafts = self._speculation.propose(sequence, room, rows)
             if not drafts:
                 continue

