@@ -1,6 +1,7 @@
 """The format of a chat template: its prompts have the ids that the template gives."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
