@@ -99,7 +99,7 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
         return read_metadata(path)
     except GgufError as error:
         raise ModelFileError(
-            f"{path} is damaged or not a GGUF file: {error}; download it again"
+            f"{path} is damaged or not a GGUF file: it {error}; download it again"
         ) from error
 
 
