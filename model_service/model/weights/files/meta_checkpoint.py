@@ -24,9 +24,9 @@ from model_service.model.weights.files.meta_checks import (
 from model_service.model.weights.files.meta_files import (
     check_archive,
     open_tensors,
-    shard_files,
 )
 from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.weight_files import shard_files
 from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import (
     EMBEDDING,
