@@ -22,7 +22,7 @@ from model_service.model.weights.files.safetensors_files import (
     open_safetensors,
 )
 from model_service.model.weights.finite import check_finite, extremes
-from model_service.model.weights.partition import shard_parameters, split_dimension
+from model_service.model.weights.partition import split_dimension
 
 FLOAT_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,15 +62,6 @@ class HuggingFaceCheckpoint:
     config: ModelConfig
     tensors: Mapping[str, torch.Tensor]
     files: tuple[Path, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights in the network."""
-        return self.config.parameters
-
-    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
-        return shard_parameters(self.config, shards, linear=linear)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type of the parameter `name` in its file."""

@@ -23,7 +23,7 @@ from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, map_fil
 from model_service.model.weights.files.gguf.scaling import DIVISORS
 from model_service.model.weights.files.gguf.tensors import StoredTensor, WorkerPool, map_tensors
 from model_service.model.weights.finite import check_finite, extremes
-from model_service.model.weights.partition import part_shape, shard_parameters, split_dimension
+from model_service.model.weights.partition import part_shape, split_dimension
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,6 @@ class GgufFile:
     path: Path
     config: ModelConfig
     tensors: Mapping[str, StoredTensor]
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights in the network."""
-        return self.config.parameters
-
-    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
-        return shard_parameters(self.config, shards, linear=linear)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type of the parameter `name` in the file; float32 holds dequantized codes exactly."""
