@@ -15,7 +15,7 @@ import gguf
 import torch
 
 from model_service.model.config import ModelConfig
-from model_service.model.errors import CheckpointError
+from model_service.model.errors import CheckpointError, shown_names, shown_shape
 from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.digest import digest
 from model_service.model.weights.files.gguf.config import EMBEDDING, read_config
@@ -123,12 +123,12 @@ def _check_tensors(
 ) -> None:
     """Raises CheckpointError unless the file holds exactly the network's parameters."""
     if missing := sorted(set(names.values()) - stored.keys()):
-        raise CheckpointError(path, f"lacks {_some(missing)}", CONVERT_AGAIN)
+        raise CheckpointError(path, f"lacks {shown_names(missing)}", CONVERT_AGAIN)
     if unexpected := sorted(stored.keys() - set(names.values()) - {DIVISORS}):
         biases = ": biases, which Llama does not have" * unexpected[0].endswith(".bias")
         raise CheckpointError(
             path,
-            f"also holds {_some(unexpected)}{biases}",
+            f"also holds {shown_names(unexpected)}{biases}",
             "use a model with the network of Llama, without additions",
         )
     for name, shape in config.parameter_shapes().items():
@@ -136,16 +136,7 @@ def _check_tensors(
         if found != shape:
             raise CheckpointError(
                 path,
-                f"{names[name]} is {_dimensions(found)}; its metadata makes it "
-                f"{_dimensions(shape)}",
+                f"{names[name]} is {shown_shape(found)}; its metadata makes it "
+                f"{shown_shape(shape)}",
                 CONVERT_AGAIN,
             )
-
-
-def _dimensions(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape))
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

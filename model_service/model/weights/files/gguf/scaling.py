@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llama.gguf_header import TensorEntry
 from model_service.model.config import ModelConfig, RopeScaling
-from model_service.model.errors import CheckpointError
+from model_service.model.errors import CheckpointError, shown_shape
 from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, tensor_bytes, type_name
 
 DIVISORS = "rope_freqs.weight"
@@ -53,7 +53,7 @@ def divisors_scaling(
     if entry.type_number != GGMLQuantizationType.F32 or entry.shape != (config.head_dim // 2,):
         raise CheckpointError(
             path,
-            f"{DIVISORS} is {' × '.join(map(str, entry.shape))} in "
+            f"{DIVISORS} is {shown_shape(entry.shape)} in "
             f"{type_name(entry.type_number)}, not {config.head_dim // 2} in F32",
             CONVERT_AGAIN,
         )

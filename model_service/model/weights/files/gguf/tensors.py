@@ -19,7 +19,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from llama.gguf_header import TensorEntry
-from model_service.model.errors import FETCH_AGAIN, CheckpointError
+from model_service.model.errors import FETCH_AGAIN, CheckpointError, shown_shape
 from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, tensor_bytes, type_name
 
@@ -168,11 +168,10 @@ def map_tensors(
         block, block_bytes = GGML_QUANT_SIZES[kind]
         *heights, width = entry.shape
         if width % block or len(heights) > 1:
-            sizes = " × ".join(map(str, entry.shape))
             raise CheckpointError(
                 path,
-                f"{name} is {sizes} in {kind.name}; a tensor has one or two sizes, the last a "
-                f"multiple of the {block} weights in a block",
+                f"{name} is {shown_shape(entry.shape)} in {kind.name}; a tensor has one or two "
+                f"sizes, the last a multiple of the {block} weights in a block",
                 CONVERT_AGAIN,
             )
         held = tensor_bytes(path, name, entry, data)
