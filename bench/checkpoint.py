@@ -19,7 +19,7 @@ import torch
 
 from bench.shapes import Shape
 from model_service.model.config import ModelConfig
-from model_service.model.weights.partition import shard_parameters, split_dimension
+from model_service.model.weights.partition import split_dimension
 
 SEED = 2023
 CPU = torch.device("cpu")
@@ -95,15 +95,6 @@ class RandomWeights:
     """
 
     config: ModelConfig
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights in the network."""
-        return self.config.parameters
-
-    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        """Number of weights that one of `shards` ranks holds; `linear` counts those or the rest."""
-        return shard_parameters(self.config, shards, linear=linear)
 
     def stored_dtype(self, name: str) -> torch.dtype:  # noqa: ARG002  # all are alike
         """The type in which each parameter is drawn."""

@@ -57,8 +57,3 @@ def read(folder: Path) -> tuple[Llama, Tokenizer]:
     model = Llama(Shape(**params | {"vocab_size": tokenizer.vocab_size}))
     model.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
     return model.float().eval(), tokenizer
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    return manifest

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from llama.gguf_metadata import MAGIC, GgufError, read_metadata
+from llama.gguf_header import MAGIC, GgufError, read_metadata
 
 # In the order in which they are looked for: tokenizer.json also has the tokens that a fine-tuning
 # added, which the tokenizer.model beside it lacks.
@@ -99,7 +99,7 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
         return read_metadata(path)
     except GgufError as error:
         raise ModelFileError(
-            f"{path} is damaged or not a GGUF file: {error}; download it again"
+            f"{path} is damaged or not a GGUF file: it {error}; download it again"
         ) from error
 
 

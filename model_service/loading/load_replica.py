@@ -27,6 +27,7 @@ from model_service.model.weights.files.hugging_face import HuggingFaceCheckpoint
 from model_service.model.weights.files.meta_checkpoint import Checkpoint
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing
+from model_service.model.weights.partition import shard_parameters
 from model_service.model.weights.source import WeightSource
 from serving.errors import StartError
 
@@ -57,7 +58,7 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     config = source.config
     _check_context(config, options)
     _check_shards(config, shards)
-    small = source.shard_parameters(shards) < SMALL_MODEL
+    small = shard_parameters(source.config, shards) < SMALL_MODEL
     quantize = config.quantization if options.quantize == "auto" else options.quantize
     precision = choose_precision(
         device, options.dtype, quantize, options.kv_cache_dtype, small=small
@@ -79,7 +80,7 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     network = load_network(
         config,
         limits.context_length,
-        reported(read, source.shard_parameters(shards)) if rank == LEADER else read,
+        reported(read, shard_parameters(source.config, shards)) if rank == LEADER else read,
         pack=packing(precision.quantization, precision.dtype, device),
         dtype=precision.dtype,
         device=device,
@@ -138,7 +139,7 @@ def _summary(source: WeightSource, shards: int, precision: Precision, memory: Me
     files = len(source.files) if isinstance(source, Checkpoint | HuggingFaceCheckpoint) else 0
     stored = f"{files} file{'s' * (files > 1)}, " if files else ""
     return (
-        f"{_readable_count(source.parameters)}, {stored}{precision}, "
+        f"{_readable_count(source.config.parameters)}, {stored}{precision}, "
         f"{shards} shard{'s, each' if shards > 1 else ','} {memory}"
     )
 

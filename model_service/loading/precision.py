@@ -9,6 +9,7 @@ from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu import computes_in_bfloat16
 from model_service.model.weight_sizes import weight_bytes
 from model_service.model.weights.packing import shares_tied_output
+from model_service.model.weights.partition import shard_parameters
 from model_service.model.weights.quantization import FP8, GROUP_SIZE
 from model_service.model.weights.source import WeightSource
 from serving.errors import StartError
@@ -83,8 +84,8 @@ class Precision:
 
     def shard_bytes(self, source: WeightSource, shards: int) -> int:
         """Memory for the weights of one of `shards` ranks."""
-        linear = source.shard_parameters(shards, linear=True)
-        others = source.shard_parameters(shards, linear=False)
+        linear = shard_parameters(source.config, shards, linear=True)
+        others = shard_parameters(source.config, shards, linear=False)
         config, kind = source.config, self.device_type
         if shares_tied_output(config, shards, self.quantization, self.dtype, kind):
             linear -= config.vocab_size * config.dim

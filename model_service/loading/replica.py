@@ -49,7 +49,7 @@ class ModelInfo:
     ) -> "ModelInfo":
         return cls(
             name=options.model_name or options.ckpt_dir.resolve().name,
-            parameters=source.parameters,
+            parameters=source.config.parameters,
             vocab_size=source.config.vocab_size,
             context_length=options.max_seq_len,
             shards=shards,

@@ -17,3 +17,14 @@ class CheckpointError(StartError):
         self.path = path
         self.problem = problem
         self.fix = fix
+
+
+def shown_shape(shape: tuple[int, ...]) -> str:
+    """A shape in a message; a negative size may be any."""
+    return " × ".join("any" if size < 0 else str(size) for size in shape) or "a single number"
+
+
+def shown_names(names: list[str]) -> str:
+    """The first of some names in a message, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

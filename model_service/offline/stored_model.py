@@ -3,26 +3,28 @@
 Reading takes milliseconds, because no weight is read.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
-from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
+from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.hugging_face_config import read_config
 from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.weight_files import (
+    GGUF,
+    HUGGING_FACE,
+    META,
+    refuse_other_weights,
+    safetensors_files,
+    shard_files,
+    weight_format,
+)
 from model_service.offline.headers.gguf import read_gguf_config, read_gguf_header
 from model_service.offline.headers.pth import read_pth_header
 from model_service.offline.headers.safetensors import read_safetensors_header
 from model_service.offline.headers.tensor_header import TensorHeader
 
-META: Final = "Meta's format"
-HUGGING_FACE: Final = "Hugging Face's format"
-GGUF: Final = "GGUF"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 READERS: Mapping[str, Callable[[Path], list[TensorHeader]]] = {
     ".pth": read_pth_header,
     ".safetensors": read_safetensors_header,
@@ -93,79 +95,29 @@ def weight_files(path: Path) -> tuple[str, list[Path]]:
     Raises:
         CheckpointError: there is no model, or a file of it is missing.
     """
+    form = weight_format(path)
+    if form == META:
+        return META, shard_files(path)
+    if form == HUGGING_FACE:
+        return HUGGING_FACE, safetensors_files(path)
     if not path.exists():
         raise CheckpointError(path, "not found", "name the folder or the GGUF file of a model")
+    if form == GGUF:
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+        if len(files) > 1:
+            problem = f"holds {len(files)} GGUF files"
+            raise CheckpointError(path, problem, f"name one of them, such as {files[0]}")
+        return GGUF, files
     if path.is_file():
-        if path.suffix != ".gguf":
-            fix = "name the folder that holds the model's files, or a .gguf file"
-            raise CheckpointError(path, "is a file, and not in GGUF", fix)
-        return GGUF, [path]
-    # Some Hugging Face folders hold a params.json as well.
-    if any(path.glob("consolidated.*.pth")):
-        return META, _numbered(path)
-    if (path / SINGLE).exists():
-        return HUGGING_FACE, [path / SINGLE]
-    if (path / INDEX).exists():
-        return HUGGING_FACE, indexed_files(path / INDEX)
-    if (path / "params.json").exists():
-        return META, _numbered(path)
-    gguf = sorted(path.glob("*.gguf"))
-    if len(gguf) == 1:
-        return GGUF, gguf
-    if gguf:
-        problem = f"holds {len(gguf)} GGUF files"
-        raise CheckpointError(path, problem, f"name one of them, such as {gguf[0]}")
-    if found := next(path.glob("pytorch_model*.bin"), None):
-        raise CheckpointError(
-            path,
-            f"holds its weights as {found.name}, which may run code when it is read",
-            "convert them once to safetensors: transformers.AutoModelForCausalLM"
-            ".from_pretrained(folder).save_pretrained(new_folder)",
-        )
-    if (path / "adapter_config.json").exists():
-        fix = "merge it into its model with peft, and name the result"
-        raise CheckpointError(path, "holds an adapter, not a model", fix)
-    if part := next(path.glob("*.safetensors"), None):
-        raise CheckpointError(path / INDEX, f"not found, though {part.name} is there", FETCH_AGAIN)
+        fix = "name the folder that holds the model's files, or a .gguf file"
+        raise CheckpointError(path, "is a file, and not in GGUF", fix)
+    refuse_other_weights(path)
     raise CheckpointError(
         path,
         "holds no model",
         "name a folder with params.json and consolidated.*.pth, one with config.json and "
         "model.safetensors, or a .gguf file",
     )
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """The files that an index of safetensors files names, all of which are there.
-
-    Raises:
-        CheckpointError: the index is damaged, or a file that it names is missing.
-    """
-    try:
-        names = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        files = [index.parent / Path(name).name for name in sorted(set(names))]
-    except OSError as error:
-        raise CheckpointError(index, f"cannot be read: {error.strerror}", READABLE) from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError(index, "is no index of safetensors files", FETCH_AGAIN) from None
-    missing = [file for file in files if not file.exists()]
-    if missing:
-        problem = f"not found, and {index.name} names it ({len(missing)} of {len(files)} missing)"
-        raise CheckpointError(missing[0], problem, "download the missing files")
-    return files
-
-
-def _numbered(folder: Path) -> list[Path]:
-    """Meta's files, numbered without a gap."""
-    paths = sorted(folder.glob("consolidated.*.pth"))
-    for number, path in enumerate(paths):
-        expected = folder / f"consolidated.{number:02d}.pth"
-        if path != expected:
-            raise CheckpointError(expected, f"not found, though {path.name} is there", FETCH_AGAIN)
-    if not paths:
-        fix = "name the folder that holds params.json and consolidated.*.pth"
-        raise CheckpointError(folder / "consolidated.00.pth", "not found", fix)
-    return paths
 
 
 def _read_file(path: Path) -> StoredFile:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
+from model_service.model.weights.files.weight_files import INDEX
 from model_service.offline.checksums import Checksum, hub_checksum, listed_checksums
 from model_service.offline.headers.tensor_header import TensorHeader
-from model_service.offline.stored_model import INDEX, READERS, weight_files
+from model_service.offline.stored_model import READERS, weight_files
 
 # The other files of a model, which are read whole to see whether they are JSON.
 _JSON = "*.json"

@@ -10,6 +10,7 @@ from bench.shapes import SHAPES
 from model_service.engine.sequence import GenerationRequest
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.partition import shard_parameters
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_shapes_have_their_sizes(name: str, hidden: int, millions: int) -> None:
 def test_checkpoint_describes_its_shape(tiny: Path) -> None:
     config = dataclasses.replace(SHAPES["tiny"].config, trained_context_length=4096)
     assert read_params(tiny / "params.json") == config
-    assert open_checkpoint(tiny).parameters == SHAPES["tiny"].parameters
+    assert open_checkpoint(tiny).config.parameters == SHAPES["tiny"].parameters
 
 
 def test_checkpoint_is_written_once(tiny: Path, work_dir: Path) -> None:
@@ -72,8 +73,10 @@ def test_random_shards_join_to_the_whole(shards: int) -> None:
     ]
     name = "layers.1.feed_forward.w2.weight"
     assert torch.equal(torch.cat([part[name] for part in parts], dim=1), whole[name])
-    assert sum(weight.numel() for weight in parts[0].values()) == source.shard_parameters(shards)
-    assert source.parameters == SHAPES["tiny"].parameters
+    assert sum(weight.numel() for weight in parts[0].values()) == shard_parameters(
+        source.config, shards
+    )
+    assert source.config.parameters == SHAPES["tiny"].parameters
 
 
 def test_engine_answers_the_same_from_a_file_and_from_weights_made_as_they_load(job: Job) -> None:

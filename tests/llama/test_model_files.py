@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from sentencepiece import SentencePieceProcessor
 
-from llama.gguf_metadata import GgufError, read_metadata
+from llama.gguf_header import GgufError, read_metadata
 from llama.model_files import (
     ModelFileError,
     TokenizerForm,

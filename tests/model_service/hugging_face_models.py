@@ -1,11 +1,17 @@
 """Random networks of transformers, saved by it, and its answers with them."""
 
+import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+PROMPTS = [[1, 5, 9, 77, 3], [(7 * i + i * i) % 128 for i in range(60)]]
+LENGTH = 16
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 128,
@@ -81,3 +87,16 @@ def greedy(model: torch.nn.Module, prompts: list[list[int]], length: int) -> lis
             logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
         answers.append({"ids": ids[len(prompt) :], "logprobs": logprobs})
     return answers
+
+
+def check_greedy_answers(models: dict[str, Any], shards: int) -> None:
+    """Compares our answers on this number of shards with those of transformers, by paths."""
+    script = str(Path(__file__).with_name("greedy_ranks.py"))
+    command = [sys.executable, "-m", "model_service.launcher", f"--shards={shards}", script]
+    command += [json.dumps(PROMPTS), str(LENGTH), *models]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    made = json.loads(done.stdout)
+    for path, expected in models.items():
+        for own, theirs in zip(made[path], expected, strict=True):
+            assert own["ids"] == theirs["ids"], path
+            assert own["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4), path

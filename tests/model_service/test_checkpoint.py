@@ -18,6 +18,7 @@ from model_service.model.config import ModelConfig, RopeScaling
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
 from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.partition import shard_parameters
 from model_service.offline.quantize import quantize_checkpoint
 from serving.errors import StartError
 
@@ -75,7 +76,9 @@ def test_weights_are_converted_and_counted(golden: Path) -> None:
     checkpoint = open_checkpoint(golden / "checkpoints" / "mha-mp1")
     weights = dict(checkpoint.read_shard(0, 2, torch.bfloat16, CPU))
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    assert checkpoint.shard_parameters(2) == sum(weight.numel() for weight in weights.values())
+    assert shard_parameters(checkpoint.config, 2) == sum(
+        weight.numel() for weight in weights.values()
+    )
 
 
 def test_rope_frequencies_may_be_present_or_not(checkpoint: Callable[[str], Path]) -> None:
@@ -405,4 +408,4 @@ def test_missing_folder_says_what_to_name(tmp_path: Path) -> None:
 def test_checksums_need_not_be_verified(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("mha-mp1")
     damage_flip(folder)
-    assert open_checkpoint(folder, verify=False).parameters == 178496
+    assert open_checkpoint(folder, verify=False).config.parameters == 178496

@@ -124,7 +124,7 @@ def test_large_networks_are_written_in_several_files(tmp_path: Path) -> None:
     assert all(path.stat().st_size < 110_000 for path in written.files)
     assert written.fingerprint() == saved.fingerprint()
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4 * saved.parameters
+    assert index["metadata"]["total_size"] == 4 * saved.config.parameters
 
 
 def test_hugging_face_folders_are_quantized_as_metas_are(tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """GGUF files give the answers that transformers gives with them."""
 
 import dataclasses
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from model_service.model.weights.conversion.write_meta import write_meta
 from model_service.model.weights.files.gguf.gguf_file import GgufFile, open_gguf
 from model_service.model.weights.files.gguf.tensors import WorkerPool
 from model_service.model.weights.open_weights import open_weights
-from model_service.model.weights.partition import split_dimension
+from model_service.model.weights.partition import shard_parameters, split_dimension
 from tests.model_service.gguf_models import (
     METADATA,
     QUANTIZED_BY_PACKAGE,
@@ -35,21 +32,18 @@ from tests.model_service.gguf_models import (
     make_model,
     write_gguf,
 )
-from tests.model_service.hugging_face_models import greedy
+from tests.model_service.hugging_face_models import (
+    LENGTH,
+    LLAMA_3,
+    PROMPTS,
+    check_greedy_answers,
+    greedy,
+)
 
 CPU = torch.device("cpu")
-LENGTH = 16
 GREEDY = SamplingParams(temperature=0.0)
-PROMPTS = [[1, 5, 9, 77, 3], [(7 * i + i * i) % 128 for i in range(60)]]
 TYPES = (*QUANTIZED_BY_PACKAGE, *SCALES)
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+SCALING = LLAMA_3 | {"original_max_position_embeddings": 8192}
 
 
 def weights(source: GgufFile, rank: int = 0, shards: int = 1) -> dict[str, torch.Tensor]:
@@ -89,7 +83,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     scaled = converted(model, "F16") | {"rope_freqs.weight": llama_3_divisors()}
     path = write_gguf(folder / "llama3.gguf", scaled)
-    scaled_model = make_model(rope_parameters=LLAMA_3)
+    scaled_model = make_model(rope_parameters=SCALING)
     scaled_model.load_state_dict(loaded_by_transformers(folder / "F16.gguf").state_dict())
     answers[str(path)] = greedy(scaled_model, PROMPTS, LENGTH)
 
@@ -102,15 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_greedy_answers_are_those_of_transformers(models: dict[str, Any], shards: int) -> None:
-    script = str(Path(__file__).with_name("greedy_ranks.py"))
-    command = [sys.executable, "-m", "model_service.launcher", f"--shards={shards}", script]
-    command += [json.dumps(PROMPTS), str(LENGTH), *models]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
-    made = json.loads(done.stdout)
-    for path, expected in models.items():
-        for own, theirs in zip(made[path], expected, strict=True):
-            assert own["ids"] == theirs["ids"], path
-            assert own["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4), path
+    check_greedy_answers(models, shards)
 
 
 def file_of(models: dict[str, Any], name: str) -> Path:
@@ -126,7 +112,7 @@ def test_shards_are_cuts_of_the_whole(models: dict[str, Any], name: str) -> None
         own = [part[parameter] for part in parts]
         joined = own[0] if dimension is None else torch.cat(own, dimension)
         assert torch.equal(joined, whole), parameter
-    assert sum(part.numel() for part in parts[0].values()) == source.shard_parameters(4)
+    assert sum(part.numel() for part in parts[0].values()) == shard_parameters(source.config, 4)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -208,7 +194,7 @@ def test_config_is_what_the_metadata_states(models: dict[str, Any]) -> None:
 
 def test_a_tied_matrix_is_one_parameter(models: dict[str, Any]) -> None:
     tied, plain = (open_gguf(file_of(models, name)) for name in ("tied", "Q8_0"))
-    assert plain.parameters - tied.parameters == 128 * 256
+    assert plain.config.parameters - tied.config.parameters == 128 * 256
     read = weights(tied)
     assert torch.equal(read["output.weight"], read["tok_embeddings.weight"])
 

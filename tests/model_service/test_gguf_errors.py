@@ -229,4 +229,4 @@ def test_damage_to_the_header_is_refused_or_harmless(
     path = intact.with_name("damaged.gguf")
     path.write_bytes(data)
     with contextlib.suppress(CheckpointError):  # any other exception fails the test
-        assert open_gguf(path).parameters == open_gguf(intact).parameters
+        assert open_gguf(path).config.parameters == open_gguf(intact).config.parameters

@@ -1,8 +1,6 @@
 """Hugging Face folders give the answers that transformers gives with them."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,19 @@ from model_service.model.load_network import load_network
 from model_service.model.weights.files.hugging_face import open_hugging_face
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import plain
-from tests.model_service.hugging_face_models import LLAMA_3, VARIANTS, Variant, greedy, save_model
+from model_service.model.weights.partition import shard_parameters
+from tests.model_service.hugging_face_models import (
+    LENGTH,
+    LLAMA_3,
+    PROMPTS,
+    VARIANTS,
+    Variant,
+    check_greedy_answers,
+    greedy,
+    save_model,
+)
 
 CPU = torch.device("cpu")
-LENGTH = 16
-PROMPTS = [[1, 5, 9, 77, 3], [(7 * i + i * i) % 128 for i in range(60)]]
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_greedy_answers_are_those_of_transformers(models: dict[str, Any], shards: int) -> None:
-    script = str(Path(__file__).with_name("greedy_ranks.py"))
-    command = [sys.executable, "-m", "model_service.launcher", f"--shards={shards}", script]
-    command += [json.dumps(PROMPTS), str(LENGTH), *models]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
-    made = json.loads(done.stdout)
-    for folder, expected in models.items():
-        for own, theirs in zip(made[folder], expected, strict=True):
-            assert own["ids"] == theirs["ids"], folder
-            assert own["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4), folder
+    check_greedy_answers(models, shards)
 
 
 def folder_of(models: dict[str, Any], name: str) -> Path:
@@ -69,8 +67,8 @@ def test_one_changed_number_changes_the_fingerprint(models: dict[str, Any]) -> N
 
 def test_a_tied_matrix_is_one_parameter_and_takes_memory_as_two(models: dict[str, Any]) -> None:
     tied, plain = (open_weights(folder_of(models, name)) for name in ("tied", "gqa"))
-    assert plain.parameters - tied.parameters == 128 * 128
-    assert plain.shard_parameters(2) == tied.shard_parameters(2)
+    assert plain.config.parameters - tied.config.parameters == 128 * 128
+    assert shard_parameters(plain.config, 2) == shard_parameters(tied.config, 2)
     weights = dict(tied.read_shard(0, 1, torch.float32, CPU))
     assert torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
 

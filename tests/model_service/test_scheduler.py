@@ -132,7 +132,7 @@ class Load(RuleBasedStateMachine):
     @invariant()
     def whoever_waits_for_a_block_waits_for_a_running_sequence(self) -> None:
         for digest in self.scheduler._waiting._parked_at.values():
-            assert self.scheduler._prefixes.in_progress[digest] in self.scheduler._running
+            assert self.scheduler._prefixes._in_progress[digest] in self.scheduler._running
 
     def teardown(self) -> None:
         for _ in range(40 * len(self.alive)):
@@ -140,7 +140,7 @@ class Load(RuleBasedStateMachine):
                 self.step(cancelled=20)
         assert not self.alive
         assert self.pool.free_count == self.pool.total
-        assert not self.scheduler._prefixes.in_progress
+        assert not self.scheduler._prefixes._in_progress
         assert not self.scheduler._prefixes._tails
         assert not self.scheduler._prefixes._in_progress_index._by_parent
 

@@ -73,4 +73,4 @@ def test_host_holds_two_buffers_and_never_the_checkpoint(
     before = own()
     weights = checkpoint.read_shard(0, 1, torch.float16, torch.device("meta"))
     held = max(own() - before for _ in weights)
-    assert held < 25e6 < checkpoint.parameters * 4 / 3
+    assert held < 25e6 < checkpoint.config.parameters * 4 / 3

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from gateway.text.detokenizer import text_of
 from gateway.text.vocabulary import Vocabulary
-from llama.gguf_metadata import read_metadata
+from llama.gguf_header import read_metadata
 from tests.tokenizer_service.forms import added_token, bos_template, byte_level_gguf
 from tokenizer_service.open_tokenizer import open_tokenizer
 from tokenizer_service.tokenizer import Tokenizer

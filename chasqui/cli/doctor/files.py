@@ -2,15 +2,14 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from chasqui.cli.doctor.finding import Finding, fine, wrong
 from chasqui.cli.doctor.packages import installed_version
+from chasqui.cli.doctor.probe import start_probe
 
-PROBE = (sys.executable, "-m", "model_service.offline", "inspect", "--json")
 GIB = 2**30
 
 
@@ -22,13 +21,7 @@ class ModelProbe:
         self._process: subprocess.Popen[str] | None = None
         if installed_version("psutil") is not None:
             named = ["--tokenizer_path", str(tokenizer_path)] if tokenizer_path else []
-            self._process = subprocess.Popen(  # noqa: S603  # our own module
-                [*PROBE, str(path), *named],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            self._process = start_probe("inspect", "--json", str(path), *named)
 
     def findings(self) -> Iterator[Finding]:
         """Waits for the answer."""

@@ -30,8 +30,8 @@ def fine(subject: str, text: str) -> Finding:
     return Finding(Verdict.FINE, subject, text)
 
 
-def remark(subject: str, text: str, fix: str = "") -> Finding:
-    return Finding(Verdict.NOTE, subject, text, fix)
+def remark(subject: str, text: str) -> Finding:
+    return Finding(Verdict.NOTE, subject, text)
 
 
 def wrong(subject: str, text: str, fix: str) -> Finding:

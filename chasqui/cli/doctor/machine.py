@@ -7,14 +7,13 @@ it may end the process that imports it.
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from chasqui.cli.doctor.finding import Finding, fine, remark, wrong
 from chasqui.cli.doctor.packages import installed_version
+from chasqui.cli.doctor.probe import start_probe
 
-PROBE = (sys.executable, "-m", "model_service.offline", "machine")
 PROBE_SECONDS = 120.0  # importing PyTorch from a cold disk takes long
 REINSTALL = "pip install --force-reinstall '.[model]' in the source tree"
 GIB = 2**30
@@ -26,13 +25,7 @@ class MachineProbe:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         if installed_version("torch") is not None and installed_version("psutil") is not None:
-            self._process = subprocess.Popen(  # noqa: S603  # our own module
-                PROBE,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            self._process = start_probe("machine")
 
     def findings(self) -> Iterator[Finding]:
         """Waits for the answer."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from chasqui.cli.doctor.finding import Finding, fine, remark, wrong
+from chasqui.cli.serve.listening import why_taken
 
 # The ports of services that are started one by one; `chasqui serve` lets the system choose them.
 SINGLE_SERVICES = {50052: "tokenizer service", 50053: "model service", 50054: "safety service"}
@@ -30,19 +31,6 @@ def check_ports(host: str, port: int) -> Iterator[Finding]:
         else:
             text = f"{single} ({service}): {reason}{_holder(single)}"
             yield remark("port", f"{text}; chasqui serve does not need it")
-
-
-def why_taken(host: str, port: int) -> str | None:
-    """The system's reason for which no server can listen there; None if one can."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as probe:
-            # As gRPC does: connections that were closed lately do not keep the port.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def _free_port(host: str) -> int:

@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import os
 import signal
-import socket
 import threading
 from asyncio import FIRST_COMPLETED, Future
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
@@ -22,6 +21,7 @@ from typing import Any, NoReturn, cast
 import grpc
 
 from chasqui.cli.serve.deployment import LOOPBACK, Deployment
+from chasqui.cli.serve.listening import why_taken
 from chasqui.cli.serve.liveness import until_hung
 from chasqui.cli.serve.service_log import own_line
 from chasqui.cli.serve.service_process import Log, ServiceProcess
@@ -263,15 +263,9 @@ def _refuse_variables_of_one_service() -> None:
 
 def _refuse_unusable_address(host: str, port: int) -> None:
     """Raises the error that the gateway would raise after all other services have started."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as probe:
-            # Like gRPC: recently closed connections do not keep the port in use.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
+    if reason := why_taken(host, port):
         shown = f"[{host}]" if ":" in host else host
         raise SupervisorError(
-            f"cannot listen on {shown}:{port}: {error.strerror}; "
+            f"cannot listen on {shown}:{port}: {reason}; "
             "choose another address with --host or another port with --port"
-        ) from error
+        )

@@ -7,7 +7,7 @@ at all: all dialogs begin with the same few tokens, and each would copy them fro
 for it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from model_service.engine.block_content import (
@@ -46,11 +46,6 @@ class PrefixCache:
         self._in_progress_index = ContentIndex()
         # The lengths of those prompts, and their last blocks, if these are partly filled.
         self._tails: dict[Sequence, tuple[int, BlockContent]] = {}
-
-    @property
-    def in_progress(self) -> Mapping[bytes, Sequence]:
-        """The sequence that computes a block, by the block's digest."""
-        return self._in_progress
 
     def find(self, sequence: Sequence) -> CachedPrefix:
         """The prefix that a waiting sequence can take over, now or soon."""

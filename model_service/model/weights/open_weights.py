@@ -6,6 +6,13 @@ from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.gguf.gguf_file import open_gguf
 from model_service.model.weights.files.hugging_face import open_hugging_face
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.weight_files import (
+    GGUF,
+    HUGGING_FACE,
+    META,
+    refuse_other_weights,
+    weight_format,
+)
 from model_service.model.weights.source import WeightSource
 
 ACCEPTED = (
@@ -28,30 +35,26 @@ def open_weights(path: Path, *, verify: bool = True) -> WeightSource:
     """
     if not path.exists():
         raise CheckpointError(path, "not found", ACCEPTED)
-    if not path.is_dir():
-        if path.suffix == ".gguf":
-            return open_gguf(path)
-        raise CheckpointError(path, "is a file of a kind that is not read", ACCEPTED)
-    # Some Hugging Face folders hold a params.json as well.
-    if any(path.glob("consolidated.*.pth")):
+    form = weight_format(path)
+    if form == META:
         return open_checkpoint(path, verify=verify)
-    if (path / "config.json").exists() or any(path.glob("*.safetensors")):
+    if form == HUGGING_FACE:
         return open_hugging_face(path)
-    if (path / "params.json").exists():
-        return open_checkpoint(path, verify=verify)
-    if files := sorted(path.glob("*.gguf")):
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files)
-            raise CheckpointError(
-                path, f"holds several GGUF files: {names}", "name one of them, not the folder"
-            )
-        return open_gguf(files[0])
+    if form == GGUF:
+        return open_gguf(_gguf_file(path))
+    if not path.is_dir():
+        raise CheckpointError(path, "is a file of a kind that is not read", ACCEPTED)
     if found := next(path.glob("pytorch_model*.bin"), None):
         raise CheckpointError(path, f"holds {found.name} without a config.json", ACCEPTED)
-    if (path / "adapter_config.json").exists():
-        raise CheckpointError(
-            path,
-            "holds an adapter, not a model",
-            "merge it into its model with peft, and serve that",
-        )
+    refuse_other_weights(path)
     raise CheckpointError(path, "holds no checkpoint", ACCEPTED)
+
+
+def _gguf_file(path: Path) -> Path:
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(
+            path, f"holds several GGUF files: {names}", "name one of them, not the folder"
+        )
+    return files[0]

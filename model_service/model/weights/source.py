@@ -13,13 +13,6 @@ class WeightSource(Protocol):
     def config(self) -> ModelConfig:
         """The network's shape."""
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights in the network."""
-
-    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
-
     def stored_dtype(self, name: str) -> torch.dtype:
         """The floating-point type that holds the parameter `name` as it is stored."""
 

@@ -19,13 +19,14 @@ from model_service.model.weights.conversion.write_hugging_face import (
     write_hugging_face_into,
 )
 from model_service.model.weights.conversion.write_meta import write_meta_into
+from model_service.model.weights.files.weight_files import META
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.source import WeightSource
 from model_service.offline.checksums import CHECKLIST, SHA256SUMS
 from model_service.offline.conversion.companions import companions
 from model_service.offline.conversion.observed_source import TYPES, ObservedSource
 from model_service.offline.conversion.unfinished import UnfinishedFolder
-from model_service.offline.stored_model import META, StoredModel, read_stored_model
+from model_service.offline.stored_model import StoredModel, read_stored_model
 from serving.errors import StartError
 from serving.telemetry.progress import progress
 

@@ -39,13 +39,6 @@ class ObservedSource:
     def config(self) -> ModelConfig:
         return self.source.config
 
-    @property
-    def parameters(self) -> int:
-        return self.source.parameters
-
-    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        return self.source.shard_parameters(shards, linear=linear)
-
     def stored_dtype(self, name: str) -> torch.dtype:
         return self.dtype or self.source.stored_dtype(name)
 

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
+from model_service.model.errors import CheckpointError
+from model_service.model.weights.files.safetensors_files import opened
 from model_service.offline.headers.tensor_header import TensorHeader, bytes_of
 
 # The format's names of types, and PyTorch's.
@@ -30,16 +29,9 @@ def read_safetensors_header(path: Path) -> list[TensorHeader]:
     Raises:
         CheckpointError: the file is missing, cut short, damaged, or holds an unknown type.
     """
-    try:
-        # Opened by hand first: the library's own error does not say why it cannot read a file.
-        path.open("rb").close()
-        with safe_open(path, framework="numpy") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror}", READABLE) from None
-    except SafetensorError as error:
-        raise CheckpointError(path, f"is cut short or damaged ({error})", FETCH_AGAIN) from None
+    with opened(path, "numpy") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     headers = []
     for name, (dtype, shape) in found.items():
         if dtype not in _TYPES:

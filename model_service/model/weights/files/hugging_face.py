@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from model_service.model.config import ModelConfig
-from model_service.model.errors import CheckpointError
+from model_service.model.errors import CheckpointError, shown_names, shown_shape
 from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.digest import digest
 from model_service.model.weights.files.hugging_face_config import read_config
@@ -22,7 +22,7 @@ from model_service.model.weights.files.safetensors_files import (
     open_safetensors,
 )
 from model_service.model.weights.finite import check_finite, extremes
-from model_service.model.weights.partition import shard_parameters, split_dimension
+from model_service.model.weights.partition import split_dimension
 
 FLOAT_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,15 +62,6 @@ class HuggingFaceCheckpoint:
     config: ModelConfig
     tensors: Mapping[str, torch.Tensor]
     files: tuple[Path, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights in the network."""
-        return self.config.parameters
-
-    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
-        return shard_parameters(self.config, shards, linear=linear)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type of the parameter `name` in its file."""
@@ -160,11 +151,11 @@ def _check_tensors(folder: Path, stored: Mapping[str, StoredTensor], config: Mod
         fix = _OWN_CONFIG
         if missing == [OUTPUT]:
             fix = "set tie_word_embeddings to true in config.json if the embedding is its matrix"
-        raise CheckpointError(folder, f"lacks {_some(missing)}", fix)
+        raise CheckpointError(folder, f"lacks {shown_names(missing)}", fix)
     allowed = {*shapes, OUTPUT} if config.tied_embeddings else set(shapes)
     if unexpected := [name for name in stored if name not in allowed]:
         path = stored[unexpected[0]].path
-        raise CheckpointError(path, f"also holds {_some(unexpected)}", _OWN_CONFIG)
+        raise CheckpointError(path, f"also holds {shown_names(unexpected)}", _OWN_CONFIG)
     for name, shape in shapes.items():
         _check_shape(name, stored[name], shape)
 
@@ -191,8 +182,8 @@ def _check_shape(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> Non
     if tuple(tensor.values.shape) != shape:
         raise CheckpointError(
             tensor.path,
-            f"{name} is {_dimensions(tuple(tensor.values.shape))}; config.json makes it "
-            f"{_dimensions(shape)}",
+            f"{name} is {shown_shape(tuple(tensor.values.shape))}; config.json makes it "
+            f"{shown_shape(shape)}",
             _OWN_CONFIG,
         )
 
@@ -206,12 +197,3 @@ def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
             f"{OUTPUT} is not {EMBEDDING}, though config.json has tie_word_embeddings true",
             "set tie_word_embeddings to false in config.json",
         )
-
-
-def _dimensions(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape)) or "a single number"
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -24,14 +24,13 @@ from model_service.model.weights.files.meta_checks import (
 from model_service.model.weights.files.meta_files import (
     check_archive,
     open_tensors,
-    shard_files,
 )
 from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.weight_files import shard_files
 from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import (
     EMBEDDING,
     is_linear,
-    shard_parameters,
     split_dimension,
     splits_vocabulary,
 )
@@ -47,15 +46,6 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     files: tuple[dict[str, StoredWeight], ...]
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights in the network."""
-        return self.config.parameters
-
-    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
-        return shard_parameters(self.config, shards, linear=linear)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type of the parameter `name` in the files; float32 if it is quantized."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from model_service.model.config import ModelConfig
-from model_service.model.errors import CheckpointError
+from model_service.model.errors import CheckpointError, shown_names, shown_shape
 from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import (
     EMBEDDING,
@@ -45,12 +45,14 @@ def check_tensors(
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
         raise CheckpointError(
-            path, f"lacks {_some(missing)}", "use the params.json that came with this file"
+            path, f"lacks {shown_names(missing)}", "use the params.json that came with this file"
         )
     unexpected = sorted(tensors.keys() - expected.keys() - DERIVED)
     if unexpected:
         raise CheckpointError(
-            path, f"also holds {_some(unexpected)}", "use the params.json that came with this file"
+            path,
+            f"also holds {shown_names(unexpected)}",
+            "use the params.json that came with this file",
         )
     embedding = tuple(tensors[EMBEDDING].shape)
     if splits_vocabulary(embedding, config, files):
@@ -67,8 +69,8 @@ def check_tensors(
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 path,
-                f"{name} is {_dimensions(tensor.shape)}; params.json and {files} "
-                f"file{'s' * (files > 1)} make it {_dimensions(shape)}",
+                f"{name} is {shown_shape(tensor.shape)}; params.json and {files} "
+                f"file{'s' * (files > 1)} make it {shown_shape(shape)}",
                 ONE_CHECKPOINT,
             )
 
@@ -155,12 +157,3 @@ def _expected_tensors(
             }
         expected |= {name + part: (size, {dtype}) for part, (size, dtype) in parts.items()}
     return expected
-
-
-def _dimensions(shape: tuple[int, ...]) -> str:
-    return " × ".join("any" if size < 0 else str(size) for size in shape) or "a single number"
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,4 +1,4 @@
-"""Opens the files of a checkpoint: finds them, checks their bytes, and maps their tensors.
+"""Opens the files of Meta's checkpoint: checks their bytes, and maps their tensors.
 
 No file is trusted: it may be cut short, damaged, or hold code instead of tensors.
 """
@@ -14,31 +14,11 @@ from pathlib import Path
 
 import torch
 
-from model_service.model.errors import FETCH_AGAIN as FETCH_AGAIN  # noqa: PLC0414
-from model_service.model.errors import READABLE as READABLE  # noqa: PLC0414
-from model_service.model.errors import CheckpointError
+from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
 from serving.telemetry.progress import Advance, progress
 
 _CHECKSUM_THREADS = 16
 _READ_BYTES = 2**22
-_META_FORMAT = "name the folder that holds params.json and consolidated.*.pth"
-
-
-def shard_files(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("consolidated.*.pth"))
-    if not paths:
-        raise CheckpointError(
-            folder / "consolidated.00.pth",
-            "not found",
-            _META_FORMAT,
-        )
-    for number, path in enumerate(paths):
-        expected = f"consolidated.{number:02d}.pth"
-        if path.name != expected:
-            raise CheckpointError(
-                folder / expected, f"not found, though {path.name} is there", FETCH_AGAIN
-            )
-    return paths
 
 
 def check_archive(path: Path, *, verify: bool) -> None:

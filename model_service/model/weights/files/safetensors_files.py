@@ -1,20 +1,21 @@
-"""Opens the safetensors files of a Hugging Face folder: finds them, and maps their tensors.
+"""Opens the safetensors files of a Hugging Face folder, and maps their tensors.
 
 A file begins with a header that names each tensor with its type, shape and place; it holds no code.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from model_service.model.errors import CheckpointError
-from model_service.model.weights.files.json_file import read_json_object
-from model_service.model.weights.files.meta_files import FETCH_AGAIN, READABLE
+from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
+from model_service.model.weights.files.weight_files import INDEX, SINGLE, tensor_places
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class StoredTensor:
     """A tensor and the file that holds it. Its numbers are read when they are used."""
 
     path: Path
-    values: torch.Tensor
+    values: "torch.Tensor"
 
 
 def open_safetensors(folder: Path) -> dict[str, StoredTensor]:
@@ -34,7 +35,7 @@ def open_safetensors(folder: Path) -> dict[str, StoredTensor]:
     single = folder / SINGLE
     if single.exists():
         return _open(single)
-    places = _places(folder)
+    places = tensor_places(folder)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(places.values())):
         for name, tensor in _open(folder / file).items():
@@ -57,51 +58,26 @@ def open_safetensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _places(folder: Path) -> dict[str, str]:
-    """The name of the file that holds each tensor, as the index states it."""
-    index = folder / INDEX
-    if not index.exists():
-        _check_format(folder)
-    places = read_json_object(index, if_missing=FETCH_AGAIN).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(index, "has no weight_map with the file of each tensor", FETCH_AGAIN)
-    for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file or file in {"", ".", ".."}:
-            raise CheckpointError(
-                index, f"places {name} in {file!r}, which is not the name of a file", FETCH_AGAIN
-            )
-        if not (folder / file).exists():
-            raise CheckpointError(folder / file, f"not found, though {INDEX} names it", FETCH_AGAIN)
-    return places
-
-
-def _check_format(folder: Path) -> None:
-    """Raises CheckpointError: a folder has neither file by which its weights are found."""
-    if part := next(folder.glob("model-*.safetensors"), None):
-        raise CheckpointError(
-            folder / INDEX, f"not found, though {part.name} is there", "download it, too"
-        )
-    if found := next(folder.glob("pytorch_model*.bin"), None):
-        raise CheckpointError(
-            folder,
-            f"holds its weights as {found.name}, which may run code when it is read",
-            "convert them once to safetensors: transformers.AutoModelForCausalLM"
-            ".from_pretrained(folder).save_pretrained(new_folder)",
-        )
-    raise CheckpointError(
-        folder / SINGLE, f"not found, and neither is {INDEX}", "download one of them"
-    )
-
-
 def _open(path: Path) -> dict[str, StoredTensor]:
+    with opened(path, "pt") as file:
+        return {name: StoredTensor(path, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # no mapping
+
+
+@contextmanager
+def opened(path: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
+    """The file at `path`, whose sizes the library compares with its header.
+
+    Raises:
+        CheckpointError: the file is missing, cut short or damaged.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: StoredTensor(path, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # no mapping
+        # Opened by hand first: the library's own error does not say why it cannot read a file.
+        path.open("rb").close()
+        with safe_open(path, framework=framework) as file:
+            yield file
     except SafetensorError as error:
         raise CheckpointError(
             path, f"is cut short, damaged, or no safetensors file ({error})", FETCH_AGAIN
         ) from error
     except OSError as error:
-        raise CheckpointError(
-            path, f"cannot be read: {error.strerror or error}", READABLE
-        ) from error
+        raise CheckpointError(path, f"cannot be read: {error.strerror}", READABLE) from error

@@ -3,19 +3,27 @@
 The keys are those that llama.cpp writes: gguf/constants.py of the gguf package.
 """
 
-import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model_service.model.config import ModelConfig, RopeScaling, broken_rule
+from llama.gguf_header import GgufHeader
+from model_service.model.config import ModelConfig, broken_rule
 from model_service.model.errors import CheckpointError
-from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, SkippedArray, Value
+from model_service.model.weights.files.gguf.header import CONVERT_AGAIN
+from model_service.model.weights.files.gguf.scaling import (
+    DIVISORS,
+    divisors_scaling,
+    linear_scaling,
+)
 
 ARCHITECTURE = "llama"
+EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _REQUIRED = {
     "embedding_length": "dim",
     "block_count": "n_layers",
@@ -44,12 +52,43 @@ _OTHERS = {
     "rope.scaling.type",
     "tensor_data_layout",
 }
-# llama.cpp stores Llama 3's scaling as one divisor for each frequency. Meta and all its models use
-# these settings beside the factor.
-_LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 8192}
 
 
-def check_kind(path: Path, metadata: Mapping[str, Value]) -> None:
+def read_config(path: Path, header: GgufHeader, data: NDArray[np.uint8]) -> ModelConfig:
+    """The shape of the network in the file at `path`, whose bytes are `data`.
+
+    Raises:
+        CheckpointError: the file holds no whole model of the architecture llama; or a key is
+            missing, unknown or out of range, or asks for more than Llama.
+    """
+    metadata = header.metadata
+    _check_kind(path, metadata)
+    if EMBEDDING not in header.tensors:
+        raise CheckpointError(path, f"lacks {EMBEDDING}", CONVERT_AGAIN)
+    prefix = f"{ARCHITECTURE}."
+    stated = {
+        key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
+    }
+    _check_keys(path, stated)
+    fields = _fields(path, stated)
+    rows = header.tensors[EMBEDDING].shape[0]
+    if fields.setdefault("vocab_size", rows) != rows:
+        raise CheckpointError(
+            path,
+            f"states llama.vocab_size {fields['vocab_size']}, and {EMBEDDING} has {rows} rows",
+            CONVERT_AGAIN,
+        )
+    config = ModelConfig(
+        **fields,  # type: ignore[arg-type]  # each value was checked
+        tied_embeddings=_OUTPUT not in header.tensors,
+        rope_scaling=linear_scaling(path, stated),
+    )
+    _check_heads(path, stated, config)
+    scaling = divisors_scaling(path, header.tensors.get(DIVISORS), data, config)
+    return replace(config, rope_scaling=scaling or config.rope_scaling)
+
+
+def _check_kind(path: Path, metadata: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the file holds a whole model of the architecture llama."""
     parts = metadata.get("split.count", 1)
     if parts != 1:
@@ -73,70 +112,7 @@ def check_kind(path: Path, metadata: Mapping[str, Value]) -> None:
         )
 
 
-def read_config(
-    path: Path, metadata: Mapping[str, Value], *, vocab_size: int, tied: bool
-) -> ModelConfig:
-    """The shape that the metadata states, without a scaling that is stored as a tensor.
-
-    Args:
-        path: of the file, for messages.
-        metadata: of the file.
-        vocab_size: rows of the embedding.
-        tied: whether the file has no output matrix of its own.
-
-    Raises:
-        CheckpointError: a key is missing, unknown or out of range, or asks for more than Llama.
-    """
-    prefix = f"{ARCHITECTURE}."
-    stated = {
-        key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
-    }
-    _check_keys(path, stated)
-    fields = _fields(path, stated)
-    if fields.setdefault("vocab_size", vocab_size) != vocab_size:
-        raise CheckpointError(
-            path,
-            f"states llama.vocab_size {fields['vocab_size']}, and token_embd.weight has "
-            f"{vocab_size} rows",
-            CONVERT_AGAIN,
-        )
-    config = ModelConfig(
-        **fields,  # type: ignore[arg-type]  # each value was checked
-        tied_embeddings=tied,
-        rope_scaling=_linear_scaling(path, stated),
-    )
-    _check_heads(path, stated, config)
-    return config
-
-
-def read_divisors(
-    path: Path, divisors: NDArray[np.float32], config: ModelConfig
-) -> RopeScaling | None:
-    """The scaling that divides the rotary frequencies by these numbers [head_dim / 2].
-
-    Raises:
-        CheckpointError: it is not the scaling of Llama 3.
-    """
-    numbers = divisors.astype(np.float64)
-    if bool((numbers == 1).all()):
-        return None
-    factor = float(f"{numbers.max().item():.6g}")
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    turns = _LLAMA_3["original_context_length"] / (2 * math.pi * config.rope_theta**exponents)
-    low, high = _LLAMA_3["low_freq_factor"], _LLAMA_3["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - kept) / factor + kept)
-    if config.rope_scaling or not np.allclose(numbers, expected, rtol=1e-4, atol=0.0):
-        raise CheckpointError(
-            path,
-            "rope_freqs.weight changes the rotary frequencies in another way than Llama 3 does, "
-            "which divides low ones by a factor and keeps high ones",
-            "use a model with Llama 3's scaling of the rotary frequencies, or without any",
-        )
-    return RopeScaling.checked({"kind": "llama3", "factor": factor, **_LLAMA_3})
-
-
-def _check_keys(path: Path, stated: Mapping[str, Value]) -> None:
+def _check_keys(path: Path, stated: Mapping[str, Any]) -> None:
     """Raises CheckpointError for keys that are missing, unknown, or ask for more than Llama."""
     if missing := sorted(_REQUIRED.keys() - stated.keys()):
         raise CheckpointError(path, f"lacks llama.{missing[0]}", CONVERT_AGAIN)
@@ -159,17 +135,17 @@ def _check_keys(path: Path, stated: Mapping[str, Value]) -> None:
         )
 
 
-def _fields(path: Path, stated: Mapping[str, Value]) -> dict[str, object]:
+def _fields(path: Path, stated: Mapping[str, Any]) -> dict[str, object]:
     """The fields of ModelConfig that keys state, with their values checked."""
     fields: dict[str, object] = {}
     for key, field in (_REQUIRED | _OPTIONAL).items():
         if key not in stated:
             continue
         value = stated[key]
-        if isinstance(value, SkippedArray):
+        if isinstance(value, list):
             raise CheckpointError(
                 path,
-                f"llama.{key} is a list of {value.count} numbers: the layers differ",
+                f"llama.{key} is a list of {len(value)} numbers: the layers differ",
                 "use a model whose layers are alike",
             )
         if isinstance(value, float):
@@ -183,27 +159,7 @@ def _fields(path: Path, stated: Mapping[str, Value]) -> dict[str, object]:
     return fields
 
 
-def _linear_scaling(path: Path, stated: Mapping[str, Value]) -> RopeScaling | None:
-    """The scaling by one factor for all frequencies; None if there is none."""
-    kind, factor = stated.get("rope.scaling.type"), stated.get("rope.scaling.factor")
-    if kind is None and "rope.scale_linear" in stated:  # the key of old files
-        kind, factor = "linear", stated["rope.scale_linear"]
-    if kind in (None, "none") or (kind == "linear" and factor in (0, 1)):
-        return None
-    if kind != "linear":
-        raise CheckpointError(
-            path,
-            f"scales the rotary frequencies by {kind!r} (llama.rope.scaling.type); none, linear "
-            "and the scaling of Llama 3 are known",
-            "use the model without this extension of its context",
-        )
-    try:
-        return RopeScaling.checked({"kind": "linear", "factor": factor})
-    except ValueError as error:
-        raise CheckpointError(path, f"llama.rope.scaling {error}", CONVERT_AGAIN) from None
-
-
-def _check_heads(path: Path, stated: Mapping[str, Value], config: ModelConfig) -> None:
+def _check_heads(path: Path, stated: Mapping[str, Any], config: ModelConfig) -> None:
     """Raises CheckpointError if the sizes of heads contradict each other."""
     if "attention.key_length" not in stated and config.dim % config.n_heads:
         raise CheckpointError(

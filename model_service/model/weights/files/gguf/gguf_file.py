@@ -8,26 +8,22 @@ the architecture llama in Meta's order, in which neighbouring features rotate as
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from model_service.model.config import ModelConfig
-from model_service.model.errors import CheckpointError
+from model_service.model.errors import CheckpointError, shown_names, shown_shape
 from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.digest import digest
-from model_service.model.weights.files.gguf.config import check_kind, read_config, read_divisors
-from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, read_header
+from model_service.model.weights.files.gguf.config import EMBEDDING, read_config
+from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, map_file, read_header
+from model_service.model.weights.files.gguf.scaling import DIVISORS
 from model_service.model.weights.files.gguf.tensors import StoredTensor, WorkerPool, map_tensors
-from model_service.model.weights.files.meta_files import FETCH_AGAIN, READABLE
 from model_service.model.weights.finite import check_finite, extremes
-from model_service.model.weights.partition import part_shape, shard_parameters, split_dimension
-
-_EMBEDDING, _OUTPUT, _DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+from model_service.model.weights.partition import part_shape, split_dimension
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +37,6 @@ class GgufFile:
     path: Path
     config: ModelConfig
     tensors: Mapping[str, StoredTensor]
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights in the network."""
-        return self.config.parameters
-
-    def shard_parameters(self, shards: int, *, linear: bool | None = None) -> int:
-        """Number of weights on one of `shards` ranks: all, those of linear layers, or the rest."""
-        return shard_parameters(self.config, shards, linear=linear)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type of the parameter `name` in the file; float32 holds dequantized codes exactly."""
@@ -97,41 +84,13 @@ def open_gguf(path: Path) -> GgufFile:
         CheckpointError: the file is missing, damaged, or holds something other than a Llama in
             types that are read; the message names the file and the fix.
     """
-    data = _map(path)
+    data = map_file(path)
     header = read_header(path, data.data)
-    check_kind(path, header.metadata)
+    config = read_config(path, header, data)
     stored = map_tensors(path, header.tensors, data)
-    config = read_config(
-        path,
-        header.metadata,
-        vocab_size=len(_embedding(path, stored).data),
-        tied=_OUTPUT not in stored,
-    )
     names = _names(path, stored, config)
     _check_tensors(path, stored, names, config)
-    if divisors := stored.get(_DIVISORS):
-        scaling = read_divisors(path, _divisors(path, divisors, config), config)
-        config = replace(config, rope_scaling=scaling or config.rope_scaling)
     return GgufFile(path, config, {name: stored[names[name]] for name in names})
-
-
-def _map(path: Path) -> NDArray[np.uint8]:
-    """The bytes of the file, mapped: read when they are used."""
-    try:
-        if path.stat().st_size == 0:
-            raise CheckpointError(path, "is empty", FETCH_AGAIN)
-        # Pages are private to this process, because PyTorch warns of tensors that are read-only.
-        return np.memmap(path, dtype=np.uint8, mode="c")
-    except FileNotFoundError:
-        raise CheckpointError(path, "not found", "name a GGUF file") from None
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror}", READABLE) from error
-
-
-def _embedding(path: Path, stored: Mapping[str, StoredTensor]) -> StoredTensor:
-    if _EMBEDDING not in stored:
-        raise CheckpointError(path, f"lacks {_EMBEDDING}", CONVERT_AGAIN)
-    return stored[_EMBEDDING]
 
 
 def _names(path: Path, stored: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, str]:
@@ -153,7 +112,7 @@ def _names(path: Path, stored: Mapping[str, StoredTensor], config: ModelConfig) 
         name: str(known.get_name(name, try_suffixes=(".weight",)))
         for name in config.parameter_shapes()
     }
-    return names | ({"output.weight": _EMBEDDING} if config.tied_embeddings else {})
+    return names | ({"output.weight": EMBEDDING} if config.tied_embeddings else {})
 
 
 def _check_tensors(
@@ -164,12 +123,12 @@ def _check_tensors(
 ) -> None:
     """Raises CheckpointError unless the file holds exactly the network's parameters."""
     if missing := sorted(set(names.values()) - stored.keys()):
-        raise CheckpointError(path, f"lacks {_some(missing)}", CONVERT_AGAIN)
-    if unexpected := sorted(stored.keys() - set(names.values()) - {_DIVISORS}):
+        raise CheckpointError(path, f"lacks {shown_names(missing)}", CONVERT_AGAIN)
+    if unexpected := sorted(stored.keys() - set(names.values()) - {DIVISORS}):
         biases = ": biases, which Llama does not have" * unexpected[0].endswith(".bias")
         raise CheckpointError(
             path,
-            f"also holds {_some(unexpected)}{biases}",
+            f"also holds {shown_names(unexpected)}{biases}",
             "use a model with the network of Llama, without additions",
         )
     for name, shape in config.parameter_shapes().items():
@@ -177,30 +136,7 @@ def _check_tensors(
         if found != shape:
             raise CheckpointError(
                 path,
-                f"{names[name]} is {_dimensions(found)}; its metadata makes it "
-                f"{_dimensions(shape)}",
+                f"{names[name]} is {shown_shape(found)}; its metadata makes it "
+                f"{shown_shape(shape)}",
                 CONVERT_AGAIN,
             )
-
-
-def _divisors(path: Path, stored: StoredTensor, config: ModelConfig) -> NDArray[np.float32]:
-    """The divisors of the rotary frequencies [head_dim / 2], with their shape checked."""
-    numbers = stored.plain()
-    if numbers is None or stored.shape != (config.head_dim // 2,):
-        raise CheckpointError(
-            path,
-            f"{_DIVISORS} is {_dimensions(stored.shape)} in {stored.type.name}, not "
-            f"{config.head_dim // 2} in F32",
-            CONVERT_AGAIN,
-        )
-    found: NDArray[np.float32] = numbers.numpy()
-    return found
-
-
-def _dimensions(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape))
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

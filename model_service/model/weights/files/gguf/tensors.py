@@ -18,10 +18,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from model_service.model.errors import CheckpointError
+from llama.gguf_header import TensorEntry
+from model_service.model.errors import FETCH_AGAIN, CheckpointError, shown_shape
 from model_service.model.pinned_transfer import WeightUpload
-from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, TensorEntry
-from model_service.model.weights.files.meta_files import FETCH_AGAIN
+from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, tensor_bytes, type_name
 
 # Types that are read as they lie in the file.
 _PLAIN = {
@@ -168,27 +168,19 @@ def map_tensors(
         block, block_bytes = GGML_QUANT_SIZES[kind]
         *heights, width = entry.shape
         if width % block or len(heights) > 1:
-            sizes = " × ".join(map(str, entry.shape))
             raise CheckpointError(
                 path,
-                f"{name} is {sizes} in {kind.name}; a tensor has one or two sizes, the last a "
-                f"multiple of the {block} weights in a block",
+                f"{name} is {shown_shape(entry.shape)} in {kind.name}; a tensor has one or two "
+                f"sizes, the last a multiple of the {block} weights in a block",
                 CONVERT_AGAIN,
             )
-        height, row_bytes = (heights or [1])[0], width // block * block_bytes
-        end = entry.begin + height * row_bytes
-        if end > len(data):
-            raise CheckpointError(
-                path,
-                f"is cut short: {name} ends at byte {end}, the file at byte {len(data)}",
-                FETCH_AGAIN,
-            )
+        held = tensor_bytes(path, name, entry, data)
         if entry.begin < free_from:
             raise CheckpointError(
                 path, f"is damaged: {previous} and {name} share bytes", FETCH_AGAIN
             )
-        previous, free_from = name, end
-        rows = data[entry.begin : end].reshape(height, row_bytes)
+        previous, free_from = name, entry.begin + len(held)
+        rows = held.reshape((heights or [1])[0], width // block * block_bytes)
         tensors[name] = StoredTensor(entry.shape, kind, rows)
     return tensors
 
@@ -196,11 +188,10 @@ def map_tensors(
 def _check_types(path: Path, entries: Mapping[str, TensorEntry]) -> None:
     for name, entry in entries.items():
         if entry.type_number not in TYPES:
-            known = {kind.value: kind.name for kind in GGMLQuantizationType}
-            kind = known.get(entry.type_number, f"type {entry.type_number}")
             supported = ", ".join(kind.name for kind in TYPES)
             raise CheckpointError(
                 path,
-                f"{name} is stored as {kind}; these types are read: {supported}",
+                f"{name} is stored as {type_name(entry.type_number)}; these types are read: "
+                f"{supported}",
                 "download the model in one of these types, or convert it with llama-quantize",
             )

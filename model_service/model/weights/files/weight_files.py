@@ -1,0 +1,102 @@
+"""The format of the weights that a path holds, and the files with them. Imports no PyTorch."""
+
+from pathlib import Path
+from typing import Final
+
+from model_service.model.errors import FETCH_AGAIN, CheckpointError
+from model_service.model.weights.files.json_file import read_json_object
+
+META: Final = "Meta's format"
+HUGGING_FACE: Final = "Hugging Face's format"
+GGUF: Final = "GGUF"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def weight_format(path: Path) -> str | None:
+    """The format of the weights at `path`, a folder or a file; None if there are none."""
+    if not path.is_dir():
+        return GGUF if path.suffix == ".gguf" else None
+    # Some Hugging Face folders hold a params.json as well.
+    if any(path.glob("consolidated.*.pth")):
+        return META
+    if (path / INDEX).exists() or any(path.glob("*.safetensors")):
+        return HUGGING_FACE
+    # Folders with GGUF files often have a config.json as well.
+    if (path / "params.json").exists() and not (path / "config.json").exists():
+        return META
+    if any(path.glob("*.gguf")):
+        return GGUF
+    return HUGGING_FACE if (path / "config.json").exists() else None
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Meta's files in their order, which are numbered without a gap."""
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise CheckpointError(
+            folder / "consolidated.00.pth",
+            "not found",
+            "name the folder that holds params.json and consolidated.*.pth",
+        )
+    for number, path in enumerate(paths):
+        expected = f"consolidated.{number:02d}.pth"
+        if path.name != expected:
+            raise CheckpointError(
+                folder / expected, f"not found, though {path.name} is there", FETCH_AGAIN
+            )
+    return paths
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or the files that the index names, all of which are there."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    return [folder / file for file in sorted(set(tensor_places(folder).values()))]
+
+
+def tensor_places(folder: Path) -> dict[str, str]:
+    """The name of the file that holds each tensor, as the index states it."""
+    index = folder / INDEX
+    if not index.exists():
+        _refuse_without_index(folder)
+    places = read_json_object(index, if_missing=FETCH_AGAIN).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(index, "has no weight_map with the file of each tensor", FETCH_AGAIN)
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file or file in {"", ".", ".."}:
+            raise CheckpointError(
+                index, f"places {name} in {file!r}, which is not the name of a file", FETCH_AGAIN
+            )
+        if not (folder / file).exists():
+            raise CheckpointError(folder / file, f"not found, though {INDEX} names it", FETCH_AGAIN)
+    return places
+
+
+def _refuse_without_index(folder: Path) -> None:
+    """Raises CheckpointError: a folder has neither file by which its weights are found."""
+    if part := next(folder.glob("*.safetensors"), None):
+        raise CheckpointError(
+            folder / INDEX, f"not found, though {part.name} is there", "download it, too"
+        )
+    refuse_other_weights(folder)
+    raise CheckpointError(
+        folder / SINGLE, f"not found, and neither is {INDEX}", "download one of them"
+    )
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """Raises CheckpointError if the folder holds weights of a kind that is not read."""
+    if found := next(folder.glob("pytorch_model*.bin"), None):
+        raise CheckpointError(
+            folder,
+            f"holds its weights as {found.name}, which may run code when it is read",
+            "convert them once to safetensors: transformers.AutoModelForCausalLM"
+            ".from_pretrained(folder).save_pretrained(new_folder)",
+        )
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            folder,
+            "holds an adapter, not a model",
+            "merge it into its model with peft, and serve that",
+        )
