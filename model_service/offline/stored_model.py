@@ -3,16 +3,17 @@
 Reading takes milliseconds, because no weight is read.
 """
 
-import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
-from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
+from model_service.model.errors import FETCH_AGAIN, CheckpointError
 from model_service.model.weights.files.hugging_face_config import read_config
 from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.safetensors_index import INDEX, read_index
 from model_service.offline.headers.gguf import read_gguf_config, read_gguf_header
 from model_service.offline.headers.pth import read_pth_header
 from model_service.offline.headers.safetensors import read_safetensors_header
@@ -21,8 +22,9 @@ from model_service.offline.headers.tensor_header import TensorHeader
 META: Final = "Meta's format"
 HUGGING_FACE: Final = "Hugging Face's format"
 GGUF: Final = "GGUF"
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# A parameter of a layer, in the names of Hugging Face, Meta and llama.cpp.
+_LAYER = re.compile(r"(?:model\.layers|layers|blk)\.(\d+)\.")
 READERS: Mapping[str, Callable[[Path], list[TensorHeader]]] = {
     ".pth": read_pth_header,
     ".safetensors": read_safetensors_header,
@@ -82,6 +84,7 @@ def read_stored_model(path: Path) -> StoredModel:
     else:
         config = read_gguf_config(files[0])
     stored = tuple(_read_file(file) for file in files)
+    _check_layers(path, stored, config)
     if config.vocab_size == VOCAB_SIZE_FROM_EMBEDDING:
         config = replace(config, vocab_size=_embedding_rows(stored))
     return StoredModel(path, form, config, stored)
@@ -106,7 +109,7 @@ def weight_files(path: Path) -> tuple[str, list[Path]]:
     if (path / SINGLE).exists():
         return HUGGING_FACE, [path / SINGLE]
     if (path / INDEX).exists():
-        return HUGGING_FACE, indexed_files(path / INDEX)
+        return HUGGING_FACE, sorted({path / file for file in read_index(path / INDEX).values()})
     if (path / "params.json").exists():
         return META, _numbered(path)
     gguf = sorted(path.glob("*.gguf"))
@@ -135,26 +138,6 @@ def weight_files(path: Path) -> tuple[str, list[Path]]:
     )
 
 
-def indexed_files(index: Path) -> list[Path]:
-    """The files that an index of safetensors files names, all of which are there.
-
-    Raises:
-        CheckpointError: the index is damaged, or a file that it names is missing.
-    """
-    try:
-        names = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        files = [index.parent / Path(name).name for name in sorted(set(names))]
-    except OSError as error:
-        raise CheckpointError(index, f"cannot be read: {error.strerror}", READABLE) from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError(index, "is no index of safetensors files", FETCH_AGAIN) from None
-    missing = [file for file in files if not file.exists()]
-    if missing:
-        problem = f"not found, and {index.name} names it ({len(missing)} of {len(files)} missing)"
-        raise CheckpointError(missing[0], problem, "download the missing files")
-    return files
-
-
 def _numbered(folder: Path) -> list[Path]:
     """Meta's files, numbered without a gap."""
     paths = sorted(folder.glob("consolidated.*.pth"))
@@ -170,6 +153,21 @@ def _numbered(folder: Path) -> list[Path]:
 
 def _read_file(path: Path) -> StoredFile:
     return StoredFile(path, path.stat().st_size, tuple(READERS[path.suffix](path)))
+
+
+def _check_layers(path: Path, files: tuple[StoredFile, ...], config: ModelConfig) -> None:
+    """Raises CheckpointError if the number of layers is not as stated.
+
+    This comes before any list that is as long as the configuration states.
+    """
+    names = (tensor.name for file in files for tensor in file.tensors)
+    layers = {found[1] for name in names if (found := _LAYER.match(name))}
+    if len(layers) != config.n_layers:
+        raise CheckpointError(
+            path,
+            f"holds {len(layers)} layers, and its configuration states {config.n_layers}",
+            "use the configuration that came with these weights",
+        )
 
 
 def _embedding_rows(files: tuple[StoredFile, ...]) -> int:

@@ -1,8 +1,8 @@
 """The encoder of the library `tokenizers`, whose failures are ordinary errors.
 
-The library is written in Rust. What its author did not expect there is a panic, which PyO3 raises
-as a BaseException: nothing that handles errors would catch it, and a call would get no status. An
-expression of a pre-tokenizer that takes too many steps on a text panics, too.
+The library is written in Rust. An error that it does not expect is a panic, which PyO3 raises as a
+BaseException: handlers of errors do not catch it, and a call would get no status. An expression of
+a pre-tokenizer that takes too many steps on a text panics, too.
 """
 
 import json

@@ -6,6 +6,8 @@ from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.gguf.gguf_file import open_gguf
 from model_service.model.weights.files.hugging_face import open_hugging_face
 from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.safetensors_files import SINGLE
+from model_service.model.weights.files.safetensors_index import INDEX
 from model_service.model.weights.source import WeightSource
 
 ACCEPTED = (
@@ -19,7 +21,8 @@ def open_weights(path: Path, *, verify: bool = True) -> WeightSource:
     """Opens and checks the weights at `path`.
 
     Args:
-        path: a folder in Meta's or Hugging Face's format, or with one GGUF file; or that file.
+        path: a folder in Meta's or Hugging Face's format, or with one GGUF file; or that file. In a
+            folder with several, Meta's goes before Hugging Face's, and that before GGUF.
         verify: compare every tensor with its checksum, if the format has checksums.
 
     Raises:
@@ -35,7 +38,7 @@ def open_weights(path: Path, *, verify: bool = True) -> WeightSource:
     # Some Hugging Face folders hold a params.json as well.
     if any(path.glob("consolidated.*.pth")):
         return open_checkpoint(path, verify=verify)
-    if (path / "config.json").exists() or any(path.glob("*.safetensors")):
+    if (path / SINGLE).exists() or (path / INDEX).exists():
         return open_hugging_face(path)
     if (path / "params.json").exists():
         return open_checkpoint(path, verify=verify)
@@ -46,6 +49,8 @@ def open_weights(path: Path, *, verify: bool = True) -> WeightSource:
                 path, f"holds several GGUF files: {names}", "name one of them, not the folder"
             )
         return open_gguf(files[0])
+    if (path / "config.json").exists() or any(path.glob("*.safetensors")):
+        return open_hugging_face(path)  # which says what is missing
     if found := next(path.glob("pytorch_model*.bin"), None):
         raise CheckpointError(path, f"holds {found.name} without a config.json", ACCEPTED)
     if (path / "adapter_config.json").exists():

@@ -71,11 +71,15 @@ def _divisors(
 ) -> NDArray[np.float32] | None:
     """The divisors of the rotary frequencies [head_dim / 2], by which llama.cpp stores a scaling.
 
-    Those of another shape are refused when the model is loaded.
+    Those of another shape or type are refused when the model is loaded.
     """
     entry = header.tensors.get(_DIVISORS)
     if entry is None or entry.shape != (config.head_dim // 2,):
         return None
+    if entry.type_number != GGMLQuantizationType.F32 or entry.begin + 4 * entry.shape[0] > len(
+        data
+    ):
+        return None  # a file that is cut short is refused when its tensors are read
     return np.frombuffer(data[entry.begin : entry.begin + 4 * entry.shape[0]], dtype="<f4")
 
 

@@ -16,7 +16,8 @@ from model_service.model.config import ModelConfig
 from model_service.model.weights.conversion.mapped_tensors import mapped_tensors
 from model_service.model.weights.conversion.target import Target, new_folder
 from model_service.model.weights.files.hugging_face import stored_as
-from model_service.model.weights.files.safetensors_files import INDEX, SINGLE
+from model_service.model.weights.files.safetensors_files import SINGLE
+from model_service.model.weights.files.safetensors_index import INDEX
 from model_service.model.weights.source import WeightSource
 
 CPU = torch.device("cpu")

@@ -10,11 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model_service.model.errors import CheckpointError
-from model_service.model.weights.files.json_file import read_json_object
 from model_service.model.weights.files.meta_files import FETCH_AGAIN, READABLE
+from model_service.model.weights.files.safetensors_index import INDEX, read_index
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +61,7 @@ def _places(folder: Path) -> dict[str, str]:
     index = folder / INDEX
     if not index.exists():
         _check_format(folder)
-    places = read_json_object(index, if_missing=FETCH_AGAIN).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(index, "has no weight_map with the file of each tensor", FETCH_AGAIN)
-    for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file or file in {"", ".", ".."}:
-            raise CheckpointError(
-                index, f"places {name} in {file!r}, which is not the name of a file", FETCH_AGAIN
-            )
-        if not (folder / file).exists():
-            raise CheckpointError(folder / file, f"not found, though {INDEX} names it", FETCH_AGAIN)
-    return places
+    return read_index(index)
 
 
 def _check_format(folder: Path) -> None:

@@ -121,6 +121,10 @@ def read_divisors(
     if bool((numbers == 1).all()):
         return None
     factor = float(f"{numbers.max().item():.6g}")
+    if rule := broken_rule("factor", factor):
+        raise CheckpointError(
+            path, f"rope_freqs.weight has the factor {factor:g}, not {rule}", CONVERT_AGAIN
+        )
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     turns = _LLAMA_3["original_context_length"] / (2 * math.pi * config.rope_theta**exponents)
     low, high = _LLAMA_3["low_freq_factor"], _LLAMA_3["high_freq_factor"]
