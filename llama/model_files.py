@@ -133,9 +133,20 @@ def chat_template(path: Path) -> str:
         return _text(folder / "chat_template.jinja")
     template = tokenizer_config(path).get("chat_template")
     if isinstance(template, list):
-        named = {each.get("name"): each.get("template") for each in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else ""
+        named = [each for each in template if isinstance(each, dict)]
+        template = next(
+            (each.get("template") for each in named if each.get("name") == "default"), ""
+        )
+    if not isinstance(template, str):
+        return ""
+    try:
+        template.encode()
+    except UnicodeEncodeError as error:  # JSON can write a lone surrogate
+        raise ModelFileError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is not valid unicode: {error}; "
+            "download it again"
+        ) from error
+    return template
 
 
 def answer_end_ids(path: Path) -> tuple[int, ...]:
@@ -148,7 +159,8 @@ def answer_end_ids(path: Path) -> tuple[int, ...]:
     if found.form is TokenizerForm.GGUF:
         metadata = gguf_metadata(found.path)
         named = [metadata.get(f"tokenizer.ggml.{key}") for key in _GGUF_EOS_KEYS]
-        return tuple(dict.fromkeys(each for each in named if isinstance(each, int)))
+        # -1 stands for a token that the model lacks.
+        return tuple(dict.fromkeys(each for each in named if type(each) is int and each >= 0))
     for name in ("generation_config.json", "config.json"):
         ids = _json_object(found.path.parent / name).get("eos_token_id")
         if ids is not None:
@@ -174,7 +186,9 @@ def _json_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelFileError):
+            raise
         raise ModelFileError(f"{path} is not JSON: {error}; download it again") from error
     if not isinstance(value, dict):
         raise ModelFileError(f"{path} must hold a JSON object; download it again")

@@ -1,8 +1,9 @@
 """The tokenizer in a GGUF file. Its keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from llama.model_files import (
     ModelFileError,
@@ -49,20 +50,31 @@ class _Keys:
         value = self.metadata.get(f"tokenizer.ggml.{key}", default)
         if value is None:
             raise ValueError(f"it lacks tokenizer.ggml.{key}")
-        if not isinstance(value, kind):
+        if not _is(value, kind):
             raise ValueError(f"tokenizer.ggml.{key} is no {kind.__name__}")
         return value
 
     def list_of(self, key: str, kind: type[T], length: int | None = None) -> list[T]:
         values = self.get(key, list)
-        if not all(isinstance(each, kind) for each in values):
+        if not all(_is(each, kind) for each in values):
             raise ValueError(f"tokenizer.ggml.{key} holds other values than {kind.__name__}")
         if length is not None and len(values) != length:
             raise ValueError(f"tokenizer.ggml.{key} has {len(values)} values for {length} tokens")
         return values
 
     def token_id(self, key: str, default: int = -1) -> int:
-        return self.get(f"{key}_token_id", int, default)
+        return max(self.get(f"{key}_token_id", int, default), -1)
+
+    def tokens(self) -> list[str]:
+        tokens = self.list_of("tokens", str)
+        if twice := next((each for each, count in Counter(tokens).items() if count > 1), None):
+            raise ValueError(f"tokenizer.ggml.tokens has {twice[:64]!r} twice")
+        return tokens
+
+
+def _is(value: object, kind: type[T]) -> TypeGuard[T]:
+    """Whether a value is of a kind; booleans are no integers in GGUF."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _read(keys: _Keys, path: Path) -> Tokenizer:
@@ -106,10 +118,13 @@ def _kinds(keys: _Keys, tokens: Sequence[str], control_ids: Sequence[int]) -> li
 
 def _sentencepiece(keys: _Keys, control_ids: Sequence[int]) -> SentencePieceVocabulary:
     """The SentencePiece model from which the file was made."""
-    tokens = keys.list_of("tokens", str)
+    tokens = keys.tokens()
     kinds = _kinds(keys, tokens, control_ids)
     if UNKNOWN not in kinds:
-        kinds[keys.token_id("unknown", 0)] = UNKNOWN
+        unknown = keys.token_id("unknown", 0)
+        if not 0 <= unknown < len(kinds):
+            raise ValueError(f"tokenizer.ggml.unknown_token_id {unknown} is the id of no token")
+        kinds[unknown] = UNKNOWN
     scores = keys.list_of("scores", float, len(tokens))
     # Tokens that were added to the model have spaces where its own have their symbol.
     pieces = (
@@ -137,7 +152,7 @@ def _pre_tokenizer(keys: _Keys) -> PreTokenizer:
 def _byte_pairs(
     keys: _Keys, pre_tokenizer: PreTokenizer, control_ids: Sequence[int]
 ) -> BytePairVocabulary:
-    tokens = keys.list_of("tokens", str)
+    tokens = keys.tokens()
     kinds = _kinds(keys, tokens, control_ids)
     added = [
         {

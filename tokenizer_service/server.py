@@ -102,6 +102,8 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 segments.append(TokenIds(ids=ids))
             except ControlTokenError as error:
                 violations.append(Violation(f"segments[{index}].control_token", str(error)))
+            except ValueError as error:
+                violations.append(Violation(f"segments[{index}].text", str(error)))
         if violations:
             raise invalid_argument(violations)
         self._segments.inc(len(segments))

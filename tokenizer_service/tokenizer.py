@@ -42,6 +42,7 @@ class Vocabulary(Protocol):
         """The ids of a text that is not empty, none of them of a control token.
 
         The text stands behind the control token `after`, or begins a prompt if that is empty.
+        ValueError: the library fails on it.
         """
 
     def decode(self, ids: list[int]) -> str:
@@ -94,7 +95,8 @@ class Tokenizer:
         prompt.
 
         Raises:
-            ValueError: `s` holds a lone surrogate, which is not unicode and has no ids.
+            ValueError: `s` holds a lone surrogate, which is not unicode and has no ids, or the
+                library fails on it.
             ControlTokenError: there is no `control_token` of this name.
         """
         try:

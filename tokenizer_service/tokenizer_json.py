@@ -9,7 +9,7 @@ from typing import Any
 from llama.model_files import ModelFileError, answer_end_ids, chat_template, tokenizer_config
 from tokenizer_service.tokenizer import SpecialIds, Tokenizer
 from tokenizer_service.vocabularies import stages
-from tokenizer_service.vocabularies.byte_pairs import BytePairVocabulary
+from tokenizer_service.vocabularies.byte_pairs import BytePairVocabulary, token_ids
 
 # The ends of texts of Llama 2, Llama 3 and GPT-2, for a tokenizer.json without files beside it.
 _KNOWN_ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
@@ -20,25 +20,29 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     content = path.read_bytes()
     try:
         description = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} is not JSON: {error}; download it again") from error
     config = tokenizer_config(path)
     names = {key: _name(config.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
+    ends = answer_end_ids(path)
     try:
         if not isinstance(description, dict):
             raise ValueError("it holds no object")
-        control_names = [name for name in (names["bos"], names["eos"]) if name]
-        vocabulary = BytePairVocabulary(description, control_names)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        ids = token_ids(description)
+        named_bos = ids.get(names["bos"], -1)
+        bos = _bos_id(description, config, named_bos)
+        eos = _eos_id(path, ids, names["eos"], ends)
+        vocabulary = BytePairVocabulary(description, {named_bos, bos, eos})
+    except ModelFileError:
+        raise
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} is not a usable tokenizer.json: {error}") from error
-    ids = vocabulary.ids
-    ends = answer_end_ids(path)
     return Tokenizer(
         vocabulary,
         special_ids(
             path,
-            bos=_bos_id(description, config, ids.get(names["bos"], -1)),
-            eos=_eos_id(path, ids, names["eos"], ends),
+            bos=bos,
+            eos=eos,
             pad=ids.get(names["pad"], -1),
             ends=ends,
             count=len(vocabulary.pieces),
@@ -57,7 +61,7 @@ def special_ids(
         ("EOS", eos),
         *(("end of an answer", each) for each in ends),
     ]:
-        if token_id >= count:
+        if not (token_id < count and (token_id >= 0 or name == "BOS")):
             raise ModelFileError(
                 f"{path} has {count} tokens, but by the files that came with it {token_id} is the "
                 f"id of {name}; use the tokenizer that came with the checkpoint"
@@ -73,7 +77,7 @@ def _name(token: object) -> str:
 
 
 def _bos_id(description: Mapping[str, Any], config: Mapping[str, Any], named: int) -> int:
-    """The id that is put in front of a text, or -1."""
+    """The id that is put in front of a text, or -1; ValueError if it is not a single one."""
     adds = config.get("add_bos_token")
     processor = description.get("post_processor")
     if adds is None and processor is None:
@@ -81,10 +85,16 @@ def _bos_id(description: Mapping[str, Any], config: Mapping[str, Any], named: in
     if adds is not None:
         return named if adds else -1
     template = stages.find(processor, "TemplateProcessing")
-    match template:
-        case {"single": [{"SpecialToken": {"id": str(name)}}, *_], "special_tokens": dict(tokens)}:
-            return int(tokens[name]["ids"][0])
-    return -1
+    if template is None:
+        return -1
+    match template.get("single"):
+        case [{"Sequence": _}, *_]:
+            return -1
+        case [{"SpecialToken": {"id": str(name)}}, {"Sequence": _}, *_]:
+            ids = template.get("special_tokens", {}).get(name, {}).get("ids")
+            if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int and ids[0] >= 0:
+                return int(ids[0])
+    raise ValueError("its post_processor puts something else than one token in front of a text")
 
 
 def _eos_id(path: Path, ids: Mapping[str, int], named: str, ends: tuple[int, ...]) -> int:

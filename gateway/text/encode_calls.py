@@ -42,4 +42,6 @@ def refusal_of(error: grpc.aio.AioRpcError) -> RequestError | None:
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             message = f"the prompt is too large for the tokenizer service: {error.details()}"
             return resource_exhausted(message, "max_request_bytes", retry_after=None)
+        case grpc.StatusCode.INVALID_ARGUMENT:  # the model's tokenizer fails on the text
+            return RequestError(error.code(), f"the prompt cannot be encoded: {error.details()}")
     return None

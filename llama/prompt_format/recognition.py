@@ -46,7 +46,10 @@ def recognised(template: str) -> PromptFormat:
     """The format of a template, Llama 2's for an empty one; PromptFormatError if it is unknown."""
     if not template.strip():
         return LLAMA2
-    text = canonical(template)
+    try:
+        text = canonical(template)
+    except (RecursionError, MemoryError):  # nested deeper than any that is published
+        text = ""
     for published in PUBLISHED_TEMPLATES:
         if found := re.fullmatch(published.pattern, text):
             return _with_default_system(published, found.groupdict().get("default_system"))

@@ -96,7 +96,7 @@ def _code(template: str, position: int) -> tuple[str, int, bool]:
             spaced = True
             continue
         text = _literal(unescaped(token["string"][1:-1])) if token["string"] else token[0]
-        if spaced and token["word"] and re.search(r"\w$", code):
+        if spaced and token["word"] and re.fullmatch(r"\w", code[-1:]):
             code += " "
         code, spaced = code + text, False
     return code, len(template), False

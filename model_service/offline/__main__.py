@@ -4,6 +4,7 @@ Exit status: 0 fine, 1 something is wrong with the files, 2 wrong usage.
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for add in (_add_inspect, _add_verify, _add_convert, _add_quantize, _add_machine):
         add(commands)
     given = parser.parse_args(arguments)
+    # A name in a damaged file may be no text that can be printed.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     command: Command = given.command
     try:
         # PyTorch and the libraries that read files belong to the extra.
@@ -29,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             status = command(given)
     except StartError as error:
         parser.exit(1, f"{error}\n")
+    except OSError as error:  # such as a path that is too long
+        reason = f"cannot be read or written: {error.strerror or error}"
+        parser.exit(1, f"{str(error.filename)[:256]}: {reason}\n")
     sys.exit(status)
 
 
@@ -55,10 +62,14 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _verify(given: argparse.Namespace) -> int:
-    from model_service.offline.verification import files_to_verify, verify  # noqa: PLC0415
+    from model_service.offline.verification import (  # noqa: PLC0415
+        files_to_verify,
+        size_of,
+        verify,
+    )
 
     status = 0
-    size = sum(file.stat().st_size for file in files_to_verify(given.path))
+    size = sum(map(size_of, files_to_verify(given.path)))
     with progress("verifying", size) as advance:
         for check in verify(given.path, advance):
             print(f"{'whole' if check.whole else 'wrong'}  {check.path}: {check.text}", flush=True)

@@ -3,6 +3,7 @@
 Reading takes milliseconds, because no weight is read.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from model_service.offline.headers.pth import read_pth_header
 from model_service.offline.headers.safetensors import read_safetensors_header
 from model_service.offline.headers.tensor_header import TensorHeader
 
+# A parameter of a layer, in the names of Hugging Face, Meta and llama.cpp.
+_LAYER = re.compile(r"(?:model\.layers|layers|blk)\.(\d+)\.")
 READERS: Mapping[str, Callable[[Path], list[TensorHeader]]] = {
     ".pth": read_pth_header,
     ".safetensors": read_safetensors_header,
@@ -84,6 +87,7 @@ def read_stored_model(path: Path) -> StoredModel:
     else:
         config = read_gguf_config(files[0])
     stored = tuple(_read_file(file) for file in files)
+    _check_layers(path, stored, config)
     if config.vocab_size == VOCAB_SIZE_FROM_EMBEDDING:
         config = replace(config, vocab_size=_embedding_rows(stored))
     return StoredModel(path, form, config, stored)
@@ -122,6 +126,21 @@ def weight_files(path: Path) -> tuple[str, list[Path]]:
 
 def _read_file(path: Path) -> StoredFile:
     return StoredFile(path, path.stat().st_size, tuple(READERS[path.suffix](path)))
+
+
+def _check_layers(path: Path, files: tuple[StoredFile, ...], config: ModelConfig) -> None:
+    """Raises CheckpointError if the number of layers is not as stated.
+
+    This comes before any list that is as long as the configuration states.
+    """
+    names = (tensor.name for file in files for tensor in file.tensors)
+    layers = {found[1] for name in names if (found := _LAYER.match(name))}
+    if len(layers) != config.n_layers:
+        raise CheckpointError(
+            path,
+            f"holds {len(layers)} layers, and its configuration states {config.n_layers}",
+            "use the configuration that came with these weights",
+        )
 
 
 def _embedding_rows(files: tuple[StoredFile, ...]) -> int:

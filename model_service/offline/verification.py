@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
-from model_service.model.weights.files.weight_files import INDEX
+from model_service.model.weights.files.weight_files import INDEX, read_index
 from model_service.offline.checksums import Checksum, hub_checksum, listed_checksums
-from model_service.offline.headers.tensor_header import TensorHeader
 from model_service.offline.stored_model import READERS, weight_files
 
 # The other files of a model, which are read whole to see whether they are JSON.
@@ -53,25 +52,49 @@ def verify(path: Path, advance: _Advance) -> Iterator[FileCheck]:
     if missing is not None:
         yield missing
     folder = path if path.is_dir() else path.parent
-    listed = listed_checksums(folder)
+    listed = {folder / name: checksum for name, checksum in listed_checksums(folder).items()}
     files = files_to_verify(path)
-    for name in sorted(listed.keys() - {file.name for file in files}):
+    for file in sorted(listed.keys() - files):
         if path.is_dir():
-            text = f"not found, and {listed[name].origin} lists it. To fix: {FETCH_AGAIN}."
-            yield FileCheck(folder / name, text, whole=False)
+            text = f"not found, and {listed[file].origin} lists it. To fix: {FETCH_AGAIN}."
+            yield FileCheck(file, text, whole=False)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        yield from pool.map(lambda file: _check(file, listed.get(file.name), advance), files)
+        checks = pool.map(lambda file: _check(file, listed.get(file), advance), files)
+        # An index with a missing file is at fault with the same line.
+        yield from (check for check in checks if check != missing)
 
 
 def files_to_verify(path: Path) -> list[Path]:
-    """The files of the model at `path` that exist: weights, JSON, and those with a checksum."""
+    """The files of the model at `path` that exist: weights, JSON, and those with a checksum.
+
+    Raises:
+        CheckpointError: there is neither a folder nor a file at `path`.
+    """
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise CheckpointError(path, "not found", "name the folder or the GGUF file of a model")
     patterns = (*(f"*{suffix}" for suffix in READERS), _JSON)
     found = {file for pattern in patterns for file in path.glob(pattern)}
-    found |= {path / name for name in listed_checksums(path) if (path / name).exists()}
+    found |= {path / name for name in listed_checksums(path) if is_plain_file(path / name)}
     found |= {file for file in path.iterdir() if hub_checksum(file) is not None}
     return sorted(found)
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether a name in a list is that of a file with an end, which a device may not have."""
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file; 0 if there are none to read, as of a link that leads nowhere."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _missing_part(path: Path) -> FileCheck | None:
@@ -89,7 +112,7 @@ def _check(path: Path, listed: Checksum | None, advance: _Advance) -> FileCheck:
     try:
         return FileCheck(path, _checked(path, listed or hub_checksum(path), advance))
     except CheckpointError as error:
-        return FileCheck(path, f"{error.problem}. To fix: {error.fix}.", whole=False)
+        return FileCheck(error.path, f"{error.problem}. To fix: {error.fix}.", whole=False)
     except OSError as error:
         reason = error.strerror or str(error)
         text = f"cannot be read: {reason}. To fix: {READABLE}."
@@ -120,11 +143,11 @@ def _checked(path: Path, checksum: Checksum | None, advance: _Advance) -> str:
 
 def _check_json(path: Path) -> str:
     try:
-        content = json.loads(path.read_bytes())
+        json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"is not JSON: {error}", FETCH_AGAIN) from None
     if path.name == INDEX:
-        return _check_index(path, content["weight_map"])
+        return _check_index(path, read_index(path))
     return "JSON"
 
 
@@ -132,12 +155,9 @@ def _check_index(path: Path, weight_map: dict[str, str]) -> str:
     """Compares the tensors that an index names with those in the files."""
     held: dict[str, set[str]] = {}
     for file in sorted(set(weight_map.values())):
-        tensors: list[TensorHeader] = []
-        if (path.parent / file).exists():  # a missing one is a line of its own
-            tensors = READERS[".safetensors"](path.parent / file)
-        held[file] = {tensor.name for tensor in tensors}
+        held[file] = {tensor.name for tensor in READERS[".safetensors"](path.parent / file)}
     for name, file in weight_map.items():
-        if held[file] and name not in held[file]:
+        if name not in held[file]:
             problem = f"says that {name} is in {file}, and it is not"
             raise CheckpointError(path, problem, "download the index and its files again")
     return f"index of {len(weight_map)} tensors"

@@ -1,10 +1,12 @@
 """A gateway in front of a tokenizer service whose model has a chat template."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from gateway.request.prompts import encode_dialogs
@@ -178,3 +180,21 @@ def ids(tokenizer: Tokenizer, segments: list[Segment]) -> list[int]:
 
 def prompt(tokenizer: Tokenizer, chosen: PromptFormat, dialog: list[DialogMessage]) -> list[int]:
     return [token_id for turn in chosen.render(dialog) for token_id in ids(tokenizer, [*turn])]
+
+
+async def test_text_that_the_models_tokenizer_cannot_encode_is_the_callers_fault(
+    start: Start, tmp_path: Path
+) -> None:
+    folder = byte_level_folder(tmp_path, templates.CHATML_WITH_DEFAULT)
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text())
+    slow = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    stages = [slow | {"invert": False}, described["pre_tokenizer"]]
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": stages}
+    path.write_text(json.dumps(described))
+    gateway = await start(folder)
+    await gateway.until(serving=True)
+    dialog = Dialog(messages=[Message(role=ROLE_USER, content="a" * 40 + "!")])
+    with pytest.raises(grpc.aio.AioRpcError, match="the prompt cannot be encoded: ") as refused:
+        await gateway.stub.RenderPrompt(RenderPromptRequest(dialog=dialog))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT

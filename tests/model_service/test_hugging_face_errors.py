@@ -242,7 +242,8 @@ def test_a_file_that_the_index_names_must_be_there(several: Path) -> None:
     file = json.loads((several / INDEX).read_text())["weight_map"][WQ]
     (several / file).unlink()
     assert refusal(several) == (
-        f"~/{file}: not found, though {INDEX} names it. To fix: copy or download it again."
+        f"~/{file}: not found, and {INDEX} names it (1 of 10 missing). To fix: download the "
+        "missing files."
     )
 
 
@@ -250,7 +251,7 @@ def test_a_file_that_the_index_names_must_be_there(several: Path) -> None:
 def test_the_index_may_only_name_files_of_its_folder(several: Path, file: Any) -> None:
     places(several, lambda weight_map: weight_map.update({WQ: file}))
     assert refusal(several).startswith(
-        f"~/{INDEX}: places {WQ} in {file!r}, which is not the name of a file"
+        f"~/{INDEX}: places {WQ} in {str(file)!r}, which is not the name of a "
     )
 
 

@@ -8,13 +8,11 @@ not told of them: they are taken from its list, their entries in its model get n
 can form, and merges that lead to them are left out.
 """
 
-import json
 import re
+import reprlib
 import secrets
 from collections.abc import Collection, Mapping
 from typing import Any
-
-from tokenizers import Tokenizer
 
 from llama.v1.tokenizer_pb2 import (
     PIECE_KIND_BYTE,
@@ -25,6 +23,7 @@ from llama.v1.tokenizer_pb2 import (
 )
 from tokenizer_service.vocabularies import byte_alphabet, sentencepiece_proto, stages
 from tokenizer_service.vocabularies.control_names import is_control_name
+from tokenizer_service.vocabularies.library_encoder import LibraryEncoder, LibraryError
 from tokenizer_service.vocabularies.sentencepiece_model import SPACE_SYMBOL, SentencePieceVocabulary
 
 Description = Mapping[str, Any]
@@ -42,25 +41,18 @@ _UNREACHABLE = f"\uffff{secrets.token_hex(8)}"
 class BytePairVocabulary:
     """The vocabulary of a tokenizer.json. Its tokenizer may be used from several threads."""
 
-    def __init__(self, description: Description, control_names: Collection[str] = ()) -> None:
+    def __init__(self, description: Description, control_ids: Collection[int] = ()) -> None:
         """From the object in a tokenizer.json, or raises ValueError with what is wrong in it.
 
-        `control_names` are control tokens that it may list as ordinary ones.
+        `control_ids` are those of control tokens that it may list as ordinary ones.
         """
-        _check(description)
+        self.ids = token_ids(description)
         model = description["model"]
         added = description.get("added_tokens") or []
         self.byte_level = stages.find(description.get("decoder"), "ByteLevel") is not None
-        self.ids: dict[str, int] = model["vocab"] | {each["content"]: each["id"] for each in added}
-        _check_ids(self.ids)
-        special = {each["content"] for each in added if each.get("special")}
         unknown = None if self.byte_level else model.get("unk_token")
-        self._control = {
-            name
-            for name in self.ids
-            if name != unknown
-            and (name in special or name in control_names or is_control_name(name))
-        }
+        special = {each["content"] for each in added if each.get("special")}
+        self._control = self._control_names(special, control_ids) - {unknown}
         self._strips_after = {
             each["content"]
             for each in added
@@ -82,22 +74,42 @@ class BytePairVocabulary:
         )
 
     def encode(self, text: str, after: str) -> list[int]:
-        """The ids of a text.
+        """The ids of a text, or a ValueError if the library fails on it.
 
         White space behind a control token belongs to it if the file says so (`rstrip`).
         """
         if after in self._strips_after:
             text = text.lstrip(_WHITE_SPACE)
         encoder = self._middle_encoder if after else self._encoder
-        # Unlike `encode`, this releases the interpreter lock.
-        [encoded] = encoder.encode_batch_fast([text], add_special_tokens=False)
-        return list(encoded.ids)
+        try:
+            return encoder.encode(text)
+        except LibraryError as error:
+            raise ValueError(f"the model's tokenizer cannot encode it: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         if self._decoder is not None:
             return self._decoder.decode(ids)
         pieces = self.pieces
         return b"".join(pieces[each].bytes for each in ids).decode(errors="replace")
+
+    def _control_names(self, special: Collection[str], control_ids: Collection[int]) -> set[str]:
+        """The names of control tokens: all names of an id of which one is.
+
+        The piece of a single byte is always text, which would have no ids without it. Some models
+        take "!" for padding.
+        """
+        is_byte = byte_alphabet.CHARACTERS.__contains__ if self.byte_level else _BYTE_NAME.fullmatch
+        controls = {
+            token_id
+            for name, token_id in self.ids.items()
+            if (name in special or token_id in control_ids or is_control_name(name))
+            and not is_byte(name)
+        }
+        return {
+            name
+            for name, token_id in self.ids.items()
+            if token_id in controls and not is_byte(name)
+        }
 
     def _pieces(self, unknown: str | None) -> list[Piece]:
         # An id that the file does not use decodes to nothing, and has no name.
@@ -119,7 +131,7 @@ class BytePairVocabulary:
 
     def _load(
         self, description: Description, texts: list[Any], pre_tokenizer: Description | None
-    ) -> Tokenizer:
+    ) -> LibraryEncoder:
         """The tokenizer of texts alone; `texts` are the added tokens that are none of control."""
         model = description["model"]
         unreachable = self._control | {model.get("unk_token")}
@@ -153,8 +165,8 @@ class BytePairVocabulary:
             },
         }
         try:
-            return Tokenizer.from_str(json.dumps(without_control))
-        except Exception as error:  # `tokenizers` raises no narrower one
+            return LibraryEncoder(without_control)
+        except LibraryError as error:
             raise ValueError(f"the library `tokenizers` cannot read it: {error}") from error
 
     def _sentencepiece(self, unknown: str | None) -> SentencePieceVocabulary:
@@ -189,11 +201,28 @@ class BytePairVocabulary:
 
     def _max_token_bytes(self) -> int:
         """The symbol for a space counts three bytes, because it also stands for itself."""
-        return max(
-            len(piece.bytes) if self.byte_level else len(name.encode())
+        sizes = (
+            len(self._piece(name, None).bytes) if self.byte_level else len(name.encode())
             for name, token_id in self.ids.items()
-            if (piece := self.pieces[token_id]).kind == PIECE_KIND_NORMAL
+            if self.pieces[token_id].kind == PIECE_KIND_NORMAL
         )
+        return max(sizes, default=1)
+
+
+def token_ids(description: Description) -> dict[str, int]:
+    """The ids of the tokens by their names, or a ValueError."""
+    _check(description)
+    added = description.get("added_tokens") or []
+    for each in added:
+        if not isinstance(each, dict) or not isinstance(each.get("content"), str):
+            raise ValueError(f"its added token {reprlib.repr(each)} has no text as content")
+        if not each["content"]:
+            raise ValueError("it has an added token whose content is empty")
+    ids: dict[str, int] = description["model"]["vocab"] | {
+        each["content"]: each.get("id") for each in added
+    }
+    _check_ids(ids)
+    return ids
 
 
 def _check(description: Description) -> None:
@@ -243,5 +272,8 @@ def _strips_first_space(decoder: Description) -> bool:
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
     """The two parts of a merge; they are one string in files of older versions."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    match parts:
+        case [str(left), str(right)]:
+            return left, right
+    raise ValueError(f"its merge {reprlib.repr(merge)} is not one of two tokens")

@@ -26,7 +26,8 @@ def open_weights(path: Path, *, verify: bool = True) -> WeightSource:
     """Opens and checks the weights at `path`.
 
     Args:
-        path: a folder in Meta's or Hugging Face's format, or with one GGUF file; or that file.
+        path: a folder in Meta's or Hugging Face's format, or with one GGUF file; or that file. In a
+            folder with several, Meta's goes before Hugging Face's, and that before GGUF.
         verify: compare every tensor with its checksum, if the format has checksums.
 
     Raises:

@@ -50,9 +50,12 @@ class UnfinishedFolder:
         self._folder.mkdir(parents=True, exist_ok=True)
         state = self._folder / _STATE
         if not state.exists():
+            new = self._folder / f"{_STATE}.new"
+            new.unlink(missing_ok=True)  # left by an interruption at this point
             if any(self._folder.iterdir()):
                 raise StartError(f"{self._folder} is not an empty folder: name a new one")
-            state.write_text(self._request, "utf-8")
+            new.write_text(self._request, "utf-8")
+            new.replace(state)
         elif state.read_text("utf-8") != self._request:
             raise StartError(
                 f"{self._folder} holds an unfinished conversion of another model, or with other "

@@ -208,3 +208,17 @@ def test_missing_control_tokens_are_named() -> None:
         PromptFormatError, match=r"chatml needs .* lacks, <\|im_end\|>: name another"
     ):
         require_control_tokens(FORMATS["chatml"], {"<|im_start|>"})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{%if x%}" * 10_000,
+        "{%if " + "not " * 50_000 + "True%}a{%endif%}",
+        "{%if a%}{%elif b%}" * 5000,
+    ],
+    ids=["branches", "condition", "alternatives"],
+)
+def test_template_that_is_nested_too_deeply_is_unknown(template: str) -> None:
+    with pytest.raises(PromptFormatError, match="is unknown: name the format"):
+        recognised(template)

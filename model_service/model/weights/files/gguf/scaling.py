@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from llama.gguf_header import TensorEntry
-from model_service.model.config import ModelConfig, RopeScaling
+from model_service.model.config import ModelConfig, RopeScaling, broken_rule
 from model_service.model.errors import CheckpointError, shown_shape
 from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, tensor_bytes, type_name
 
@@ -61,6 +61,10 @@ def divisors_scaling(
     if bool((numbers == 1).all()):
         return None
     factor = float(f"{numbers.max().item():.6g}")
+    if rule := broken_rule("factor", factor):
+        raise CheckpointError(
+            path, f"{DIVISORS} has the factor {factor:g}, not {rule}", CONVERT_AGAIN
+        )
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     turns = _LLAMA_3["original_context_length"] / (2 * math.pi * config.rope_theta**exponents)
     low, high = _LLAMA_3["low_freq_factor"], _LLAMA_3["high_freq_factor"]
