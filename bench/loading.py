@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -93,9 +94,9 @@ def load(path: Path, dtype: str) -> tuple[Cost, int]:
         with cost.part("open"):
             source = open_weights(path)
         with cost.part("weights"):
-            weights = source.read_shard(0, 1, precision.read_dtype, CPU)
+            read_shard = partial(source.read_shard, 0, 1, precision.read_dtype, CPU)
             network = load_network(
-                source.config, 512, weights, pack=pack, dtype=precision.dtype, device=CPU
+                source.config, 512, read_shard, pack=pack, dtype=precision.dtype, device=CPU
             )
         with cost.part("fingerprint"):
             source.fingerprint()

@@ -75,7 +75,8 @@ def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
     writer = gguf.GGUFWriter(file, "llama", use_temp_file=False)
     writer.add_name("random weights")
     mostly = "ALL" if type_name == "F32" else "MOSTLY"
-    writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{type_name}"])
+    mixture = "_S" if type_name == "Q4_K" else ""
+    writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{type_name}{mixture}"])
     writer.add_context_length(CONTEXT_LENGTH)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
