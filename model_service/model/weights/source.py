@@ -7,7 +7,6 @@ import torch
 
 from model_service.model.config import ModelConfig
 
-
 # Memory for the parameter with Meta's name, of a shape, in a type, on a device.
 Allocate = Callable[[str, tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
 
