@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench import demonstration, loading, service
+from bench import demonstration, service
+from bench.baselines import loading
 from bench.service import Answer, made_up_tokenizer, rates
 
 

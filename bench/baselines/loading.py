@@ -1,4 +1,4 @@
-"""What loading a checkpoint costs in each format, beside reading its bytes.
+"""The cost of loading a checkpoint in each format, beside reading its bytes.
 
 Loading is what the model service does before its first step, except for the cache: it opens and
 verifies the files, reads the weights, packs them for the processor and computes the fingerprint.
@@ -171,14 +171,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     shape, host = SHAPES[args.shape], read_host()
     checkpoint = ensure_checkpoint(shape, args.work_dir)
-    recorder = Recorder("loading", args.results, {"shape": shape.name}, args.shape, host)
+    recorder = Recorder("baselines.loading", args.results, {"shape": shape.name}, args.shape, host)
     paths = {name: ensure_model(name, checkpoint, args.work_dir) for name in args.formats}
     recorder.attempt("loading", lambda: measure(paths, host.wide_dtype, args.rounds))
     finish(recorder)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("loading", __doc__, default_device="cpu")
+    parser = command_parser("baselines.loading", __doc__, default_device="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="1.1B")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS])
     parser.add_argument("--rounds", type=int, default=3)
