@@ -20,6 +20,7 @@ import torch
 from bench.shapes import Shape
 from model_service.model.config import ModelConfig
 from model_service.model.weights.partition import split_dimension
+from model_service.model.weights.source import Allocate, new_memory
 
 SEED = 2023
 CPU = torch.device("cpu")
@@ -101,7 +102,12 @@ class RandomWeights:
         return torch.bfloat16
 
     def read_shard(
-        self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
+        self,
+        rank: int,
+        shards: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Allocate = new_memory,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of `rank` among `shards`, one parameter at a time, in the network's order."""
         for name, size in self.config.parameter_shapes().items():
@@ -110,7 +116,7 @@ class RandomWeights:
             if dimension is not None and shards > 1:
                 length = size[dimension] // shards
                 weight = weight.narrow(dimension, rank * length, length).contiguous()
-            yield name, weight.to(dtype)
+            yield name, allocate(name, tuple(weight.shape), dtype, device).copy_(weight)
 
     def fingerprint(self) -> str:
         """SHA-256 of what the weights are a function of, hexadecimal."""

@@ -7,7 +7,9 @@ GGUF's architecture `llama`.
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench.baselines.environments import UnavailableError
 from bench.checkpoint import complete_or_absent
@@ -73,7 +75,8 @@ def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
     writer = gguf.GGUFWriter(file, "llama", use_temp_file=False)
     writer.add_name("random weights")
     mostly = "ALL" if type_name == "F32" else "MOSTLY"
-    writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{type_name}"])
+    mixture = "_S" if type_name == "Q4_K" else ""
+    writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{type_name}{mixture}"])
     writer.add_context_length(CONTEXT_LENGTH)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
@@ -103,8 +106,24 @@ def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
         if values.ndim == 1 or type_name == "F32":  # llama.cpp wants float32 norms
             writer.add_tensor(key, values)
         else:
-            writer.add_tensor(key, gguf.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(key, _quantized(values, type_name), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _quantized(values: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
+    """The blocks of a matrix: for Q4_K, which the package only reads, random ones."""
+    import gguf  # noqa: PLC0415  # extra `bench`
+
+    kind = gguf.GGMLQuantizationType[type_name]
+    if type_name != "Q4_K":
+        blocks: NDArray[np.uint8] = gguf.quantize(values, kind)
+        return blocks
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    shape = (len(values), values.shape[1] // weights, size)
+    blocks = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    # The scales, float16 numbers: the weights are then of the size of a trained network's.
+    blocks[..., :4] = np.array([2.5e-4, 2.5e-4], np.float16).view(np.uint8)
+    return blocks.reshape(len(values), -1)

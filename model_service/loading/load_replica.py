@@ -4,7 +4,9 @@ The service and `llama.Llama.build` both start here; each uses the replica in it
 """
 
 import logging
+from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 
 from model_service.engine.step.plan_channel import LEADER, PlanChannel
@@ -28,7 +30,7 @@ from model_service.model.weights.files.meta_checkpoint import Checkpoint
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing
 from model_service.model.weights.partition import shard_parameters
-from model_service.model.weights.source import WeightSource
+from model_service.model.weights.source import Allocate, WeightSource
 from serving.errors import StartError
 
 _log = logging.getLogger(__name__)
@@ -76,11 +78,14 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
 
-    read = source.read_shard(rank, shards, precision.read_dtype, device)
+    def read(allocate: Allocate) -> Iterator[tuple[str, torch.Tensor]]:
+        weights = source.read_shard(rank, shards, precision.read_dtype, device, allocate)
+        return reported(weights, shard_parameters(config, shards)) if rank == LEADER else weights
+
     network = load_network(
         config,
         limits.context_length,
-        reported(read, shard_parameters(source.config, shards)) if rank == LEADER else read,
+        read,
         pack=packing(precision.quantization, precision.dtype, device),
         dtype=precision.dtype,
         device=device,

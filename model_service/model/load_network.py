@@ -1,6 +1,6 @@
 """Loads weights into the network's layers, which join some of Meta's and pack all linear ones."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -11,34 +11,40 @@ from model_service.model.network import Transformer
 from model_service.model.operations import make_operations
 from model_service.model.weights.matrices import Pack
 from model_service.model.weights.packing import plain
+from model_service.model.weights.partition import is_linear
+from model_service.model.weights.source import Allocate, new_memory
 
 # Weights that multiply the same input are joined, row below row, into one matrix: one product
 # instead of two or three.
 _JOINED = {"wq": "wqkv", "wk": "wqkv", "wv": "wqkv", "w1": "w13", "w3": "w13"}
 
+# Reads Meta's names and this rank's part of each parameter, one by one in the order of
+# `ModelConfig.parameter_shapes`, each into memory that was asked for when its turn came.
+Read = Callable[[Allocate], Iterable[tuple[str, torch.Tensor]]]
+
 
 def load_network(
     config: ModelConfig,
     context_length: int,
-    weights: Iterable[tuple[str, torch.Tensor]],
+    read: Read,
     *,
     pack: Pack,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Transformer:
-    """The network with `weights` in place, ready for `forward`.
+    """The network with its weights in place, ready for `forward`.
 
     Args:
         config: the network's shape.
         context_length: most tokens of a sequence.
-        weights: Meta's names and this rank's part of each parameter, in the order of
-            `ModelConfig.parameter_shapes`. They are read one by one, so none is in memory twice.
+        read: reads the weights. None is in memory twice, except for one that is being packed.
         pack: converts the weight of a linear layer to the form that its kernel reads.
         dtype: of all other weights.
         device: of this rank.
     """
     network = Transformer(config, make_operations(config, context_length, dtype, device))
-    for name, weight in _join(network, weights):
+    memory = _MatrixMemory(network)
+    for name, weight in _join(memory, read(memory.allocate)):
         layer = network.get_submodule(name)
         del layer.weight
         whole = len(weight) == config.vocab_size
@@ -46,28 +52,73 @@ def load_network(
             # `shares_tied_output` counts on it.
             layer.weight = network.get_parameter("tok_embeddings.weight")
         elif isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-            layer.weight = pack(weight)
+            packed = pack(weight)
+            layer.weight = memory.hand_over() if packed is weight else packed
         else:
             layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     return network.eval().to(device)
 
 
 def _join(
-    network: Transformer, weights: Iterable[tuple[str, torch.Tensor]]
+    memory: "_MatrixMemory", weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights by the names of this network's layers; a joined one is allocated once."""
-    joined: torch.Tensor | None = None
-    filled = 0
+    """The weights by the names of this network's layers."""
     for parameter, weight in weights:
-        layer, _, name = parameter.removesuffix(".weight").rpartition(".")
-        if name not in _JOINED:
-            yield f"{layer}.{name}".lstrip("."), weight
-            continue
-        target = f"{layer}.{_JOINED[name]}"
-        if joined is None:
-            joined = weight.new_empty(network.get_parameter(f"{target}.weight").shape)
-        joined[filled : filled + len(weight)] = weight
-        filled += len(weight)
-        if filled == len(joined):
-            yield target, joined
-            joined, filled = None, 0
+        if not is_linear(parameter):
+            yield _layer(parameter), weight
+        elif memory.is_full:
+            yield _layer(parameter), memory.matrix
+
+
+def _layer(parameter: str) -> str:
+    """The name of the layer that holds a parameter."""
+    layer, _, name = parameter.removesuffix(".weight").rpartition(".")
+    return f"{layer}.{_JOINED.get(name, name)}".lstrip(".")
+
+
+class _MatrixMemory:
+    """Memory for the matrix of one linear layer at a time.
+
+    Weights that are joined are read to their places in it. Packing leaves it free for the next
+    matrix: new memory for each would cost more time than to read the weights.
+
+    Attributes:
+        matrix: of the layer whose weights are being read.
+        is_full: whether all of them have been asked for.
+    """
+
+    def __init__(self, network: Transformer) -> None:
+        self._network = network
+        self._buffer: torch.Tensor | None = None
+        self._rows = 0  # of the matrix that have been asked for
+        self.matrix = torch.empty(0, 0)
+
+    @property
+    def is_full(self) -> bool:
+        return self._rows == len(self.matrix)
+
+    def allocate(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """As `Allocate`: new memory for a parameter that belongs to no linear layer."""
+        if not is_linear(name):
+            return new_memory(name, shape, dtype, device)
+        if self.is_full:
+            whole = self._network.get_parameter(f"{_layer(name)}.weight").shape
+            self.matrix, self._rows = self._view(whole, dtype, device), 0
+        begin, self._rows = self._rows, self._rows + shape[0]
+        return self.matrix[begin : self._rows]
+
+    def hand_over(self) -> torch.Tensor:
+        """The matrix in memory that is not used again."""
+        if self._buffer is None or self._buffer.numel() > self.matrix.numel():
+            return self.matrix.clone()
+        self._buffer = None
+        return self.matrix
+
+    def _view(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = shape.numel()
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer, self.matrix = None, torch.empty(0, 0)  # frees it first
+            self._buffer = torch.empty(size, dtype=dtype, device=device)
+        return self._buffer[:size].view(shape)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 _ALIGNMENT = 16  # bytes; enough for any type
+_CONVERTED_AT_ONCE = 2**18  # numbers, of which float32 copies stay in the processor's cache
 BUFFER_BYTES = 64 * 2**20  # each; long enough that what a copy costs to start does not count
 
 
@@ -110,7 +111,7 @@ class WeightUpload:
                 finds it filled.
         """
         if not self._buffers:
-            target.copy_(source)
+            _convert(source, target)
             return
         size = len(self._buffers[0])
         rows = max(1, size * len(source) // (source.numel() * source.itemsize))
@@ -137,6 +138,18 @@ class WeightUpload:
         # Not blocking, so that a conversion to another dtype happens on the device.
         target.copy_(staged, non_blocking=True)
         self._fetched[turn].record()
+
+
+def _convert(source: torch.Tensor, target: torch.Tensor) -> None:
+    """`target.copy_(source)`: between the 16-bit types by float32, because PyTorch has no vector
+    instructions for the direct way, which takes three times as long.
+    """
+    if {source.dtype, target.dtype} != {torch.float16, torch.bfloat16}:
+        target.copy_(source)
+        return
+    rows = max(1, _CONVERTED_AT_ONCE * len(source) // source.numel())
+    for piece, part in zip(torch.split(source, rows), torch.split(target, rows), strict=True):
+        part.copy_(piece.float())
 
 
 def _page_locked(device: torch.device, size: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench import demonstration, service
+from bench.baselines import loading
 from bench.service import Answer, made_up_tokenizer, rates
 
 
@@ -64,3 +65,14 @@ def test_gpu_command_is_the_engines_and_says_that_there_is_no_gpu(tmp_path: Path
     folders = ["--work_dir", str(tmp_path / "work"), "--results", str(tmp_path)]
     subprocess.run([*command, *sizes, *folders], check=True, timeout=120)
     assert "the time of this run was over" in result(tmp_path)["notes"][0]
+
+
+def test_loading_is_compared_with_reading(tmp_path: Path, work_dir: Path) -> None:
+    formats = ["meta", "hf", "Q8_0"]
+    folders = ["--work_dir", str(work_dir), "--results", str(tmp_path)]
+    loading.main(["--shape", "tiny", "--formats", *formats, "--rounds", "1", *folders])
+    rows = result(tmp_path)["rows"]
+    assert [row["settings"]["format"] for row in rows] == formats
+    for row in rows:
+        assert row["values"]["over_reading"] > 0
+        assert row["values"]["peak_over_weights"] > 0

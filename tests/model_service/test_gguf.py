@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from model_service.model import pinned_transfer
 from model_service.model.config import RopeScaling
 from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.conversion.write_meta import write_meta
+from model_service.model.weights.files.gguf.dequantize import dequantize
 from model_service.model.weights.files.gguf.gguf_file import GgufFile, open_gguf
 from model_service.model.weights.files.gguf.tensors import WorkerPool
 from model_service.model.weights.open_weights import open_weights
@@ -115,6 +117,26 @@ def test_shards_are_cuts_of_the_whole(models: dict[str, Any], name: str) -> None
     assert sum(part.numel() for part in parts[0].values()) == shard_parameters(source.config, 4)
 
 
+@pytest.mark.parametrize("name", [*SCALES, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_blocks_are_dequantized_bit_for_bit_as_by_the_package(name: str, rows: int) -> None:
+    kind = GGMLQuantizationType[name]
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    generator = np.random.default_rng(rows)
+    # A part of rows, as a shard reads it: every pattern of bits but infinite scales and NaN.
+    blocks = generator.integers(0, 256, (rows, 5 * size), dtype=np.uint8) & np.uint8(0xBF)
+    blocks = blocks[:, size : 4 * size]
+    expected = gguf.dequantize(np.ascontiguousarray(blocks).reshape(1, -1), kind).reshape(-1)
+    assert np.array_equal(dequantize(blocks, kind).numpy().view(np.int32), expected.view(np.int32))
+
+
+def test_threads_of_dequantization_leave_no_trace(models: dict[str, Any]) -> None:
+    before = torch.get_num_threads()
+    weights(open_gguf(file_of(models, "Q4_0")))
+    with ThreadPoolExecutor(1) as new:
+        assert new.submit(torch.get_num_threads).result() == torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_pieces_are_put_together_in_order(
     models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, threads: int
@@ -122,9 +144,11 @@ def test_pieces_are_put_together_in_order(
     source = open_gguf(file_of(models, "Q4_K"))
     whole = weights(source)
     monkeypatch.setattr(f"{type(source.tensors['norm.weight']).__module__}._PIECE", 1000)
+    before = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for name, weight in weights(source).items():
         assert torch.equal(weight, whole[name]), name
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dimension", [0, 1])

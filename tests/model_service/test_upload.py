@@ -74,3 +74,17 @@ def test_host_holds_two_buffers_and_never_the_checkpoint(
     weights = checkpoint.read_shard(0, 1, torch.float16, torch.device("meta"))
     held = max(own() - before for _ in weights)
     assert held < 25e6 < checkpoint.config.parameters * 4 / 3
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
+)
+def test_every_number_of_16_bits_is_rounded_as_pytorch_does(
+    stored: torch.dtype, wanted: torch.dtype
+) -> None:
+    source = torch.arange(2**20).to(torch.int16).view(stored).view(16, 256, 256)
+    target = torch.empty(source.transpose(1, 2).shape, dtype=wanted)
+    WeightUpload(CPU).copy(source.transpose(1, 2), target)
+    torch.testing.assert_close(
+        target, source.transpose(1, 2).to(wanted), rtol=0, atol=0, equal_nan=True
+    )

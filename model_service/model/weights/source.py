@@ -1,11 +1,24 @@
 """The interface of a source of weights, such as a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 
 from model_service.model.config import ModelConfig
+
+# Memory for the parameter with Meta's name, of a shape, in a type, on a device.
+Allocate = Callable[[str, tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
+
+
+def new_memory(
+    name: str,  # noqa: ARG001  # of the interface
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Memory that nothing else uses."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class WeightSource(Protocol):
@@ -17,12 +30,17 @@ class WeightSource(Protocol):
         """The floating-point type that holds the parameter `name` as it is stored."""
 
     def read_shard(
-        self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
+        self,
+        rank: int,
+        shards: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Allocate = new_memory,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of `rank` among `shards`, by Meta's names.
 
         Yields one parameter at a time, in the order of `ModelConfig.parameter_shapes`: contiguous,
-        in `dtype` on `device`, and owned by the caller.
+        in `dtype` on `device`, in the memory that `allocate` gives for it.
         """
 
     def fingerprint(self) -> str:

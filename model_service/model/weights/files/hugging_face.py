@@ -23,6 +23,7 @@ from model_service.model.weights.files.safetensors_files import (
 )
 from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import split_dimension
+from model_service.model.weights.source import Allocate, new_memory
 
 FLOAT_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -68,7 +69,12 @@ class HuggingFaceCheckpoint:
         return self.tensors[stored_as(name, self.config)].dtype
 
     def read_shard(
-        self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
+        self,
+        rank: int,
+        shards: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Allocate = new_memory,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
 
@@ -84,7 +90,7 @@ class HuggingFaceCheckpoint:
             if dimension is not None:
                 size = part.shape[dimension] // shards
                 part = part.narrow(dimension, rank * size, size)
-            weight = torch.empty(part.shape, dtype=dtype, device=device)
+            weight = allocate(name, tuple(part.shape), dtype, device)
             if name.endswith(("wq.weight", "wk.weight")):
                 heads = len(part) // self.config.head_dim
                 halves = part.view(heads, 2, self.config.head_dim // 2, -1)

@@ -35,6 +35,7 @@ from model_service.model.weights.partition import (
     splits_vocabulary,
 )
 from model_service.model.weights.quantization import FORMATS, QuantizedWeight
+from model_service.model.weights.source import Allocate, new_memory
 
 StoredWeight = torch.Tensor | QuantizedWeight
 
@@ -53,7 +54,12 @@ class Checkpoint:
         return stored.dtype if isinstance(stored, torch.Tensor) else torch.float32
 
     def read_shard(
-        self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
+        self,
+        rank: int,
+        shards: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Allocate = new_memory,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
 
@@ -65,13 +71,13 @@ class Checkpoint:
         for name, shape in self.config.parameter_shapes().items():
             dimension = split_dimension(name)
             if dimension is None:
-                weight = torch.empty(shape, dtype=dtype, device=device)
+                weight = allocate(name, shape, dtype, device)
                 upload.copy(self.files[0][name].narrow(0, 0, *shape), weight)
             else:
                 size = shape[dimension] // shards
                 own = [*shape]
                 own[dimension] = size
-                weight = torch.empty(own, dtype=dtype, device=device)
+                weight = allocate(name, tuple(own), dtype, device)
                 self._read(name, dimension, rank * size, weight, upload)
             found[name] = extremes(weight)
             yield name, weight

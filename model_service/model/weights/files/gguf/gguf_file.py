@@ -24,6 +24,7 @@ from model_service.model.weights.files.gguf.scaling import DIVISORS
 from model_service.model.weights.files.gguf.tensors import StoredTensor, WorkerPool, map_tensors
 from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import part_shape, split_dimension
+from model_service.model.weights.source import Allocate, new_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,12 @@ class GgufFile:
         return self.tensors[name].dtype
 
     def read_shard(
-        self, rank: int, shards: int, dtype: torch.dtype, device: torch.device
+        self,
+        rank: int,
+        shards: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Allocate = new_memory,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
 
@@ -55,7 +61,7 @@ class GgufFile:
         with WorkerPool() as pool:
             for name, shape in self.config.parameter_shapes().items():
                 own = part_shape(name, shape, shards)
-                weight = torch.empty(own, dtype=dtype, device=device)
+                weight = allocate(name, own, dtype, device)
                 dimension = split_dimension(name)
                 start = 0 if dimension is None else rank * own[dimension]
                 self.tensors[name].copy_part(dimension or 0, start, weight, upload, pool)

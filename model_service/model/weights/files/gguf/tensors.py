@@ -1,8 +1,7 @@
 """The tensors of a memory-mapped GGUF file: checked, and dequantized piece by piece.
 
-The gguf package dequantizes in numpy, one thread 120 to 310 million weights a second, which is
-less than a good disk delivers. So as many threads as PyTorch may use share the work, each on a
-piece that stays in the processor's cache.
+One thread dequantizes less than a good disk delivers. So as many threads as PyTorch may use share
+the work, each on a piece that stays in the processor's cache.
 """
 
 from collections import deque
@@ -15,12 +14,12 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from llama.gguf_header import TensorEntry
 from model_service.model.errors import FETCH_AGAIN, CheckpointError, shown_shape
 from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.weights.files.gguf.dequantize import dequantize
 from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, tensor_bytes, type_name
 
 # Types that are read as they lie in the file.
@@ -44,9 +43,7 @@ _QUANTIZED = (
     GGMLQuantizationType.IQ4_XS,
 )
 TYPES = (*_PLAIN, *_QUANTIZED)
-_PIECE = 2**19  # weights that a thread dequantizes at once: 2 MiB in float32
-
-_PARALLEL_FROM = 2**15  # elements: at::internal::GRAIN_SIZE
+_PIECE = 2**17  # weights that a thread dequantizes at once: 512 KiB in float32
 
 _Result = TypeVar("_Result")
 
@@ -99,13 +96,11 @@ class StoredTensor:
         rows = max(1, _PIECE // ((end - first) * block))
 
         def dequantized(begin: int) -> torch.Tensor:
-            # As one row, because the package goes through rows in small groups.
-            flat = data[begin : begin + rows].reshape(1, -1)
-            values = torch.from_numpy(dequantize(flat, self.type))
+            values = dequantize(data[begin : begin + rows], self.type)
             return values.view(-1, (end - first) * block)[:, inside]
 
         def fill(begin: int) -> None:
-            _copy_in_this_thread(dequantized(begin), target[begin : begin + rows])
+            target[begin : begin + rows].copy_(dequantized(begin))
 
         begins = range(0, height, rows)
         if upload.is_direct:
@@ -115,28 +110,26 @@ class StoredTensor:
             upload.copy(values, target[begin : begin + rows])
 
 
-def _copy_in_this_thread(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies a matrix by steps so short that PyTorch does not divide them among its threads.
-
-    Those would wait for the threads that dequantize, three times as long as the whole work takes.
-    """
-    rows = max(1, (_PARALLEL_FROM - 1) // source.shape[1])
-    for piece, part in zip(torch.split(source, rows), torch.split(target, rows), strict=True):
-        part.copy_(piece)
-
-
 class WorkerPool:
-    """Threads that compute the pieces of a result, few of which wait in memory at a time."""
+    """Threads that compute the pieces of a result, few of which wait in memory at a time.
+
+    PyTorch does not divide their operations among threads of its own. Those would wait for the
+    threads here, three times as long as the whole work takes.
+    """
 
     def __init__(self) -> None:
         self._threads = torch.get_num_threads()  # this rank's share of the machine
-        self._executor = ThreadPoolExecutor(self._threads)
+        self._executor = ThreadPoolExecutor(
+            self._threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(cancel_futures=True)
+        # Each thread has a number of its own; a new thread begins with the one that was set last.
+        torch.set_num_threads(self._threads)
 
     def ordered(
         self, function: Callable[[int], _Result], items: Iterable[int]
