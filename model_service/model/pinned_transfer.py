@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 _ALIGNMENT = 16  # bytes; enough for any type
-_CONVERTED_AT_ONCE = 2**18  # numbers, of which float32 copies stay in the processor's cache
+# Numbers that are converted at once: PyTorch divides larger pieces among threads (GRAIN_SIZE in
+# aten/src/ATen/TensorIterator.h), which on a busy machine wait for each other at every piece.
+_CONVERTED_AT_ONCE = 2**15 - 1
 BUFFER_BYTES = 64 * 2**20  # each; long enough that what a copy costs to start does not count
 
 
