@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from model_service.model.config import ModelConfig, Quantization
-from model_service.model.cpu import computes_in_bfloat16
+from model_service.model.cpu.instructions import computes_in_bfloat16
 from model_service.model.weight_sizes import weight_bytes
 from model_service.model.weights.packing import shares_tied_output
 from model_service.model.weights.quantization import FP8, GROUP_SIZE

@@ -11,7 +11,7 @@ from model_service.engine.step.runner import ModelRunner
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Determinism, Precision
 from model_service.model.config import Quantization
-from model_service.model.cpu import instructions
+from model_service.model.cpu.instructions import instructions
 from model_service.model.weights.source import WeightSource
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from model_service.model import cpu
+from model_service.model.cpu.instructions import adds_products_exactly
 from model_service.model.weights.quantization import Fp8Weight, Int4Weight, Int8Weight, fp8_rows
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -87,7 +87,7 @@ def pack_int8(weight: torch.Tensor) -> PackedWeight:
         packed = torch.ops.quantized.linear_prepack(tensor, None)
     linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
     # With 7-bit activations, pairs of products do not overflow 16 bits.
-    levels = 127 if cpu.adds_products_exactly() else 63
+    levels = 127 if adds_products_exactly() else 63
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         peaks = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True, dtype=torch.float32)

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from model_service.loading.memory import free_memory
-from model_service.model.cpu import instructions
+from model_service.model.cpu.instructions import instructions
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 
