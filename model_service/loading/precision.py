@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from model_service.model.config import ModelConfig, Quantization
-from model_service.model.cpu import computes_in_bfloat16
+from model_service.model.cpu.instructions import computes_in_bfloat16
+from model_service.model.cpu.kernels import kernels_for
 from model_service.model.weight_sizes import weight_bytes
 from model_service.model.weights.packing import shares_tied_output
 from model_service.model.weights.partition import shard_parameters
@@ -73,14 +74,21 @@ class Precision:
         """The type in which weights are read, before they are packed."""
         return self.dtype if self.quantization == "none" else torch.float32
 
-    @property
-    def determinism(self) -> Determinism:
-        """SEEDED: in no type do kernels give equal logits, bit for bit, for any number of rows.
+    def determinism(self, shards: int) -> Determinism:
+        """BATCH_INVARIANT where all kernels sum in one order for any number of rows.
 
-        float32 logits differ by some 1e-6. That moves the borders between tokens by as little, so
-        a replay differs in one token of many thousands; it is no guarantee.
+        PyTorch's do so in no type. float32 logits differ by some 1e-6, which moves the borders
+        between tokens by as little, so a replay differs in one token of many thousands; it is no
+        guarantee. More than two shards are summed in an order that depends on a token's place in
+        the step.
         """
-        return Determinism.SEEDED
+        invariant = self.quantization == "none" and self.uses_own_kernels
+        return Determinism.BATCH_INVARIANT if invariant and shards <= 2 else Determinism.SEEDED
+
+    @property
+    def uses_own_kernels(self) -> bool:
+        """Whether activations are computed by the CPU kernels that this package compiles."""
+        return kernels_for(self.dtype, torch.device(self.device_type)) is not None
 
     def shard_bytes(self, source: WeightSource, shards: int) -> int:
         """Memory for the weights of one of `shards` ranks."""

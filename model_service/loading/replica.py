@@ -11,7 +11,7 @@ from model_service.engine.step.runner import ModelRunner
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Determinism, Precision
 from model_service.model.config import Quantization
-from model_service.model.cpu import instructions
+from model_service.model.cpu.instructions import instructions
 from model_service.model.weights.source import WeightSource
 
 
@@ -57,7 +57,7 @@ class ModelInfo:
             quantization=precision.quantization,
             device=_device_name(device),
             fingerprint=_fingerprint(source, shards, precision, device) if is_leader else "",
-            determinism=precision.determinism,
+            determinism=precision.determinism(shards),
             max_batch_size=options.max_batch_size,
         )
 
@@ -86,5 +86,6 @@ def _fingerprint(
     source: WeightSource, shards: int, precision: Precision, device: torch.device
 ) -> str:
     kernels = f"{_device_name(device)} {torch.__version__}"
+    kernels += " own kernels" if precision.uses_own_kernels else ""
     identity = f"{source.fingerprint()} {shards} {precision} {kernels}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
 """The operations between matrix products and attention: norms, rotary embedding, SwiGLU's gate.
 
 `PlainOperations` is Meta's arithmetic in PyTorch and runs everywhere. `FusedOperations` computes
-each in one FlashInfer kernel, in float32 inside, and overwrites its inputs. The network does not
-know which of them it has.
+each in one FlashInfer kernel, in float32 inside, and overwrites its inputs; `RowOperations` does so
+on the CPU, where a row has the same bits in any batch. The network does not know which it has.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from model_service.model.attention.select import can_use_flashinfer
 from model_service.model.config import ROPE_THETA, ModelConfig, RopeScaling
+from model_service.model.cpu.kernels import Kernels, kernels_for
 
 
 class Operations(Protocol):
@@ -50,6 +51,8 @@ def make_operations(
     )
     if can_use_flashinfer(dtype, device, config.head_dim):
         return FusedOperations(rotary.to(device))
+    if kernels := kernels_for(dtype, device):
+        return RowOperations(kernels, rotary)
     return PlainOperations(rotary.to(device))
 
 
@@ -152,3 +155,29 @@ class FusedOperations:
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         gated: torch.Tensor = self._kernels.silu_and_mul(x)
         return gated
+
+
+class RowOperations:
+    """The kernels that are compiled with this package, for bfloat16 on the CPU."""
+
+    def __init__(self, kernels: Kernels, rotary: torch.Tensor) -> None:
+        self._kernels = kernels
+        self._rotary = rotary
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._kernels.norm(x, None, weight, eps)
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._kernels.norm(x, residual, weight, eps), residual
+
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        return self._rotary[positions]
+
+    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # FusedOperations needs it
+        self._kernels.rotate(heads, rotation)
+        return heads
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        return self._kernels.gate(x)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from model_service.model import cpu
+from model_service.model.cpu.instructions import instructions
 
 FOLDER = Path(__file__).parent
 PATHS = {
@@ -37,7 +37,7 @@ def is_older(path: str, own: str) -> bool:
 def test_the_kernels_of_this_processor_are_covered(
     record_property: Callable[[str, object], None],
 ) -> None:
-    record_property("cpu_path", cpu.instructions())
+    record_property("cpu_path", instructions())
 
 
 @pytest.mark.timeout(900)  # dozens of tests in one
@@ -46,7 +46,7 @@ def test_kernels_pass_their_tests_on_an_older_path(
     path: str, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("cpu_path", path)
-    if not is_older(path, own := cpu.instructions()):
+    if not is_older(path, own := instructions()):
         pytest.skip(f"this process runs {own}")
     arguments = ["-m", "kernels", "-n", "0", "-p", "no:cacheprovider"]
     run = subprocess.run(

@@ -11,7 +11,7 @@ import pytest
 from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.loading.distributed import Shards
 from model_service.loading.load_replica import load_replica
-from model_service.model import cpu
+from model_service.model.cpu.instructions import instructions
 from model_service.rank import replica_options
 from model_service.server import model_service
 from model_service.settings import ModelSettings
@@ -225,4 +225,4 @@ async def test_model_info_says_what_was_loaded(model: Model) -> None:
     assert info.tokenizer_fingerprint == "of-the-tokenizer"
     assert len(info.fingerprint) == 16
     assert info.determinism == sampling_pb2.DETERMINISM_SEEDED
-    assert info.device == f"cpu ({cpu.instructions()})"
+    assert info.device == f"cpu ({instructions()})"

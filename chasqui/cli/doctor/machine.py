@@ -58,6 +58,12 @@ def _processor(machine: Mapping[str, Any]) -> Finding:
     text = f"{_cores()} cores; kernels use {', '.join(used)}"
     if used[0] in {"default", "no avx"}:
         return remark("processor", f"{text}: no AVX2, which is very slow")
+    if reason := machine["without_kernels"]:
+        return remark(
+            "processor",
+            f"{text}, but not this package's own kernels ({reason}). PyTorch's serve bfloat16: "
+            "slower for few streams, and answers may depend on other requests",
+        )
     if "bf16" not in used:
         return fine("processor", f"{text} (no bfloat16: weights are float32, or --quantize int8)")
     return fine("processor", text)

@@ -6,7 +6,9 @@ import logging
 import torch
 
 from model_service.model.attention.backend import CachedAttention, CacheShape
+from model_service.model.attention.fixed_tiles import FixedTileAttention
 from model_service.model.attention.sdpa import SdpaAttention
+from model_service.model.cpu.kernels import kernels_for, without_kernels
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +35,9 @@ def make_attention(
         heads: query heads of this rank.
         max_batch_size: most sequences that run at once.
     """
+    if kernels := kernels_for(dtype, device):
+        _log.info("attention: fixed tiles of the context (the kernels of this package)")
+        return FixedTileAttention(kernels, shape, kv_dtype)
     if reason := _without_flashinfer(dtype, device, shape.head_dim):
         _log.info("attention: PyTorch's scaled_dot_product_attention (%s)", reason)
         return SdpaAttention(shape, dtype, device, kv_dtype)
@@ -54,7 +59,8 @@ def can_use_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int) 
 def _without_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
     """Why FlashInfer cannot compute this; empty when it can."""
     if device.type != "cuda":
-        return "on the CPU"
+        without = dtype == torch.bfloat16 and without_kernels()
+        return f"on the CPU, without this package's kernels: {without}" if without else "on the CPU"
     if dtype not in {torch.float16, torch.bfloat16}:
         return f"FlashInfer has no kernels for {str(dtype).removeprefix('torch.')}"
     if head_dim not in HEAD_DIMS:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from model_service.model import cpu
+from model_service.model.cpu.instructions import adds_products_exactly
+from model_service.model.cpu.kernels import Kernels
 from model_service.model.weights.quantization import Fp8Weight, Int4Weight, Int8Weight, fp8_rows
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -69,6 +70,16 @@ def prepack(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
     return PackedWeight(multiply)
 
 
+def pack_blocks(kernels: Kernels) -> Pack:
+    """Packs bfloat16 weights for the kernels that sum in one order for any number of rows."""
+
+    def pack(weight: torch.Tensor) -> PackedWeight:
+        blocks, outputs = kernels.pack(weight), len(weight)
+        return PackedWeight(lambda x: kernels.multiply(x, blocks, outputs))
+
+    return pack
+
+
 def pack_int8(weight: torch.Tensor) -> PackedWeight:
     """8-bit weights, multiplied by activations that are quantized row by row.
 
@@ -87,7 +98,7 @@ def pack_int8(weight: torch.Tensor) -> PackedWeight:
         packed = torch.ops.quantized.linear_prepack(tensor, None)
     linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
     # With 7-bit activations, pairs of products do not overflow 16 bits.
-    levels = 127 if cpu.adds_products_exactly() else 63
+    levels = 127 if adds_products_exactly() else 63
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         peaks = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True, dtype=torch.float32)

@@ -2,8 +2,9 @@
 
 import torch
 
-from model_service.model import cpu
 from model_service.model.config import ModelConfig, Quantization
+from model_service.model.cpu.instructions import has_packed_kernels
+from model_service.model.cpu.kernels import kernels_for
 from model_service.model.weights import matrices
 from model_service.model.weights.matrices import Pack
 
@@ -18,7 +19,9 @@ def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device
         return lambda weight: pack(weight, dtype)
     if quantization != "none":
         return _ON_CPU[quantization]
-    if device.type == "cpu" and cpu.has_packed_kernels(dtype):
+    if kernels := kernels_for(dtype, device):
+        return matrices.pack_blocks(kernels)
+    if device.type == "cpu" and has_packed_kernels(dtype):
         return matrices.prepack
     return plain
 

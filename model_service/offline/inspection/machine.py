@@ -8,7 +8,8 @@ import psutil
 import torch
 
 from model_service.loading.memory import free_memory
-from model_service.model.cpu import instructions
+from model_service.model.cpu.instructions import instructions
+from model_service.model.cpu.kernels import without_kernels
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -19,6 +20,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "instructions": instructions(),
+        "without_kernels": without_kernels(),
         "threads": torch.get_num_threads(),
         "cuda_build": torch.version.cuda,
         "driver": _driver_version(),

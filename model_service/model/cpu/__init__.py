@@ -1,0 +1,1 @@
+"""The CPU: the instructions that its kernels use."""

@@ -1,0 +1,32 @@
+// Parallel loops on the threads of the OpenMP runtime that PyTorch has loaded.
+//
+// A runtime of our own would compete with PyTorch's for the cores. So these functions are not linked
+// in, but found among the libraries of the process, and no compiler needs support for OpenMP.
+#pragma once
+
+extern "C" void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+
+// Calls body(0) to body(tasks - 1), each once, in any order. A task must compute the same whichever
+// thread runs it.
+template <class Body> static void parallel(int threads, long tasks, const Body &body) {
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads <= 1) {
+    for (long task = 0; task < tasks; task++) body(task);
+    return;
+  }
+  struct Work {
+    const Body &body;
+    long tasks;
+    long next;
+  } work = {body, tasks, 0};
+  GOMP_parallel(
+      [](void *data) {
+        Work &work = *static_cast<Work *>(data);
+        for (;;) {
+          const long task = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
+          if (task >= work.tasks) return;
+          work.body(task);
+        }
+      },
+      &work, static_cast<unsigned>(threads), 0);
+}
