@@ -64,8 +64,9 @@ def _processor(machine: Mapping[str, Any]) -> Finding:
             f"{text}, but not this package's own kernels ({reason}). PyTorch's serve bfloat16: "
             "slower for few streams, and answers may depend on other requests",
         )
+    text += "; this package's own compute bfloat16"
     if "bf16" not in used:
-        return fine("processor", f"{text} (no bfloat16: weights are float32, or --quantize int8)")
+        return fine("processor", f"{text}, slowly: weights are float32, or --quantize int8")
     return fine("processor", text)
 
 

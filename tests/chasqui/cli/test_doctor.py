@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from chasqui.cli.doctor import packages
+from chasqui.cli.doctor import machine, packages
 from chasqui.cli.doctor.finding import Finding, Verdict
 from chasqui.cli.doctor.packages import check_extras
 from chasqui.cli.doctor.ports import check_ports
@@ -34,7 +34,8 @@ def test_each_part_of_a_good_set_up_is_fine(free_port: int, run: Run) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     subjects = {line.split()[1] for line in lines if line.startswith("fine")}
-    assert {"Python", "[model]", "[tokenizer]", "[serving]", "port", "processor"} <= subjects
+    assert {"Python", "[model]", "[tokenizer]", "[serving]", "port"} <= subjects
+    assert any(line.split()[1] == "processor" for line in lines)  # a note without a compiler
     assert {"CUDA", "memory", "model", "tokenizer"} <= subjects
     assert f"{free_port} is free" in done.stdout
 
@@ -119,3 +120,13 @@ def link_distribution(name: str, site: Path) -> importlib.metadata.Distribution:
         if not (site / top).exists():
             (site / top).symlink_to(Path(str(distribution.locate_file(top))))
     return distribution
+
+
+def test_a_missing_compiler_is_a_note_on_the_kernels() -> None:
+    described = {"instructions": "avx512 vnni bf16", "without_kernels": "they were not compiled"}
+    found = machine._processor(described)
+    assert found.verdict is Verdict.NOTE
+    assert "own kernels (they were not compiled)" in found.text
+    found = machine._processor(described | {"without_kernels": ""})
+    assert found.verdict is Verdict.FINE
+    assert "this package's own compute bfloat16" in found.text

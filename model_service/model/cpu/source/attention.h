@@ -9,10 +9,30 @@ constexpr int TILE = 64; // tokens
 constexpr int VECTORS = TILE / 16;
 constexpr float NEVER = -__builtin_inff();
 
+// Loops whose sums fill the registers, which the constants of their surroundings would take.
+#define APART static __attribute__((noinline))
+
 // One tile of keys and values of one head, widened.
 struct Tile {
   float *keys;   // [head_dim, TILE]
   float *values; // [TILE, columns]
+  int columns;
+
+  INLINE_MEMBER Floats key(int feature, int vector) const { return load(keys + feature * TILE + vector * 16); }
+  INLINE_MEMBER Floats value(int token, int column) const { return load(values + token * columns + column); }
+};
+
+// One tile of keys and values where they lie. Few queries read each only once.
+struct TileInPlace {
+  const Bf16 *keys[VECTORS], *values[VECTORS]; // of 16 tokens each
+  int block_size, head_dim;
+
+  INLINE_MEMBER Floats key(int feature, int vector) const {
+    return load(keys[vector] + static_cast<long>(feature) * block_size);
+  }
+  INLINE_MEMBER Floats value(int token, int column) const {
+    return load(values[token / 16] + token % 16 * head_dim + column);
+  }
 };
 
 struct Running {
@@ -33,8 +53,8 @@ INLINE void copy_widened(const AttentionCache &cache, const void *from, long at,
 
 // Behind the end of the context are zeros, because unwritten memory may hold NaNs.
 static void read_tile(const AttentionCache &cache, const int32_t *table, int kv_head, int first, int end,
-                      int columns, const Tile &tile) {
-  const int head_dim = cache.head_dim, size = cache.block_size;
+                      const Tile &tile) {
+  const int head_dim = cache.head_dim, size = cache.block_size, columns = tile.columns;
   const long block_elements = static_cast<long>(size) * head_dim;
   const int valid = end - first < TILE ? end - first : TILE;
   if (valid < TILE || columns != head_dim) {
@@ -55,12 +75,27 @@ static void read_tile(const AttentionCache &cache, const int32_t *table, int kv_
   }
 }
 
+static TileInPlace tile_in_place(const AttentionCache &cache, const int32_t *table, int kv_head, int first) {
+  TileInPlace tile;
+  tile.block_size = cache.block_size;
+  tile.head_dim = cache.head_dim;
+  for (int v = 0; v < VECTORS; v++) {
+    const int token = first + v * 16, in_block = token % cache.block_size;
+    const long block = static_cast<long>(table[token / cache.block_size]) * cache.kv_heads + kv_head;
+    const long begin = block * cache.block_size * cache.head_dim;
+    tile.keys[v] = static_cast<const Bf16 *>(cache.keys) + begin + in_block;
+    tile.values[v] = static_cast<const Bf16 *>(cache.values) + begin + static_cast<long>(in_block) * cache.head_dim;
+  }
+  return tile;
+}
+
 // Scores [rows, TILE] of scaled queries [rows, head_dim].
-template <int ROWS> INLINE void score(const float *queries, const Tile &tile, int head_dim, float *scores) {
+template <int ROWS, class AnyTile>
+APART void score(const float *queries, const AnyTile &tile, int head_dim, float *scores) {
   Floats result[ROWS][VECTORS] = {};
   for (int i = 0; i < head_dim; i++) {
     for (int v = 0; v < VECTORS; v++) {
-      const Floats key = load(tile.keys + i * TILE + v * 16);
+      const Floats key = tile.key(i, v);
       for (int row = 0; row < ROWS; row++) result[row][v] += key * splat(queries[row * head_dim + i]);
     }
   }
@@ -68,32 +103,30 @@ template <int ROWS> INLINE void score(const float *queries, const Tile &tile, in
     for (int v = 0; v < VECTORS; v++) store(scores + row * TILE + v * 16, result[row][v]);
 }
 
-// Adds weights [rows, TILE] x values to totals [rows, columns], which are first multiplied by
-// `fading` [rows].
-template <int ROWS, int WIDTH>
-INLINE void add_values(const float *weights, const float *fading, const float *values, int columns, float *totals) {
+// Adds weights [rows, TILE] x values, from column `at` on, to totals [rows, columns], which are first
+// multiplied by `fading` [rows].
+template <int ROWS, int WIDTH, class AnyTile>
+APART void add_values(const float *weights, const float *fading, const AnyTile &tile, int at, int columns,
+                       float *totals) {
   Floats result[ROWS][WIDTH];
   for (int row = 0; row < ROWS; row++)
-    for (int v = 0; v < WIDTH; v++) result[row][v] = load(totals + row * columns + v * 16) * splat(fading[row]);
+    for (int v = 0; v < WIDTH; v++) result[row][v] = load(totals + row * columns + at + v * 16) * splat(fading[row]);
   for (int i = 0; i < TILE; i++) {
     for (int v = 0; v < WIDTH; v++) {
-      const Floats value = load(values + i * columns + v * 16);
+      const Floats value = tile.value(i, at + v * 16);
       for (int row = 0; row < ROWS; row++) result[row][v] += value * splat(weights[row * TILE + i]);
     }
   }
   for (int row = 0; row < ROWS; row++)
-    for (int v = 0; v < WIDTH; v++) store(totals + row * columns + v * 16, result[row][v]);
+    for (int v = 0; v < WIDTH; v++) store(totals + row * columns + at + v * 16, result[row][v]);
 }
 
 // Turns the scores of one row into weights, in place, and returns what its earlier sums are to be
 // multiplied by. Tokens from `visible` on are hidden.
-INLINE float weigh(float *scores, int visible, Running &running) {
+APART float weigh(float *scores, int visible, Running &running) {
+  for (int i = visible < 0 ? 0 : visible; i < TILE; i++) scores[i] = NEVER;
   Floats most = splat(running.largest);
-  for (int v = 0; v < VECTORS; v++) {
-    for (int i = v * 16; i < v * 16 + 16; i++)
-      if (i >= visible) scores[i] = NEVER;
-    most = larger(load(scores + v * 16), most);
-  }
+  for (int v = 0; v < VECTORS; v++) most = larger(load(scores + v * 16), most);
   const float largest_now = largest(most);
   Floats weights{};
   for (int v = 0; v < VECTORS; v++) {
@@ -101,21 +134,22 @@ INLINE float weigh(float *scores, int visible, Running &running) {
     store(scores + v * 16, weight);
     weights += weight;
   }
-  const float fading = exponential(splat(running.largest - largest_now))[0];
+  const bool same = running.largest == largest_now; // as in most tiles
+  const float fading = same ? 1.0f : exponential(splat(running.largest - largest_now))[0];
   running = {largest_now, running.sum * fading + sum(weights)};
   return fading;
 }
 
-template <int ROWS>
-INLINE void attend_rows(const float *queries, const Tile &tile, int first, const int *ends, int head_dim, int columns,
+template <int ROWS, class AnyTile>
+INLINE void attend_rows(const float *queries, const AnyTile &tile, int first, const int *ends, int head_dim, int columns,
                         Running *running, float *totals) {
   float scores[ROWS * TILE], fading[ROWS];
   score<ROWS>(queries, tile, head_dim, scores);
   for (int row = 0; row < ROWS; row++) fading[row] = weigh(scores + row * TILE, ends[row] - first, running[row]);
   int at = 0;
   for (; at + 64 <= columns; at += 64)
-    add_values<ROWS, 4>(scores, fading, tile.values + at, columns, totals + at);
-  for (; at < columns; at += 16) add_values<ROWS, 1>(scores, fading, tile.values + at, columns, totals + at);
+    add_values<ROWS, 4>(scores, fading, tile, at, columns, totals);
+  for (; at < columns; at += 16) add_values<ROWS, 1>(scores, fading, tile, at, columns, totals);
 }
 
 // `tokens` neighbours of one sequence, for the query heads that share one head of keys.
@@ -126,7 +160,8 @@ static void attend_span(const AttentionCache &cache, const AttentionSpan &span, 
   const int columns = (head_dim + 15) / 16 * 16, rows = tokens * sharing;
   const size_t per_row = sizeof(float) * (head_dim + columns) + sizeof(Running) + sizeof(int);
   float *floats = scratch.get<float>(per_row * rows + sizeof(float) * TILE * (head_dim + columns));
-  const Tile tile = {floats, floats + TILE * head_dim};
+  const Tile tile = {floats, floats + TILE * head_dim, columns};
+  const bool in_place = rows <= 4 && !cache.widened && cache.block_size % 16 == 0 && head_dim % 16 == 0;
   float *queries = tile.values + TILE * columns, *totals = queries + static_cast<long>(rows) * head_dim;
   Running *running = reinterpret_cast<Running *>(totals + static_cast<long>(rows) * columns);
   int *ends = reinterpret_cast<int *>(running + rows);
@@ -141,16 +176,22 @@ static void attend_span(const AttentionCache &cache, const AttentionSpan &span, 
   }
   const int end = ends[rows - 1];
   for (int first = 0; first < end; first += TILE) {
-    read_tile(cache, span.table, kv_head, first, end, columns, tile);
     int row = 0;
     while (row < rows && ends[row] <= first) row++; // the tile lies behind these rows' tokens
-#define ROWS_AT_ONCE(n)                                                                                                \
-  for (; row + n <= rows; row += n)                                                                                    \
-    attend_rows<n>(queries + static_cast<long>(row) * head_dim, tile, first, ends + row, head_dim, columns,            \
-                   running + row, totals + static_cast<long>(row) * columns);
-    ROWS_AT_ONCE(4)
-    ROWS_AT_ONCE(1)
-#undef ROWS_AT_ONCE
+    const auto attend_tile = [&](const auto &any_tile) {
+      for (; row + 4 <= rows; row += 4)
+        attend_rows<4>(queries + static_cast<long>(row) * head_dim, any_tile, first, ends + row, head_dim, columns,
+                       running + row, totals + static_cast<long>(row) * columns);
+      for (; row < rows; row++)
+        attend_rows<1>(queries + static_cast<long>(row) * head_dim, any_tile, first, ends + row, head_dim, columns,
+                       running + row, totals + static_cast<long>(row) * columns);
+    };
+    if (in_place && first + TILE <= end) {
+      attend_tile(tile_in_place(cache, span.table, kv_head, first));
+    } else {
+      read_tile(cache, span.table, kv_head, first, end, tile);
+      attend_tile(tile);
+    }
   }
   for (int row = 0; row < rows; row++) {
     const long at = span.row + token + row / sharing;

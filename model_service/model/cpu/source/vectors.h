@@ -9,9 +9,10 @@ typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
 typedef Bf16 Halves __attribute__((vector_size(32), aligned(2)));
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
 
-INLINE Floats splat(float x) { return Floats{} + x; }
+INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE Floats load(const float *p) { return *reinterpret_cast<const Floats *>(p); }
 INLINE void store(float *p, Floats x) { *reinterpret_cast<Floats *>(p) = x; }
 
@@ -62,9 +63,11 @@ INLINE float sum(Floats x) {
 }
 
 INLINE float largest(Floats x) {
-  float result = x[0];
-  for (int i = 1; i < 16; i++) result = x[i] > result ? x[i] : result;
-  return result;
+  float part[8];
+  for (int i = 0; i < 8; i++) part[i] = x[i] > x[i + 8] ? x[i] : x[i + 8];
+  for (int width = 4; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
+  return part[0];
 }
 
 // e^x to some 2 units in the last place; 1 for 0, and 0 below -87. A NaN stays one.
