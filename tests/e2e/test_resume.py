@@ -153,7 +153,7 @@ async def test_streams_outlive_a_killed_gateway_without_losing_or_doubling_a_tok
         own_gateway.kill()
         with own_gateway.again():
             seen = await asyncio.gather(*streams)
-            with pytest.raises(StreamLostError, match="can only be repeated if the request has a seed"):
+            with pytest.raises(StreamLostError, match="can only be repeated if"):
                 [event async for event in unrepeatable]
             expected = await asyncio.gather(
                 *(
