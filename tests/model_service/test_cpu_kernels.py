@@ -13,7 +13,7 @@ from model_service.model.attention.backend import CacheShape, SequenceSpan
 from model_service.model.attention.fixed_tiles import FixedTileAttention
 from model_service.model.attention.sdpa import SdpaAttention
 from model_service.model.attention.select import make_attention
-from model_service.model.cpu import kernels
+from model_service.model.cpu import kernels, library
 from model_service.model.operations import PlainOperations, RowOperations, rotary_frequencies
 from model_service.model.weights.matrices import pack_blocks
 from model_service.model.weights.packing import packing
@@ -56,7 +56,7 @@ def test_a_product_is_exact_and_the_same_for_some_of_its_rows(
     threads: tuple[int, int],
 ) -> None:
     weight, x = numbers(outputs, inputs, seed=1), numbers(rows, inputs, seed=2)
-    packed = pack_blocks(compiled)(weight)
+    packed = pack_blocks(compiled.products)(weight)
     torch.set_num_threads(threads[0])
     product = F.linear(x, packed)  # type: ignore[arg-type]
     exact = x.double() @ weight.double().T
@@ -99,7 +99,7 @@ def test_a_nan_stays_in_its_row(compiled: kernels.Kernels) -> None:
     x = numbers(3, 64)
     x[1, 5] = torch.nan
     operations = RowOperations(compiled, rotary_frequencies(8, 8))
-    packed = pack_blocks(compiled)(numbers(32, 64))
+    packed = pack_blocks(compiled.products)(numbers(32, 64))
     for result in (
         F.linear(x, packed),  # type: ignore[arg-type]
         operations.norm(x, numbers(64), 1e-5),
@@ -167,8 +167,8 @@ def test_attention_is_exact_and_the_same_in_all_chunks_and_blocks(
 def test_without_the_compiled_kernels_those_of_pytorch_serve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels, "_MODULE", "model_service.model.cpu._not_compiled")
-    monkeypatch.setattr(kernels, "_loaded", kernels._loaded.__wrapped__)
+    monkeypatch.setattr(library, "_MODULE", "model_service.model.cpu._not_compiled")
+    monkeypatch.setattr(kernels, "find_library", library.find_library.__wrapped__)
     assert "install a C++ compiler" in kernels.without_kernels()
     precision = choose_precision(CPU, "bfloat16", "none", "auto", small=False)
     assert precision.determinism(shards=1) is Determinism.SEEDED
@@ -184,7 +184,7 @@ def test_without_the_compiled_kernels_those_of_pytorch_serve(
 def test_a_library_of_another_version_is_not_used(
     compiled: kernels.Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_INTERFACE", 0)
-    monkeypatch.setattr(kernels, "_loaded", kernels._loaded.__wrapped__)
+    monkeypatch.setattr(library, "_INTERFACE", 0)
+    monkeypatch.setattr(kernels, "find_library", library.find_library.__wrapped__)
     assert kernels.load() is None
     assert "is of another version: install this package again" in kernels.without_kernels()

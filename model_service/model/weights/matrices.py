@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from model_service.model.cpu.instructions import adds_products_exactly
-from model_service.model.cpu.kernels import Kernels
+from model_service.model.cpu.products import Products
 from model_service.model.weights.quantization import Fp8Weight, Int4Weight, Int8Weight, fp8_rows
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -70,12 +70,12 @@ def prepack(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
     return PackedWeight(multiply)
 
 
-def pack_blocks(kernels: Kernels) -> Pack:
+def pack_blocks(products: Products) -> Pack:
     """Packs bfloat16 weights for the kernels that sum in one order for any number of rows."""
 
     def pack(weight: torch.Tensor) -> PackedWeight:
-        blocks, outputs = kernels.pack(weight), len(weight)
-        return PackedWeight(lambda x: kernels.multiply(x, blocks, outputs))
+        blocks, outputs = products.pack(weight), len(weight)
+        return PackedWeight(lambda x: products.multiply(x, blocks, outputs))
 
     return pack
 

@@ -20,7 +20,7 @@ def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device
     if quantization != "none":
         return _ON_CPU[quantization]
     if kernels := kernels_for(dtype, device):
-        return matrices.pack_blocks(kernels)
+        return matrices.pack_blocks(kernels.products)
     if device.type == "cpu" and has_packed_kernels(dtype):
         return matrices.prepack
     return plain

@@ -3,9 +3,9 @@
 // A tile's row has the same sums whatever the other rows are, so here, too, a row has the same bits
 // alone and in any batch.
 
-#include "interface.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "../parallel.h"
+#include "../scratch.h"
+#include "products.h"
 
 #include <immintrin.h>
 
@@ -17,7 +17,7 @@
 #endif
 
 namespace {
-#include "vectors.h"
+#include "../vectors.h"
 
 constexpr int HEIGHT = 16, DEPTH = 32; // rows and inputs of a tile
 
@@ -194,7 +194,7 @@ void multiply(const Weight &weight, const Bf16 *x, int rows, Bf16 *y, int thread
 }
 } // namespace
 
-const Kernels AMX_KERNELS = {multiply, nullptr, nullptr, nullptr, nullptr};
+const Products AMX_PRODUCTS = {multiply};
 
 #ifdef __clang__
 #pragma clang attribute pop
