@@ -30,7 +30,7 @@ from model_service.model.weights.files.meta_checkpoint import Checkpoint
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing
 from model_service.model.weights.partition import shard_parameters
-from model_service.model.weights.source import Allocate, WeightSource
+from model_service.model.weights.source import Allocate, Shard, WeightSource
 from serving.errors import StartError
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     dist.barrier()
 
     def read(allocate: Allocate) -> Iterator[tuple[str, torch.Tensor]]:
-        weights = source.read_shard(rank, shards, precision.read_dtype, device, allocate)
+        weights = source.read_shard(Shard(rank, shards, precision.read_dtype, device), allocate)
         return reported(weights, shard_parameters(config, shards)) if rank == LEADER else weights
 
     network = load_network(
