@@ -299,7 +299,7 @@ def test_missing_files_say_what_to_download(several: Path) -> None:
     ("file", "problem"),
     [
         ("notes.txt", "~: holds no checkpoint. To fix: name a folder with Meta's params.json"),
-        ("pytorch_model.bin", "~: holds pytorch_model.bin without a config.json. To fix: name a"),
+        ("pytorch_model.bin", "~: holds its weights as pytorch_model.bin, which may run code"),
         ("adapter_config.json", "~: holds an adapter, not a model. To fix: merge it"),
         ("model.safetensors", "~/config.json: not found. To fix: download it, too."),
         ("params.json", "~/params.json: is not JSON"),

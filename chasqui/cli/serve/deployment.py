@@ -10,6 +10,7 @@ from pathlib import Path
 
 from chasqui.errors import SupervisorError
 from llama.model_files import ModelFileError, find_tokenizer
+from llama.weight_format import ACCEPTED, no_weights, weight_format
 
 LOOPBACK = "127.0.0.1"
 GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
@@ -96,12 +97,15 @@ def deployment_of(ckpt_dir: Path | None, tokenizer_path: Path | None) -> Deploym
     """A deployment of a checkpoint, by default of the demonstration checkpoint.
 
     Raises:
-        SupervisorError: there is a tokenizer and no checkpoint, or the checkpoint has no tokenizer.
+        SupervisorError: there is a tokenizer and no checkpoint, the path holds none, or it has no
+            tokenizer.
     """
     if ckpt_dir is None:
         if tokenizer_path is not None:
             raise SupervisorError("--tokenizer_path needs --ckpt_dir: give both")
         return demonstration()
+    if weight_format(ckpt_dir) is None:
+        raise SupervisorError(f"--ckpt_dir: {ckpt_dir} {no_weights(ckpt_dir)}; {ACCEPTED}")
     if tokenizer_path is None:
         try:
             tokenizer_path = find_tokenizer(ckpt_dir).path
