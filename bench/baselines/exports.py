@@ -16,7 +16,7 @@ from bench.checkpoint import complete_or_absent
 from bench.engine.driver import in_own_process
 from model_service.model.config import ROPE_THETA
 from model_service.model.weights.conversion.write_hugging_face import write_hugging_face
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 from model_service.model.weights.source import Shard
 
 CONTEXT_LENGTH = 4096

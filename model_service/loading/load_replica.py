@@ -26,7 +26,7 @@ from model_service.model.cuda_graphs import record_decode
 from model_service.model.load_network import load_network
 from model_service.model.network import Transformer
 from model_service.model.weights.files.hugging_face import HuggingFaceCheckpoint
-from model_service.model.weights.files.meta_checkpoint import Checkpoint
+from model_service.model.weights.files.meta.checkpoint import Checkpoint
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing
 from model_service.model.weights.partition import shard_parameters

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama.weight_format import HUGGING_FACE, META
+from llama.model_files import HUGGING_FACE, META
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.hugging_face_config import read_config
-from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.meta.params import read_params
 from model_service.model.weights.files.weight_files import weight_files
 from model_service.offline.headers.gguf import read_gguf_config, read_gguf_header
 from model_service.offline.headers.pth import read_pth_header

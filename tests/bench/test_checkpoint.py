@@ -8,8 +8,8 @@ from bench.checkpoint import RandomWeights, ensure_checkpoint, random_weight
 from bench.engine.driver import Job, loaded
 from bench.shapes import SHAPES
 from model_service.engine.sequence import GenerationRequest
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
-from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.params import read_params
 from model_service.model.weights.partition import shard_parameters
 from model_service.model.weights.source import Shard
 

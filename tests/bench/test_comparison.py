@@ -31,7 +31,7 @@ from bench.baselines.exports import (
 from bench.engine.driver import Job, loaded
 from bench.report import read_host
 from bench.shapes import SHAPES
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 from model_service.model.weights.source import Shard
 
 NAMES = st.lists(st.text("abc", min_size=1), min_size=1, max_size=6, unique=True)

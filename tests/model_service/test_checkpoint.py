@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from model_service.model.config import ModelConfig, RopeScaling
 from model_service.model.errors import CheckpointError
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
-from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.params import read_params
 from model_service.model.weights.partition import shard_parameters
 from model_service.model.weights.source import Shard
 from model_service.offline.quantize import quantize_checkpoint

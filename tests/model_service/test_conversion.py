@@ -19,8 +19,8 @@ from model_service.model.weights.conversion.write_hugging_face import (
 )
 from model_service.model.weights.conversion.write_meta import write_meta
 from model_service.model.weights.files.hugging_face import open_hugging_face
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
-from model_service.model.weights.files.meta_params import params_of, read_params
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.params import params_of, read_params
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.source import Shard, WeightSource
 from model_service.offline.quantize import quantize_checkpoint

@@ -13,7 +13,7 @@ from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights import cuda as weights_cuda
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 from model_service.model.weights.packing import packing
 from model_service.model.weights.quantization import Int4Weight, fp8_rows
 from model_service.model.weights.source import Shard

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 from model_service.model.weights.quantization import FORMATS, GROUP_SIZE
 from model_service.model.weights.source import Shard
 from model_service.offline.quantize import quantize_checkpoint

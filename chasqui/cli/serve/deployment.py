@@ -9,8 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from chasqui.errors import SupervisorError
-from llama.model_files import ModelFileError, find_tokenizer
-from llama.weight_format import ACCEPTED, no_weights, weight_format
+from llama.model_files import ACCEPTED, ModelFileError, find_tokenizer, no_weights, weight_format
 
 LOOPBACK = "127.0.0.1"
 GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"

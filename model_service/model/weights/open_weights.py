@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from llama.weight_format import HUGGING_FACE, META, weight_format
+from llama.model_files import HUGGING_FACE, META, weight_format
 from model_service.model.weights.files.gguf.gguf_file import open_gguf
 from model_service.model.weights.files.hugging_face import open_hugging_face
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 from model_service.model.weights.files.weight_files import weight_files
 from model_service.model.weights.source import WeightSource
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llama.weight_format import META
+from llama.model_files import META
 from model_service.model.config import ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.conversion.write_hugging_face import (

@@ -11,7 +11,7 @@ import torch
 from model_service.model.config import Quantization
 from model_service.model.weights.conversion.mapped_tensors import mapped_tensors
 from model_service.model.weights.conversion.target import Target, new_folder
-from model_service.model.weights.files.meta_params import params_of
+from model_service.model.weights.files.meta.params import params_of
 from model_service.model.weights.partition import is_linear, part_shape
 from model_service.model.weights.quantization import FORMATS, GROUP_SIZE
 from model_service.model.weights.source import Shard, WeightSource

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama.weight_format import ACCEPTED, GGUF, HUGGING_FACE, META, no_weights, weight_format
+from llama.model_files import ACCEPTED, GGUF, HUGGING_FACE, META, no_weights, weight_format
 from model_service.model.errors import FETCH_AGAIN, CheckpointError
 from model_service.model.weights.files.json_file import read_json_object
 

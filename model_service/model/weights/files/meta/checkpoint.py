@@ -16,16 +16,16 @@ import torch
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.pinned_transfer import WeightUpload
-from model_service.model.weights.files.meta_checks import (
+from model_service.model.weights.files.meta.checks import (
     ONE_CHECKPOINT,
     check_copies,
     check_tensors,
 )
-from model_service.model.weights.files.meta_files import (
+from model_service.model.weights.files.meta.files import (
     check_archive,
     open_tensors,
 )
-from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.meta.params import read_params
 from model_service.model.weights.files.read_parts import read_parts
 from model_service.model.weights.files.weight_files import shard_files
 from model_service.model.weights.partition import (
