@@ -74,16 +74,16 @@ class Precision:
         """The type in which weights are read, before they are packed."""
         return self.dtype if self.quantization == "none" else torch.float32
 
-    def determinism(self, shards: int) -> Determinism:
+    @property
+    def determinism(self) -> Determinism:
         """BATCH_INVARIANT where all kernels sum in one order for any number of rows.
 
         PyTorch's do so in no type. float32 logits differ by some 1e-6, which moves the borders
         between tokens by as little, so a replay differs in one token of many thousands; it is no
-        guarantee. More than two shards are summed in an order that depends on a token's place in
-        the step.
+        guarantee. The number of shards does not matter (`cpu/shard_sum.py`).
         """
         invariant = self.quantization == "none" and self.uses_own_kernels
-        return Determinism.BATCH_INVARIANT if invariant and shards <= 2 else Determinism.SEEDED
+        return Determinism.BATCH_INVARIANT if invariant else Determinism.SEEDED
 
     @property
     def uses_own_kernels(self) -> bool:

@@ -57,7 +57,7 @@ class ModelInfo:
             quantization=precision.quantization,
             device=_device_name(device),
             fingerprint=_fingerprint(source, shards, precision, device) if is_leader else "",
-            determinism=precision.determinism(shards),
+            determinism=precision.determinism,
             max_batch_size=options.max_batch_size,
         )
 
