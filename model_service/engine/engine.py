@@ -26,7 +26,6 @@ from model_service.engine.scheduling.schedule import Chunk, Schedule
 from model_service.engine.scheduling.scheduler import Scheduler
 from model_service.engine.scheduling.speculation import NgramDrafter, Speculation
 from model_service.engine.sequence import (
-    UNPREDICTED,
     FinishReason,
     GenerationRequest,
     Sequence,
@@ -193,7 +192,6 @@ class Engine:
         running = [chunk for chunk in step.schedule.chunks if chunk.sequence.is_running]
         self._book_compute(step, running, now)
         for sequence, scores in result.prompt_logprobs.items():
-            sequence.prompt_scores = sequence.prompt_scores or [UNPREDICTED]
             sequence.prompt_scores += scores
         ends = [chunk for chunk in step.ends if chunk.sequence.is_running]
         for chunk in ends:

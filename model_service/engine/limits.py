@@ -33,6 +33,8 @@ class EngineLimits:
             raise ValueError(f"{broken[0].field}: {broken[0].description}")
         if not 0 <= request.offset < len(prompt):
             raise ValueError("offset must leave at least one token of the prompt")
+        if not 0 <= request.scored_from <= len(prompt):
+            raise ValueError(f"scored_from must be 0 to {len(prompt)}, the number of prompt_ids")
 
 
 @dataclass(frozen=True, slots=True)
