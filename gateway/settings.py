@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from gateway.admission.admission import Bounds
+from gateway.generation.safety.options import SafetyOptions
 from gateway.replicas.options import PoolOptions
 from gateway.request.options import RequestLimits
 from gateway.rpc.named_streams import StreamLimits
-from gateway.safety.options import SafetyOptions
 from llama.prompt_format.recognition import FormatName
 from serving.security.tls import TlsFiles
 from serving.settings import Port, ServerSettings

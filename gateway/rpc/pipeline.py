@@ -16,6 +16,8 @@ from gateway.admission.admission import Admission
 from gateway.generation.completion import Generations, complete
 from gateway.generation.events import SPECIAL_TAGS_REFUSAL, AnswerKey, KeyedEvent, Refusal
 from gateway.generation.generation import Outcome
+from gateway.generation.safety.classifier import Subject
+from gateway.generation.safety.guard import Guard, dialogs_to_judge
 from gateway.generation.send_buffer import SendBuffer
 from gateway.request.draft import Prompt
 from gateway.request.options import ChatRequest, Options, RequestLimits, TextRequest, options
@@ -28,8 +30,6 @@ from gateway.rpc.access_log import Accounting
 from gateway.rpc.messages import prompt_format_message
 from gateway.rpc.unary import AnswerSize, size_violations
 from gateway.rpc.upstreams import Backend
-from gateway.safety.classifier import Subject
-from gateway.safety.guard import Guard, dialogs_to_judge
 from gateway.text.detokenizer import text_of
 from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2
