@@ -8,7 +8,6 @@ import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 
@@ -26,7 +25,7 @@ from gateway.request.read_dialogs import Dialogs, read_dialogs
 from gateway.request.turn_dropper import Encode
 from gateway.request.validation import chat_violations, text_violations
 from gateway.request.window import Window
-from gateway.rpc.access_log import Accounting
+from gateway.rpc.access_log import Accounting, Context
 from gateway.rpc.messages import prompt_format_message
 from gateway.rpc.unary import AnswerSize, size_violations
 from gateway.rpc.upstreams import Backend
@@ -36,7 +35,6 @@ from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, invalid_argument
 from serving.security import caller
 
-Context = grpc.aio.ServicerContext[Any, Any]
 # Characters of an unknown model's name that an error shows, so that the rest of the error fits.
 MAX_SHOWN_NAME = 64
 # Seconds until the deadline; None: there is none.
@@ -79,7 +77,7 @@ class Pipeline:
         self._classifier = backend.classifier
         self._limits = limits
         self._admission = admission
-        self._accounting = accounting
+        self.accounting = accounting
 
     async def run(
         self, request: ChatRequest | TextRequest, context: Context
@@ -90,7 +88,7 @@ class Pipeline:
             RequestError: a rule is broken, the queue is full, an upstream is unavailable, or the
                 client reads too slowly.
         """
-        with self._accounting.account(request, context) as account:
+        with self.accounting.account(request, context) as account:
             if isinstance(request, ChatRequest):
                 checked = await self._check_chat(request, context)
             else:
