@@ -105,6 +105,8 @@ class _Bounds:
         app = self._app
         if sum(len(name) + len(value) for name, value in headers) > METADATA_BYTES:
             app = _refusal(431, f"the headers have more than {METADATA_BYTES} bytes")
+        elif scope["http_version"] not in ("1.0", "1.1"):
+            app = _refusal(505, "this port speaks HTTP/1.1")
         elif b"content-length" in names and b"transfer-encoding" in names:
             # A proxy that believes the other one would see another request behind this one.
             app = _refusal(400, "Content-Length and Transfer-Encoding exclude each other")
