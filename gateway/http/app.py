@@ -15,7 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.http.completions import Completions
 from gateway.http.endpoint import Door, Endpoint
-from gateway.http.models import Models, answer_health, answer_version
+from gateway.http.exchange import Exchange
+from gateway.http.models import Models, answer_health, answer_version, version
+from gateway.http.openai.document import openapi_document
 from gateway.http.openai.errors import error_body
 from gateway.http.openai.fields import ChatCompletionBody, TextCompletionBody
 from gateway.http.openai.read_body import reader
@@ -40,12 +42,12 @@ def application(api: Api, door: Door, origins: Sequence[str]) -> ASGIApp:
     max_fields = door.intake.settings.max_request_fields
     completions, models = api.completions, api.models
 
-    def post(path: str, name: str, needs: str, handle: "_Handle", read: "_Read") -> Route:
-        endpoint = Endpoint(door, name, f"/{_SERVICE}/{needs}", handle, read)
+    def post(path: str, name: str, like: str, handle: "_Handle", read: "_Read") -> Route:
+        endpoint = Endpoint(door, name, f"/{_SERVICE}/{like}", handle, read)
         return Route(path, endpoint, methods=["POST"])
 
-    def get(path: str, name: str, needs: str | None, handle: "_Handle") -> Route:
-        method = None if needs is None else f"/{_SERVICE}/{needs}"
+    def get(path: str, name: str, like: str | None, handle: "_Handle") -> Route:
+        method = None if like is None else f"/{_SERVICE}/{like}"
         return Route(path, Endpoint(door, name, method, handle), methods=["GET"])
 
     routes = [
@@ -67,6 +69,7 @@ def application(api: Api, door: Door, origins: Sequence[str]) -> ASGIApp:
         get("/v1/models/{model:path}", "retrieveModel", "GetModel", models.retrieve),
         get("/version", "version", "GetModel", answer_version),
         get("/health", "health", None, partial(answer_health, door.intake.health)),
+        get("/openapi.json", "openapi", None, partial(_answer, openapi_document(version()))),
     ]
     middleware = [Middleware(_Bounds)]
     if origins:
@@ -74,6 +77,10 @@ def application(api: Api, door: Door, origins: Sequence[str]) -> ASGIApp:
     return Starlette(
         routes=routes, middleware=middleware, exception_handlers={HTTPException: _no_endpoint}
     )
+
+
+async def _answer(body: object, exchange: Exchange) -> None:
+    await exchange.answer(body)
 
 
 _Handle = Callable[..., Awaitable[None]]

@@ -44,15 +44,16 @@ class Door:
 class Endpoint:
     """An ASGI application for one operation of the API.
 
-    name: of the operation, in metrics and logs.
-    needs: the gRPC method whose permission a caller needs, too; None: no key is needed.
+    name: of the operation, in logs.
+    like: the gRPC method that does the same. A caller needs the same permission, and the metrics
+        count both; None: there is none, and no key is needed.
     handle: answers a request, given its parsed body if `read` is set.
     read: parses the body; without it, a request has none.
     """
 
     door: Door
     name: str
-    needs: str | None
+    like: str | None
     handle: Callable[..., Awaitable[None]]
     read: Callable[[bytes], object] | None = None
 
@@ -61,15 +62,16 @@ class Endpoint:
         metadata = Headers(scope=scope).items()
         call_id = request_id.from_metadata(metadata)
         method = f"/http/{self.name}"
-        call = Call(method, call_id, intake.calls.method(method, "http"), self.door.early_ends)
+        metrics = intake.calls.method(self.like or method, "http")
+        call = Call(method, call_id, metrics, self.door.early_ends)
         exchange = Exchange(scope, receive, send, call_id, intake.settings.max_request_bytes)
         with (
             structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}),
             contextlib.ExitStack() as during_call,
         ):
             async with answering(call, exchange):
-                if self.door.authorize is not None and self.needs is not None:
-                    caller.identify(self.door.authorize(self.needs, metadata))
+                if self.door.authorize is not None and self.like is not None:
+                    caller.identify(self.door.authorize(self.like, metadata))
                 during_call.enter_context(tracing.call(method, metadata, "http"))
                 reserve = during_call.enter_context(intake.receiver.reservation())
                 await self._answer(call, exchange, reserve)

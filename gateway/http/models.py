@@ -40,9 +40,13 @@ class Models:
         }
 
 
+def version() -> str:
+    """The version of the distribution."""
+    return importlib.metadata.version(_DISTRIBUTION)
+
+
 async def answer_version(exchange: Exchange) -> None:
-    """Tells the version of the distribution."""
-    await exchange.answer({"version": importlib.metadata.version(_DISTRIBUTION)})
+    await exchange.answer({"version": version()})
 
 
 async def answer_health(health: Health, exchange: Exchange) -> None:
