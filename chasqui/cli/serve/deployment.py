@@ -12,6 +12,7 @@ from chasqui.errors import SupervisorError
 from llama.model_files import ACCEPTED, ModelFileError, find_tokenizer, no_weights, weight_format
 
 LOOPBACK = "127.0.0.1"
+DEFAULT_HTTP_PORT = 8080
 GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
 
 
@@ -27,6 +28,7 @@ class Deployment:
     replicas: int = 1
     host: str = LOOPBACK
     port: int = 0
+    http_port: int | None = 0  # 0: no HTTP; None: any free port
     safety: bool = False  # run a safety service with its default rules
     # Services log at level debug instead of info. The supervisor needs their lines of level info.
     debug: bool = False
@@ -73,6 +75,7 @@ class Deployment:
             "gateway",
             host=self.host,
             port=self.port,
+            http_port=self.http_port,
             tokenizer_target=tokenizer,
             model_targets=",".join(models),
             safety_target=safety,
