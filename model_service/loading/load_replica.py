@@ -12,6 +12,8 @@ import torch.distributed as dist
 from model_service.engine.step.plan_channel import LEADER, PlanChannel
 from model_service.engine.step.runner import ModelRunner
 from model_service.loading import distributed
+from model_service.loading.first_steps.step_memory import memory_for_steps, step_memory
+from model_service.loading.first_steps.warm_up import warm_up
 from model_service.loading.host_memory import readable_size
 from model_service.loading.layout import Layout
 from model_service.loading.memory import MemoryPlan
@@ -19,8 +21,6 @@ from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Precision, choose_device, choose_precision
 from model_service.loading.progress import reported
 from model_service.loading.replica import ModelInfo, Replica
-from model_service.loading.step_memory import memory_for_steps, step_memory
-from model_service.loading.warm_up import warm_up
 from model_service.model.config import ModelConfig
 from model_service.model.cuda_graphs import record_decode
 from model_service.model.load_network import load_network

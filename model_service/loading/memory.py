@@ -1,6 +1,6 @@
 """Compares the memory that a shard needs with the free memory, before anything is allocated.
 
-On CUDA, `step_memory.py` replaces the estimate for a step by a measurement.
+On CUDA, `first_steps/step_memory.py` replaces the estimate for a step by a measurement.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model_service.engine.drafting.ngram_drafter import NGRAM, NgramDrafter
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
-from model_service.engine.scheduling.speculation import NGRAM, NgramDrafter, Speculation
+from model_service.engine.scheduling.speculation import Speculation
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
 
 CONTEXT = 256

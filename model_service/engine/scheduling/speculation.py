@@ -14,7 +14,6 @@ from typing import Protocol
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.sequence import Sequence
 
-NGRAM = 3  # tokens that must have stood together before
 # Share of its weight that an observation keeps when another comes.
 MEMORY = 0.9
 # Cost of a draft, in tokens, until steps of different size have been recorded.
@@ -29,42 +28,6 @@ class Drafter(Protocol):
 
     def forget(self, sequence: Sequence) -> None:
         """Drops all that is held for a sequence that has ended."""
-
-
-@dataclass(slots=True)
-class _Index:
-    """The last position of a follower for each n-gram of a text."""
-
-    followers: dict[tuple[int, ...], int] = field(default_factory=dict)
-    end: int = NGRAM  # the next follower to be entered
-
-
-class NgramDrafter:
-    """Drafts the tokens that followed the last n-gram at its previous place in the text.
-
-    Prompt lookup decoding (Saxena, 2023): answers repeat names, quotations and lists of their
-    prompts. Past the end of the text, a draft starts over: a repetition goes on repeating.
-    """
-
-    def __init__(self) -> None:
-        self._indices: dict[Sequence, _Index] = {}
-
-    def propose(self, sequence: Sequence, most: int) -> list[int]:
-        tokens = sequence.tokens
-        index = self._indices.setdefault(sequence, _Index())
-        for follower in range(index.end, len(tokens)):
-            index.followers[tuple(tokens[follower - NGRAM : follower])] = follower
-        index.end = max(index.end, len(tokens))
-        begin = index.followers.get(tuple(tokens[-NGRAM:]))
-        if begin is None:
-            return []
-        following = tokens[begin : begin + most]
-        while len(following) < most:
-            following += following[: most - len(following)]
-        return following
-
-    def forget(self, sequence: Sequence) -> None:
-        self._indices.pop(sequence, None)
 
 
 @dataclass(slots=True)
