@@ -9,7 +9,7 @@ from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.schedule import Schedule
 from model_service.engine.scheduling.scheduler import MAX_PARKED, Scheduler
-from model_service.engine.scheduling.speculation import Speculation
+from model_service.engine.scheduling.speculation.speculation import Speculation
 from model_service.engine.sequence import GenerationRequest, Sequence
 
 CONTEXT, BLOCK = 24, 4

@@ -9,7 +9,7 @@ from model_service.engine.scheduling.speculation.lengths import Rate, draft_leng
 
 # Until they have been measured: to check a draft in a step of one sequence, and to make one.
 DEFAULT_ROW, DEFAULT_ROUND = 0.1, 0.2
-MIN_EXTRA = 16  # tokens of backlogs that a step computes at least, so that the model catches up
+MIN_EXTRA = 32  # tokens of backlogs that a step computes at least, so that the model catches up
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class ModelDrafts:
         drafts = self.model.propose(wanted, extra)
         self.seconds = self.model.seconds - before
         # Not the measured time: the usual times of steps and drafts alone can be compared.
-        rounds = max(map(len, drafts.values()), default=0)
+        rounds = max([1, *map(len, drafts.values())])  # a backlog is computed in the first
         checked = sum(map(len, drafts.values()))
         self._ledger.spend(
             rounds * costs.round + min(backlog, extra) * costs.token + checked * costs.row

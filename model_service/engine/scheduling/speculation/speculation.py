@@ -25,9 +25,9 @@ from model_service.engine.scheduling.speculation.model_drafts import ModelDrafts
 from model_service.engine.sequence import Sequence
 
 # Share of its weight that an observation keeps when another comes: in a sequence, and over all.
-MEMORY, OVERALL_MEMORY = 0.9, 0.98
+MEMORY, OVERALL_MEMORY = 0.95, 0.98
 # The weight of what is expected of a new sequence, in observations.
-PRIOR_WEIGHT = 2.0
+PRIOR_WEIGHT = 4.0
 FIRST_CHANCE = 0.5
 
 
