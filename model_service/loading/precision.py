@@ -22,6 +22,9 @@ QUANTIZATIONS: dict[str, Quantization] = {
     "int4": "int4",
     "fp8": "fp8",
 }
+# Below this many weights a shard's step is over sooner than a second thread wakes up, and on a busy
+# machine threads wait for each other at every layer.
+SMALL_MODEL = 20_000_000
 # Requirements of CUDA kernels for quantized weights: types of activations, the lowest compute
 # capability, and the divisors of the inputs and outputs of a shard's matrices.
 _CUDA_ACTIVATIONS: dict[Quantization, tuple[str, ...]] = {
