@@ -85,7 +85,7 @@ class Precision:
         between tokens by as little, so a replay differs in one token of many thousands; it is no
         guarantee. The number of shards does not matter (`cpu/shard_sum.py`).
         """
-        invariant = self.quantization == "none" and self.uses_own_kernels
+        invariant = self.uses_own_kernels
         return Determinism.BATCH_INVARIANT if invariant else Determinism.SEEDED
 
     @property
