@@ -23,6 +23,8 @@ from model_service.loading.precision import SMALL_MODEL, Precision, choose_devic
 from model_service.loading.progress import reported
 from model_service.loading.replica import ModelInfo, Replica
 from model_service.model.config import ModelConfig
+from model_service.model.cpu.instructions import instructions
+from model_service.model.cpu.kernels import without_kernels
 from model_service.model.cuda_graphs import record_decode
 from model_service.model.load_network import load_network
 from model_service.model.network import Transformer
@@ -72,6 +74,8 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     memory = layout.memory(limits, weights)
     if rank == LEADER:
         _log.info("%s: %s", options.ckpt_dir, _summary(source, shards, precision, memory))
+        if device.type == "cpu":
+            _log_kernels(precision)
     memory.check(device, layout.shards_on_device)
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
@@ -146,6 +150,20 @@ def _summary(source: WeightSource, shards: int, precision: Precision, memory: Me
         f"{_readable_count(source.config.parameters)}, {stored}{precision}, "
         f"{shards} shard{'s, each' if shards > 1 else ','} {memory}"
     )
+
+
+def _log_kernels(precision: Precision) -> None:
+    """Says which kernels compute on this CPU."""
+    if precision.uses_own_kernels:
+        _log.info("kernels: this package's, for %s", instructions())
+    elif reason := without_kernels():
+        _log.warning(
+            "kernels: PyTorch's, without this package's own (%s): slower for few streams, and "
+            "answers may depend on other requests",
+            reason,
+        )
+    else:
+        _log.info("kernels: PyTorch's; this package has none for %s", precision)
 
 
 def _readable_count(parameters: int) -> str:

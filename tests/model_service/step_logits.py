@@ -1,10 +1,15 @@
-"""Logits of a few sequences on a network, computed in steps of any composition."""
+"""Logits of a few sequences on a network in steps of any composition, and those of an engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
+from model_service.engine import engine
+from model_service.engine.sampling.host_sampler import HostSampling
+from model_service.engine.step.batch import LogitRow
 from model_service.model.attention.backend import CacheShape, SequenceSpan
 from model_service.model.attention.select import make_attention
 from model_service.model.network import Transformer
@@ -16,6 +21,17 @@ GENERATOR = torch.Generator().manual_seed(0)
 TOKENS = [torch.randint(3, 250, (length,), generator=GENERATOR) for length in LENGTHS]
 
 
+def heads(network: Transformer) -> int:
+    """Query heads of this rank."""
+    layer: Any = network.get_submodule("layers.0.attention")
+    return int(layer.heads)
+
+
+def cache_shape(network: Transformer, blocks: int, block_size: int) -> CacheShape:
+    layer: Any = network.get_submodule("layers.0.attention")
+    return CacheShape(len(network.layers), blocks, block_size, layer.kv_heads, layer.head_dim)
+
+
 def logits(
     network: Transformer,
     steps: Sequence[Sequence[int]],
@@ -24,10 +40,9 @@ def logits(
 ) -> list[torch.Tensor]:
     """Logits [length, vocab] of each sequence, computed in steps of so many tokens of each."""
     dtype = network.get_parameter("norm.weight").dtype
-    layer: Any = network.get_submodule("layers.0.attention")
     blocks = 1 + sum(-(-length // block_size) for length in LENGTHS)
-    shape = CacheShape(len(network.layers), blocks, block_size, layer.kv_heads, layer.head_dim)
-    backend = make_attention(shape, dtype, CPU, dtype, heads=layer.heads, max_batch_size=4)
+    shape = cache_shape(network, blocks, block_size)
+    backend = make_attention(shape, dtype, CPU, dtype, heads=heads(network), max_batch_size=4)
     tables = [span.block_table for span in spread(LENGTHS, LENGTHS, shape, seed)]
     done = [0] * len(LENGTHS)
     outputs: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
@@ -46,3 +61,20 @@ def logits(
             outputs[i].append(rows)
             done[i] = ends[i]
     return [torch.cat(each) for each in outputs]
+
+
+@contextmanager
+def recorded_logits() -> Iterator[list[tuple[tuple[int, ...], torch.Tensor]]]:
+    """Collects the logits [vocab] that engines sample from, each with the tokens before it."""
+    recorded: list[tuple[tuple[int, ...], torch.Tensor]] = []
+
+    def record(rows: list[LogitRow], logits: torch.Tensor) -> HostSampling:
+        for row, values in zip(rows, logits, strict=True):
+            known = row.sequence.tokens[: row.position]
+            drafts = row.drafts[: row.position - len(known)]
+            recorded.append(((*known, *drafts), values.clone()))
+        return HostSampling(rows, logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "HostSampling", record)
+        yield recorded
