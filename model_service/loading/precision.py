@@ -82,7 +82,7 @@ class Precision:
         guarantee. More than two shards are summed in an order that depends on a token's place in
         the step.
         """
-        invariant = self.quantization == "none" and self.uses_own_kernels
+        invariant = self.read_dtype == torch.bfloat16 and self.uses_own_kernels
         return Determinism.BATCH_INVARIANT if invariant and shards <= 2 else Determinism.SEEDED
 
     @property

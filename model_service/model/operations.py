@@ -158,7 +158,7 @@ class FusedOperations:
 
 
 class RowOperations:
-    """The kernels that are compiled with this package, for bfloat16 on the CPU."""
+    """The kernels that are compiled with this package, for float32 and bfloat16 on the CPU."""
 
     def __init__(self, kernels: Kernels, rotary: torch.Tensor) -> None:
         self._kernels = kernels

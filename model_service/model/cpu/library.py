@@ -12,7 +12,7 @@ from typing import Any
 
 from model_service.model.cpu.instructions import instructions
 
-_INTERFACE = 1  # `chasqui_interface` in source/interface.cpp
+_INTERFACE = 2  # `chasqui_interface` in source/interface.cpp
 _MODULE = "model_service.model.cpu._kernels"
 
 # Of each function's name: the types of its arguments.

@@ -19,7 +19,7 @@ def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device
         return lambda weight: pack(weight, dtype)
     if quantization != "none":
         return _ON_CPU[quantization]
-    if kernels := kernels_for(dtype, device):
+    if dtype == torch.bfloat16 and (kernels := kernels_for(dtype, device)):
         return matrices.pack_blocks(kernels.products)
     if device.type == "cpu" and has_packed_kernels(dtype):
         return matrices.prepack

@@ -15,11 +15,23 @@
 namespace {
 #include "vectors.h"
 
-#include "attention.h"
+INLINE Floats add_product(Floats sums, Words b, uint32_t a, Bf16) { return add_widened_pairs(sums, b, a); }
+INLINE void store_weights(Bf16 *p, Floats weights) { store(p, weights); }
+
+#include "attention/cache.h"
+#include "attention/softmax.h"
+
+#include "attention/products.h"
+
+#include "attention/attention.h"
+
 #include "rows.h"
 } // namespace
 
-const Kernels AVX2_KERNELS = {norm_row, rotate_row, gate_row, attend};
+const Kernels AVX2_KERNELS = {
+    {norm_row, rotate_row, gate_row, attend<VectorProducts<Bf16, 2, 2>>},
+    {norm_row, rotate_row, gate_row, attend<VectorProducts<float, 2, 2>>},
+};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -1,14 +1,16 @@
-// What the kernels beside the products are told. Numbers are bfloat16 unless said otherwise.
+// What the kernels beside the products are told.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
-// The keys [blocks, kv_heads, head_dim, block_size] and values [blocks, kv_heads, block_size,
-// head_dim] of one layer. Keys lie so that one load gets the same feature of neighbouring tokens.
+// The type of numbers in memory, as kernels.py numbers them.
+enum ElementType { FLOAT32_ELEMENTS, BFLOAT16_ELEMENTS };
+
+// The keys and values of one layer, which attention/cache.h lays out.
 struct AttentionCache {
   void *keys, *values;
-  const float *widened; // the number of each 8-bit code; null if the cache holds bfloat16
+  int eight_bits; // whether it holds 8-bit floats, else numbers of the queries' type
   int kv_heads, head_dim, block_size;
 };
 
@@ -19,13 +21,31 @@ struct AttentionSpan {
   int query_length, context_length;
 };
 
-// One implementation of them, for one set of instructions.
-struct Kernels {
-  void (*norm_row)(const uint16_t *x, uint16_t *residual, const uint16_t *weight, float eps, int dim, uint16_t *out);
-  void (*rotate_row)(uint16_t *heads, int count, int head_dim, const float *angles);
-  void (*gate_row)(const uint16_t *x, int hidden, uint16_t *out);
-  void (*attend)(const AttentionCache &cache, const AttentionSpan *spans, int count, const uint16_t *query,
-                 long query_stride, int heads, uint16_t *out, int threads);
+// Queries [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim] of a step. Tokens
+// lie `stride` elements apart.
+template <class Number> struct AttentionInputs {
+  const Number *queries, *keys, *values;
+  long query_stride, key_stride, value_stride;
+  int heads;
 };
 
-extern const Kernels AVX2_KERNELS, AVX512_KERNELS;
+// The kernels for one type of numbers.
+template <class Number> struct KernelsOf {
+  // out = norm(x) [dim]; with a residual, residual += x and out = norm(residual).
+  void (*norm_row)(const Number *x, Number *residual, const Number *weight, float eps, int dim, Number *out);
+  // Rotates heads [count, head_dim] in place by angles [head_dim / 2, 2].
+  void (*rotate_row)(Number *heads, int count, int head_dim, const float *angles);
+  // out [hidden] = silu(first half of x) x second half.
+  void (*gate_row)(const Number *x, int hidden, Number *out);
+  // Writes the keys and values to the cache, then attends: out [tokens, heads, head_dim].
+  void (*attend)(const AttentionCache &cache, const AttentionSpan *spans, int count,
+                 const AttentionInputs<Number> &inputs, Number *out, int threads);
+};
+
+// All of them, for one set of instructions. bfloat16 is handled as its bits.
+struct Kernels {
+  KernelsOf<uint16_t> bfloat16;
+  KernelsOf<float> float32;
+};
+
+extern const Kernels AVX2_KERNELS, AVX512_KERNELS, AVX512_BF16_KERNELS, AMX_KERNELS;
