@@ -41,13 +41,13 @@ INLINE void store(Bf16 *p, Floats x) {
 struct Fp8 {
   uint8_t code;
 };
-typedef uint8_t Codes __attribute__((vector_size(16), aligned(1)));
+typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
 
 INLINE Words bits_of(Floats x) { return reinterpret_cast<Words>(x); }
 INLINE Floats as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
 
 INLINE Floats load(const Fp8 *p) {
-  Codes codes;
+  Bytes codes;
   memcpy(&codes, p, sizeof(codes));
   const Words wide = __builtin_convertvector(codes, Words), magnitude = wide & 0x7f;
   // Below 2^-6 the numbers are multiples of 2^-9: with the exponent of 2^-6 they are that much too large.
@@ -68,7 +68,7 @@ INLINE void store(Fp8 *p, Floats x) {
   const Words few = bits_of(limited * splat(512.0f) + splat(12582912.0f)) & 0xf;
   const Words code = size < splat(0.015625f) ? few : normal;
   const Words result = sign | (size == size ? code : Words{} + 0x7f);
-  const Codes codes = __builtin_convertvector(result, Codes);
+  const Bytes codes = __builtin_convertvector(result, Bytes);
   memcpy(p, &codes, sizeof(codes));
 }
 

@@ -1,8 +1,8 @@
-// The kernels for processors with AVX-512 and AMX, which multiplies tiles of bfloat16.
+// Attention in bfloat16 for processors with AMX, which multiplies tiles.
 
-#include "interface.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "../parallel.h"
+#include "../scratch.h"
+#include "kernels.h"
 
 #include <immintrin.h>
 
@@ -13,7 +13,7 @@
 #endif
 
 namespace {
-#include "vectors.h"
+#include "../vectors.h"
 
 INLINE void store_weights(Bf16 *p, Floats weights) {
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)weights);
@@ -67,14 +67,9 @@ struct TileProducts {
 };
 
 #include "attention/attention.h"
-
-#include "rows.h"
 } // namespace
 
-const Kernels AMX_KERNELS = {
-    {norm_row, rotate_row, gate_row, attend<TileProducts>},
-    {norm_row, rotate_row, gate_row, attend<VectorProducts<float, 4, 4>>},
-};
+const Attend<uint16_t> ATTEND_ON_TILES = attend<TileProducts>;
 
 #ifdef __clang__
 #pragma clang attribute pop

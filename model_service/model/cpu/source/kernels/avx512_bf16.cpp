@@ -1,8 +1,8 @@
-// The kernels for processors with AVX-512 and its bfloat16 instructions.
+// Attention in bfloat16 for processors with AVX-512 and its bfloat16 instructions.
 
-#include "interface.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "../parallel.h"
+#include "../scratch.h"
+#include "kernels.h"
 
 #include <immintrin.h>
 
@@ -13,7 +13,7 @@
 #endif
 
 namespace {
-#include "vectors.h"
+#include "../vectors.h"
 
 INLINE Floats add_product(Floats sums, Words b, uint32_t a, Bf16) {
   return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)b, (__m512bh)(Words{} + a));
@@ -29,14 +29,9 @@ INLINE void store_weights(Bf16 *p, Floats weights) {
 #include "attention/products.h"
 
 #include "attention/attention.h"
-
-#include "rows.h"
 } // namespace
 
-const Kernels AVX512_BF16_KERNELS = {
-    {norm_row, rotate_row, gate_row, attend<VectorProducts<Bf16, 4, 4>>},
-    {norm_row, rotate_row, gate_row, attend<VectorProducts<float, 4, 4>>},
-};
+const Attend<uint16_t> ATTEND_IN_BFLOAT16 = attend<VectorProducts<Bf16, 4, 4>>;
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-// What the kernels beside the products are told.
+// The kernels beside the products: what they are told, and a table of them per set of instructions.
 #pragma once
 
 #include <stdint.h>
@@ -29,6 +29,11 @@ template <class Number> struct AttentionInputs {
   int heads;
 };
 
+// Writes the keys and values to the cache, then attends: out [tokens, heads, head_dim].
+template <class Number>
+using Attend = void (*)(const AttentionCache &cache, const AttentionSpan *spans, int count,
+                        const AttentionInputs<Number> &inputs, Number *out, int threads);
+
 // The kernels for one type of numbers.
 template <class Number> struct KernelsOf {
   // out = norm(x) [dim]; with a residual, residual += x and out = norm(residual).
@@ -37,9 +42,7 @@ template <class Number> struct KernelsOf {
   void (*rotate_row)(Number *heads, int count, int head_dim, const float *angles);
   // out [hidden] = silu(first half of x) x second half.
   void (*gate_row)(const Number *x, int hidden, Number *out);
-  // Writes the keys and values to the cache, then attends: out [tokens, heads, head_dim].
-  void (*attend)(const AttentionCache &cache, const AttentionSpan *spans, int count,
-                 const AttentionInputs<Number> &inputs, Number *out, int threads);
+  Attend<Number> attend;
 };
 
 // All of them, for one set of instructions. bfloat16 is handled as its bits.
@@ -48,4 +51,5 @@ struct Kernels {
   KernelsOf<float> float32;
 };
 
-extern const Kernels AVX2_KERNELS, AVX512_KERNELS, AVX512_BF16_KERNELS, AMX_KERNELS;
+extern const Kernels AVX2_KERNELS, AVX512_KERNELS;
+extern const Attend<uint16_t> ATTEND_IN_BFLOAT16, ATTEND_ON_TILES; // for newer processors with AVX-512

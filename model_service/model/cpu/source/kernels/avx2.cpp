@@ -1,8 +1,8 @@
 // The kernels for processors with AVX2.
 
-#include "interface.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "../parallel.h"
+#include "../scratch.h"
+#include "kernels.h"
 
 #include <immintrin.h>
 
@@ -13,7 +13,7 @@
 #endif
 
 namespace {
-#include "vectors.h"
+#include "../vectors.h"
 
 INLINE Floats add_product(Floats sums, Words b, uint32_t a, Bf16) { return add_widened_pairs(sums, b, a); }
 INLINE void store_weights(Bf16 *p, Floats weights) { store(p, weights); }
