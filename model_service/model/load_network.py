@@ -7,6 +7,7 @@ from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallel
 from torch import nn
 
 from model_service.model.config import ModelConfig
+from model_service.model.cpu.kernels import kernels_for
 from model_service.model.network import Transformer
 from model_service.model.operations import make_operations
 from model_service.model.weights.matrices import Pack
@@ -56,6 +57,8 @@ def load_network(
             layer.weight = memory.hand_over() if packed is weight else packed
         else:
             layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if kernels := kernels_for(dtype, device):
+        network.compile_layers(kernels)
     return network.eval().to(device)
 
 

@@ -22,7 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from model_service.model.attention.backend import AttentionBackend
+from model_service.model.attention.fixed_tiles import FixedTileAttention
 from model_service.model.config import ModelConfig
+from model_service.model.cpu.kernels import Kernels
+from model_service.model.cpu.layers import CompiledLayers, LayerWeights
 from model_service.model.operations import Operations
 
 
@@ -55,6 +58,10 @@ def _sum_over_shards(x: torch.Tensor) -> torch.Tensor:
     if group.size() > 1:
         dist.all_reduce(x, group=group)
     return x
+
+
+def _is_sharded() -> bool:
+    return int(get_model_parallel_world_size()) > 1
 
 
 class RMSNorm(nn.Module):
@@ -130,6 +137,20 @@ class TransformerBlock(nn.Module):
         x, residual = _normed(self.ffn_norm, self.attention(x, step), residual, step)
         return self.feed_forward(x, step), residual
 
+    def packed(self) -> LayerWeights | None:
+        """The weights as the CPU's library takes them, if all have its form."""
+        layers = (
+            self.attention.wqkv,
+            self.attention.wo,
+            self.feed_forward.w13,
+            self.feed_forward.w2,
+        )
+        wqkv, wo, w13, w2 = (getattr(layer.weight, "blocks", None) for layer in layers)
+        if wqkv is None or wo is None or w13 is None or w2 is None:
+            return None
+        norms = self.attention_norm.weight, self.ffn_norm.weight
+        return LayerWeights(norms[0], wqkv, wo, norms[1], w13, w2)
+
 
 def _normed(
     norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, step: Step
@@ -145,6 +166,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
+        self._compiled: CompiledLayers | None = None
         self._operations = operations
         self.vocab_size = config.vocab_size
         self.tok_embeddings = _on_meta(
@@ -155,6 +177,13 @@ class Transformer(nn.Module):
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = _on_meta(_column_parallel(config.dim, config.vocab_size, gather_output=True))
+
+    def compile_layers(self, kernels: Kernels) -> None:
+        """Lets the CPU's library compute all layers in one call, if it has all of their weights."""
+        blocks = [layer.packed() for layer in self.layers]
+        if None not in blocks:
+            attention = self.layers[0].attention
+            self._compiled = CompiledLayers(kernels, blocks, attention.heads, self.norm.eps)
 
     @torch.inference_mode()
     def forward(
@@ -180,17 +209,34 @@ class Transformer(nn.Module):
             Logits [num_logits, vocab] in float32, equal on all ranks.
         """
         step = Step(self._operations.rotation(positions), self._operations, backend)
-        x = self.tok_embeddings(tokens)  # [num_tokens, dim]
-        residual: torch.Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, step)
+        x, residual = self._run_layers(self._embed(tokens), step)
         if logit_rows is not None:
             if not len(logit_rows):  # shards have nothing to gather
                 return torch.empty(0, self.vocab_size, device=x.device)
             x, residual = x[logit_rows], None if residual is None else residual[logit_rows]
         x, _ = _normed(self.norm, x, residual, step)
-        logits: torch.Tensor = self.output(x)
+        # Without fairscale's layer, whose parts for training take longer than a row's norm.
+        logits: torch.Tensor = self.output(x) if _is_sharded() else _multiply(x, self.output)
         return logits.float() if out is None else out.copy_(logits)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The embeddings [num_tokens, dim] of tokens, in new memory."""
+        if _is_sharded():
+            whole: torch.Tensor = self.tok_embeddings(tokens)
+            return whole
+        return F.embedding(tokens, self.tok_embeddings.weight)  # type: ignore[arg-type]
+
+    def _run_layers(self, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is still to be added to the residual stream [num_tokens, dim], and this stream."""
+        if self._compiled is not None and isinstance(step.backend, FixedTileAttention):
+            add = _sum_over_shards if _is_sharded() else None
+            return self._compiled.run(
+                x, step.rotation, step.backend.caches, step.backend.spans, add
+            )
+        residual: torch.Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, step)
+        return x, residual
 
 
 def _on_meta(module: nn.Module) -> nn.Module:

@@ -173,7 +173,7 @@ class RowOperations:
         return self._kernels.norm(x, residual, weight, eps), residual
 
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        return self._rotary[positions]
+        return self._rotary.index_select(0, positions)
 
     def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # FusedOperations needs it
         self._kernels.rotate(heads, rotation)

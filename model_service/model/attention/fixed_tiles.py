@@ -19,7 +19,12 @@ from model_service.model.cpu.kernels import AttentionCache, AttentionSpan, Kerne
 
 
 class FixedTileAttention:
-    """Reads keys and values in place, whatever their blocks are."""
+    """Reads keys and values in place, whatever their blocks are.
+
+    Attributes:
+        caches: of each layer, as the library takes them.
+        spans: the sequences of the step, likewise.
+    """
 
     def __init__(self, kernels: Kernels, shape: CacheShape, kv_dtype: torch.dtype) -> None:
         """Allocates the cache, of the kernels' dtype or 8-bit floats."""
@@ -32,17 +37,11 @@ class FixedTileAttention:
         even = shape.block_size + shape.block_size % 2
         self._keys = torch.empty(*heads, shape.head_dim * shape.block_size, dtype=stored)
         self._values = torch.empty(*heads, shape.head_dim * even, dtype=stored)
-        self._layers = [
-            AttentionCache(
-                keys.data_ptr(),
-                values.data_ptr(),
-                eight_bits,
-                shape.kv_heads,
-                shape.head_dim,
-                shape.block_size,
-            )
-            for keys, values in zip(self._keys, self._values, strict=True)
-        ]
+        self.caches = (AttentionCache * shape.layers)()
+        for cache, keys, values in zip(self.caches, self._keys, self._values, strict=True):
+            cache.keys, cache.values = keys.data_ptr(), values.data_ptr()
+            cache.eight_bits, cache.kv_heads = eight_bits, shape.kv_heads
+            cache.head_dim, cache.block_size = shape.head_dim, shape.block_size
         self.plan([])
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
@@ -51,8 +50,8 @@ class FixedTileAttention:
             tables.extend(span.block_table)
         address, row = tables.buffer_info()[0], 0
         self._tables = tables  # the spans point into it
-        self._spans = (AttentionSpan * len(spans))()
-        for planned, span in zip(self._spans, spans, strict=True):
+        self.spans = (AttentionSpan * len(spans))()
+        for planned, span in zip(self.spans, spans, strict=True):
             planned.table, planned.row = address, row
             planned.query_length, planned.context_length = span.query_length, span.context_length
             address += len(span.block_table) * tables.itemsize
@@ -65,4 +64,4 @@ class FixedTileAttention:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        return self._kernels.attend(self._layers[layer], self._spans, query, key, value)
+        return self._kernels.attend(self.caches[layer], self.spans, query, key, value)

@@ -17,12 +17,12 @@ from model_service.model.cpu.products import Products
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
 
-# `ElementType` in source/interface.h.
-ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+# `Type` in source/products/products.h.
+ELEMENT_TYPES = {torch.bfloat16: 0, torch.float32: 1}
 
 
 class AttentionCache(ctypes.Structure):
-    """One layer's keys and values; see source/interface.h."""
+    """One layer's keys and values; see source/kernels/kernels.h."""
 
     _fields_ = (
         ("keys", _POINTER),
@@ -35,7 +35,7 @@ class AttentionCache(ctypes.Structure):
 
 
 class AttentionSpan(ctypes.Structure):
-    """One sequence's part of the flat batch; see source/interface.h."""
+    """One sequence's part of the flat batch; see source/kernels/kernels.h."""
 
     _fields_ = (
         ("table", _POINTER),
@@ -47,44 +47,32 @@ class AttentionSpan(ctypes.Structure):
 
 _SIGNATURES = {
     "chasqui_norm": (
-        _INT,
-        _POINTER,
-        _POINTER,
-        _POINTER,
-        ctypes.c_float,
-        _INT,
-        _INT,
-        _POINTER,
-        _INT,
+        *(_INT, _POINTER, _POINTER, _POINTER, ctypes.c_float),
+        *(_INT, _INT, _POINTER, _INT),
     ),
     "chasqui_rotate": (_INT, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _INT),
     "chasqui_gate": (_INT, _POINTER, _INT, _INT, _POINTER, _INT),
     "chasqui_attend": (
-        _INT,
-        _POINTER,
-        _POINTER,
-        _INT,
-        _INT,
-        _POINTER,
-        _LONG,
-        _POINTER,
-        _LONG,
-        _POINTER,
-        _LONG,
-        _POINTER,
-        _INT,
+        *(_INT, _POINTER, _POINTER, _INT, _INT),
+        *(_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT),
     ),
+    "chasqui_layers": (_POINTER, _POINTER, _INT, _INT),
 }
 
 
 class Kernels:
-    """The library's functions on tensors of one dtype."""
+    """The library's functions on tensors of one dtype.
+
+    Attributes:
+        type: the dtype as the library numbers it.
+        products: with weights that are packed for the library.
+    """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         """Takes the library and bfloat16 or float32."""
         declare(library, _SIGNATURES)
         self._library = library
-        self._type = ELEMENT_TYPES[dtype]
+        self.type = ELEMENT_TYPES[dtype]
         self.products = Products(library)
 
     def norm(
@@ -94,7 +82,7 @@ class Kernels:
         x = x.contiguous()
         normed = torch.empty_like(x)
         self._library.chasqui_norm(
-            self._type,
+            self.type,
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             weight.data_ptr(),
@@ -108,7 +96,7 @@ class Kernels:
     def rotate(self, heads: torch.Tensor, angles: torch.Tensor) -> None:
         """Rotates heads [rows, heads, head_dim] by complex64 angles [rows, head_dim / 2]."""
         self._library.chasqui_rotate(
-            self._type,
+            self.type,
             heads.data_ptr(),
             heads.stride(0),
             *heads.shape,
@@ -122,7 +110,7 @@ class Kernels:
         rows, hidden = x.shape[0], x.shape[1] // 2
         gated = x.new_empty(rows, hidden)
         self._library.chasqui_gate(
-            self._type, x.data_ptr(), rows, hidden, gated.data_ptr(), torch.get_num_threads()
+            self.type, x.data_ptr(), rows, hidden, gated.data_ptr(), torch.get_num_threads()
         )
         return gated
 
@@ -140,7 +128,7 @@ class Kernels:
         """
         attended = query.new_empty(query.shape)
         self._library.chasqui_attend(
-            self._type,
+            self.type,
             ctypes.byref(cache),
             spans,
             len(spans),
@@ -155,6 +143,12 @@ class Kernels:
             torch.get_num_threads(),
         )
         return attended
+
+    def run_layers(
+        self, network: ctypes.Structure, step: ctypes.Structure, begin: int, end: int
+    ) -> None:
+        """Computes halves of layers, as source/layers.cpp has it; `layers.py` calls it."""
+        self._library.chasqui_layers(ctypes.byref(network), ctypes.byref(step), begin, end)
 
 
 def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:

@@ -4,9 +4,6 @@
 #include <stdint.h>
 #include <string.h>
 
-// The type of numbers in memory, as kernels.py numbers them.
-enum ElementType { FLOAT32_ELEMENTS, BFLOAT16_ELEMENTS };
-
 // The keys and values of one layer, which attention/cache.h lays out.
 struct AttentionCache {
   void *keys, *values;
