@@ -82,8 +82,8 @@ class Precision:
         guarantee. More than two shards are summed in an order that depends on a token's place in
         the step.
         """
-        invariant = self.read_dtype == torch.bfloat16 and self.uses_own_kernels
-        return Determinism.BATCH_INVARIANT if invariant and shards <= 2 else Determinism.SEEDED
+        invariant = self.uses_own_kernels and shards <= 2
+        return Determinism.BATCH_INVARIANT if invariant else Determinism.SEEDED
 
     @property
     def uses_own_kernels(self) -> bool:

@@ -1,4 +1,4 @@
-"""Logits of the whole network in bfloat16, bit for bit, in steps of every composition."""
+"""Logits of the whole network, bit for bit, in steps of every composition."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,12 +25,13 @@ pytestmark = pytest.mark.kernels
 
 
 @pytest.fixture(scope="module")
-def networks(golden: Path) -> Iterator[Callable[[str], Transformer]]:
+def networks(golden: Path) -> Iterator[Callable[..., Transformer]]:
     threads = torch.get_num_threads()
 
-    def load(dtype: Any) -> Transformer:
+    def load(dtype: Any, quantize: Any = "none") -> Transformer:
         folder = golden / "checkpoints" / "gqa-mp1"
-        replica = load_replica(ReplicaOptions(folder, 256, dtype=dtype, device="cpu"))
+        options = ReplicaOptions(folder, 256, dtype=dtype, quantize=quantize, device="cpu")
+        replica = load_replica(options)
         if dtype == "bfloat16" and replica.info.determinism is Determinism.SEEDED:
             pytest.skip("this processor has no kernels, or they were not compiled")
         return replica.runner._network
@@ -39,9 +40,9 @@ def networks(golden: Path) -> Iterator[Callable[[str], Transformer]]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def network(networks: Callable[[str], Transformer]) -> Transformer:
-    return networks("bfloat16")
+@pytest.fixture(scope="module", params=["none", "int8", "int4"])
+def network(request: pytest.FixtureRequest, networks: Callable[..., Transformer]) -> Transformer:
+    return networks("bfloat16", request.param)
 
 
 def logits(
@@ -76,7 +77,7 @@ def logits(
     return [torch.cat(each) for each in outputs]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     steps=st.lists(
         st.tuples(*(st.sampled_from([0, 0, 1, 2, 7, 40]) for _ in LENGTHS)), max_size=60
@@ -99,9 +100,7 @@ def test_a_tokens_logits_depend_on_its_context_alone(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_logits_differ_from_float32_by_rounding(
-    networks: Callable[[str], Transformer], network: Transformer
-) -> None:
+def test_logits_differ_from_float32_by_rounding(networks: Callable[..., Transformer]) -> None:
     exact = torch.cat(logits(networks("float32"), WHOLE))
-    error = torch.cat(logits(network, WHOLE)) - exact
+    error = torch.cat(logits(networks("bfloat16"), WHOLE)) - exact
     assert error.norm() < 0.02 * exact.norm()

@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent
 PATHS = {
     "avx512 vnni bf16 amx": {},
     "avx512 vnni bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "avx512 vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
