@@ -168,7 +168,7 @@ def test_without_the_compiled_kernels_those_of_pytorch_serve(
     monkeypatch.setattr(kernels, "find_library", library.find_library.__wrapped__)
     assert "install a C++ compiler" in kernels.without_kernels()
     precision = choose_precision(CPU, "bfloat16", "none", "auto", small=False)
-    assert precision.determinism(shards=1) is Determinism.SEEDED
+    assert precision.determinism is Determinism.SEEDED
     cache = CacheShape(1, 4, 16, 2, 8)
     arguments = (cache, torch.bfloat16, CPU, torch.bfloat16)
     assert isinstance(make_attention(*arguments, heads=2, max_batch_size=1), SdpaAttention)

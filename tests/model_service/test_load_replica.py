@@ -7,7 +7,7 @@ import pytest
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.model.config import ModelConfig
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 
 
 @pytest.fixture

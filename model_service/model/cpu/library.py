@@ -15,7 +15,7 @@ from model_service.model.cpu.instructions import instructions
 _INTERFACE = 2  # `chasqui_interface` in source/interface.cpp
 _MODULE = "model_service.model.cpu._kernels"
 
-# Of each function's name: the types of its arguments.
+# The types of the arguments of each function.
 Signatures = Mapping[str, Sequence[Any]]
 
 

@@ -1,0 +1,48 @@
+"""All layers in one call of the compiled library, compared with one call for each operation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
+from model_service.model.cpu.kernels import without_kernels
+from model_service.model.network import Transformer
+from tests.model_service.step_logits import WHOLE, logits
+
+STEPS = [(5, 40, 33, 0), (0, 1, 0, 1), (0, 7, 0, 0)]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(bool(without_kernels()), reason=without_kernels()),
+]
+
+
+@pytest.fixture(params=["float32", "bfloat16", "float32 int8", "bfloat16 int4"])
+def network(request: pytest.FixtureRequest, golden: Path) -> Transformer:
+    dtype, quantize = [*request.param.split(), "none"][:2]
+    folder = golden / "checkpoints" / "gqa-mp1"
+    options = ReplicaOptions(folder, 256, dtype=dtype, quantize=quantize, device="cpu")
+    return load_replica(options).runner._network
+
+
+def test_one_call_computes_what_single_operations_do(network: Transformer) -> None:
+    assert network._compiled is not None
+    together = logits(network, STEPS)
+    network._compiled = None
+    assert all(map(torch.equal, logits(network, WHOLE), together))
+
+
+def test_shards_add_up_after_each_half_of_a_layer(
+    network: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, added = logits(network, WHOLE), []
+    run: Any = network._compiled.run  # type: ignore[union-attr]
+
+    def as_one_of_two_ranks(*arguments: Any) -> Any:
+        return run(*arguments[:-1], added.append)
+
+    monkeypatch.setattr(network._compiled, "run", as_one_of_two_ranks)
+    assert all(map(torch.equal, logits(network, WHOLE), together))
+    assert len(added) == 2 * len(network.layers)
