@@ -79,7 +79,8 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     dist.barrier()
 
     def read(allocate: Allocate) -> Iterator[tuple[str, torch.Tensor]]:
-        weights = source.read_shard(rank, shards, precision.read_dtype, device, allocate)
+        read_dtype = precision.read_dtype(source)
+        weights = source.read_shard(rank, shards, read_dtype, device, allocate)
         return reported(weights, shard_parameters(config, shards)) if rank == LEADER else weights
 
     network = load_network(
