@@ -15,7 +15,7 @@ from model_service.model.cpu.module import MODULE
 
 _INTERFACE = 2  # `chasqui_interface` in source/interface.cpp
 
-# Of each function's name: the types of its arguments.
+# The types of each function's arguments, by its name.
 Signatures = Mapping[str, Sequence[Any]]
 
 
