@@ -95,7 +95,7 @@ def load(path: Path, dtype: str) -> tuple[Cost, int]:
         with cost.part("open"):
             source = open_weights(path)
         with cost.part("weights"):
-            read_shard = partial(source.read_shard, Shard(0, 1, precision.read_dtype, CPU))
+            read_shard = partial(source.read_shard, Shard(0, 1, precision.read_dtype(source), CPU))
             network = load_network(
                 source.config, 512, read_shard, pack=pack, dtype=precision.dtype, device=CPU
             )

@@ -112,7 +112,7 @@ def load_draft_model(draft: DraftModel, limits: EngineLimits, device: torch.devi
         network = load_network(
             source.config,
             limits.context_length,
-            partial(source.read_shard, Shard(0, _ONE_SHARD, precision.read_dtype, device)),
+            partial(source.read_shard, Shard(0, _ONE_SHARD, precision.read_dtype(source), device)),
             pack=packing(precision.quantization, precision.dtype, device),
             dtype=precision.dtype,
             device=device,

@@ -81,7 +81,8 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     dist.barrier()
 
     def read(allocate: Allocate) -> Iterator[tuple[str, torch.Tensor]]:
-        weights = source.read_shard(Shard(rank, shards, precision.read_dtype, device), allocate)
+        shard = Shard(rank, shards, precision.read_dtype(source), device)
+        weights = source.read_shard(shard, allocate)
         return reported(weights, shard_parameters(config, shards)) if rank == LEADER else weights
 
     network = load_network(

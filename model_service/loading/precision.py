@@ -72,10 +72,17 @@ class Precision:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    @property
-    def read_dtype(self) -> torch.dtype:
-        """The type in which weights are read, before they are packed."""
-        return self.dtype if self.quantization == "none" else torch.float32
+    def read_dtype(self, source: WeightSource) -> torch.dtype:
+        """The type in which weights are read, before they are packed.
+
+        Weights that will be quantized are read without a loss: as they are stored if all are
+        bfloat16, which the CPU quantizes as it is, else as float32.
+        """
+        if self.quantization == "none":
+            return self.dtype
+        stored = {source.stored_dtype(name) for name in source.config.parameter_shapes()}
+        as_stored = self.device_type == "cpu" and stored == {torch.bfloat16}
+        return torch.bfloat16 if as_stored else torch.float32
 
     @property
     def determinism(self) -> Determinism:

@@ -166,7 +166,7 @@ def test_every_number_of_eight_bits_is_kept(dtype: torch.dtype) -> None:
 def test_without_the_compiled_kernels_those_of_pytorch_serve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(library, "_MODULE", "model_service.model.cpu._not_compiled")
+    monkeypatch.setattr(library, "MODULE", "model_service.model.cpu._not_compiled")
     monkeypatch.setattr(kernels, "find_library", library.find_library.__wrapped__)
     assert "install a C++ compiler" in kernels.without_kernels()
     precision = choose_precision(CPU, "bfloat16", "none", "auto", small=False)

@@ -3,6 +3,7 @@ for every number of rows and threads.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from model_service.model.cpu import kernels
 from model_service.model.cpu.products import Form, Products
+from model_service.model.weight_sizes import weight_bytes
 from model_service.model.weights.packing import packing
 from model_service.model.weights.quantization import GROUP_SIZE, Int4Weight, Int8Weight
 from tests.model_service.conftest import CPU
@@ -67,7 +69,7 @@ def exact_product(form: Form, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
     return x.double() @ weight.double().T
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     served=st.sampled_from(SERVED),
     outputs=st.integers(1, 150),
@@ -166,10 +168,9 @@ def test_int8_weights_have_the_codes_of_the_format(
     outputs, inputs = weight.shape
     expected = Int8Weight.quantize(weight)
     packed = products.pack(weight, Form.INT8)
-    blocks = -(-outputs // 16)
-    lines = packed.memory.view(blocks, -1, 64)
-    codes = lines[:, :-1].view(torch.int8).reshape(blocks, -1, 16, 4)
-    codes = codes.transpose(1, 2).flatten(2).flatten(0, 1)
+    lines = packed.memory.view(-(-outputs // 16), -1, 64)
+    quadruples = lines[:, :-1].view(torch.int8).reshape(len(lines), -1, 16, 4)
+    codes = quadruples.transpose(1, 2).flatten(2).flatten(0, 1)
     assert torch.equal(codes[:outputs, :inputs], expected.codes)
     assert not codes[outputs:].any()
     assert not codes[:, inputs:].any()
@@ -183,22 +184,30 @@ def test_int4_weights_have_the_codes_of_the_format(
     outputs, inputs = weight.shape
     expected = Int4Weight.quantize(weight)
     packed = products.pack(weight, Form.INT4)
-    blocks, per_row = -(-outputs // 16), inputs // GROUP_SIZE
-    groups = packed.memory.view(blocks, per_row, 5, 64)
-    pairs = groups[:, :, :4].reshape(blocks, per_row, 4, 16, 4)
-    pairs = pairs.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
+    groups = packed.memory.view(-(-outputs // 16), inputs // GROUP_SIZE, 5, 64)
+    lines = groups[:, :, :4].reshape(*groups.shape[:2], 4, 16, 4)
+    pairs = lines.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
     codes = torch.cat((pairs & 15, pairs >> 4), dim=2).flatten(1)
     assert torch.equal(codes[:outputs], expected.unpacked_codes())
-    numbers = groups[:, :, 4].view(torch.bfloat16).float().reshape(blocks, per_row, 2, 16)
-    scales, minima = numbers.permute(2, 0, 3, 1).flatten(1, 2)[:, :outputs]
+    halves = groups[:, :, 4].view(torch.bfloat16).float().reshape(*groups.shape[:2], 2, 16)
+    scales, minima = halves.permute(2, 0, 3, 1).flatten(1, 2)[:, :outputs]
     assert torch.equal(scales, expected.scales)
     assert torch.equal(minima, expected.minima)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
-def test_packing_chooses_these_products(products: Products, quantization: str) -> None:
+def test_packing_chooses_these_products(products: Products, quantization: Any) -> None:
     weight, x = numbers(48, 64, torch.float32, seed=1), numbers(9, 64, torch.float32, seed=2)
-    packed = packing(quantization, torch.float32, CPU)(weight)  # type: ignore[arg-type]
+    packed = packing(quantization, torch.float32, CPU)(weight)
     product = F.linear(x, packed)  # type: ignore[arg-type]
     for row in range(len(x)):
         assert torch.equal(F.linear(x[row : row + 1], packed)[0], product[row])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("quantization", "form"), [("int8", Form.INT8), ("int4", Form.INT4)])
+def test_weights_take_the_memory_that_is_planned(
+    products: Products, quantization: Any, form: Form
+) -> None:
+    packed = products.pack(torch.ones(64, 4096), form)
+    planned = 64 * 4096 * weight_bytes(quantization, 4, "cpu")
+    assert packed.memory.nbytes == pytest.approx(planned, rel=0.01)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model_service.model.cpu.instructions import instructions
+from model_service.model.cpu.module import MODULE
 
 _INTERFACE = 2  # `chasqui_interface` in source/interface.cpp
-_MODULE = "model_service.model.cpu._kernels"
 
-# The types of the arguments of each function.
+# The types of each function's arguments, by its name.
 Signatures = Mapping[str, Sequence[Any]]
 
 
@@ -41,7 +41,7 @@ def find_library() -> ctypes.CDLL | str:
     variant = _instruction_set(instructions())
     if variant is None:
         return "the processor has no AVX2"
-    found = importlib.util.find_spec(_MODULE)
+    found = importlib.util.find_spec(MODULE)
     if found is None or found.origin is None:
         return "they were not compiled: install a C++ compiler, then this package again"
     try:

@@ -201,7 +201,7 @@ void multiply_int8(const Weight &weight, const Rows &rows, int threads) {
 }
 } // namespace
 
-const Products AMX_PRODUCTS = {{multiply<Form::BFLOAT16, PlainRows<Bf16>>, nullptr, multiply_int8, nullptr}};
+const Products AMX_PRODUCTS = {{multiply<Form::BFLOAT16, PlainRows<Bf16>>, nullptr, multiply_int8, multiply_int4_on_amx}};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -17,9 +17,10 @@ struct RowTiles {
   int size(int tile) const { return rows - first(tile) < height ? rows - first(tile) : height; }
 };
 
+// Leaves room for `more` units behind the last.
 template <class Unit, class RowsOf>
-static Unit *arrange(RowsOf &rows, const RowTiles &tiles, int depth, Scratch &scratch, int threads) {
-  Unit *units = scratch.get<Unit>(sizeof(Unit) * tiles.count * tiles.height * static_cast<size_t>(depth));
+static Unit *arrange(RowsOf &rows, const RowTiles &tiles, int depth, Scratch &scratch, int threads, int more = 0) {
+  Unit *units = scratch.get<Unit>(sizeof(Unit) * (tiles.count * tiles.height * static_cast<size_t>(depth) + more));
   parallel(tiles.rows > 64 ? threads : 1, tiles.count, [&](long tile) {
     static thread_local Scratch row_scratch;
     Unit *row = row_scratch.get<Unit>(sizeof(Unit) * depth);

@@ -71,6 +71,7 @@ struct Products {
 
 extern const Products AVX2_PRODUCTS, AVX512_PRODUCTS;
 extern const Products AVX512_BF16_PRODUCTS, AMX_PRODUCTS; // null where the smaller set's are as good
+void multiply_int4_on_amx(const Weight &weight, const Rows &rows, int threads); // a part of AMX_PRODUCTS
 
 // Multiplies with the chosen instructions.
 void multiply_rows(const Weight &weight, const Rows &rows, int threads);
