@@ -2,4 +2,4 @@
 
 from model_service.model.cpu import library
 
-library.MODULE = "model_service.model.cpu._not_compiled"
+vars(library)["MODULE"] = "model_service.model.cpu._not_compiled"
