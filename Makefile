@@ -14,11 +14,12 @@ help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 # The CPU's kernels are compiled when the package is installed, also in editable form.
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard model_service/model/cpu/source/*)
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard model_service/model/cpu/source/*.* model_service/model/cpu/source/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chasqui needs Python 3.11 or newer; name one with PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		--constraint constraints.txt --editable '.[all,dev]'
+	@PYTHONPATH=. $(BIN)/python deploy/report_kernels.py
 	touch $@
 
 env: $(VENV)/.installed ## make the environment in .venv

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import grpc
 import structlog
@@ -25,12 +25,20 @@ from serving.security import caller
 from serving.telemetry import tracing
 from serving.telemetry.metrics import go_name
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
 _log = structlog.stdlib.get_logger("access")
 
 # OpenTelemetry's names of operations, and ours where it has none.
 _OPERATIONS = {"ChatComplete": "chat", "ChatCompleteStream": "chat", "Score": "score"}
+
+
+class Context(Protocol):
+    """The call of a request: gRPC's context, or an HTTP request."""
+
+    def peer(self) -> str:
+        """The client's address, as gRPC writes it: ipv4:127.0.0.1:40000."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until its deadline; None if it has none."""
 
 
 @dataclass(slots=True)

@@ -8,7 +8,6 @@ import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 
@@ -16,6 +15,8 @@ from gateway.admission.admission import Admission
 from gateway.generation.completion import Generations, complete
 from gateway.generation.events import SPECIAL_TAGS_REFUSAL, AnswerKey, KeyedEvent, Refusal
 from gateway.generation.generation import Outcome
+from gateway.generation.safety.classifier import Subject
+from gateway.generation.safety.guard import Guard, dialogs_to_judge, unsafe_violations
 from gateway.generation.send_buffer import SendBuffer
 from gateway.request.draft import Prompt
 from gateway.request.options import (
@@ -36,19 +37,16 @@ from gateway.request.tokenization import TokenizerTools
 from gateway.request.turn_dropper import Encode
 from gateway.request.validation import chat_violations, text_violations
 from gateway.request.window import Window
-from gateway.rpc.access_log import Accounting
+from gateway.rpc.access_log import Accounting, Context
 from gateway.rpc.messages import prompt_format_message
 from gateway.rpc.unary import AnswerSize, score_size_violations, size_violations
 from gateway.rpc.upstreams import Backend
-from gateway.safety.classifier import Subject
-from gateway.safety.guard import Guard, dialogs_to_judge, unsafe_violations
 from gateway.text.detokenizer import text_of
 from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, invalid_argument
 from serving.security import caller
 
-Context = grpc.aio.ServicerContext[Any, Any]
 # Characters of an unknown model's name that an error shows, so that the rest of the error fits.
 MAX_SHOWN_NAME = 64
 # Seconds until the deadline; None: there is none.
@@ -92,7 +90,7 @@ class Pipeline:
         self._classifier = backend.classifier
         self._limits = limits
         self._admission = admission
-        self._accounting = accounting
+        self.accounting = accounting
 
     async def run(
         self, request: ModelRequest, context: Context
@@ -103,7 +101,7 @@ class Pipeline:
             RequestError: a rule is broken, the queue is full, an upstream is unavailable, or the
                 client reads too slowly.
         """
-        with self._accounting.account(request, context) as account:
+        with self.accounting.account(request, context) as account:
             if isinstance(request, ChatRequest):
                 checked = await self._check_chat(request, context)
             elif isinstance(request, TextRequest):

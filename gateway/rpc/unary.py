@@ -50,7 +50,7 @@ def size_violations(
     rule = (
         f"with {sequences} answers of up to {tokens} tokens could take about {size} bytes, and a "
         f"unary answer may have {max_bytes}: lower sampling.max_gen_len, n or the number of "
-        "prompts, or call the streaming method"
+        "prompts, or ask for a stream"
     )
     field = "top_logprobs" if chosen.top_logprobs else "logprobs"
     return [Violation("logprob_token_ids" if chosen.logprob_token_ids else field, rule)]
@@ -215,6 +215,6 @@ async def add_tokens(message: chat_pb2.Prediction, prediction: Prediction) -> No
 def _too_large(max_bytes: int) -> RequestError:
     message = (
         f"the answer has more than {max_bytes} bytes, the limit of a unary answer: lower "
-        "sampling.max_gen_len, n or the number of prompts, or call the streaming method"
+        "sampling.max_gen_len, n or the number of prompts, or ask for a stream"
     )
     return resource_exhausted(message, "max_response_bytes", retry_after=None)

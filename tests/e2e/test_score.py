@@ -30,7 +30,7 @@ CANDIDATES = [" the road", " a bridge of ropes", " the llama and the road", " 24
 
 @pytest.mark.parametrize("case", ECHOED, ids=[case["id"] for case in ECHOED])
 async def test_logprobs_are_metas(chat: Any, case: dict[str, Any]) -> None:
-    """A prompt and its answer may be parted anywhere."""
+    """A case's tokens may be parted anywhere into a prompt and a candidate."""
     ids, logprobs = case["ids"], case["logprobs"]
     for border in {1, len(ids) // 2, len(ids) - 1} - {0}:
         prompt, candidate = TokenIds(ids=ids[:border]), TokenIds(ids=ids[border:])

@@ -22,6 +22,7 @@ from statistics import median
 # harm.
 WINDOW, DECODE_ONLY_WINDOW = 16, 5
 FITS = 5  # whose median decides, because one outlier makes one wrong fit
+BASES = 9  # times of steps without prompts whose median counts
 # A line needs two abscissae, and the time of a step without prompts changes with the machine: so
 # while prompts are computed, one step in this many takes none of their tokens.
 CONTRAST_EVERY = 8
@@ -40,6 +41,8 @@ class _Regime:
         default_factory=lambda: deque(maxlen=DECODE_ONLY_WINDOW)
     )
     costs: deque[float] = field(default_factory=lambda: deque(maxlen=FITS))
+    # Seconds of the last steps, less what their prompt tokens cost.
+    bases: deque[float] = field(default_factory=lambda: deque(maxlen=BASES))
     tried: deque[int] = field(default_factory=lambda: deque(maxlen=FITS))  # prompt tokens
     since_contrast: int = CONTRAST_EVERY
 
@@ -55,7 +58,7 @@ class PrefillBudget:
             first: prompt tokens of the first step that has some.
             ceiling: most prompt tokens of a step, also if it is lower than FLOOR.
         """
-        self._max_stall = max_stall
+        self.max_stall = max_stall
         self._floor = min(FLOOR, ceiling)
         self._first = first
         self._ceiling = ceiling
@@ -75,6 +78,14 @@ class PrefillBudget:
             regime.tried.append(prompt_tokens)
             if (cost := _relative_cost([*regime.decode_only, *regime.with_prefill])) is not None:
                 regime.costs.append(cost)
+        if regime.costs or not prompt_tokens:
+            cost = max(median(regime.costs), MIN_COST) if prompt_tokens else 0.0
+            regime.bases.append(seconds / (1 + cost * prompt_tokens))
+
+    def step_seconds(self, decode_rows: int) -> float | None:
+        """The time of a step of `decode_rows` sequences without prompts; None if unknown yet."""
+        bases = self._regime(decode_rows).bases
+        return median(bases) if bases else None
 
     def cost(self, decode_rows: int) -> float | None:
         """The time of one more token over that of a decode-only step of `decode_rows` sequences."""
@@ -99,7 +110,7 @@ class PrefillBudget:
         known = 2 * max(regime.tried) if regime.tried else self._first
         if regime.costs:
             cost = max(median(regime.costs), MIN_COST)
-            known = min(known, int((self._max_stall - 1) / cost))
+            known = min(known, int((self.max_stall - 1) / cost))
         return max(self._floor, min(known, self._ceiling))
 
 

@@ -1,7 +1,7 @@
 """Runs one step on one rank, and keeps the ranks of a replica in lockstep.
 
 The leader sends each step's plan to its followers and then runs the same forward as they do: the
-all-reduces inside the layers keep them together. Only the leader looks at the logits. On CUDA a
+sums inside the layers keep them together. Only the leader looks at the logits. On CUDA a
 step is only launched here: reading the logits waits for it.
 """
 

@@ -1,35 +1,21 @@
-"""The bfloat16 kernels that are compiled when this package is installed (`source/`).
+"""The compiled kernels beside the products: norms, rotary embedding, SwiGLU's gate, attention.
 
 Each computes a row of its input in one order of operations, whatever the number of rows and threads
 is. So a token's logits do not depend on the other tokens of its step, unlike with the kernels of
 PyTorch, which choose an order for each shape.
 
-`load` finds the library; without a compiler there is none, and PyTorch's kernels serve.
+`load` finds them; `library.py` says when there are none.
 """
 
 import ctypes
-import enum
 import functools
-import importlib.util
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from model_service.model.cpu.instructions import instructions
-
-_INTERFACE = 1  # `chasqui_interface` in source/interface.cpp
-_MODULE = "model_service.model.cpu._kernels"
+from model_service.model.cpu.library import declare, find_library
+from model_service.model.cpu.products import Products
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
-
-
-class InstructionSet(enum.IntEnum):
-    """For which of the compiled variants, as `chasqui_use` numbers them."""
-
-    AVX2 = 0
-    AVX512_BF16 = 1
-    AMX = 2
 
 
 class AttentionCache(ctypes.Structure):
@@ -56,10 +42,7 @@ class AttentionSpan(ctypes.Structure):
     )
 
 
-_ARGUMENTS: dict[str, Sequence[Any]] = {
-    "chasqui_packed_size": (_INT, _INT),
-    "chasqui_pack": (_POINTER, _INT, _INT, _POINTER, _INT),
-    "chasqui_multiply": (_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _INT),
+_SIGNATURES = {
     "chasqui_norm": (_POINTER, _POINTER, _POINTER, ctypes.c_float, _INT, _INT, _POINTER, _INT),
     "chasqui_rotate": (_POINTER, _LONG, _INT, _INT, _INT, _POINTER, _INT),
     "chasqui_gate": (_POINTER, _INT, _INT, _POINTER, _INT),
@@ -72,36 +55,9 @@ class Kernels:
     """The library's functions on tensors; all in bfloat16 unless said otherwise."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
-        library.chasqui_packed_size.restype = _LONG
+        declare(library, _SIGNATURES)
         self._library = library
-
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight [outputs, inputs] in the blocks that `multiply` reads."""
-        weight = weight.contiguous()
-        blocks = weight.new_empty(self._library.chasqui_packed_size(*weight.shape))
-        self._library.chasqui_pack(
-            weight.data_ptr(), *weight.shape, blocks.data_ptr(), torch.get_num_threads()
-        )
-        return blocks
-
-    def multiply(self, x: torch.Tensor, blocks: torch.Tensor, outputs: int) -> torch.Tensor:
-        """X [rows, inputs] · weightᵀ [rows, outputs], summed in float32."""
-        x = x.contiguous()
-        rows, inputs = x.shape
-        product = x.new_empty(rows, outputs)
-        self._library.chasqui_multiply(
-            blocks.data_ptr(),
-            outputs,
-            inputs,
-            x.data_ptr(),
-            rows,
-            product.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return product
+        self.products = Products(library)
 
     def norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -179,8 +135,8 @@ class Kernels:
 
 def load() -> Kernels | None:
     """The kernels for the instructions of this process, or None; `without_kernels` says why."""
-    loaded = _loaded()
-    return loaded if isinstance(loaded, Kernels) else None
+    library = find_library()
+    return None if isinstance(library, str) else _kernels(library)
 
 
 def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
@@ -190,37 +146,10 @@ def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
 
 def without_kernels() -> str:
     """Why `load` finds no kernels; empty when it does."""
-    loaded = _loaded()
-    return "" if isinstance(loaded, Kernels) else loaded
+    library = find_library()
+    return library if isinstance(library, str) else ""
 
 
 @functools.cache
-def _loaded() -> Kernels | str:
-    """The kernels, or why there are none."""
-    variant = _instruction_set(instructions())
-    if variant is None:
-        return "the processor has no AVX2"
-    found = importlib.util.find_spec(_MODULE)
-    if found is None or found.origin is None:
-        return "they were not compiled: install a C++ compiler, then this package again"
-    try:
-        # Its undefined symbols are those of the OpenMP runtime that PyTorch has loaded.
-        library = ctypes.CDLL(found.origin)
-        compiled_from = library.chasqui_interface()
-    except (OSError, AttributeError) as error:
-        return f"{found.origin} cannot be loaded ({error}): install this package again"
-    if compiled_from != _INTERFACE:
-        return f"{found.origin} is of another version: install this package again"
-    if library.chasqui_use(variant):
-        return "the system does not allow AMX: set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+def _kernels(library: ctypes.CDLL) -> Kernels:
     return Kernels(library)
-
-
-def _instruction_set(used: str) -> InstructionSet | None:
-    """The variant for `instructions`, so that the same variables hold all kernels to older ones."""
-    vectors, *extensions = used.split()
-    if "amx" in extensions:
-        return InstructionSet.AMX
-    if "bf16" in extensions:
-        return InstructionSet.AVX512_BF16
-    return InstructionSet.AVX2 if vectors in {"avx2", "avx512"} else None

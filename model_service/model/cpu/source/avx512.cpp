@@ -1,4 +1,4 @@
-// The kernels for processors with AVX-512 and its bfloat16 instructions.
+// The kernels for processors with AVX-512.
 
 #include "interface.h"
 #include "parallel.h"
@@ -16,21 +16,11 @@
 namespace {
 #include "vectors.h"
 
-using Block = Floats;
-using Pairs = Words;
-constexpr int WIDEST = 8, TALLEST = 6, WIDE = 4; // blocks of one row; rows and blocks of many
-
-INLINE Block add(Block sums, const Pairs &weights, uint32_t x) {
-  const __m512bh pairs = (__m512bh)_mm512_set1_epi32(static_cast<int>(x));
-  return (Block)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(&weights), pairs);
-}
-
 #include "attention.h"
-#include "linear.h"
 #include "rows.h"
 } // namespace
 
-const Kernels AVX512_KERNELS = {multiply, norm_row, rotate_row, gate_row, attend};
+const Kernels AVX512_KERNELS = {norm_row, rotate_row, gate_row, attend};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -2,25 +2,14 @@
 
 #include "interface.h"
 #include "parallel.h"
-
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "products/products.h"
 
 namespace {
 constexpr long MIN_ELEMENTS_PER_THREAD = 8192; // below, waking a thread takes longer than the work
 
-struct Set {
-  const Kernels *products, *others;
-};
-
-// In the order of `Instructions` in kernels.py.
-const Set SETS[] = {
-    {&AVX2_KERNELS, &AVX2_KERNELS},
-    {&AVX512_KERNELS, &AVX512_KERNELS},
-    {&AMX_KERNELS, &AVX512_KERNELS},
-};
-Set chosen = SETS[0];
+// In the order of `InstructionSet` in library.py.
+const Kernels *const SETS[] = {&AVX2_KERNELS, &AVX2_KERNELS, &AVX512_KERNELS, &AVX512_KERNELS};
+const Kernels *chosen = SETS[0];
 
 int threads_for(long elements, int threads) {
   const long useful = elements / MIN_ELEMENTS_PER_THREAD + 1;
@@ -39,51 +28,20 @@ template <class Body> void for_rows(int rows, long elements, int threads, const 
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// The number of this interface: kernels.py refuses a library that was compiled from older sources.
-EXPORT int chasqui_interface() { return 1; }
+// The number of this interface: library.py refuses a library that was compiled from older sources.
+EXPORT int chasqui_interface() { return 2; }
 
 // Chooses the instructions of all later calls. Returns 0, or -1 if the system does not allow them.
 EXPORT int chasqui_use(int instructions) {
-  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18; // arch_prctl's, for AMX
   chosen = SETS[instructions];
-  if (chosen.products != &AMX_KERNELS) return 0;
-  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) ? -1 : 0;
-}
-
-// Elements that `chasqui_pack` writes.
-EXPORT long chasqui_packed_size(int outputs, int inputs) {
-  const Weight weight{nullptr, outputs, inputs};
-  return weight.count() * weight.stride();
-}
-
-// Packs rows [outputs, inputs], contiguous, into blocks.
-EXPORT void chasqui_pack(const uint16_t *rows, int outputs, int inputs, uint16_t *blocks, int threads) {
-  const Weight weight{blocks, outputs, inputs};
-  // Fewer entries of the processor's page table; a system without large pages ignores it.
-  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(blocks) + page - 1) / page * page;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(blocks + weight.count() * weight.stride()) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-  parallel(threads, weight.count(), [&](long block) {
-    uint16_t *to = blocks + block * weight.stride();
-    for (int i = 0; i < weight.padded_inputs(); i++)
-      for (int output = 0; output < 16; output++) {
-        const long row = block * 16 + output;
-        const bool padding = row >= outputs || i >= inputs;
-        to[(i / 2 * 16 + output) * 2 + i % 2] = padding ? 0 : rows[row * inputs + i];
-      }
-  });
-}
-
-EXPORT void chasqui_multiply(const uint16_t *blocks, int outputs, int inputs, const uint16_t *x, int rows, uint16_t *y,
-                             int threads) {
-  if (rows) chosen.products->multiply({blocks, outputs, inputs}, x, rows, y, threads);
+  return use_products(instructions);
 }
 
 // out = norm(x) [rows, dim]; with a residual, residual += x and out = norm(residual).
 EXPORT void chasqui_norm(const uint16_t *x, uint16_t *residual, const uint16_t *weight, float eps, int rows, int dim,
                          uint16_t *out, int threads) {
   for_rows(rows, static_cast<long>(rows) * dim, threads, [&](long row) {
-    chosen.others->norm_row(x + row * dim, residual ? residual + row * dim : nullptr, weight, eps, dim,
+    chosen->norm_row(x + row * dim, residual ? residual + row * dim : nullptr, weight, eps, dim,
                             out + row * dim);
   });
 }
@@ -93,13 +51,13 @@ EXPORT void chasqui_norm(const uint16_t *x, uint16_t *residual, const uint16_t *
 EXPORT void chasqui_rotate(uint16_t *heads, long stride, int rows, int count, int head_dim, const float *angles,
                            int threads) {
   for_rows(rows, static_cast<long>(rows) * count * head_dim, threads, [&](long row) {
-    chosen.others->rotate_row(heads + row * stride, count, head_dim, angles + row * head_dim);
+    chosen->rotate_row(heads + row * stride, count, head_dim, angles + row * head_dim);
   });
 }
 
 EXPORT void chasqui_gate(const uint16_t *x, int rows, int hidden, uint16_t *out, int threads) {
   for_rows(rows, 4L * rows * hidden, threads, [&](long row) { // an exponential costs more than other operations
-    chosen.others->gate_row(x + row * 2 * hidden, hidden, out + row * hidden);
+    chosen->gate_row(x + row * 2 * hidden, hidden, out + row * hidden);
   });
 }
 
@@ -125,5 +83,5 @@ EXPORT void chasqui_write(const AttentionCache *cache, const AttentionSpan *span
 
 EXPORT void chasqui_attend(const AttentionCache *cache, const AttentionSpan *spans, int count, const uint16_t *query,
                            long query_stride, int heads, uint16_t *out, int threads) {
-  chosen.others->attend(*cache, spans, count, query, query_stride, heads, out, threads);
+  chosen->attend(*cache, spans, count, query, query_stride, heads, out, threads);
 }

@@ -1,20 +1,8 @@
-// The C interface of the kernels, and what they are told. Numbers are bfloat16 unless said otherwise.
+// What the kernels beside the products are told. Numbers are bfloat16 unless said otherwise.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
-
-// A weight [outputs, inputs] in blocks of 16 outputs x 2 inputs, padded with zeros to 16 outputs and
-// 32 inputs: [outputs / 16, inputs / 2, 16, 2]. So 64 neighbouring bytes hold the next two inputs of
-// 16 outputs, and 1024 bytes are one tile of AMX.
-struct Weight {
-  const uint16_t *blocks;
-  int outputs, inputs; // without the padding
-
-  int padded_inputs() const { return (inputs + 31) / 32 * 32; }
-  int count() const { return (outputs + 15) / 16; }
-  long stride() const { return static_cast<long>(padded_inputs()) * 16; } // elements of a block
-};
 
 // The keys [blocks, kv_heads, head_dim, block_size] and values [blocks, kv_heads, block_size,
 // head_dim] of one layer. Keys lie so that one load gets the same feature of neighbouring tokens.
@@ -31,10 +19,8 @@ struct AttentionSpan {
   int query_length, context_length;
 };
 
-// One implementation of all kernels, for one set of instructions.
+// One implementation of them, for one set of instructions.
 struct Kernels {
-  // Products y [rows, outputs] of x [rows, inputs] with a weight; both are contiguous.
-  void (*multiply)(const Weight &weight, const uint16_t *x, int rows, uint16_t *y, int threads);
   void (*norm_row)(const uint16_t *x, uint16_t *residual, const uint16_t *weight, float eps, int dim, uint16_t *out);
   void (*rotate_row)(uint16_t *heads, int count, int head_dim, const float *angles);
   void (*gate_row)(const uint16_t *x, int hidden, uint16_t *out);
@@ -42,4 +28,4 @@ struct Kernels {
                  long query_stride, int heads, uint16_t *out, int threads);
 };
 
-extern const Kernels AVX2_KERNELS, AVX512_KERNELS, AMX_KERNELS;
+extern const Kernels AVX2_KERNELS, AVX512_KERNELS;

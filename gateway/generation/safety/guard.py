@@ -9,10 +9,10 @@ from contextlib import aclosing
 from typing import Any
 
 from gateway.generation.events import AnswerKey, Event, KeyedEvent, Refusal, Started
+from gateway.generation.safety.classifier import Judgement, SafetyClient, Subject, TimeRemaining
+from gateway.generation.safety.moderation_buffer import ModerationBuffer
 from gateway.request.draft import Prompt
 from gateway.request.options import Options
-from gateway.safety.classifier import Judgement, SafetyClient, Subject, TimeRemaining
-from gateway.safety.moderation_buffer import ModerationBuffer
 from llama.prompt_format.dialog import Message, drop_oldest_turns
 from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY
 from serving.errors import Violation
