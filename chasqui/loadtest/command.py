@@ -188,7 +188,7 @@ def bench(
 ) -> None:
     """Measure throughput and latency of a gateway under load.
 
-    docs/bench.md explains each number.
+    docs/clients/bench.md explains each number.
     """
     if concurrency is not None and rate is not None:
         raise click.UsageError("--concurrency is a closed loop and --rate an open one: give one")

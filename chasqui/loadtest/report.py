@@ -1,6 +1,6 @@
 """Reports of a run: a table to read, and a JSON document for programs.
 
-docs/bench.md documents the document's fields: change both together.
+docs/clients/bench.md documents the document's fields: change both together.
 """
 
 import os

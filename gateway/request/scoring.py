@@ -101,12 +101,18 @@ def read_scoring(
     texts, ids = [*request.candidates], [[*each.ids] for each in request.candidate_ids]
     match request.WhichOneof("context"):
         case "prompt":
-            scoring = Scoring("prompt", [Segment(request.prompt, bos=True)], texts=texts, ids=ids)
+            segments = [Segment(request.prompt, bos=True)]
+            scoring = Scoring("prompt", segments=segments, texts=texts, ids=ids)
         case "dialog":
             dialog = read.messages["dialog"]
-            segments = [*itertools.chain.from_iterable(prompt_format.render(dialog))]
-            before = prompt_format.before_answer
-            scoring = Scoring("dialog", segments, [], before, texts, ids, dialog)
+            scoring = Scoring(
+                "dialog",
+                segments=[*itertools.chain.from_iterable(prompt_format.render(dialog))],
+                before=prompt_format.before_answer,
+                texts=texts,
+                ids=ids,
+                dialog=dialog,
+            )
         case _:
             scoring = Scoring("prompt_ids", prompt_ids=[*request.prompt_ids.ids], ids=ids)
     if violations := [*_size_violations(scoring, window)]:

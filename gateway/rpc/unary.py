@@ -22,7 +22,7 @@ from gateway.request.window import Window
 from gateway.rpc.messages import stopped_by
 from gateway.text.vocabulary import Vocabulary
 from llama.v1 import chat_pb2
-from serving.errors import RequestError, Violation, resource_exhausted
+from serving.errors import RequestError, Violation, resource_exhausted, unavailable
 from serving.intake.time_slice import TimeSlice
 
 ResponseT = TypeVar("ResponseT", chat_pb2.ChatCompleteResponse, chat_pb2.TextCompleteResponse)
@@ -174,7 +174,11 @@ async def unary_response(
 
 
 async def score_response(events: AsyncGenerator[KeyedEvent, None]) -> chat_pb2.ScoreResponse:
-    """The scores made from all events of a Score request; closes `events`."""
+    """The scores made from all events of a Score request; closes `events`.
+
+    UNAVAILABLE if a replica reported more than the candidates' tokens, as those do that do not know
+    `StartSequence.scored_from` yet.
+    """
     async with aclosing(events):
         predictions = await fold(events)
     started = predictions[0].started
@@ -184,6 +188,10 @@ async def score_response(events: AsyncGenerator[KeyedEvent, None]) -> chat_pb2.S
         determinism=started.determinism,
     )
     for prediction in predictions:
+        if prediction.finished.usage.completion_tokens:
+            raise unavailable(
+                "the model replica is of an older version and cannot score: update it"
+            )
         message = chat_pb2.Prediction()
         await add_tokens(message, prediction)
         response.scores.add(
