@@ -75,6 +75,7 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     if rank == LEADER:
         _log.info("%s: %s", options.ckpt_dir, _summary(source, shards, precision, memory))
     memory.check(device, layout.shards_on_device)
+    layout.prepare_attention()
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
 

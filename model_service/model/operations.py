@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+from model_service.model.attention.flashinfer_kernels import import_flashinfer
 from model_service.model.attention.select import can_use_flashinfer
 from model_service.model.config import ROPE_THETA, ModelConfig, RopeScaling
 from model_service.model.cpu.kernels import Kernels, kernels_for
@@ -121,11 +122,11 @@ class FusedOperations:
     """FlashInfer's kernels, for float16 and bfloat16 on CUDA."""
 
     def __init__(self, rotary: torch.Tensor) -> None:
-        import flashinfer  # noqa: PLC0415  # an optional extra
-
-        self._kernels = flashinfer
-        # Cosines, then sines [length, head_dim], in float32 as the kernel takes them.
-        self._angles = torch.cat([rotary.real, rotary.imag], dim=-1).contiguous()
+        self._kernels = import_flashinfer()
+        # Cosines, then sines [length, head_dim], in float32 as the kernel takes them. It loads 16
+        # bytes more than it uses: behind the last position they are those of one more row.
+        angles = torch.cat([rotary.real, rotary.imag], dim=-1)
+        self._angles = F.pad(angles, (0, 0, 0, 1))
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         normed: torch.Tensor = self._kernels.rmsnorm(x, weight, eps)

@@ -22,12 +22,10 @@ from model_service.model.attention.backend import (
     copy_blocks,
     narrowed,
 )
+from model_service.model.attention.flashinfer_kernels import decodes_on_tensor_cores
 from model_service.model.attention.page_tables import PageTables, leading_decodes, page_tables
 from model_service.model.pinned_transfer import Fence, pinned
 
-# Query heads per key head from which tensor cores compute faster than memory delivers the keys.
-# Fewer heads would leave most of a tile empty.
-_TENSOR_CORES_FROM = 4
 _MIN_WORKSPACE = 128 * 2**20  # bytes, FlashInfer's recommendation
 _INT_WORKSPACE = 2**20  # bytes; a decode plan of a thousand sequences needs less than 2**16
 
@@ -45,7 +43,7 @@ class _Heads:
 
     @property
     def tensor_cores(self) -> bool:
-        return self.query // self.key >= _TENSOR_CORES_FROM
+        return decodes_on_tensor_cores(self.query, self.key)
 
     @property
     def for_plan(self) -> tuple[int, int, int, int]:

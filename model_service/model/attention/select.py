@@ -7,6 +7,11 @@ import torch
 
 from model_service.model.attention.backend import CachedAttention, CacheShape
 from model_service.model.attention.fixed_tiles import FixedTileAttention
+from model_service.model.attention.flashinfer_kernels import (
+    KernelTypes,
+    compile_kernels,
+    decodes_on_tensor_cores,
+)
 from model_service.model.attention.sdpa import SdpaAttention
 from model_service.model.cpu.kernels import kernels_for, without_kernels
 
@@ -41,6 +46,7 @@ def make_attention(
     if reason := _without_flashinfer(dtype, device, shape.head_dim):
         _log.info("attention: PyTorch's scaled_dot_product_attention (%s)", reason)
         return SdpaAttention(shape, dtype, device, kv_dtype)
+    prepare_attention(shape, dtype, device, kv_dtype, heads=heads)
     from model_service.model.attention.flashinfer import (  # noqa: PLC0415  # an optional extra
         FlashInferAttention,
     )
@@ -49,6 +55,25 @@ def make_attention(
     return FlashInferAttention(
         shape, dtype, device, kv_dtype, heads=heads, max_batch_size=max_batch_size
     )
+
+
+def prepare_attention(
+    shape: CacheShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: torch.dtype,
+    *,
+    heads: int,
+) -> None:
+    """Compiles what `make_attention` and the operations need and is not compiled yet.
+
+    Raises:
+        StartError: this machine cannot compile it.
+    """
+    if can_use_flashinfer(dtype, device, shape.head_dim):
+        on_tensor_cores = decodes_on_tensor_cores(heads, shape.kv_heads)
+        types = KernelTypes(dtype, kv_dtype, shape.head_dim, on_tensor_cores)
+        compile_kernels(types, torch.cuda.get_device_capability(device))
 
 
 def can_use_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
