@@ -1,4 +1,4 @@
-"""What FlashInfer is given to compile its kernels with, and what is said if it cannot."""
+"""The environment in which FlashInfer compiles its kernels, and the error if it cannot."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -32,13 +32,13 @@ _log = logging.getLogger(__name__)
 _TENSOR_CORES_FROM = 4
 _HOPPER = 9  # the compute capability whose prefill kernels are others
 _LINKED = ("cudart", "cuda")  # what FlashInfer passes to the linker
-# What its kernels for norms and for prefill on Hopper include beside the runtime's headers.
+# Headers of its kernels for norms and for prefill on Hopper, beside those of the runtime.
 _HEADERS = ("cublasLt.h", "curand_kernel.h")
 
 
 @dataclass(frozen=True, slots=True)
 class KernelTypes:
-    """What the kernels of one rank are compiled for."""
+    """The types and sizes for which the kernels of one rank are compiled."""
 
     dtype: torch.dtype  # of queries and results
     kv_dtype: torch.dtype  # of keys and values in the cache
