@@ -1,4 +1,4 @@
-"""What it costs the host to launch a step, and how prompts get on beside streams that decode."""
+"""The host's time to launch a step, and how prompts get on beside streams that decode."""
 
 import statistics
 from collections.abc import Iterator

@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -176,3 +177,29 @@ def test_no_call_waits_for_the_device_between_launch_and_reading(
         torch.cuda.set_sync_debug_mode("default")
     waits = {f"{Path(each.filename).name}:{each.lineno}" for each in caught}
     assert waits == set()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a device has a clock of its own")
+def test_a_step_is_not_charged_with_the_launch_of_the_next(
+    cuda_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = cuda_engine(max_batch_size=2, lookahead=True)
+    recorded: list[float] = []
+    monkeypatch.setattr(
+        engine._prefill_budget, "record", lambda _rows, _extra, seconds, _: recorded.append(seconds)
+    )
+    engine.add(GenerationRequest(0, (1, 40, 50), 40, SamplingParams(0.0)))
+    for _ in range(6):
+        engine.step()
+    del recorded[:]
+    execute = engine._runner.execute
+    for number in range(9):
+        launch_takes = 0.2 * (number == 4)
+
+        def slowly(plan: Any, seconds: float = launch_takes) -> Any:
+            time.sleep(seconds)
+            return execute(plan)
+
+        monkeypatch.setattr(engine._runner, "execute", slowly)
+        engine.step()
+    assert [seconds > 0.1 for seconds in recorded] == [False] * 5 + [True] + [False] * 3
