@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model_service.model.attention.backend import AttentionBackend
+from model_service.model.attention.rotation import Rotary, attend_rotated
 from model_service.model.config import ModelConfig
 from model_service.model.operations import Operations
 
@@ -70,7 +71,7 @@ class RMSNorm(nn.Module):
 class Step:
     """The arguments of every layer in a step beside its input."""
 
-    rotation: torch.Tensor  # from `Operations.rotation`, for the step's positions
+    rotary: Rotary
     operations: Operations
     backend: AttentionBackend
 
@@ -84,17 +85,13 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.heads = config.n_heads // shards
-        self.kv_heads = config.kv_heads // shards
         projections = (config.n_heads + 2 * config.kv_heads) * config.head_dim
         self.wqkv = _column_parallel(config.dim, projections)
         self.wo = _row_parallel(config.n_heads * config.head_dim, config.dim)
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         heads = _multiply(x, self.wqkv).view(len(x), -1, self.head_dim)
-        value = heads[:, -self.kv_heads :]
-        rotated = step.operations.rotate(heads[:, : -self.kv_heads], self.heads, step.rotation)
-        query, key = rotated[:, : self.heads], rotated[:, self.heads :]
-        attended = step.backend.attend(self.layer, query, key, value)
+        attended = attend_rotated(step.backend, self.layer, heads, self.heads, step.rotary)
         return _sum_over_shards(_multiply(attended.flatten(1), self.wo))
 
 
@@ -179,7 +176,8 @@ class Transformer(nn.Module):
         Returns:
             Logits [num_logits, vocab] in float32, equal on all ranks.
         """
-        step = Step(self._operations.rotation(positions), self._operations, backend)
+        rotary = Rotary(self._operations.rotate, self._operations.rotation(positions))
+        step = Step(rotary, self._operations, backend)
         x = self.tok_embeddings(tokens)  # [num_tokens, dim]
         residual: torch.Tensor | None = None
         for layer in self.layers:

@@ -123,10 +123,7 @@ class FusedOperations:
 
     def __init__(self, rotary: torch.Tensor) -> None:
         self._kernels = import_flashinfer()
-        # Cosines, then sines [length, head_dim], in float32 as the kernel takes them. It loads 16
-        # bytes more than it uses: behind the last position they are those of one more row.
-        angles = torch.cat([rotary.real, rotary.imag], dim=-1)
-        self._angles = F.pad(angles, (0, 0, 0, 1))
+        self._rotary = rotary
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         normed: torch.Tensor = self._kernels.rmsnorm(x, weight, eps)
@@ -139,19 +136,11 @@ class FusedOperations:
         return x, residual
 
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        return positions
+        return self._rotary[positions]
 
-    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:
-        # "neox" would rotate the halves of a head; Meta rotates neighbours.
-        self._kernels.apply_rope_with_cos_sin_cache_inplace(
-            rotation,
-            heads[:, :queries],
-            heads[:, queries:],
-            heads.shape[-1],
-            self._angles,
-            is_neox=False,
-        )
-        return heads
+    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # PlainOperations' interface
+        # FlashInfer's backend of attention rotates by itself, in the kernel that writes the cache.
+        return apply_rotary(heads, rotation)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         gated: torch.Tensor = self._kernels.silu_and_mul(x)

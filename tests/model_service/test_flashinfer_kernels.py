@@ -14,6 +14,7 @@ from model_service.model.attention.flashinfer_kernels import (
     compile_kernels,
     first_error,
     loaded_libraries,
+    require_c_compiler,
 )
 from serving.errors import StartError
 
@@ -104,6 +105,13 @@ def test_what_is_missing_to_compile_is_named_before_anything_is_tried(
         monkeypatch.setenv(name, value)
     with pytest.raises(StartError, match=r"ninja .*nvcc .*C\+\+ compiler .* Missing are decode\."):
         compile_kernels.__wrapped__(TYPES, (9, 0))
+
+
+def test_a_missing_c_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(StartError, match="install gcc or clang"):
+        require_c_compiler()
 
 
 def test_of_a_compilers_output_the_first_error_is_told() -> None:

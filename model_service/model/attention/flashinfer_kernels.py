@@ -162,8 +162,6 @@ def kernel_modules(types: KernelTypes, capability: tuple[int, int]) -> list[Any]
     import_flashinfer()
     from flashinfer import jit  # noqa: PLC0415
     from flashinfer.jit.norm import gen_norm_module  # noqa: PLC0415
-    from flashinfer.jit.page import gen_page_module  # noqa: PLC0415
-    from flashinfer.jit.rope import gen_rope_module  # noqa: PLC0415
 
     # Index type, head_dim of queries and values; no rotation, no window, no cap inside attention.
     rest = (torch.int32, types.head_dim, types.head_dim, 0, False, False)
@@ -171,8 +169,6 @@ def kernel_modules(types: KernelTypes, capability: tuple[int, int]) -> list[Any]
     # `determine_attention_backend` in flashinfer/utils.py.
     hopper = capability[0] == _HOPPER and types.kv_dtype == types.dtype
     kernels = [
-        gen_page_module(),
-        gen_rope_module(),
         gen_norm_module(),
         jit.gen_act_and_mul_module("silu"),
         jit.gen_batch_prefill_module("fa3" if hopper else "fa2", *attention, False),
@@ -219,6 +215,15 @@ def compile_kernels(types: KernelTypes, capability: tuple[int, int]) -> None:
             "docs/operations/weights.md, or install flashinfer-jit-cache of FlashInfer's version"
         ) from error
     _log.info("FlashInfer: %d kernels compiled in %.1f s", len(missing), time.monotonic() - started)
+
+
+def require_c_compiler() -> None:
+    """Raises StartError if Triton cannot compile the code that starts our own kernel."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise StartError(
+            "attention on CUDA needs a C compiler, with which Triton makes the kernel that rotates "
+            "and writes keys: install gcc or clang, or name one in CC"
+        )
 
 
 def _obstacles(*, compiled: bool) -> Iterator[str]:

@@ -11,6 +11,7 @@ from model_service.model.attention.flashinfer_kernels import (
     KernelTypes,
     compile_kernels,
     decodes_on_tensor_cores,
+    require_c_compiler,
 )
 from model_service.model.attention.sdpa import SdpaAttention
 from model_service.model.cpu.kernels import kernels_for, without_kernels
@@ -71,6 +72,7 @@ def prepare_attention(
         StartError: this machine cannot compile it.
     """
     if can_use_flashinfer(dtype, device, shape.head_dim):
+        require_c_compiler()
         on_tensor_cores = decodes_on_tensor_cores(heads, shape.kv_heads)
         types = KernelTypes(dtype, kv_dtype, shape.head_dim, on_tensor_cores)
         compile_kernels(types, torch.cuda.get_device_capability(device))
@@ -92,6 +94,7 @@ def _without_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int)
         return f"FlashInfer has no kernels for heads of {head_dim}"
     if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return "FlashInfer needs compute capability 8.0"
-    if importlib.util.find_spec("flashinfer") is None:
-        return "FlashInfer is not installed: pip install '.[cuda]' in the source tree"
+    for package in ("flashinfer", "triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: pip install '.[cuda]' in the source tree"
     return ""
