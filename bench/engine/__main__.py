@@ -17,7 +17,6 @@ from bench.checkpoint import ensure_checkpoint
 from bench.engine import arrivals, memory, throughput, variants
 from bench.engine.crowd import crowd
 from bench.engine.driver import Job, Load, free_memory, loaded
-from bench.engine.host import host
 from bench.engine.roofline import WEIGHT_BYTES, Rates, measure_rates
 from bench.engine.shards import shards
 from bench.engine.throughput import Loaded
@@ -139,7 +138,7 @@ class Bench:
             if case == "profile":
                 yield from profile_steps(engine, load, sizes.traced_steps)
             elif case == "host":
-                yield from host(engine, load)
+                yield from arrivals.host(engine, load)
             elif case == "crowd":
                 yield from crowd(engine, load, sizes.steps, sizes.traced_steps)
             elif load.answer == 1:
