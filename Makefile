@@ -19,6 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard model_service/mode
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		--constraint constraints.txt --editable '.[all,dev]'
+	@PYTHONPATH=. $(BIN)/python deploy/report_kernels.py
 	touch $@
 
 env: $(VENV)/.installed ## make the environment in .venv

@@ -20,7 +20,7 @@ import torch
 from bench.shapes import Shape
 from model_service.model.config import ModelConfig
 from model_service.model.weights.partition import split_dimension
-from model_service.model.weights.source import Allocate, new_memory
+from model_service.model.weights.source import Allocate, Shard, new_memory
 
 SEED = 2023
 CPU = torch.device("cpu")
@@ -102,21 +102,17 @@ class RandomWeights:
         return torch.bfloat16
 
     def read_shard(
-        self,
-        rank: int,
-        shards: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        allocate: Allocate = new_memory,
+        self, shard: Shard, allocate: Allocate = new_memory
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights of `rank` among `shards`, one parameter at a time, in the network's order."""
+        """The weights of one rank, one parameter at a time, in the network's order."""
         for name, size in self.config.parameter_shapes().items():
-            weight = random_weight(name, size, self.config, device)
+            weight = random_weight(name, size, self.config, shard.device)
             dimension = split_dimension(name)
-            if dimension is not None and shards > 1:
-                length = size[dimension] // shards
-                weight = weight.narrow(dimension, rank * length, length).contiguous()
-            yield name, allocate(name, tuple(weight.shape), dtype, device).copy_(weight)
+            if dimension is not None and shard.shards > 1:
+                length = size[dimension] // shard.shards
+                weight = weight.narrow(dimension, shard.rank * length, length).contiguous()
+            memory = allocate(name, tuple(weight.shape), shard.dtype, shard.device)
+            yield name, memory.copy_(weight)
 
     def fingerprint(self) -> str:
         """SHA-256 of what the weights are a function of, hexadecimal."""

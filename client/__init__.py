@@ -30,6 +30,7 @@ from client.results import (
     TokenLogprob,
     Usage,
 )
+from client.scores import DetokenizedText, Score, TextToken, Tokenization
 from client.status import GatewayStatus, Load, ReplicaInfo, ReplicaStatus, Upstream, UpstreamState
 from client.sync import Client
 from llama.prompt_format.tags import special_tags, without_special_tags
@@ -44,6 +45,7 @@ __all__ = [
     "DeadlineExceededError",
     "Delta",
     "Determinism",
+    "DetokenizedText",
     "Dialog",
     "Event",
     "FinishReason",
@@ -61,12 +63,15 @@ __all__ = [
     "ReplicaStatus",
     "ResourceExhaustedError",
     "Sampling",
+    "Score",
     "Started",
     "StreamLostError",
     "TextOptions",
+    "TextToken",
     "Tls",
     "Token",
     "TokenLogprob",
+    "Tokenization",
     "UnavailableError",
     "UnreachableError",
     "Upstream",

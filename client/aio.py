@@ -12,12 +12,22 @@ from typing import Protocol, Self, Unpack
 
 import grpc
 
-from client import requests, results, status
+from client import requests, results, scores, status
 from client.connection.cancel import cancel_streams_aio
 from client.connection.channel import DEFAULT_TARGET, Tls, open_aio_channel, with_key
 from client.connection.diagnosis import explained_aio
 from client.errors import ChasquiError, UnreachableError, from_rpc_error
-from client.requests import CallOptions, ChatOptions, Dialog, Prompt, RenderOptions, TextOptions
+from client.requests import (
+    CallOptions,
+    ChatOptions,
+    DetokenizeOptions,
+    Dialog,
+    Prompt,
+    RenderOptions,
+    ScoreOptions,
+    TextOptions,
+    TokenizeOptions,
+)
 from client.results import Event, Model, Prediction, RenderedPrompt
 from client.resumption import (
     RESUME_SECONDS,
@@ -26,6 +36,7 @@ from client.resumption import (
     StreamResponse,
     resume_limit,
 )
+from client.scores import DetokenizedText, Score, Tokenization
 from llama.v1 import chat_pb2
 from llama.v1.chat_pb2_grpc import ChatServiceStub
 from llama.v1.operator_pb2_grpc import OperatorServiceStub
@@ -162,6 +173,60 @@ class AsyncClient:
         async with self._readable_errors():
             response = await self._stub.RenderPrompt(request, timeout=requests.deadline(options))
         return results.rendered_prompt(response)
+
+    async def tokenize(
+        self, text: str | Dialog, **options: Unpack[TokenizeOptions]
+    ) -> Tokenization:
+        """The tokens of a text or a dialog, as `complete` and `chat` give them to the model.
+
+        The model is not run, and the context length is no limit.
+        """
+        [tokenization] = await self.tokenize_many([text], **options)
+        return tokenization
+
+    async def tokenize_many(
+        self, texts: Sequence[str | Dialog], **options: Unpack[TokenizeOptions]
+    ) -> list[Tokenization]:
+        """The tokens of several texts, or of several dialogs, in their order."""
+        request = requests.tokenize(texts, options)
+        async with self._readable_errors():
+            response = await self._stub.Tokenize(request, timeout=requests.deadline(options))
+        return scores.tokenizations(response)
+
+    async def detokenize(
+        self, ids: Sequence[int], **options: Unpack[DetokenizeOptions]
+    ) -> DetokenizedText:
+        """The text that token ids stand for, and its bytes; the model is not run."""
+        [text] = await self.detokenize_many([ids], **options)
+        return text
+
+    async def detokenize_many(
+        self, sequences: Sequence[Sequence[int]], **options: Unpack[DetokenizeOptions]
+    ) -> list[DetokenizedText]:
+        """The texts of several sequences of token ids, in their order."""
+        request = requests.detokenize(sequences, options)
+        async with self._readable_errors():
+            response = await self._stub.Detokenize(request, timeout=requests.deadline(options))
+        return scores.detokenized_texts(response)
+
+    async def score(
+        self,
+        prompt: Prompt | Dialog,
+        candidates: Sequence[Prompt],
+        **options: Unpack[ScoreOptions],
+    ) -> list[Score]:
+        """How probable each candidate is behind a prompt, in their order; nothing is generated.
+
+        Args:
+            prompt: a text, token ids, or a dialog whose next answer the candidates are.
+            candidates: all texts or all token ids. They are encoded together with the prompt, so
+                a word behind a text begins with a space; an answer to a dialog does not.
+            options: as of `chat`.
+        """
+        request = requests.score(prompt, candidates, options)
+        async with self._readable_errors():
+            response = await self._stub.Score(request, timeout=requests.deadline(options))
+        return scores.scores(response)
 
     async def get_status(self, **options: Unpack[CallOptions]) -> status.GatewayStatus:
         """The gateway's status: its replicas, their load, running and waiting generations."""

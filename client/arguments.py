@@ -7,9 +7,14 @@ of the right type, or raises a ValueError whose text continues the field's name:
 
 import math
 import operator
-from collections.abc import Hashable, Iterable, Mapping, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from types import UnionType
-from typing import cast
+from typing import TypeVar, cast
+
+from client.errors import Violation, invalid_request
+
+T = TypeVar("T")
 
 # gRPC counts deadlines in 64-bit nanoseconds: a longer timeout would overflow and pass at once.
 _ENDLESS = 1e9  # seconds, 31 years
@@ -94,3 +99,57 @@ def seconds(value: object) -> float | None:
     if not limit >= 0:
         raise ValueError(f"must be a number of seconds, 0 or more, not {limit:g}")
     return None if limit > _ENDLESS else limit
+
+
+class Refusals:
+    """Collects the values that cannot be sent, so that one error reports all of them."""
+
+    def __init__(self) -> None:
+        self.found: list[Violation] = []
+
+    @contextmanager
+    def at(self, path: str) -> Iterator[None]:
+        """Turns a failure to fill the field at `path` into its violation."""
+        try:
+            yield
+        except UnicodeEncodeError as error:
+            surrogate = f"U+{ord(error.object[error.start]):04X} at character {error.start}"
+            self.add(path, f"holds a lone surrogate ({surrogate}), which is not valid unicode")
+        except ValueError as error:
+            self.add(path, str(error))
+
+    def items(self, path: str, value: object, wanted: str, *, ordered: bool = True) -> list[object]:
+        """The items of the list for the field at `path`; none if it is not a list."""
+        try:
+            return items(value, wanted, ordered=ordered)
+        except ValueError as error:
+            self.add(path, str(error))
+            return []
+
+    def add(self, path: str, description: str) -> None:
+        self.found.append(Violation(path, description))
+
+
+@contextmanager
+def collected(options: Mapping[str, object], known: frozenset[str]) -> Iterator[Refusals]:
+    """Checks the options of a call; raises one error at the end for all values refused."""
+    # Python does the same for a function that names its keyword arguments.
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(
+            f"unknown option {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+        )
+    refusals = Refusals()
+    with refusals.at("timeout"):
+        seconds(options.get("timeout"))
+    yield refusals
+    if refusals.found:
+        raise invalid_request(refusals.found)
+
+
+def choice(choices: Mapping[str, T], name: object) -> T:
+    if not isinstance(name, str) or name not in choices:
+        *others, last = choices
+        given = repr(name) if isinstance(name, str) else kind(name)
+        raise ValueError(f"must be {', '.join(others)} or {last}, not {given}")
+    return choices[name]

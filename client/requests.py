@@ -6,26 +6,22 @@ name. All rules of the contract are checked by the server alone, so that they ex
 
 from collections.abc import (
     Callable,
-    Iterator,
     Mapping,
     MutableMapping,
     MutableSequence,
     Sequence,
 )
-from contextlib import contextmanager
 from typing import Literal, TypedDict, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as Protobuf
 
 from client import arguments
-from client.errors import Violation, invalid_request
+from client.arguments import Refusals, choice, collected
 from llama.v1 import chat_pb2, operator_pb2, sampling_pb2
 
 Role = Literal["system", "user", "assistant"]
 ContextPolicy = Literal["reject", "drop_oldest_turns"]
-
-T = TypeVar("T")
 
 
 class Message(TypedDict):
@@ -98,6 +94,30 @@ class RenderOptions(CallOptions, total=False):
     max_gen_len: int | None
 
 
+class TokenizeOptions(CallOptions, total=False):
+    """Keyword arguments of the tokenize methods; `bos` and `eos` are for texts."""
+
+    model: str | None
+    bos: bool | None  # None: BOS is put in front, as for completions
+    eos: bool | None
+    tokens: bool | None  # report texts, bytes and offsets, too
+
+
+class DetokenizeOptions(CallOptions, total=False):
+    """Keyword arguments of the detokenize methods."""
+
+    model: str | None
+
+
+class ScoreOptions(CallOptions, total=False):
+    """Keyword arguments of `score`."""
+
+    model: str | None
+    top_logprobs: int | None
+    logprob_token_ids: Sequence[int] | None
+    priority: int | None
+
+
 _ROLES: Mapping[str, chat_pb2.Role.ValueType] = {
     "system": chat_pb2.ROLE_SYSTEM,
     "user": chat_pb2.ROLE_USER,
@@ -144,7 +164,7 @@ def chat(
 ) -> ChatRequest:
     """A request of this kind. InvalidRequestError: some values cannot be sent."""
     request = kind()
-    with _refusals(options, ChatOptions.__optional_keys__) as refusals:
+    with collected(options, ChatOptions.__optional_keys__) as refusals:
         for index, dialog in enumerate(refusals.items("dialogs", dialogs, "a list of dialogs")):
             _set_dialog(request.dialogs.add(), dialog, f"dialogs[{index}]", refusals)
         _set_sampling(request.sampling, options, refusals)
@@ -163,7 +183,7 @@ def text(
 ) -> TextRequest:
     """A request of this kind, with texts or token ids; the contract refuses both in one request."""
     request = kind()
-    with _refusals(options, TextOptions.__optional_keys__) as refusals:
+    with collected(options, TextOptions.__optional_keys__) as refusals:
         for index, prompt in enumerate(refusals.items("prompts", prompts, "a list of prompts")):
             _add_prompt(request, prompt, index, refusals)
         _set_sampling(request.sampling, options, refusals)
@@ -176,22 +196,74 @@ def text(
 def render_prompt(dialog: Dialog, options: RenderOptions) -> chat_pb2.RenderPromptRequest:
     """A request for the prompt of one dialog."""
     request = chat_pb2.RenderPromptRequest()
-    with _refusals(options, RenderOptions.__optional_keys__) as refusals:
+    with collected(options, RenderOptions.__optional_keys__) as refusals:
         _set_dialog(request.dialog, dialog, "dialog", refusals)
         _set_context_policy(request, options, refusals)
         _set_fields(request, ("max_gen_len",), options, "", refusals)
     return request
 
 
+def tokenize(inputs: Sequence[str | Dialog], options: TokenizeOptions) -> chat_pb2.TokenizeRequest:
+    """A request for the tokens of texts or dialogs; the contract refuses both in one request."""
+    request = chat_pb2.TokenizeRequest()
+    with collected(options, TokenizeOptions.__optional_keys__) as refusals:
+        given = refusals.items("texts", inputs, "a list of texts or of dialogs")
+        for index, each in enumerate(given):
+            if isinstance(each, str):
+                with refusals.at(f"texts[{index}]"):
+                    request.texts.append(each)
+            else:
+                _set_dialog(request.dialogs.add(), each, f"dialogs[{index}]", refusals)
+        _set_fields(request, ("model", "bos", "eos", "tokens"), options, "", refusals)
+    return request
+
+
+def detokenize(
+    sequences: Sequence[Sequence[int]], options: DetokenizeOptions
+) -> chat_pb2.DetokenizeRequest:
+    """A request for the texts of sequences of token ids."""
+    request = chat_pb2.DetokenizeRequest()
+    with collected(options, DetokenizeOptions.__optional_keys__) as refusals:
+        given = refusals.items("sequences", sequences, "a list of lists of token ids")
+        for index, each in enumerate(given):
+            path = f"sequences[{index}]"
+            ids = refusals.items(path, each, "a list of token ids")
+            _add_ids(request.sequences.add().ids, ids, f"{path}.ids", refusals)
+        _set_fields(request, ("model",), options, "", refusals)
+    return request
+
+
+def score(
+    prompt: Prompt | Dialog, candidates: Sequence[Prompt], options: ScoreOptions
+) -> chat_pb2.ScoreRequest:
+    """A request for the scores of candidates, all texts or all token ids, behind a prompt."""
+    request = chat_pb2.ScoreRequest()
+    with collected(options, ScoreOptions.__optional_keys__) as refusals:
+        _set_context(request, prompt, refusals)
+        given = refusals.items("candidates", candidates, "a list of candidates")
+        for index, each in enumerate(given):
+            path = f"candidates[{index}]"
+            if isinstance(each, str):
+                with refusals.at(path):
+                    request.candidates.append(each)
+            else:
+                ids = refusals.items(path, each, "a text or a list of token ids")
+                target = request.candidate_ids.add().ids
+                _add_ids(target, ids, f"candidate_ids[{index}].ids", refusals)
+        _set_fields(request, ("model", "top_logprobs", "priority"), options, "", refusals)
+        _set_ids(request.logprob_token_ids, options, "logprob_token_ids", "", refusals)
+    return request
+
+
 def get_model(options: CallOptions) -> chat_pb2.GetModelRequest:
     """A request for the served model."""
-    with _refusals(options, CallOptions.__optional_keys__):
+    with collected(options, CallOptions.__optional_keys__):
         return chat_pb2.GetModelRequest()
 
 
 def get_status(options: CallOptions) -> operator_pb2.GetStatusRequest:
     """A request for the gateway's status."""
-    with _refusals(options, CallOptions.__optional_keys__):
+    with collected(options, CallOptions.__optional_keys__):
         return operator_pb2.GetStatusRequest()
 
 
@@ -200,68 +272,14 @@ def deadline(options: CallOptions) -> float | None:
     return arguments.seconds(options.get("timeout"))
 
 
-class _Refusals:
-    """Collects the values that cannot be sent, so that one error reports all of them."""
-
-    def __init__(self) -> None:
-        self.found: list[Violation] = []
-
-    @contextmanager
-    def at(self, path: str) -> Iterator[None]:
-        """Turns a failure to fill the field at `path` into its violation."""
-        try:
-            yield
-        except UnicodeEncodeError as error:
-            surrogate = f"U+{ord(error.object[error.start]):04X} at character {error.start}"
-            self.add(path, f"holds a lone surrogate ({surrogate}), which is not valid unicode")
-        except ValueError as error:
-            self.add(path, str(error))
-
-    def items(self, path: str, value: object, wanted: str, *, ordered: bool = True) -> list[object]:
-        """The items of the list for the field at `path`; none if it is not a list."""
-        try:
-            return arguments.items(value, wanted, ordered=ordered)
-        except ValueError as error:
-            self.add(path, str(error))
-            return []
-
-    def add(self, path: str, description: str) -> None:
-        self.found.append(Violation(path, description))
-
-
-@contextmanager
-def _refusals(options: CallOptions, known: frozenset[str]) -> Iterator[_Refusals]:
-    """Checks the options of a call; raises one error at the end for all values refused."""
-    # Python does the same for a function that names its keyword arguments.
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise TypeError(
-            f"unknown option {', '.join(unknown)}; there are {', '.join(sorted(known))}"
-        )
-    refusals = _Refusals()
-    with refusals.at("timeout"):
-        deadline(options)
-    yield refusals
-    if refusals.found:
-        raise invalid_request(refusals.found)
-
-
-def _choice(choices: Mapping[str, T], name: object) -> T:
-    if not isinstance(name, str) or name not in choices:
-        *others, last = choices
-        given = repr(name) if isinstance(name, str) else arguments.kind(name)
-        raise ValueError(f"must be {', '.join(others)} or {last}, not {given}")
-    return choices[name]
-
-
-def _set_dialog(target: chat_pb2.Dialog, dialog: object, path: str, refusals: _Refusals) -> None:
+def _set_dialog(target: chat_pb2.Dialog, dialog: object, path: str, refusals: Refusals) -> None:
     for index, message in enumerate(refusals.items(path, dialog, _MESSAGES)):
         added, at = target.messages.add(), f"{path}.messages[{index}]"
         if not isinstance(message, Mapping):
             refusals.add(at, f"must be {_MESSAGE}, not {arguments.kind(message)}")
             continue
         with refusals.at(f"{at}.role"):
-            added.role = _choice(_ROLES, message.get("role"))
+            added.role = choice(_ROLES, message.get("role"))
         with refusals.at(f"{at}.content"):
             added.content = arguments.text(message.get("content"))
 
@@ -270,7 +288,7 @@ def _add_prompt(
     request: chat_pb2.TextCompleteRequest | chat_pb2.TextCompleteStreamRequest,
     prompt: object,
     index: int,
-    refusals: _Refusals,
+    refusals: Refusals,
 ) -> None:
     if isinstance(prompt, str):
         with refusals.at(f"prompts[{index}]"):
@@ -281,8 +299,22 @@ def _add_prompt(
     _add_ids(ids, given, f"{path}.ids", refusals)
 
 
+def _set_context(request: chat_pb2.ScoreRequest, prompt: object, refusals: Refusals) -> None:
+    """The prompt of candidates: a text, a dialog if its first item is a message, or token ids."""
+    if isinstance(prompt, str):
+        with refusals.at("prompt"):
+            request.prompt = prompt
+        return
+    given = refusals.items("prompt", prompt, "a text, a dialog or a list of token ids")
+    if given and isinstance(given[0], Mapping):
+        _set_dialog(request.dialog, given, "dialog", refusals)
+        return
+    request.prompt_ids.SetInParent()
+    _add_ids(request.prompt_ids.ids, given, "prompt_ids.ids", refusals)
+
+
 def _add_ids(
-    target: MutableSequence[int], ids: Sequence[object], path: str, refusals: _Refusals
+    target: MutableSequence[int], ids: Sequence[object], path: str, refusals: Refusals
 ) -> None:
     try:
         target.extend([arguments.integer(token_id, 0, _MAX_ID) for token_id in ids])
@@ -297,11 +329,11 @@ def _set_context_policy(
     | chat_pb2.ChatCompleteStreamRequest
     | chat_pb2.RenderPromptRequest,
     options: Mapping[str, object],
-    refusals: _Refusals,
+    refusals: Refusals,
 ) -> None:
     policy = options.get("context_policy")
     with refusals.at("context_policy"):
-        request.context_policy = _choice(_CONTEXT_POLICIES, "reject" if policy is None else policy)
+        request.context_policy = choice(_CONTEXT_POLICIES, "reject" if policy is None else policy)
 
 
 def _set_fields(
@@ -309,7 +341,7 @@ def _set_fields(
     names: Sequence[str],
     options: Mapping[str, object],
     prefix: str,
-    refusals: _Refusals,
+    refusals: Refusals,
 ) -> None:
     for name in names:
         if (value := options.get(name)) is not None:
@@ -319,7 +351,7 @@ def _set_fields(
 
 
 def _set_sampling(
-    target: sampling_pb2.SamplingParams, options: Sampling, refusals: _Refusals
+    target: sampling_pb2.SamplingParams, options: Sampling, refusals: Refusals
 ) -> None:
     _set_fields(target, _SAMPLING_FIELDS, options, "sampling.", refusals)
     if (stop := options.get("stop")) is not None:
@@ -341,7 +373,7 @@ def _set_ids(
     options: Mapping[str, object],
     name: str,
     prefix: str,
-    refusals: _Refusals,
+    refusals: Refusals,
 ) -> None:
     if (given := options.get(name)) is not None:
         ids = refusals.items(
@@ -350,9 +382,7 @@ def _set_ids(
         _add_ids(target, ids, prefix + name, refusals)
 
 
-def _set_logit_bias(
-    target: MutableMapping[int, float], biases: object, refusals: _Refusals
-) -> None:
+def _set_logit_bias(target: MutableMapping[int, float], biases: object, refusals: Refusals) -> None:
     if not isinstance(biases, Mapping):
         rule = f"must be a dictionary of token ids and numbers, not {arguments.kind(biases)}"
         refusals.add("sampling.logit_bias", rule)

@@ -233,18 +233,18 @@ def _prediction(
         index=message.index,
         choice_index=message.choice_index,
         text=message.text,
-        tokens=_tokens(message.tokens),
+        tokens=tokens_of(message.tokens),
         finish_reason=_finish_reason(message.finish_reason),
         **_stopped_by(message),
         safety_categories=tuple(message.safety_categories),
-        usage=_usage(message.usage),
+        usage=usage_of(message.usage),
         sampling=_sampling(message.sampling),
         dropped_turns=message.dropped_turns,
         fingerprint=message.fingerprint,
         determinism=determinism(message.determinism),
         failovers=message.failovers,
         id=response.id,
-        created=_datetime(response.created),
+        created=datetime_of(response.created),
         model=response.model,
         special_tags=_special_tags(message),
     )
@@ -257,7 +257,7 @@ def event(message: chat_pb2.StreamEvent) -> Event:
             index=started.index,
             choice_index=started.choice_index,
             id=started.id,
-            created=_datetime(started.created),
+            created=datetime_of(started.created),
             model=started.model,
             prompt_tokens=started.prompt_tokens,
             sampling=_sampling(started.sampling),
@@ -268,7 +268,7 @@ def event(message: chat_pb2.StreamEvent) -> Event:
         )
     if message.HasField("delta"):
         delta = message.delta
-        return Delta(delta.index, delta.choice_index, delta.text, _tokens(delta.tokens))
+        return Delta(delta.index, delta.choice_index, delta.text, tokens_of(delta.tokens))
     finished = message.finished
     return Finished(
         index=finished.index,
@@ -276,7 +276,7 @@ def event(message: chat_pb2.StreamEvent) -> Event:
         finish_reason=_finish_reason(finished.finish_reason),
         **_stopped_by(finished),
         safety_categories=tuple(finished.safety_categories),
-        usage=_usage(finished.usage),
+        usage=usage_of(finished.usage),
         failovers=finished.failovers,
     )
 
@@ -334,7 +334,7 @@ def _finish_reason(value: int) -> FinishReason:
     return _FINISH_REASONS.get(value, FinishReason.UNSPECIFIED)
 
 
-def _tokens(tokens: Sequence[chat_pb2.Token]) -> tuple[Token, ...]:
+def tokens_of(tokens: Sequence[chat_pb2.Token]) -> tuple[Token, ...]:
     return tuple(
         Token(
             id=token.id,
@@ -365,11 +365,11 @@ def _stopped_by(message: chat_pb2.Prediction | chat_pb2.Finished) -> _StoppedBy:
     }
 
 
-def _datetime(timestamp: Timestamp) -> datetime:
+def datetime_of(timestamp: Timestamp) -> datetime:
     return timestamp.ToDatetime(tzinfo=UTC)
 
 
-def _usage(usage: chat_pb2.Usage) -> Usage:
+def usage_of(usage: chat_pb2.Usage) -> Usage:
     return Usage(
         prompt_tokens=usage.prompt_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,

@@ -2,29 +2,26 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from itertools import chain
 from typing import cast
 
 import grpc
 
 from gateway.admission.admission import Admission
 from gateway.generation.events import KeyedEvent
-from gateway.request.options import default_max_gen_len
-from gateway.request.prompts import encode_dialogs
-from gateway.request.read_dialogs import Dialogs, read_dialog
-from gateway.request.validation import render_violations, stream_name_violations
+from gateway.http.listener import http_front
+from gateway.request.tokenization import detokenize, render_prompt, tokenize
+from gateway.request.validation import stream_name_violations
 from gateway.rpc.access import authorizer, connection_options
-from gateway.rpc.access_log import Accounting
+from gateway.rpc.access_log import Accounting, Context
 from gateway.rpc.messages import stream_response
 from gateway.rpc.metrics import RequestMetrics, StateMetrics
 from gateway.rpc.model_message import model_response
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.operator import OPERATOR_SERVICE_NAME, OperatorServicer
-from gateway.rpc.pipeline import Context, Pipeline, PipelineLimits, answer_room, refuse
-from gateway.rpc.unary import unary_response
+from gateway.rpc.pipeline import Pipeline, PipelineLimits, refuse
+from gateway.rpc.unary import score_response, unary_response
 from gateway.rpc.upstreams import Backend
 from gateway.settings import GatewaySettings
-from llama.prompt_format.dialog import drop_oldest_turns
 from llama.v1 import chat_pb2, chat_pb2_grpc, operator_pb2_grpc
 from serving.errors import RequestError
 from serving.server import Health, Service
@@ -40,6 +37,7 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
     requests = RequestMetrics()
     servicer = ChatServicer(backend, settings, streams, requests)
     operator = OperatorServicer(backend, servicer.admission, streams)
+    authorize = authorizer(settings.api_keys)
 
     def register(server: grpc.aio.Server) -> None:
         chat_pb2_grpc.add_ChatServiceServicer_to_server(servicer, server)
@@ -61,10 +59,13 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
         run=run,
         begin_drain=streams.refuse_new,
         drain=drain,
-        authorize=authorizer(settings.api_keys),
+        authorize=authorize,
         options=connection_options(settings.max_connection_age, settings.grace_period),
         collectors=[requests, StateMetrics(backend, servicer.admission, streams)],
         trusts_traceparent=settings.trust_traceparent,
+        front=http_front(
+            settings.http_options, servicer.pipeline, backend.replicas, streams, authorize
+        ),
     )
 
 
@@ -83,16 +84,16 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         )
         self._streams = streams
         log_client_addresses = settings.log_client_addresses
-        self._accounting = Accounting(metrics, log_client_addresses=log_client_addresses)
+        accounting = Accounting(metrics, log_client_addresses=log_client_addresses)
         limits = PipelineLimits(
             settings.request_limits, settings.max_response_bytes, settings.max_unread_bytes
         )
-        self._pipeline = Pipeline(backend, limits, self.admission, self._accounting)
+        self.pipeline = Pipeline(backend, limits, self.admission, accounting)
 
     async def ChatComplete(
         self, request: chat_pb2.ChatCompleteRequest, context: Context
     ) -> chat_pb2.ChatCompleteResponse:
-        events = self._pipeline.run(request, context)
+        events = self.pipeline.run(request, context)
         del request  # can have megabytes, and is not needed while the answers are made
         return await unary_response(chat_pb2.ChatCompleteResponse, events)
 
@@ -105,7 +106,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def TextComplete(
         self, request: chat_pb2.TextCompleteRequest, context: Context
     ) -> chat_pb2.TextCompleteResponse:
-        events = self._pipeline.run(request, context)
+        events = self.pipeline.run(request, context)
         del request  # can have megabytes, and is not needed while the answers are made
         return await unary_response(chat_pb2.TextCompleteResponse, events)
 
@@ -132,49 +133,36 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def RenderPrompt(
         self, request: chat_pb2.RenderPromptRequest, context: Context
     ) -> chat_pb2.RenderPromptResponse:
-        self._pipeline.require_model(request.model)
-        window, read = self._pipeline.window(), Dialogs()
-        max_gen_len = default_max_gen_len(window.length)
-        if request.HasField("max_gen_len"):
-            max_gen_len = request.max_gen_len
-        prompt_format = self._pipeline.prompt_format
-        read_dialog(
-            "dialog", request.dialog, self._settings.request_limits, prompt_format, into=read
-        )
-        refuse(render_violations(request, read.violations))
-        # Encoding is work, too, so it counts as one sequence in the queue.
-        with self.admission.admit(1, 0, context.time_remaining()):
-            [prompt] = await encode_dialogs(
-                read.messages,
-                self._pipeline.encoder(context.time_remaining),
-                window,
-                answer_room=answer_room(request.context_policy, window, max_gen_len),
-                prompt_format=prompt_format,
-            )
-        kept = drop_oldest_turns(read.messages["dialog"], prompt.dropped_turns)
-        return chat_pb2.RenderPromptResponse(
-            ids=prompt.ids,
-            segments=[
-                segment.control_token + segment.text
-                for segment in chain.from_iterable(prompt_format.render(kept))
-            ],
-            prompt_tokens=len(prompt.ids),
-            remaining_tokens=window.length - len(prompt.ids),
-            dropped_turns=prompt.dropped_turns,
-            has_special_tags=bool(read.unsafe),
-        )
+        return await render_prompt(request, self.pipeline.tokenizer_tools(request.model, context))
+
+    async def Tokenize(
+        self, request: chat_pb2.TokenizeRequest, context: Context
+    ) -> chat_pb2.TokenizeResponse:
+        return await tokenize(request, self.pipeline.tokenizer_tools(request.model, context))
+
+    async def Detokenize(
+        self, request: chat_pb2.DetokenizeRequest, context: Context
+    ) -> chat_pb2.DetokenizeResponse:
+        return await detokenize(request, self.pipeline.tokenizer_tools(request.model, context))
+
+    async def Score(
+        self, request: chat_pb2.ScoreRequest, context: Context
+    ) -> chat_pb2.ScoreResponse:
+        events = self.pipeline.run(request, context)
+        del request  # can have megabytes, and is not needed while the candidates are scored
+        return await score_response(events)
 
     async def GetModel(
         self,
         request: chat_pb2.GetModelRequest,
         context: Context,
     ) -> chat_pb2.GetModelResponse:
-        self._pipeline.require_model(request.model)
+        self.pipeline.require_model(request.model)
         return model_response(
             self._replicas.model,
             self._replicas.ready_count,
-            self._pipeline.limits(),
-            prompt_format=self._pipeline.prompt_format,
+            self.pipeline.limits(),
+            prompt_format=self.pipeline.prompt_format,
             max_request_bytes=self._settings.max_request_bytes,
             max_response_bytes=self._settings.max_response_bytes,
         )
@@ -185,14 +173,14 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         context: Context,
     ) -> AsyncGenerator[bytes, None]:
         """The serialized responses of a stream; with a stream_name, through a named stream."""
-        responses = _serialized(self._pipeline.run(request, context))
+        responses = _serialized(self.pipeline.run(request, context))
         if not request.stream_name:
             return responses
         try:
             return self._streams.open(request.stream_name, responses, context.time_remaining())
         except RequestError:
             # `responses`, which would account for the request, never starts.
-            with self._accounting.account(request, context):
+            with self.pipeline.accounting.account(request, context):
                 raise
 
 

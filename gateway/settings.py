@@ -6,22 +6,41 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from gateway.admission.admission import Bounds
+from gateway.generation.safety.options import SafetyOptions
+from gateway.http.options import HttpOptions
 from gateway.replicas.options import PoolOptions
 from gateway.request.options import RequestLimits
 from gateway.rpc.named_streams import StreamLimits
-from gateway.safety.options import SafetyOptions
 from llama.prompt_format.recognition import FormatName
 from serving.security.tls import TlsFiles
 from serving.settings import Port, ServerSettings
 
 # Seconds, 31 years. gRPC counts deadlines in 64-bit nanoseconds, and a longer one passes at once.
 MAX_TIMEOUT = 1e9
+DEFAULT_HTTP_PORT = 8080
 
 
 class GatewaySettings(ServerSettings):
     """Serves llama.v1.ChatService: dialogs and texts in, predictions out."""
 
     port: Port = 50051
+    http_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="TCP port for OpenAI's API over HTTP; 0: none; unset: 8080, or any free "
+            "port if --port is 0",
+        ),
+    ] = None
+    http_origins: Annotated[
+        str | None,
+        Field(
+            pattern=r"^(\*|https?://[^\s,/]+(,https?://[^\s,/]+)*)$",
+            description="origins of web pages that may call the HTTP API (CORS), separated by "
+            "commas; *: all; unset: none",
+        ),
+    ] = None
     tokenizer_target: Annotated[
         str, Field(min_length=1, description="address of the tokenizer service")
     ] = "127.0.0.1:50052"
@@ -203,6 +222,14 @@ class GatewaySettings(ServerSettings):
                 f"({self.max_queued_sequences}): a full request would never be admitted"
             )
         return self
+
+    @property
+    def http_options(self) -> HttpOptions | None:
+        """None: no HTTP."""
+        if self.http_port == 0:
+            return None
+        port = self.http_port or (self.port and DEFAULT_HTTP_PORT)
+        return HttpOptions(port, tuple(filter(None, (self.http_origins or "").split(","))))
 
     @property
     def upstream_tls(self) -> TlsFiles | None:

@@ -56,6 +56,7 @@ def generation_request(
         offset=start.generated_tokens,
         logprobs=start.logprobs,
         prompt_logprobs=start.prompt_logprobs,
+        scored_from=start.scored_from,
         top_logprobs=start.top_logprobs,
         logprob_token_ids=tuple(start.logprob_token_ids),
         priority=start.priority,

@@ -124,9 +124,15 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         request: model_pb2.GetLoadRequest,
         context: Context,
     ) -> model_pb2.GetLoadResponse:
-        block_size = self._engine.limits.block_size
-        load = dataclasses.asdict(self._engine.load)
-        return model_pb2.GetLoadResponse(block_size=block_size, **load)
+        load = self._engine.load
+        fields = dataclasses.asdict(load)
+        del fields["drafts"]
+        return model_pb2.GetLoadResponse(
+            block_size=self._engine.limits.block_size,
+            drafted_tokens=load.drafted_tokens,
+            accepted_tokens=load.accepted_tokens,
+            **fields,
+        )
 
     async def _read(
         self, stream: _Stream, requests: AsyncIterator[model_pb2.GenerateRequest]

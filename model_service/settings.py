@@ -78,14 +78,22 @@ class ModelSettings(ServerSettings):
             ge=0,
             le=64,
             description="most tokens to guess ahead in a step, for sequences that repeat their "
-            "text; moves logits by rounding only; 0 turns it off; has no effect with lookahead",
+            "text or by the draft model; moves logits by rounding only; 0 turns it off; has no "
+            "effect with lookahead",
         ),
     ] = ReplicaOptions.draft_tokens
+    draft_ckpt_dir: Annotated[
+        Path | None,
+        Field(
+            description="weights of a smaller model with the same vocabulary, which guesses ahead "
+            "where that is faster; the answers stay those of --ckpt_dir; turns lookahead off"
+        ),
+    ] = ReplicaOptions.draft_ckpt_dir
     lookahead: Annotated[
         Switch,
         Field(
             description="launch a step before the last one's tokens are read; moves logits by "
-            "rounding only; auto is on for CUDA"
+            "rounding only; auto is on for CUDA without --draft_ckpt_dir"
         ),
     ] = ReplicaOptions.lookahead
     block_size: Annotated[

@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 import structlog
@@ -43,6 +44,27 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Intake:
+    """The parts of a server that calls of all protocols share."""
+
+    settings: ServerSettings
+    health: Health
+    calls: CallMetrics
+    receiver: Receiver
+
+
+class Front(Protocol):
+    """A listener for another protocol than gRPC, beside gRPC's own."""
+
+    @property
+    def address(self) -> str:
+        """The host and port where it listens."""
+
+    async def stop(self, grace: float) -> None:
+        """Closes the listener, and cancels the calls that still run after `grace` seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """The service's own parts of a server.
 
@@ -57,6 +79,7 @@ class Service:
     options: further gRPC options.
     collectors: its own metrics.
     trusts_traceparent: whether callers decide which of their calls are traced.
+    front: opens a second listener.
     """
 
     names: Sequence[str]
@@ -68,6 +91,7 @@ class Service:
     options: Sequence[Option] = ()
     collectors: Sequence[Collector] = ()
     trusts_traceparent: bool = True
+    front: Callable[[Intake], Awaitable[Front]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +100,7 @@ class Running:
 
     address: str
     background: asyncio.Task[None]
+    front_address: str = ""  # empty without a second listener
 
 
 async def serve(settings: ServerSettings, service: Service) -> None:
@@ -106,10 +131,11 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
     limiter = StreamLimiter()
     state = Health(service.names, serving=service.run is None, limiter=limiter)
     registry = registry_of(state, service.collectors)
-    calls = CallMetrics(registry)
+    calls, receiver = CallMetrics(registry), Receiver(settings)
+    ports = 1 if service.front is None else 2
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(calls, Receiver(settings), service.authorize)],
-        options=[*server_options(settings), *service.options],
+        interceptors=[CallInterceptor(calls, receiver, service.authorize)],
+        options=[*server_options(settings, ports), *service.options],
     )
     service.register(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
@@ -118,15 +144,18 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
     address = _bind(server, settings.host, settings.port, _credentials(settings, service))
     with exposed(settings, registry):
         health_server = await _health_server(settings, state, calls)
+        front = None
+        if service.front is not None:
+            front = await service.front(Intake(settings, state, calls, receiver))
         await server.start()
         _log.info("listening", address=address)
         background = asyncio.create_task(_background(service, state))
         try:
-            yield Running(address, background)
+            yield Running(address, background, "" if front is None else front.address)
         finally:
             # Without the background task, running calls could not finish.
             grace = 0.0 if background.done() else settings.grace_period
-            await _stop(server, service, state, grace)
+            await _stop(server, front, service, state, grace)
             if health_server is not None:
                 await health_server.stop(None)
             background.cancel()
@@ -234,7 +263,9 @@ def _bind(
         ) from error
 
 
-async def _stop(server: grpc.aio.Server, service: Service, state: Health, grace: float) -> None:
+async def _stop(
+    server: grpc.aio.Server, front: Front | None, service: Service, state: Health, grace: float
+) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + grace
     await state.drain()
@@ -249,4 +280,5 @@ async def _stop(server: grpc.aio.Server, service: Service, state: Health, grace:
         _log.warning("streams cut off at the end of the grace period")
     finally:
         await state.close()
-        await server.stop(max(deadline - loop.time(), 0))
+        stopped = [] if front is None else [front.stop(max(deadline - loop.time(), 0))]
+        await asyncio.gather(server.stop(max(deadline - loop.time(), 0)), *stopped)

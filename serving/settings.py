@@ -80,8 +80,8 @@ class ServerSettings(BaseSettings):
         Field(
             ge=1,
             le=2**31 - 1,
-            description="maximum simultaneous connections; unset: as many as the limit of open "
-            "files allows",
+            description="maximum simultaneous connections of a port; unset: as many as the limit "
+            "of open files allows",
         ),
     ] = None
     max_connection_idle: Annotated[

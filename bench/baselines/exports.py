@@ -16,7 +16,8 @@ from bench.checkpoint import complete_or_absent
 from bench.engine.driver import in_own_process
 from model_service.model.config import ROPE_THETA
 from model_service.model.weights.conversion.write_hugging_face import write_hugging_face
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from model_service.model.weights.source import Shard
 
 CONTEXT_LENGTH = 4096
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def export_gguf(ckpt_dir: Path, file: Path, type_name: str) -> None:
     writer.add_eos_token_id(2)
     kind = gguf.GGMLQuantizationType[type_name]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
-    for name, weight in checkpoint.read_shard(0, 1, torch.float32, CPU):
+    for name, weight in checkpoint.read_shard(Shard(0, 1, torch.float32, CPU)):
         values, key = weight.numpy(), str(names.get_name(name, try_suffixes=(".weight",)))
         if values.ndim == 1 or type_name == "F32":  # llama.cpp wants float32 norms
             writer.add_tensor(key, values)

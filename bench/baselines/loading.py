@@ -29,6 +29,7 @@ from model_service.loading.precision import choose_precision
 from model_service.model.load_network import load_network
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing
+from model_service.model.weights.source import Shard
 
 FORMATS = ("meta", "hf", "F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K")
 _SAMPLE_SECONDS = 0.005
@@ -94,7 +95,7 @@ def load(path: Path, dtype: str) -> tuple[Cost, int]:
         with cost.part("open"):
             source = open_weights(path)
         with cost.part("weights"):
-            read_shard = partial(source.read_shard, 0, 1, precision.read_dtype, CPU)
+            read_shard = partial(source.read_shard, Shard(0, 1, precision.read_dtype, CPU))
             network = load_network(
                 source.config, 512, read_shard, pack=pack, dtype=precision.dtype, device=CPU
             )

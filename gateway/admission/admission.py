@@ -170,9 +170,10 @@ class Admission:
             self._record(tokens)
             self._grant()  # another replica may have become ready
 
-    def end(self, claim: Claim, answer_tokens: int, unused_tokens: int) -> None:
+    def end(self, claim: Claim, answer_tokens: int | None, unused_tokens: int) -> None:
         """Ends a granted ticket; `unused_tokens` were charged but not computed."""
-        self._throughput.record_answer(answer_tokens)
+        if answer_tokens is not None:  # else it only scored its prompt
+            self._throughput.record_answer(answer_tokens)
         self._queue.charge(claim, -unused_tokens)
         self._queue.end(claim)
         self._running -= 1

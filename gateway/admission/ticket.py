@@ -21,8 +21,11 @@ class TicketOffice(Protocol):
     def charge(self, claim: Claim, tokens: int) -> None:
         """The replicas served tokens of a granted ticket."""
 
-    def end(self, claim: Claim, answer_tokens: int, unused_tokens: int) -> None:
-        """A granted ticket is over; `unused_tokens` were charged and not computed."""
+    def end(self, claim: Claim, answer_tokens: int | None, unused_tokens: int) -> None:
+        """A granted ticket is over; `unused_tokens` were charged and not computed.
+
+        `answer_tokens` is None if there could be no answer.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +82,5 @@ class Ticket:
 
     def end(self, unused_prompt_tokens: int) -> None:
         """Ends a granted ticket; refunds the prompt tokens that were charged but not computed."""
-        self._admission.end(self._claim, self._answer_tokens, unused_prompt_tokens)
+        answer_tokens = self._answer_tokens if self.size.max_answer else None
+        self._admission.end(self._claim, answer_tokens, unused_prompt_tokens)

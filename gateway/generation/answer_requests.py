@@ -57,6 +57,7 @@ def start_message(
         sampling=sampling,
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,
+        scored_from=prompt.scored_from,
         top_logprobs=options.top_logprobs,
         logprob_token_ids=options.logprob_token_ids,
         eos_ids=eos_ids,

@@ -83,7 +83,7 @@ async def complete(
     try:
         for each in requests:
             if isinstance(prompt := each.prompt, Prompt):
-                answer = Answer(prompt.ids, options, vocabulary)
+                answer = Answer(prompt.ids[prompt.scored_from :], options, vocabulary)
                 deliver = partial(buffer.put, each.key)
                 running[each.key] = Generation(
                     answer, starts[each.key], next(tickets), replicas, deliver

@@ -169,8 +169,9 @@ class Generation:
             self._computed = True
         if self._reports_prompt:
             self._reports_prompt = False
-            self._answer_ids += ids[self.prompt_tokens :]
-            self._ticket.served(len(ids) - self.prompt_tokens)  # the prompt was charged before
+            reported = self.prompt_tokens - self._start.scored_from
+            self._answer_ids += ids[reported:]
+            self._ticket.served(len(ids) - reported)  # the prompt was charged before
         else:
             self._answer_ids += ids
             self._ticket.served(len(ids))

@@ -22,6 +22,7 @@ class Prompt:
 
     ids: list[int]
     dropped_turns: int = 0
+    scored_from: int = 0  # where the model begins to report the prompt's tokens, if it does
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from gateway.request.window import Window
 from gateway.text.stop_strings import StopString
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import SamplingParams
@@ -18,6 +19,9 @@ from serving.security.caller import CallerLimits
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 ChatRequest = chat_pb2.ChatCompleteRequest | chat_pb2.ChatCompleteStreamRequest
 TextRequest = chat_pb2.TextCompleteRequest | chat_pb2.TextCompleteStreamRequest
+# The requests whose answers the model computes.
+ModelRequest = ChatRequest | TextRequest | chat_pb2.ScoreRequest
+UnaryRequest = chat_pb2.ChatCompleteRequest | chat_pb2.TextCompleteRequest | chat_pb2.ScoreRequest
 
 
 # The values of absent fields; `max_gen_len` has a default too, which depends on the context length.
@@ -104,9 +108,32 @@ def options(request: ChatRequest | TextRequest, context_length: int) -> Options:
     )
 
 
+def score_options(request: chat_pb2.ScoreRequest) -> Options:
+    """The options of a request without violations: the prompts are scored, nothing is generated."""
+    sampling = SamplingParams(temperature=0, max_gen_len=0)
+    return Options(
+        sampling,
+        stop=(),
+        logprobs=True,
+        top_logprobs=request.top_logprobs,
+        logprob_token_ids=tuple(request.logprob_token_ids),
+        echo=True,
+        priority=request.priority,
+    )
+
+
 def choices(request: ChatRequest | TextRequest) -> int:
     """Answers to each dialog or prompt of a request."""
     return request.n if request.HasField("n") else 1
+
+
+def answer_room(
+    policy: "chat_pb2.ContextPolicy.ValueType", window: Window, max_gen_len: int
+) -> int | None:
+    """Tokens to keep free for an answer by dropping turns; None: no turns may be dropped."""
+    if policy != chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS:
+        return None
+    return window.answer_room(max_gen_len)
 
 
 def default_max_gen_len(context_length: int) -> int:

@@ -52,10 +52,10 @@ def chat_violations(
         *of_dialogs,
         *sampling_violations(request.sampling, vocab_size),
         *_logprobs_violations(request, vocab_size),
-        *_context_policy_violations(request.context_policy),
+        *context_policy_violations(request.context_policy),
         *_choices_violations(request, len(request.dialogs), limits),
         *_name_violations(request),
-        *_priority_violations(request.priority, limits),
+        *priority_violations(request.priority, limits),
     ]
 
 
@@ -77,15 +77,8 @@ def text_violations(
         *_logprobs_violations(request, vocab_size),
         *_choices_violations(request, len(request.prompts) + len(request.prompt_ids), limits),
         *_name_violations(request),
-        *_priority_violations(request.priority, limits),
+        *priority_violations(request.priority, limits),
     ]
-
-
-def render_violations(
-    request: chat_pb2.RenderPromptRequest, of_dialog: Sequence[Violation]
-) -> list[Violation]:
-    """All violations of a RenderPrompt request, those of its dialog included."""
-    return [*of_dialog, *_context_policy_violations(request.context_policy)]
 
 
 def stream_name_violations(stream_name: str) -> list[Violation]:
@@ -103,7 +96,7 @@ def _name_violations(request: ChatRequest | TextRequest) -> list[Violation]:
     return []
 
 
-def _context_policy_violations(policy: int) -> list[Violation]:
+def context_policy_violations(policy: int) -> list[Violation]:
     """The violation of an unknown policy: protocol buffers accept any number for an enum."""
     if policy in chat_pb2.ContextPolicy.values():
         return []
@@ -123,7 +116,7 @@ def _choices_violations(
     return []
 
 
-def _priority_violations(priority: int, limits: RequestLimits) -> list[Violation]:
+def priority_violations(priority: int, limits: RequestLimits) -> list[Violation]:
     if MIN_PRIORITY <= priority <= limits.max_priority:
         return []
     return [

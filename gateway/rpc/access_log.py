@@ -9,14 +9,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import grpc
 import structlog
 
 from gateway.generation.answer import Delta
 from gateway.generation.events import AnswerKey, Finished, Started
-from gateway.request.options import ChatRequest, TextRequest
+from gateway.request.options import ModelRequest, TextRequest
 from gateway.rpc.metrics import RequestMetrics
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import FinishReason
@@ -25,9 +25,20 @@ from serving.security import caller
 from serving.telemetry import tracing
 from serving.telemetry.metrics import go_name
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
 _log = structlog.stdlib.get_logger("access")
+
+# OpenTelemetry's names of operations, and ours where it has none.
+_OPERATIONS = {"ChatComplete": "chat", "ChatCompleteStream": "chat", "Score": "score"}
+
+
+class Context(Protocol):
+    """The call of a request: gRPC's context, or an HTTP request."""
+
+    def peer(self) -> str:
+        """The client's address, as gRPC writes it: ipv4:127.0.0.1:40000."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until its deadline; None if it has none."""
 
 
 @dataclass(slots=True)
@@ -83,9 +94,12 @@ class _Asked:
     begins_with_echo: bool
 
     @classmethod
-    def of(cls, request: ChatRequest | TextRequest) -> "_Asked":
-        # With logprobs, the prompt's tokens come together with the first one of the answer.
-        echo = not isinstance(request, ChatRequest) and request.echo and not request.logprobs
+    def of(cls, request: ModelRequest) -> "_Asked":
+        # With logprobs, the prompt's tokens come together with the first one of the answer, and a
+        # score has no other ones.
+        echo = isinstance(request, chat_pb2.ScoreRequest)
+        if isinstance(request, TextRequest):
+            echo = request.echo and not request.logprobs
         method = request.DESCRIPTOR.name.removesuffix("Request")
         return cls(method, bool(getattr(request, "stream_name", "")), echo)
 
@@ -98,7 +112,7 @@ class Accounting:
         self._log_client_addresses = log_client_addresses
 
     @contextmanager
-    def account(self, request: ChatRequest | TextRequest, context: Context) -> Iterator[Account]:
+    def account(self, request: ModelRequest, context: Context) -> Iterator[Account]:
         """The account of a request; the end of the `with` block closes it in any case."""
         asked = _Asked.of(request)
         del request  # can have megabytes, which must not be held until the answers end
@@ -130,7 +144,7 @@ class Accounting:
         reasons = [*cost.finish_reasons.elements()]
         tracing.annotate(
             {
-                "gen_ai.operation.name": "chat" if method.startswith("Chat") else "text_completion",
+                "gen_ai.operation.name": _OPERATIONS.get(method, "text_completion"),
                 "gen_ai.usage.input_tokens": cost.prompt_tokens,
                 "gen_ai.usage.cache_read.input_tokens": cost.cached_prompt_tokens,
                 "gen_ai.usage.output_tokens": cost.completion_tokens,

@@ -1,12 +1,9 @@
-"""Builds the messages of the public contract from answers and their events."""
+"""Builds the messages of a stream from the events of its answers."""
 
-from collections.abc import Sequence
 from typing import TypedDict
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from gateway.generation.answer import Delta
-from gateway.generation.events import AnswerKey, Event, Finished, Prediction, Started
+from gateway.generation.events import AnswerKey, Event, Finished, Started
 from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2
 
@@ -56,59 +53,27 @@ def _started(event: Started) -> chat_pb2.Started:
 def _finished(event: Finished) -> chat_pb2.Finished:
     return chat_pb2.Finished(
         finish_reason=event.reason,
-        **_stopped_by(event),
+        **stopped_by(event),
         safety_categories=event.safety_categories,
         usage=event.usage,
         failovers=event.failovers,
     )
 
 
-class _StoppedBy(TypedDict, total=False):
+class StoppedBy(TypedDict, total=False):
     """One of the two, or none."""
 
     stop_token_id: int
     stop_string: str
 
 
-def _stopped_by(finished: Finished) -> _StoppedBy:
+def stopped_by(finished: Finished) -> StoppedBy:
+    """The token or string that ended an answer, as fields of its message."""
     if finished.stop_string:
         return {"stop_string": finished.stop_string}
     if finished.stop_token_id is not None:
         return {"stop_token_id": finished.stop_token_id}
     return {}
-
-
-class ResponseHead(TypedDict):
-    """The fields of a unary response besides its predictions."""
-
-    id: str
-    created: Timestamp
-    model: str
-
-
-def response_head(predictions: Sequence[Prediction]) -> ResponseHead:
-    """The head of a response with these predictions, at least one."""
-    started = predictions[0].started
-    return {"id": started.response_id, "created": started.created, "model": started.model}
-
-
-def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
-    """A prediction without its tokens."""
-    return chat_pb2.Prediction(
-        index=prediction.key.index,
-        choice_index=prediction.key.choice,
-        text=prediction.text,
-        finish_reason=prediction.finished.reason,
-        **_stopped_by(prediction.finished),
-        safety_categories=prediction.finished.safety_categories,
-        usage=prediction.finished.usage,
-        sampling=prediction.started.sampling,
-        dropped_turns=prediction.started.dropped_turns,
-        fingerprint=prediction.started.fingerprint,
-        determinism=prediction.started.determinism,
-        prompt_format=prediction.started.prompt_format,
-        failovers=prediction.finished.failovers,
-    )
 
 
 def prompt_format_message(prompt_format: PromptFormat) -> chat_pb2.PromptFormat:

@@ -1,4 +1,4 @@
-"""The one code path of the four completion RPCs: check, admit, encode, judge, generate.
+"""The one code path of the completion RPCs and of Score: check, admit, encode, judge, generate.
 
 Checks come first, because they cost little. From admission on, everything happens within contexts
 that give back what the request holds, however it ends.
@@ -8,7 +8,6 @@ import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 
@@ -16,27 +15,38 @@ from gateway.admission.admission import Admission
 from gateway.generation.completion import Generations, complete
 from gateway.generation.events import SPECIAL_TAGS_REFUSAL, AnswerKey, KeyedEvent, Refusal
 from gateway.generation.generation import Outcome
+from gateway.generation.safety.classifier import Subject
+from gateway.generation.safety.guard import Guard, dialogs_to_judge, unsafe_violations
 from gateway.generation.send_buffer import SendBuffer
 from gateway.request.draft import Prompt
-from gateway.request.options import ChatRequest, Options, RequestLimits, TextRequest, options
+from gateway.request.options import (
+    ChatRequest,
+    ModelRequest,
+    Options,
+    RequestLimits,
+    TextRequest,
+    UnaryRequest,
+    answer_room,
+    options,
+    score_options,
+)
 from gateway.request.prompts import encode_dialogs, encode_texts
 from gateway.request.read_dialogs import Dialogs, read_dialogs
+from gateway.request.scoring import Scoring, encode_candidates, read_scoring
+from gateway.request.tokenization import TokenizerTools
 from gateway.request.turn_dropper import Encode
 from gateway.request.validation import chat_violations, text_violations
 from gateway.request.window import Window
-from gateway.rpc.access_log import Accounting
+from gateway.rpc.access_log import Accounting, Context
 from gateway.rpc.messages import prompt_format_message
-from gateway.rpc.unary import AnswerSize, size_violations
+from gateway.rpc.unary import AnswerSize, score_size_violations, size_violations
 from gateway.rpc.upstreams import Backend
-from gateway.safety.classifier import Subject
-from gateway.safety.guard import Guard, dialogs_to_judge
 from gateway.text.detokenizer import text_of
 from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, invalid_argument
 from serving.security import caller
 
-Context = grpc.aio.ServicerContext[Any, Any]
 # Characters of an unknown model's name that an error shows, so that the rest of the error fits.
 MAX_SHOWN_NAME = 64
 # Seconds until the deadline; None: there is none.
@@ -53,6 +63,7 @@ class _Checked:
     sequences: int
     # No closure: the frame of an error would hold its variables until the garbage collector runs.
     encode: Callable[[], Awaitable[Encoded]]
+    scores: bool = False  # nothing is generated, and `encode` has the candidates judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +90,10 @@ class Pipeline:
         self._classifier = backend.classifier
         self._limits = limits
         self._admission = admission
-        self._accounting = accounting
+        self.accounting = accounting
 
     async def run(
-        self, request: ChatRequest | TextRequest, context: Context
+        self, request: ModelRequest, context: Context
     ) -> AsyncGenerator[KeyedEvent, None]:
         """The events of a request's answers, interleaved; close it (contextlib.aclosing).
 
@@ -90,34 +101,35 @@ class Pipeline:
             RequestError: a rule is broken, the queue is full, an upstream is unavailable, or the
                 client reads too slowly.
         """
-        with self._accounting.account(request, context) as account:
+        with self.accounting.account(request, context) as account:
             if isinstance(request, ChatRequest):
                 checked = await self._check_chat(request, context)
-            else:
+            elif isinstance(request, TextRequest):
                 checked = self._check_text(request, context)
-            is_unary = isinstance(
-                request, chat_pb2.ChatCompleteRequest | chat_pb2.TextCompleteRequest
-            )
+            else:
+                checked = self._check_score(request, context)
+            is_unary = isinstance(request, UnaryRequest)
             size = AnswerSize(self._limits.response_bytes) if is_unary else None
             # A named stream outlives the call that started it.
             lasts = bool(getattr(request, "stream_name", ""))
             time_remaining = _without_end if lasts else context.time_remaining
             del request  # can have megabytes, and its callers have dropped it, too
             chosen, sequences = checked.options, checked.sequences
-            if size is not None:
+            limit = self._limits.response_bytes
+            if size is not None and not checked.scores:
                 window, vocabulary = self.window(), self._tokenizer.vocabulary
-                limit = self._limits.response_bytes
                 refuse(size_violations(chosen, sequences, window, vocabulary, limit))
             time_left = context.time_remaining()
             with self._admission.admit(sequences, chosen.priority, time_left) as admitted:
                 prompts, subjects = await checked.encode()
-                del checked
                 guard = None
-                if self._classifier is not None:
+                if self._classifier is not None and not checked.scores:
                     guard = Guard(self._classifier, subjects, chosen, time_remaining)
                     prompts = await guard.check(prompts)
-                del subjects
+                del checked, subjects
                 max_bytes = self._limits.send_buffer_bytes * len(prompts) * chosen.n
+                if size is not None:  # its client waits for all of it
+                    max_bytes = max(max_bytes, limit)
                 async with SendBuffer[AnswerKey, Outcome](max_bytes) as buffer:
                     generations = Generations()
                     events = complete(
@@ -159,6 +171,14 @@ class Pipeline:
         encode = functools.partial(self._encode_text, texts, ids, window, context)
         return _Checked(chosen, (len(texts) + len(ids)) * chosen.n, encode)
 
+    def _check_score(self, request: chat_pb2.ScoreRequest, context: Context) -> _Checked:
+        self.require_model(request.model)
+        vocabulary, window = self._tokenizer.vocabulary, self.window()
+        scoring = read_scoring(request, self.limits(), len(vocabulary), window, self.prompt_format)
+        chosen = score_options(request)
+        encode = functools.partial(self._encode_score, scoring, chosen, window, context)
+        return _Checked(chosen, scoring.candidates, encode, scores=True)
+
     async def _encode_chat(
         self, read: Dialogs, window: Window, room: int | None, context: Context
     ) -> Encoded:
@@ -184,6 +204,34 @@ class Pipeline:
             return [*prompts], []
         vocabulary = self._tokenizer.vocabulary
         return [*prompts], texts or [text_of(each.ids, vocabulary) for each in prompts]
+
+    async def _encode_score(
+        self, scoring: Scoring, chosen: Options, window: Window, context: Context
+    ) -> Encoded:
+        """The prompts of a request whose candidates are safe, or else INVALID_ARGUMENT."""
+        vocabulary = self._tokenizer.vocabulary
+        prompts = await encode_candidates(scoring, self.encoder(context.time_remaining), window)
+        limit = self._limits.response_bytes
+        refuse(score_size_violations(chosen, prompts, vocabulary, limit))
+        if self._classifier is not None:
+            subjects = scoring.subjects(prompts, vocabulary)
+            guard = Guard(self._classifier, subjects, chosen, context.time_remaining)
+            paths = map(scoring.path, range(scoring.candidates))
+            refuse(unsafe_violations(paths, await guard.check(prompts)))
+        return [*prompts], []
+
+    def tokenizer_tools(self, model: str, context: Context) -> TokenizerTools:
+        """The tokenizer for a call that needs no model time; NOT_FOUND as `require_model`."""
+        self.require_model(model)
+        return TokenizerTools(
+            self._tokenizer.vocabulary,
+            self.prompt_format,
+            self.window(),
+            self.encoder(context.time_remaining),
+            self.limits(),
+            self._limits.response_bytes,
+            functools.partial(self._admission.admit, 1, 0, context.time_remaining()),
+        )
 
     def require_model(self, name: str) -> None:
         """NOT_FOUND if a request names another model than the one that is served."""
@@ -217,15 +265,6 @@ def refuse(violations: Sequence[Violation]) -> None:
     """INVALID_ARGUMENT if there are violations."""
     if violations:
         raise invalid_argument(violations)
-
-
-def answer_room(
-    policy: "chat_pb2.ContextPolicy.ValueType", window: Window, max_gen_len: int
-) -> int | None:
-    """Tokens to keep free for an answer by dropping turns; None: no turns may be dropped."""
-    if policy != chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS:
-        return None
-    return window.answer_room(max_gen_len)
 
 
 def _without_end() -> None:

@@ -6,16 +6,20 @@ stopped as soon as it exceeds it. Until then an answer's tokens are kept seriali
 objects they take nine times as much memory.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import TypedDict, TypeVar
+
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.generation.answer import Delta
 from gateway.generation.events import AnswerKey, Event, Finished, KeyedEvent, Prediction, Started
+from gateway.request.draft import Prompt
 from gateway.request.options import Options
 from gateway.request.window import Window
-from gateway.rpc.messages import prediction_message, response_head
+from gateway.rpc.messages import stopped_by
 from gateway.text.vocabulary import Vocabulary
 from llama.v1 import chat_pb2
 from serving.errors import RequestError, Violation, resource_exhausted
@@ -40,18 +44,40 @@ def size_violations(
     tokens = min(chosen.sampling.max_gen_len, window.length - 1)
     if chosen.prompt_logprobs:
         tokens = window.length
-    others = chosen.top_logprobs + len(chosen.logprob_token_ids)
-    entries = sequences * tokens * (1 + others)
-    size = round(entries * (_ENTRY_BYTES + 2 * vocabulary.mean_token_bytes))
+    size = _tokens_size(sequences * tokens, chosen, vocabulary)
     if size <= max_bytes:
         return []
     rule = (
         f"with {sequences} answers of up to {tokens} tokens could take about {size} bytes, and a "
         f"unary answer may have {max_bytes}: lower sampling.max_gen_len, n or the number of "
-        "prompts, or call the streaming method"
+        "prompts, or ask for a stream"
     )
     field = "top_logprobs" if chosen.top_logprobs else "logprobs"
     return [Violation("logprob_token_ids" if chosen.logprob_token_ids else field, rule)]
+
+
+def score_size_violations(
+    chosen: Options, prompts: Sequence[Prompt], vocabulary: Vocabulary, max_bytes: int
+) -> list[Violation]:
+    """The violation of a Score request whose answer would exceed `max_bytes`, by the same estimate
+    of its tokens, which are known.
+    """
+    tokens = sum(len(prompt.ids) - prompt.scored_from for prompt in prompts)
+    size = _tokens_size(tokens, chosen, vocabulary) + PREDICTION_BYTES * len(prompts)
+    if size <= max_bytes:
+        return []
+    rule = (
+        f"with {len(prompts)} candidates of {tokens} tokens together would take about {size} "
+        f"bytes, and a unary answer may have {max_bytes}: give fewer candidates, or lower "
+        "top_logprobs"
+    )
+    field = "top_logprobs" if chosen.top_logprobs else "candidates"
+    return [Violation("logprob_token_ids" if chosen.logprob_token_ids else field, rule)]
+
+
+def _tokens_size(tokens: int, chosen: Options, vocabulary: Vocabulary) -> int:
+    entries = tokens * (1 + chosen.top_logprobs + len(chosen.logprob_token_ids))
+    return round(entries * (_ENTRY_BYTES + 2 * vocabulary.mean_token_bytes))
 
 
 class AnswerSize:
@@ -100,6 +126,39 @@ async def fold(events: AsyncIterator[KeyedEvent]) -> list[Prediction]:
     ]
 
 
+class ResponseHead(TypedDict):
+    """The fields of a unary response besides its predictions."""
+
+    id: str
+    created: Timestamp
+    model: str
+
+
+def response_head(predictions: Sequence[Prediction]) -> ResponseHead:
+    """The head of a response with these predictions, at least one."""
+    started = predictions[0].started
+    return {"id": started.response_id, "created": started.created, "model": started.model}
+
+
+def prediction_message(prediction: Prediction) -> chat_pb2.Prediction:
+    """A prediction without its tokens."""
+    return chat_pb2.Prediction(
+        index=prediction.key.index,
+        choice_index=prediction.key.choice,
+        text=prediction.text,
+        finish_reason=prediction.finished.reason,
+        **stopped_by(prediction.finished),
+        safety_categories=prediction.finished.safety_categories,
+        usage=prediction.finished.usage,
+        sampling=prediction.started.sampling,
+        dropped_turns=prediction.started.dropped_turns,
+        fingerprint=prediction.started.fingerprint,
+        determinism=prediction.started.determinism,
+        prompt_format=prediction.started.prompt_format,
+        failovers=prediction.finished.failovers,
+    )
+
+
 async def unary_response(
     response_type: type[ResponseT], events: AsyncGenerator[KeyedEvent, None]
 ) -> ResponseT:
@@ -114,6 +173,29 @@ async def unary_response(
     return response
 
 
+async def score_response(events: AsyncGenerator[KeyedEvent, None]) -> chat_pb2.ScoreResponse:
+    """The scores made from all events of a Score request; closes `events`."""
+    async with aclosing(events):
+        predictions = await fold(events)
+    started = predictions[0].started
+    response = chat_pb2.ScoreResponse(
+        **response_head(predictions),
+        fingerprint=started.fingerprint,
+        determinism=started.determinism,
+    )
+    for prediction in predictions:
+        message = chat_pb2.Prediction()
+        await add_tokens(message, prediction)
+        response.scores.add(
+            index=prediction.key.index,
+            tokens=message.tokens,
+            logprob=math.fsum(token.logprob for token in message.tokens),
+            is_greedy=all(token.rank == 1 for token in message.tokens),
+            usage=prediction.finished.usage,
+        )
+    return response
+
+
 async def add_tokens(message: chat_pb2.Prediction, prediction: Prediction) -> None:
     """Adds a prediction's tokens to its message, in steps that let other tasks run."""
     time_slice = TimeSlice()
@@ -125,6 +207,6 @@ async def add_tokens(message: chat_pb2.Prediction, prediction: Prediction) -> No
 def _too_large(max_bytes: int) -> RequestError:
     message = (
         f"the answer has more than {max_bytes} bytes, the limit of a unary answer: lower "
-        "sampling.max_gen_len, n or the number of prompts, or call the streaming method"
+        "sampling.max_gen_len, n or the number of prompts, or ask for a stream"
     )
     return resource_exhausted(message, "max_response_bytes", retry_after=None)

@@ -6,10 +6,10 @@ ready, so that load balancers avoid a gateway that cannot answer.
 import asyncio
 from collections.abc import Sequence
 
+from gateway.generation.safety.classifier import SafetyClient
+from gateway.generation.safety.options import SafetyOptions
 from gateway.replicas.options import PoolOptions
 from gateway.replicas.pool import ReplicaPool
-from gateway.safety.classifier import SafetyClient
-from gateway.safety.options import SafetyOptions
 from gateway.text.tokenizer import TokenizerClient
 from gateway.upstream.connect import Connect, plaintext
 from llama.prompt_format.recognition import FormatName

@@ -43,6 +43,7 @@ class PromptFormat:
     control_tokens: tuple[str, ...] = ()  # those that the vocabulary must have
     answer_ends: tuple[str, ...] = ()  # control tokens that end an answer, beside the model's EOS
     special_tags: tuple[str, ...] = ()  # texts that no message may hold
+    before_answer: str = ""  # between the text of a prompt and that of its answer
 
     def render(self, dialog: Sequence[Message]) -> list[TurnSegments]:
         """The segments of a valid dialog, by turns. Only the first depends on which came before."""
@@ -82,6 +83,7 @@ def marked(name: str, marks: MarkedTurns, *, special_tags: tuple[str, ...] = ())
         control_tokens=(*needed,),
         answer_ends=(str(marks.after_answer[0]),),
         special_tags=special_tags,
+        before_answer=marks.before_answer,
     )
 
 
@@ -178,10 +180,12 @@ def _judgement(dialog: Iterable[Turn]) -> list[TurnSegments]:
     return [(Segment(prompt, bos=True),)]
 
 
-LLAMA2 = PromptFormat("llama2", each_turn(render_turn), special_tags=SPECIAL_TAGS)
+LLAMA2 = PromptFormat(
+    "llama2", each_turn(render_turn), special_tags=SPECIAL_TAGS, before_answer=" "
+)
 # Llama Guard 1 as a chat model: the prompt asks for a judgement of the last user's message. It is
 # one text, so no turn can be dropped from it; tags in it are replaced and need no refusal.
-LLAMA_GUARD = PromptFormat("llama-guard", _judgement)
+LLAMA_GUARD = PromptFormat("llama-guard", _judgement, before_answer=" ")
 
 FORMATS = {
     each.name: each

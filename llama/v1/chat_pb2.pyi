@@ -1398,3 +1398,392 @@ class Limits(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class TokenizeRequest(_message.Message):
+    """Texts or dialogs to tokenize."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    DIALOGS_FIELD_NUMBER: _builtins.int
+    BOS_FIELD_NUMBER: _builtins.int
+    EOS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """As ChatCompleteRequest.model."""
+    bos: _builtins.bool
+    """With `texts`: put BOS in front, as TextComplete does; no effect where the model has none. Default
+    true.
+    """
+    eos: _builtins.bool
+    """With `texts`: put EOS at the end."""
+    tokens: _builtins.bool
+    """Report the text, the bytes and the place of each token, too."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Any valid Unicode, each encoded on its own, of at most 1 MiB. At least one, at most
+        GetModelResponse.limits.max_dialogs.
+        """
+
+    @_builtins.property
+    def dialogs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dialog]:
+        """Dialogs, each rendered as for ChatComplete, of at most 1 MiB; instead of `texts`."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+        dialogs: _abc.Iterable[Global___Dialog] | None = ...,
+        bos: _builtins.bool | None = ...,
+        eos: _builtins.bool = ...,
+        tokens: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bos", b"_bos", "bos", b"bos"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bos", b"_bos", "bos", b"bos", "dialogs", b"dialogs", "eos", b"eos", "model", b"model", "texts", b"texts", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bos: _TypeAlias = _typing.Literal["bos"]  # noqa: Y015
+    _WhichOneofArgType__bos: _TypeAlias = _typing.Literal["_bos", b"_bos"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bos) -> _WhichOneofReturnType__bos | None: ...
+
+Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    """Token ids in the order of the texts or dialogs, of at most GetModelResponse.limits.max_response_bytes
+    together.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENIZATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokenizations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tokenization]:
+        """One for each text or dialog."""
+
+    def __init__(
+        self,
+        *,
+        tokenizations: _abc.Iterable[Global___Tokenization] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokenizations", b"tokenizations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
+
+@_typing.final
+class Tokenization(_message.Message):
+    """The tokens of one text or dialog."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids, BOS and EOS included."""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextToken]:
+        """The tokens with these ids; only with TokenizeRequest.tokens."""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+        tokens: _abc.Iterable[Global___TextToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tokenization: _TypeAlias = Tokenization  # noqa: Y015
+
+@_typing.final
+class TextToken(_message.Message):
+    """One token of a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Token id."""
+    text: _builtins.str
+    """The token's text as the tokenizer decodes it alone."""
+    bytes: _builtins.bytes
+    """The token's bytes, exact where `text` is not (a byte of a longer character)."""
+    offset: _builtins.int
+    """Where the token begins in the text that Detokenize gives for the ids, in bytes of UTF-8. This is the
+    text that was tokenized, unless the model's tokenizer normalizes texts.
+    """
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        text: _builtins.str = ...,
+        bytes: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "offset", b"offset", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextToken: _TypeAlias = TextToken  # noqa: Y015
+
+@_typing.final
+class DetokenizeRequest(_message.Message):
+    """Token ids to make texts of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """As ChatCompleteRequest.model."""
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenIds]:
+        """Each decoded on its own. At least one, at most GetModelResponse.limits.max_dialogs."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        sequences: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizeRequest: _TypeAlias = DetokenizeRequest  # noqa: Y015
+
+@_typing.final
+class DetokenizeResponse(_message.Message):
+    """Texts in the order of the sequences, of at most GetModelResponse.limits.max_response_bytes together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DetokenizedText]:
+        """One for each sequence."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[Global___DetokenizedText] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
+
+@_typing.final
+class DetokenizedText(_message.Message):
+    """The text of a sequence of token ids."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text, without control tokens. Bytes that are no character become U+FFFD."""
+    bytes: _builtins.bytes
+    """The bytes of all tokens, exact where `text` is not: at its ends, characters may be incomplete."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        bytes: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizedText: _TypeAlias = DetokenizedText  # noqa: Y015
+
+@_typing.final
+class ScoreRequest(_message.Message):
+    """A prompt, and candidates for what follows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    PROMPT_IDS_FIELD_NUMBER: _builtins.int
+    DIALOG_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    CANDIDATE_IDS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """As ChatCompleteRequest.model."""
+    prompt: _builtins.str
+    """A text, any valid Unicode; BOS is put in front, so that it may be empty where the model has a BOS."""
+    top_logprobs: _builtins.int
+    """How many of the most probable tokens to report at each position, 0 to
+    GetModelResponse.limits.max_top_logprobs.
+    """
+    priority: _builtins.int
+    """When requests wait, those of higher priority go first; those of equal priority take turns by caller.
+    Range -100 to 100, and at most what the caller's key allows; default 0.
+    """
+    @_builtins.property
+    def prompt_ids(self) -> _sampling_pb2.TokenIds:
+        """Token ids, taken as they are, BOS included; needs `candidate_ids`."""
+
+    @_builtins.property
+    def dialog(self) -> Global___Dialog:
+        """A dialog, rendered as for ChatComplete: the candidates are answers to its last message. One that
+        holds a special tag is INVALID_ARGUMENT.
+        """
+
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts, none of them empty. Each is encoded together with the prompt, as one text, so a candidate that
+        is a word of its own begins with a space. An answer to a dialog is given as ChatComplete would return
+        it, without that space. At least one, at most GetModelResponse.limits.max_dialogs.
+        """
+
+    @_builtins.property
+    def candidate_ids(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenIds]:
+        """Candidates as token ids, none of them empty; instead of `candidates`."""
+
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids whose logprobs are reported at each position, whatever their rank: at most
+        GetModelResponse.limits.max_logprob_token_ids.
+        """
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        prompt: _builtins.str = ...,
+        prompt_ids: _sampling_pb2.TokenIds | None = ...,
+        dialog: Global___Dialog | None = ...,
+        candidates: _abc.Iterable[_builtins.str] | None = ...,
+        candidate_ids: _abc.Iterable[_sampling_pb2.TokenIds] | None = ...,
+        top_logprobs: _builtins.int = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "dialog", b"dialog", "prompt", b"prompt", "prompt_ids", b"prompt_ids"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_ids", b"candidate_ids", "candidates", b"candidates", "context", b"context", "dialog", b"dialog", "logprob_token_ids", b"logprob_token_ids", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_ids", b"prompt_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_context: _TypeAlias = _typing.Literal["prompt", "prompt_ids", "dialog"]  # noqa: Y015
+    _WhichOneofArgType_context: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_context) -> _WhichOneofReturnType_context | None: ...
+
+Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class ScoreResponse(_message.Message):
+    """Scores in the order of the candidates, of at most GetModelResponse.limits.max_response_bytes together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """A random name of this response; the gateway's access log has it, too."""
+    model: _builtins.str
+    """GetModelResponse.name of the model that answers."""
+    fingerprint: _builtins.str
+    """As Prediction.fingerprint."""
+    determinism: _sampling_pb2.Determinism.ValueType
+    """As Prediction.determinism."""
+    @_builtins.property
+    def created(self) -> _timestamp_pb2.Timestamp:
+        """When the gateway began to answer."""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateScore]:
+        """One for each candidate."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        created: _timestamp_pb2.Timestamp | None = ...,
+        model: _builtins.str = ...,
+        scores: _abc.Iterable[Global___CandidateScore] | None = ...,
+        fingerprint: _builtins.str = ...,
+        determinism: _sampling_pb2.Determinism.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "determinism", b"determinism", "fingerprint", b"fingerprint", "id", b"id", "model", b"model", "scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
+
+@_typing.final
+class CandidateScore(_message.Message):
+    """How probable a candidate is behind the prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    IS_GREEDY_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which candidate of the request, from 0."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability: the sum of its tokens' logprobs."""
+    is_greedy: _builtins.bool
+    """Whether greedy generation would give it: each of its tokens is the most probable one, of rank 1."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """Its tokens, each with its logprob given the prompt and the tokens before it. Where a token stands for
+        the end of the prompt and the beginning of a candidate, the tokens of all candidates begin there.
+        """
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Its cost: `prompt_tokens` are those of prompt and candidate together."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___Token] | None = ...,
+        logprob: _builtins.float = ...,
+        is_greedy: _builtins.bool = ...,
+        usage: Global___Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "is_greedy", b"is_greedy", "logprob", b"logprob", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CandidateScore: _TypeAlias = CandidateScore  # noqa: Y015

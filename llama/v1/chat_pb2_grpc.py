@@ -76,6 +76,21 @@ class ChatServiceStub(object):
                 request_serializer=llama_dot_v1_dot_chat__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=llama_dot_v1_dot_chat__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/llama.v1.ChatService/Tokenize',
+                request_serializer=llama_dot_v1_dot_chat__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=llama_dot_v1_dot_chat__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/llama.v1.ChatService/Detokenize',
+                request_serializer=llama_dot_v1_dot_chat__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=llama_dot_v1_dot_chat__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/llama.v1.ChatService/Score',
+                request_serializer=llama_dot_v1_dot_chat__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=llama_dot_v1_dot_chat__pb2.ScoreResponse.FromString,
+                _registered_method=True)
 
 
 class ChatServiceServicer(object):
@@ -144,6 +159,29 @@ class ChatServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Returns the token ids of texts or dialogs, as TextComplete and ChatComplete would give them to the
+        model. Uses no model time, and the context length is no limit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Returns the texts that token ids stand for. Uses no model time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Returns how probable each of several candidates is behind a prompt, token by token. Nothing is
+        generated, and the prompt is computed once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ChatServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -186,6 +224,21 @@ def add_ChatServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=llama_dot_v1_dot_chat__pb2.GetModelRequest.FromString,
                     response_serializer=llama_dot_v1_dot_chat__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=llama_dot_v1_dot_chat__pb2.TokenizeRequest.FromString,
+                    response_serializer=llama_dot_v1_dot_chat__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=llama_dot_v1_dot_chat__pb2.DetokenizeRequest.FromString,
+                    response_serializer=llama_dot_v1_dot_chat__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=llama_dot_v1_dot_chat__pb2.ScoreRequest.FromString,
+                    response_serializer=llama_dot_v1_dot_chat__pb2.ScoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -406,6 +459,87 @@ class ChatService(object):
             '/llama.v1.ChatService/GetModel',
             llama_dot_v1_dot_chat__pb2.GetModelRequest.SerializeToString,
             llama_dot_v1_dot_chat__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llama.v1.ChatService/Tokenize',
+            llama_dot_v1_dot_chat__pb2.TokenizeRequest.SerializeToString,
+            llama_dot_v1_dot_chat__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llama.v1.ChatService/Detokenize',
+            llama_dot_v1_dot_chat__pb2.DetokenizeRequest.SerializeToString,
+            llama_dot_v1_dot_chat__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llama.v1.ChatService/Score',
+            llama_dot_v1_dot_chat__pb2.ScoreRequest.SerializeToString,
+            llama_dot_v1_dot_chat__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

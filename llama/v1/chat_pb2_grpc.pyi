@@ -59,6 +59,16 @@ class ChatServiceStub:
     """Returns the exact token ids and text that a dialog becomes. Uses no model time."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_chat_pb2.GetModelRequest, _chat_pb2.GetModelResponse]
     """Describes the model that is served, the limits of this caller and the sampling defaults."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_chat_pb2.TokenizeRequest, _chat_pb2.TokenizeResponse]
+    """Returns the token ids of texts or dialogs, as TextComplete and ChatComplete would give them to the
+    model. Uses no model time, and the context length is no limit.
+    """
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_chat_pb2.DetokenizeRequest, _chat_pb2.DetokenizeResponse]
+    """Returns the texts that token ids stand for. Uses no model time."""
+    Score: _grpc.UnaryUnaryMultiCallable[_chat_pb2.ScoreRequest, _chat_pb2.ScoreResponse]
+    """Returns how probable each of several candidates is behind a prompt, token by token. Nothing is
+    generated, and the prompt is computed once.
+    """
 
 @_typing.type_check_only
 class ChatServiceAsyncStub(ChatServiceStub):
@@ -91,6 +101,16 @@ class ChatServiceAsyncStub(ChatServiceStub):
     """Returns the exact token ids and text that a dialog becomes. Uses no model time."""
     GetModel: _aio.UnaryUnaryMultiCallable[_chat_pb2.GetModelRequest, _chat_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the model that is served, the limits of this caller and the sampling defaults."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_chat_pb2.TokenizeRequest, _chat_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Returns the token ids of texts or dialogs, as TextComplete and ChatComplete would give them to the
+    model. Uses no model time, and the context length is no limit.
+    """
+    Detokenize: _aio.UnaryUnaryMultiCallable[_chat_pb2.DetokenizeRequest, _chat_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Returns the texts that token ids stand for. Uses no model time."""
+    Score: _aio.UnaryUnaryMultiCallable[_chat_pb2.ScoreRequest, _chat_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Returns how probable each of several candidates is behind a prompt, token by token. Nothing is
+    generated, and the prompt is computed once.
+    """
 
 class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
     """Dialogs and texts in, predictions out. Every error carries the request id in the trailer
@@ -168,5 +188,33 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.GetModelResponse, _abc.Awaitable[_chat_pb2.GetModelResponse]]:
         """Describes the model that is served, the limits of this caller and the sampling defaults."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _chat_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.TokenizeResponse, _abc.Awaitable[_chat_pb2.TokenizeResponse]]:
+        """Returns the token ids of texts or dialogs, as TextComplete and ChatComplete would give them to the
+        model. Uses no model time, and the context length is no limit.
+        """
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _chat_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.DetokenizeResponse, _abc.Awaitable[_chat_pb2.DetokenizeResponse]]:
+        """Returns the texts that token ids stand for. Uses no model time."""
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _chat_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.ScoreResponse, _abc.Awaitable[_chat_pb2.ScoreResponse]]:
+        """Returns how probable each of several candidates is behind a prompt, token by token. Nothing is
+        generated, and the prompt is computed once.
+        """
 
 def add_ChatServiceServicer_to_server(servicer: ChatServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

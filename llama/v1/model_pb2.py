@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from llama.v1 import sampling_pb2 as llama_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14llama/v1/model.proto\x12\x08llama.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17llama/v1/sampling.proto\"r\n\x0fGenerateRequest\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.llama.v1.StartSequenceH\x00\x12*\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.llama.v1.CancelSequenceH\x00\x42\t\n\x07\x63ommand\"\xa7\x02\n\rStartSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.llama.v1.SamplingParams\x12\x0f\n\x07\x65os_ids\x18\x05 \x03(\r\x12\x10\n\x08logprobs\x18\x06 \x01(\x08\x12\x17\n\x0fprompt_logprobs\x18\x07 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x08 \x01(\r\x12\x19\n\x11logprob_token_ids\x18\t \x03(\r\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x13\n\x0b\x63\x61\x63he_scope\x18\x0b \x01(\t\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\"%\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"8\n\x10GenerateResponse\x12$\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x14.llama.v1.TokenEvent\"\xd6\x02\n\nTokenEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\r\n\x05ranks\x18\x04 \x03(\r\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.llama.v1.TopLogprobs\x12\x1a\n\x12requested_logprobs\x18\x06 \x03(\x02\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.llama.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\t \x01(\r\x12\"\n\x07timings\x18\n \x01(\x0b\x32\x11.llama.v1.Timings\x12&\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x17.llama.v1.SequenceErrorB\x10\n\x0e_stop_token_id\",\n\x0bTopLogprobs\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\".\n\rSequenceError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xb7\x01\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ompute\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x15\n\x13GetModelInfoRequest\"\xa1\x02\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nparameters\x18\x04 \x01(\x04\x12\x0e\n\x06shards\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12*\n\x0b\x64\x65terminism\x18\n \x01(\x0e\x32\x15.llama.v1.Determinism\x12\x1d\n\x15tokenizer_fingerprint\x18\x0b \x01(\t\x12\x16\n\x0emax_batch_size\x18\x0c \x01(\r\"\x10\n\x0eGetLoadRequest\"\xde\x02\n\x0fGetLoadResponse\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x03 \x01(\x04\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x15\n\rcached_blocks\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x0b \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x0c \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\r \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x0e \x01(\x04\x32\xe4\x01\n\x0cModelService\x12\x45\n\x08Generate\x12\x19.llama.v1.GenerateRequest\x1a\x1a.llama.v1.GenerateResponse(\x01\x30\x01\x12M\n\x0cGetModelInfo\x12\x1d.llama.v1.GetModelInfoRequest\x1a\x1e.llama.v1.GetModelInfoResponse\x12>\n\x07GetLoad\x12\x18.llama.v1.GetLoadRequest\x1a\x19.llama.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14llama/v1/model.proto\x12\x08llama.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17llama/v1/sampling.proto\"r\n\x0fGenerateRequest\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.llama.v1.StartSequenceH\x00\x12*\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.llama.v1.CancelSequenceH\x00\x42\t\n\x07\x63ommand\"\xbc\x02\n\rStartSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.llama.v1.SamplingParams\x12\x0f\n\x07\x65os_ids\x18\x05 \x03(\r\x12\x10\n\x08logprobs\x18\x06 \x01(\x08\x12\x17\n\x0fprompt_logprobs\x18\x07 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x08 \x01(\r\x12\x19\n\x11logprob_token_ids\x18\t \x03(\r\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x13\n\x0b\x63\x61\x63he_scope\x18\x0b \x01(\t\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x13\n\x0bscored_from\x18\r \x01(\r\"%\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"8\n\x10GenerateResponse\x12$\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x14.llama.v1.TokenEvent\"\xd6\x02\n\nTokenEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\r\n\x05ranks\x18\x04 \x03(\r\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.llama.v1.TopLogprobs\x12\x1a\n\x12requested_logprobs\x18\x06 \x03(\x02\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.llama.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\t \x01(\r\x12\"\n\x07timings\x18\n \x01(\x0b\x32\x11.llama.v1.Timings\x12&\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x17.llama.v1.SequenceErrorB\x10\n\x0e_stop_token_id\",\n\x0bTopLogprobs\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\".\n\rSequenceError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xb7\x01\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ompute\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x15\n\x13GetModelInfoRequest\"\xa1\x02\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nparameters\x18\x04 \x01(\x04\x12\x0e\n\x06shards\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12*\n\x0b\x64\x65terminism\x18\n \x01(\x0e\x32\x15.llama.v1.Determinism\x12\x1d\n\x15tokenizer_fingerprint\x18\x0b \x01(\t\x12\x16\n\x0emax_batch_size\x18\x0c \x01(\r\"\x10\n\x0eGetLoadRequest\"\xde\x02\n\x0fGetLoadResponse\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x03 \x01(\x04\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x15\n\rcached_blocks\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x0b \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x0c \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\r \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x0e \x01(\x04\x32\xe4\x01\n\x0cModelService\x12\x45\n\x08Generate\x12\x19.llama.v1.GenerateRequest\x1a\x1a.llama.v1.GenerateResponse(\x01\x30\x01\x12M\n\x0cGetModelInfo\x12\x1d.llama.v1.GetModelInfoRequest\x1a\x1e.llama.v1.GetModelInfoResponse\x12>\n\x07GetLoad\x12\x18.llama.v1.GetLoadRequest\x1a\x19.llama.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,27 +36,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=91
   _globals['_GENERATEREQUEST']._serialized_end=205
   _globals['_STARTSEQUENCE']._serialized_start=208
-  _globals['_STARTSEQUENCE']._serialized_end=503
-  _globals['_CANCELSEQUENCE']._serialized_start=505
-  _globals['_CANCELSEQUENCE']._serialized_end=542
-  _globals['_GENERATERESPONSE']._serialized_start=544
-  _globals['_GENERATERESPONSE']._serialized_end=600
-  _globals['_TOKENEVENT']._serialized_start=603
-  _globals['_TOKENEVENT']._serialized_end=945
-  _globals['_TOPLOGPROBS']._serialized_start=947
-  _globals['_TOPLOGPROBS']._serialized_end=991
-  _globals['_SEQUENCEERROR']._serialized_start=993
-  _globals['_SEQUENCEERROR']._serialized_end=1039
-  _globals['_TIMINGS']._serialized_start=1042
-  _globals['_TIMINGS']._serialized_end=1225
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1227
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1248
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1251
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1540
-  _globals['_GETLOADREQUEST']._serialized_start=1542
-  _globals['_GETLOADREQUEST']._serialized_end=1558
-  _globals['_GETLOADRESPONSE']._serialized_start=1561
-  _globals['_GETLOADRESPONSE']._serialized_end=1911
-  _globals['_MODELSERVICE']._serialized_start=1914
-  _globals['_MODELSERVICE']._serialized_end=2142
+  _globals['_STARTSEQUENCE']._serialized_end=524
+  _globals['_CANCELSEQUENCE']._serialized_start=526
+  _globals['_CANCELSEQUENCE']._serialized_end=563
+  _globals['_GENERATERESPONSE']._serialized_start=565
+  _globals['_GENERATERESPONSE']._serialized_end=621
+  _globals['_TOKENEVENT']._serialized_start=624
+  _globals['_TOKENEVENT']._serialized_end=966
+  _globals['_TOPLOGPROBS']._serialized_start=968
+  _globals['_TOPLOGPROBS']._serialized_end=1012
+  _globals['_SEQUENCEERROR']._serialized_start=1014
+  _globals['_SEQUENCEERROR']._serialized_end=1060
+  _globals['_TIMINGS']._serialized_start=1063
+  _globals['_TIMINGS']._serialized_end=1246
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1248
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1269
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1272
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1561
+  _globals['_GETLOADREQUEST']._serialized_start=1563
+  _globals['_GETLOADREQUEST']._serialized_end=1579
+  _globals['_GETLOADRESPONSE']._serialized_start=1582
+  _globals['_GETLOADRESPONSE']._serialized_end=1932
+  _globals['_MODELSERVICE']._serialized_start=1935
+  _globals['_MODELSERVICE']._serialized_end=2163
 # @@protoc_insertion_point(module_scope)

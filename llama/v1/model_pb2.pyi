@@ -70,6 +70,7 @@ class StartSequence(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SCOPE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    SCORED_FROM_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """Chosen by the caller, unique among those that run on its stream."""
     generated_tokens: _builtins.int
@@ -91,6 +92,11 @@ class StartSequence(_message.Message):
     """
     traceparent: _builtins.str
     """The trace and span that the sequence belongs to, in the form of W3C Trace Context; empty: none."""
+    scored_from: _builtins.int
+    """With `prompt_logprobs`: the index of the first prompt token that is reported. Keys and values of the
+    tokens before it may come from the prefix cache. At most the number of `prompt_ids`; 0: all tokens
+    are reported, and nothing comes from the cache.
+    """
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, followed by the tokens of the answer that were generated elsewhere."""
@@ -124,10 +130,11 @@ class StartSequence(_message.Message):
         priority: _builtins.int = ...,
         cache_scope: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        scored_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_scope", b"cache_scope", "eos_ids", b"eos_ids", "generated_tokens", b"generated_tokens", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "sequence_id", b"sequence_id", "top_logprobs", b"top_logprobs", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_scope", b"cache_scope", "eos_ids", b"eos_ids", "generated_tokens", b"generated_tokens", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "scored_from", b"scored_from", "sequence_id", b"sequence_id", "top_logprobs", b"top_logprobs", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -208,7 +215,8 @@ class TokenEvent(_message.Message):
     """
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """New token ids; with prompt_logprobs, the first event of a sequence holds the prompt's ids in front.
+        """New token ids; with prompt_logprobs, the first event of a sequence holds the prompt's ids in front,
+        from `scored_from` on.
         The token that ends a generation is not among them.
         """
 

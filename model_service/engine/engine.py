@@ -14,19 +14,21 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from model_service.engine.drafting.draft_cache import DraftCache
+from model_service.engine.drafting.model_drafter import ModelDrafter
+from model_service.engine.drafting.ngram_drafter import NgramDrafter
 from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.engine.limits import EngineLimits, EngineLoad
-from model_service.engine.outputs import final_output, prompt_output, step_output
 from model_service.engine.pending_token import pending_token
 from model_service.engine.sampling.device_sampler import DeviceSampler, DeviceSampling
 from model_service.engine.sampling.host_sampler import HostSampling
+from model_service.engine.sampling.outputs import final_output, prompt_output, step_output
 from model_service.engine.sampling.result import SampledToken, StepResult
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.schedule import Chunk, Schedule
 from model_service.engine.scheduling.scheduler import Scheduler
-from model_service.engine.scheduling.speculation import NgramDrafter, Speculation
+from model_service.engine.scheduling.speculation.speculation import Speculation
 from model_service.engine.sequence import (
-    UNPREDICTED,
     FinishReason,
     GenerationRequest,
     Sequence,
@@ -54,20 +56,30 @@ class InFlightStep:
 class Engine:
     """Continuous batching over one replica's runner."""
 
-    def __init__(self, runner: ModelRunner, limits: EngineLimits) -> None:
+    def __init__(
+        self, runner: ModelRunner, limits: EngineLimits, draft_runner: ModelRunner | None = None
+    ) -> None:
+        """An engine without sequences.
+
+        Args:
+            runner: of the leader.
+            limits: of its requests and of the cache.
+            draft_runner: of a draft model, whose cache has as many blocks.
+        """
         self.limits = limits
         self.step_times = StepTimes()
         self._runner = runner
         self._sampler = DeviceSampler(limits.vocab_size, runner.device)  # only with lookahead
         self._pool = BlockPool(limits.blocks, limits.block_size)
         self._prefill_budget = PrefillBudget(
-            limits.max_stall,
-            limits.block_size,
-            limits.max_step_tokens,
-            recorded=runner.replays_decode,
+            limits.max_stall, limits.block_size, limits.max_step_tokens, recorded=runner.has_graphs
         )
         drafts = 0 if limits.lookahead else limits.draft_tokens  # they follow a known token
-        self._speculation = Speculation(NgramDrafter(), self._prefill_budget, drafts)
+        drafter = None
+        if draft_runner is not None:
+            cache = DraftCache(limits.blocks, limits.block_size, prefix_cache=limits.prefix_cache)
+            drafter = ModelDrafter(draft_runner, cache)
+        self._speculation = Speculation(NgramDrafter(), self._prefill_budget, drafts, drafter)
         self._scheduler = Scheduler(
             self._pool,
             self._prefill_budget,
@@ -150,8 +162,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             cached_prompt_tokens=self._scheduler.cached_prompt_tokens,
             completion_tokens=self._completion_tokens,
-            drafted_tokens=self._speculation.drafted,
-            accepted_tokens=self._speculation.accepted,
+            drafts=dict(self._speculation.counts),
         )
 
     def _launch(self) -> InFlightStep | None:
@@ -198,7 +209,6 @@ class Engine:
         running = [chunk for chunk in step.schedule.chunks if chunk.sequence.is_running]
         self._book_compute(step, running, now)
         for sequence, scores in result.prompt_logprobs.items():
-            sequence.prompt_scores = sequence.prompt_scores or [UNPREDICTED]
             sequence.prompt_scores += scores
         ends = [chunk for chunk in step.ends if chunk.sequence.is_running]
         for chunk in ends:
@@ -212,7 +222,8 @@ class Engine:
         computed = step.computed or now
         self.step_times.observe(
             len(step.schedule.chunks),
-            schedule=step.planned - step.timer.started,
+            draft=step.schedule.draft_seconds,
+            schedule=step.planned - step.timer.started - step.schedule.draft_seconds,
             forward=computed - max(step.planned, self._read_at),
             sample=time.monotonic() - computed,
         )
@@ -224,8 +235,8 @@ class Engine:
         schedule = step.schedule
         seconds = step.timer.seconds(self._read_at, now)
         extra = schedule.prompt_tokens + schedule.drafted_tokens
-        launch = step.timer.launch_seconds
-        self._prefill_budget.record(schedule.decode_rows, extra, seconds, launch)
+        draft, launch = schedule.draft_seconds, step.timer.launch_seconds
+        self._prefill_budget.record(schedule.decode_rows, extra, seconds - draft, launch - draft)
         per_token = seconds / (schedule.decode_rows + extra)
         for chunk in running:
             chunk.sequence.compute += per_token * chunk.length

@@ -1,7 +1,9 @@
 """The limits of an engine, and its load."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from model_service.engine.scheduling.speculation.drafters import DraftCount, Source
 from model_service.engine.sequence import GenerationRequest
 from serving.request_rules import prompt_violations, token_id_violations
 
@@ -33,11 +35,13 @@ class EngineLimits:
             raise ValueError(f"{broken[0].field}: {broken[0].description}")
         if not 0 <= request.offset < len(prompt):
             raise ValueError("offset must leave at least one token of the prompt")
+        if not 0 <= request.scored_from <= len(prompt):
+            raise ValueError(f"scored_from must be 0 to {len(prompt)}, the number of prompt_ids")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """State and counters of the engine; the names are those of GetLoadResponse."""
+    """State and counters of the engine; `drafts` aside, the names are those of GetLoadResponse."""
 
     running_sequences: int
     waiting_sequences: int
@@ -51,5 +55,13 @@ class EngineLoad:
     prompt_tokens: int  # computed
     cached_prompt_tokens: int  # found in the cache
     completion_tokens: int
-    drafted_tokens: int
-    accepted_tokens: int  # of the drafted ones
+    drafts: Mapping[Source, DraftCount]
+
+    @property
+    def drafted_tokens(self) -> int:
+        return sum(count.drafted for count in self.drafts.values())
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Those of `drafted_tokens` that were kept."""
+        return sum(count.accepted for count in self.drafts.values())

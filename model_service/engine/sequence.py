@@ -59,6 +59,7 @@ class GenerationRequest:
     offset: int = 0
     logprobs: bool = False
     prompt_logprobs: bool = False
+    scored_from: int = 0  # with prompt_logprobs: the first prompt token that is reported
     top_logprobs: int = 0
     logprob_token_ids: tuple[int, ...] = ()
     priority: int = 0
@@ -146,7 +147,7 @@ class Sequence:
     contents: list[BlockContent] = field(default_factory=list)  # of full blocks, as far as needed
     num_published: int = 0  # full blocks of the table that others can find
     cached_at_start: int | None = None  # tokens found in the cache when it first ran
-    prompt_scores: list[TokenLogprobs] = field(default_factory=list)
+    prompt_scores: list[TokenLogprobs] = field(default_factory=list)  # so far, of those wanted
     arrived_at: float = field(default_factory=time.monotonic)
     first_step_at: float | None = None
     first_token_at: float | None = None
@@ -156,14 +157,17 @@ class Sequence:
     @classmethod
     def from_request(cls, request: GenerationRequest, context: int, arrival: int) -> "Sequence":
         limit = min(context, request.answer_start + request.max_gen_len)
-        return cls(request, limit, list(request.prompt_ids), arrival)
+        sequence = cls(request, limit, list(request.prompt_ids), arrival)
+        if request.prompt_logprobs and not request.scored_from:
+            sequence.prompt_scores.append(UNPREDICTED)
+        return sequence
 
     @property
     def unscored(self) -> int:
         """The first prompt token whose logprob is to be computed; past the prompt when done."""
         if not self.request.prompt_logprobs:
             return len(self.request.prompt_ids)
-        return max(1, len(self.prompt_scores))
+        return max(1, self.request.scored_from + len(self.prompt_scores))
 
     @property
     def is_running(self) -> bool:

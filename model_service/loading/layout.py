@@ -6,6 +6,7 @@ import torch
 
 from model_service.engine.limits import EngineLimits
 from model_service.loading import distributed
+from model_service.loading.draft_model import PROBE_BLOCKS, DraftModel
 from model_service.loading.memory import WORKING_MEMORY, MemoryPlan, cache_tokens
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Precision
@@ -14,7 +15,6 @@ from model_service.model.attention.select import make_attention, prepare_attenti
 from model_service.model.config import ModelConfig
 from serving.errors import StartError
 
-PROBE_BLOCKS = 1  # kept out of the pool
 # A cache of no given size holds at most all running sequences at full length, this many times over:
 # more would keep what later turns hardly ever ask for.
 MAX_CACHE = 16
@@ -29,6 +29,7 @@ class Layout:
     shards: int
     precision: Precision
     device: torch.device
+    draft: DraftModel | None = None
 
     @property
     def shards_on_device(self) -> int:
@@ -53,6 +54,7 @@ class Layout:
                 weights=weights,
                 bytes_per_token=self._cache(blocks=1, block_size=1).bytes(self.precision.kv_dtype),
                 working=working,
+                draft=None if self.draft is None else self.draft.memory(blocks=1, block_size=1),
             )
         )
         most = MAX_CACHE * options.max_batch_size * options.max_seq_len
@@ -63,8 +65,8 @@ class Layout:
                 f"--kv_cache_tokens {tokens} is less than --max_seq_len {options.max_seq_len}: "
                 "the cache must hold at least one whole sequence"
             )
-        # On the CPU a step is over when it has been launched.
-        automatic = self.device.type == "cuda"
+        # On the CPU a step is over when it has been launched, and drafts follow known tokens.
+        automatic = self.device.type == "cuda" and self.draft is None
         return EngineLimits(
             context_length=options.max_seq_len,
             vocab_size=self.config.vocab_size,
@@ -83,7 +85,9 @@ class Layout:
     ) -> MemoryPlan:
         cache = self._cache(limits.blocks + PROBE_BLOCKS, limits.block_size)
         size = cache.bytes(self.precision.kv_dtype)
-        return MemoryPlan(weights, size, limits.blocks * limits.block_size, working)
+        blocks = limits.blocks + PROBE_BLOCKS
+        draft = None if self.draft is None else self.draft.memory(blocks, limits.block_size)
+        return MemoryPlan(weights, size, limits.blocks * limits.block_size, working, draft)
 
     def prepare_attention(self) -> None:
         """Raises StartError if the kernels of attention cannot be compiled; that takes minutes."""

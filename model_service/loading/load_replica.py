@@ -12,32 +12,31 @@ import torch.distributed as dist
 from model_service.engine.step.plan_channel import LEADER, PlanChannel
 from model_service.engine.step.runner import ModelRunner
 from model_service.loading import distributed
+from model_service.loading.draft_model import load_draft_model, open_draft_model
+from model_service.loading.first_steps.step_memory import memory_for_steps, step_memory
+from model_service.loading.first_steps.warm_up import warm_up
 from model_service.loading.host_memory import readable_size
 from model_service.loading.layout import Layout
 from model_service.loading.memory import MemoryPlan
 from model_service.loading.options import ReplicaOptions
-from model_service.loading.precision import Precision, choose_device, choose_precision
+from model_service.loading.precision import SMALL_MODEL, Precision, choose_device, choose_precision
 from model_service.loading.progress import reported
 from model_service.loading.replica import ModelInfo, Replica
-from model_service.loading.step_memory import memory_for_steps, step_memory
-from model_service.loading.warm_up import warm_up
 from model_service.model.config import ModelConfig
+from model_service.model.cpu.instructions import instructions
+from model_service.model.cpu.kernels import without_kernels
 from model_service.model.cuda_graphs import record_decode
 from model_service.model.load_network import load_network
 from model_service.model.network import Transformer
 from model_service.model.weights.files.hugging_face import HuggingFaceCheckpoint
-from model_service.model.weights.files.meta_checkpoint import Checkpoint
+from model_service.model.weights.files.meta.checkpoint import Checkpoint
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing
 from model_service.model.weights.partition import shard_parameters
-from model_service.model.weights.source import Allocate, WeightSource
+from model_service.model.weights.source import Allocate, Shard, WeightSource
 from serving.errors import StartError
 
 _log = logging.getLogger(__name__)
-
-# Below this many weights a shard's step is over sooner than a second thread wakes up, and on a busy
-# machine threads wait for each other at every layer.
-SMALL_MODEL = 20_000_000
 
 
 def load_replica(options: ReplicaOptions, source: WeightSource | None = None) -> Replica:
@@ -68,19 +67,22 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     precision.check(config, shards)
     distributed.use_threads(options.threads or (1 if small else None))
 
-    layout = Layout(options, config, shards, precision, device)
+    draft = open_draft_model(options, config, device)
+    layout = Layout(options, config, shards, precision, device, draft)
     weights = precision.shard_bytes(source, shards)
     limits = layout.limits(weights=weights)
     memory = layout.memory(limits, weights)
     if rank == LEADER:
         _log.info("%s: %s", options.ckpt_dir, _summary(source, shards, precision, memory))
+        if device.type == "cpu":
+            _log_kernels(precision)
     memory.check(device, layout.shards_on_device)
     layout.prepare_attention()
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
 
     def read(allocate: Allocate) -> Iterator[tuple[str, torch.Tensor]]:
-        weights = source.read_shard(rank, shards, precision.read_dtype, device, allocate)
+        weights = source.read_shard(Shard(rank, shards, precision.read_dtype, device), allocate)
         return reported(weights, shard_parameters(config, shards)) if rank == LEADER else weights
 
     network = load_network(
@@ -105,8 +107,9 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
         if device.type == "cuda":
             warm_up(runner, limits)
     is_leader = rank == LEADER
+    draft_runner = load_draft_model(draft, limits, device) if draft and is_leader else None
     info = ModelInfo.of(options, source, shards, precision, device, is_leader=is_leader)
-    return Replica(info, limits, runner, is_leader=is_leader)
+    return Replica(info, limits, runner, is_leader=is_leader, draft_runner=draft_runner)
 
 
 def _make_runner(layout: Layout, network: Transformer, blocks: int) -> ModelRunner:
@@ -148,6 +151,20 @@ def _summary(source: WeightSource, shards: int, precision: Precision, memory: Me
         f"{_readable_count(source.config.parameters)}, {stored}{precision}, "
         f"{shards} shard{'s, each' if shards > 1 else ','} {memory}"
     )
+
+
+def _log_kernels(precision: Precision) -> None:
+    """Says which kernels compute on this CPU."""
+    if precision.uses_own_kernels:
+        _log.info("kernels: this package's, for %s", instructions())
+    elif reason := without_kernels():
+        _log.warning(
+            "kernels: PyTorch's, without this package's own (%s): slower for few streams, and "
+            "answers may depend on other requests",
+            reason,
+        )
+    else:
+        _log.info("kernels: PyTorch's; this package has none for %s", precision)
 
 
 def _readable_count(parameters: int) -> str:

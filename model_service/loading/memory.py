@@ -1,6 +1,6 @@
 """Compares the memory that a shard needs with the free memory, before anything is allocated.
 
-On CUDA, `step_memory.py` replaces the estimate for a step by a measurement.
+On CUDA, `first_steps/step_memory.py` replaces the estimate for a step by a measurement.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,24 @@ CACHE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
+class DraftMemory:
+    """The memory of a draft model, in bytes. One shard, the leader, has it."""
+
+    weights: int
+    kv_cache: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache
+
+    def __str__(self) -> str:
+        return (
+            f"draft model {readable_size(self.weights)}, its KV cache "
+            f"{readable_size(self.kv_cache)}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """The memory that one shard will allocate, in bytes."""
 
@@ -25,12 +43,14 @@ class MemoryPlan:
     kv_cache: int
     kv_tokens: int  # tokens that the cache holds
     working: int = WORKING_MEMORY  # the most that a step takes beside them
+    draft: DraftMemory | None = None
 
     def __str__(self) -> str:
-        return (
+        own = (
             f"weights {readable_size(self.weights)}, "
             f"KV cache {readable_size(self.kv_cache)} = {self.kv_tokens:,} tokens"
         )
+        return own if self.draft is None else f"{own}, {self.draft}"
 
     def check(
         self, device: torch.device, shards_on_device: int, *, weights_are_there: bool = False
@@ -43,6 +63,7 @@ class MemoryPlan:
             weights_are_there: whether they were allocated already.
         """
         needed = (self.weights + self.kv_cache + self.working) * shards_on_device
+        needed += self.draft.total if self.draft else 0
         free = free_memory(device) + (self.weights * shards_on_device if weights_are_there else 0)
         if needed > free:
             shards = f"{shards_on_device} shards" if shards_on_device > 1 else "the model"
@@ -64,6 +85,7 @@ def cache_tokens(
     weights: int,
     bytes_per_token: int,
     working: int = WORKING_MEMORY,
+    draft: DraftMemory | None = None,
 ) -> int:
     """Tokens for which this shard's cache may take memory.
 
@@ -73,9 +95,14 @@ def cache_tokens(
         weights: bytes of this shard's that are still to be allocated.
         bytes_per_token: of this shard's cache.
         working: bytes that a step takes beside weights and cache.
+        draft: a draft model beside them, whose cache has one token.
     """
     left = free_memory(device) / shards_on_device - weights - working
-    return max(0, int(left * CACHE_SHARE[device.type])) // bytes_per_token
+    of_token = float(bytes_per_token)
+    if draft is not None:
+        left -= draft.weights / shards_on_device
+        of_token += draft.kv_cache / shards_on_device
+    return max(0, int(left * CACHE_SHARE[device.type] / of_token))
 
 
 def free_memory(device: torch.device) -> int:

@@ -26,6 +26,7 @@ class ReplicaOptions:
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
     draft_tokens: int = 8
+    draft_ckpt_dir: Path | None = None
     lookahead: Switch = "auto"
     block_size: int = 16
     dtype: Dtype = "auto"

@@ -57,7 +57,7 @@ class ModelInfo:
             quantization=precision.quantization,
             device=_device_name(device),
             fingerprint=_fingerprint(source, shards, precision, device) if is_leader else "",
-            determinism=precision.determinism(shards),
+            determinism=precision.determinism,
             max_batch_size=options.max_batch_size,
         )
 
@@ -70,9 +70,10 @@ class Replica:
     limits: EngineLimits
     runner: ModelRunner
     is_leader: bool
+    draft_runner: ModelRunner | None = None  # of the draft model, on the leader
 
     def engine(self) -> Engine:
-        return Engine(self.runner, self.limits)
+        return Engine(self.runner, self.limits, self.draft_runner)
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 A step is one flat batch of tokens from many sequences, without padding. Only the attention backend
 knows which token belongs to which sequence. Every rank runs the same forward pass on its shard, and
-all-reduces add up the parts.
+sums over the shards put the parts together.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from model_service.model.attention.backend import AttentionBackend
 from model_service.model.attention.rotation import Rotary, attend_rotated
 from model_service.model.config import ModelConfig
+from model_service.model.cpu.shard_sum import sum_over_shards
 from model_service.model.operations import Operations
 
 
@@ -54,7 +55,10 @@ def _sum_over_shards(x: torch.Tensor) -> torch.Tensor:
     """Adds up, in place, the parts of a row-parallel layer's product on all ranks."""
     group = get_model_parallel_group()
     if group.size() > 1:
-        dist.all_reduce(x, group=group)
+        if x.is_cuda:
+            dist.all_reduce(x, group=group)
+        else:
+            sum_over_shards(x, group)
     return x
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from model_service.model.config import Quantization
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.conversion.write_meta import write_meta
-from model_service.model.weights.files.meta_checkpoint import Checkpoint
+from model_service.model.weights.files.meta.checkpoint import Checkpoint
 from model_service.model.weights.open_weights import open_weights
 
 

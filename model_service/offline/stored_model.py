@@ -8,19 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llama.model_files import HUGGING_FACE, META
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.hugging_face_config import read_config
-from model_service.model.weights.files.meta_params import read_params
-from model_service.model.weights.files.weight_files import (
-    GGUF,
-    HUGGING_FACE,
-    META,
-    refuse_other_weights,
-    safetensors_files,
-    shard_files,
-    weight_format,
-)
+from model_service.model.weights.files.meta.params import read_params
+from model_service.model.weights.files.weight_files import weight_files
 from model_service.offline.headers.gguf import read_gguf_config, read_gguf_header
 from model_service.offline.headers.pth import read_pth_header
 from model_service.offline.headers.safetensors import read_safetensors_header
@@ -91,37 +84,6 @@ def read_stored_model(path: Path) -> StoredModel:
     if config.vocab_size == VOCAB_SIZE_FROM_EMBEDDING:
         config = replace(config, vocab_size=_embedding_rows(stored))
     return StoredModel(path, form, config, stored)
-
-
-def weight_files(path: Path) -> tuple[str, list[Path]]:
-    """The format of the model at `path`, and its files with weights.
-
-    Raises:
-        CheckpointError: there is no model, or a file of it is missing.
-    """
-    form = weight_format(path)
-    if form == META:
-        return META, shard_files(path)
-    if form == HUGGING_FACE:
-        return HUGGING_FACE, safetensors_files(path)
-    if not path.exists():
-        raise CheckpointError(path, "not found", "name the folder or the GGUF file of a model")
-    if form == GGUF:
-        files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
-        if len(files) > 1:
-            problem = f"holds {len(files)} GGUF files"
-            raise CheckpointError(path, problem, f"name one of them, such as {files[0]}")
-        return GGUF, files
-    if path.is_file():
-        fix = "name the folder that holds the model's files, or a .gguf file"
-        raise CheckpointError(path, "is a file, and not in GGUF", fix)
-    refuse_other_weights(path)
-    raise CheckpointError(
-        path,
-        "holds no model",
-        "name a folder with params.json and consolidated.*.pth, one with config.json and "
-        "model.safetensors, or a .gguf file",
-    )
 
 
 def _read_file(path: Path) -> StoredFile:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_service.model.errors import FETCH_AGAIN, READABLE, CheckpointError
-from model_service.model.weights.files.weight_files import INDEX, read_index
+from model_service.model.weights.files.weight_files import INDEX, read_index, weight_files
 from model_service.offline.checksums import Checksum, hub_checksum, listed_checksums
-from model_service.offline.stored_model import READERS, weight_files
+from model_service.offline.stored_model import READERS
 
 # The other files of a model, which are read whole to see whether they are JSON.
 _JSON = "*.json"

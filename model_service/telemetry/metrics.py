@@ -26,8 +26,11 @@ _COUNTERS = {
     "prompt_tokens": "Prompt tokens computed, again after a preemption included.",
     "cached_prompt_tokens": "Prompt tokens found in the prefix cache, and so not computed.",
     "completion_tokens": "Answer tokens made.",
-    "drafted_tokens": "Tokens that speculation proposed.",
-    "accepted_tokens": "Of these, tokens that sampling then drew.",
+}
+# By the fields of DraftCount, with the source as a label.
+_DRAFTS = {
+    "drafted": "Tokens that speculation proposed, by n-grams of the text or by the draft model.",
+    "accepted": "Of these, tokens that sampling then drew.",
 }
 
 
@@ -59,4 +62,11 @@ class EngineMetrics:
         for field, documentation in _COUNTERS.items():
             name = f"chasqui_model_{field}"
             yield CounterMetricFamily(name, documentation, value=getattr(load, field))
+        for field, documentation in _DRAFTS.items():
+            counter = CounterMetricFamily(
+                f"chasqui_model_{field}_tokens", documentation, labels=["source"]
+            )
+            for source, count in load.drafts.items():
+                counter.add_metric([source], getattr(count, field))
+            yield counter
         yield from self._engine.step_times.collect()

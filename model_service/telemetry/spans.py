@@ -40,7 +40,8 @@ class SequenceSpans:
             },
         )
         if span.is_recording():
-            self._running[key] = _Traced(span, prompt if start.prompt_logprobs else 0)
+            reported = prompt - start.scored_from if start.prompt_logprobs else 0
+            self._running[key] = _Traced(span, reported)
 
     def on_output(self, output: SequenceOutput) -> None:
         """Adds the output of a step to its sequence's span; the last one ends the span."""

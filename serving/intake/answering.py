@@ -27,7 +27,10 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 # Called every few seconds by orchestrators and gateways; logged at debug level only.
-INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.", "/llama.v1.ModelService/GetLoad")
+INFRASTRUCTURE = (
+    *("/grpc.health.", "/grpc.reflection.", "/llama.v1.ModelService/GetLoad"),
+    "/http/health",
+)
 
 # The statuses for a caller without a key or permission.
 _REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
@@ -47,6 +50,24 @@ class Call:
     # True once the caller is authorized and the first request has arrived. Only such a call has a
     # log line of its own, because beginning and resetting calls costs a client little and no key.
     accepted: bool = field(default=False, init=False)
+
+    def end(self, code: grpc.StatusCode, seconds: float, **details: object) -> None:
+        """Counts and logs its end; `details` are further fields of its log line."""
+        self.metrics.end(code, seconds)
+        tracing.end_call(code)
+        infrastructure = self.method.startswith(INFRASTRUCTURE)
+        log = _log.info if self.accepted and not infrastructure else _log.debug
+        log(
+            "call finished",
+            method=self.method,
+            code=code.name,
+            seconds=round(seconds, 6),
+            **details,
+        )
+        # `authorize` logs its refusals itself.
+        if self.early_ends and not (self.accepted or infrastructure or code in _REFUSED):
+            event = "calls end before their request arrives"
+            self.early_ends.warn(_log, event, method=self.method, code=code.name)
 
 
 @contextlib.asynccontextmanager
@@ -83,16 +104,7 @@ async def answering(call: Call, context: Context) -> AsyncIterator[None]:
         clear_frames(error)
         await _abort(context, code, f"internal error, request id {call.id}", identity)
     finally:
-        seconds = time.monotonic() - started
-        call.metrics.end(code, seconds)
-        tracing.end_call(code)
-        infrastructure = call.method.startswith(INFRASTRUCTURE)
-        log = _log.info if call.accepted and not infrastructure else _log.debug
-        log("call finished", method=call.method, code=code.name, seconds=round(seconds, 6))
-        # `authorize` logs its refusals itself.
-        if call.early_ends and not (call.accepted or infrastructure or code in _REFUSED):
-            event = "calls end before their request arrives"
-            call.early_ends.warn(_log, event, method=call.method, code=code.name)
+        call.end(code, time.monotonic() - started)
 
 
 async def _abort(

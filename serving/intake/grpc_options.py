@@ -23,8 +23,11 @@ MAX_PENDING_CALLS = 20_000
 Option = tuple[str, int]
 
 
-def server_options(settings: ServerSettings) -> list[Option]:
-    """The options; also raises the process's soft limit of open files to the hard one."""
+def server_options(settings: ServerSettings, ports: int = 1) -> list[Option]:
+    """The options; also raises the process's soft limit of open files to the hard one.
+
+    `ports`: the ports of the process that share its open files, this server's included.
+    """
     return [
         # Otherwise a second server on the same port would start and get some of the connections.
         ("grpc.so_reuseport", 0),
@@ -34,7 +37,7 @@ def server_options(settings: ServerSettings) -> list[Option]:
         ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
-        ("grpc.max_allowed_incoming_connections", settings.max_connections or _max_connections()),
+        ("grpc.max_allowed_incoming_connections", max_connections(settings, ports)),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         # From the first packet, and again from the end of the last call; pings do not count.
         ("grpc.max_connection_idle_ms", math.ceil(settings.max_connection_idle * 1000)),
@@ -47,7 +50,12 @@ def server_options(settings: ServerSettings) -> list[Option]:
     ]
 
 
-def _max_connections() -> int:
+def max_connections(settings: ServerSettings, ports: int = 1) -> int:
+    """The connections that each of the process's ports may have at once."""
+    return settings.max_connections or _files_for_connections() // ports
+
+
+def _files_for_connections() -> int:
     """The number of connections that the limit of open files allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

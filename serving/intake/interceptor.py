@@ -36,7 +36,7 @@ _KINDS = {
     (True, True): "bidi_stream",
 }
 # Calls that end before their request arrives: at most one log line in this time.
-_EARLY_END_LOG_SECONDS = 10.0
+EARLY_END_LOG_SECONDS = 10.0
 # Returns the caller, given method and metadata; raises RequestError if the call is not allowed.
 Serialize = Callable[[object], bytes]
 Authorize = Callable[[str, Iterable[tuple[str, str | bytes]]], caller.Caller]
@@ -65,7 +65,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._receiver = receiver
         self._authorize = authorize
-        self._early_ends = RateLimitedLog(_EARLY_END_LOG_SECONDS)
+        self._early_ends = RateLimitedLog(EARLY_END_LOG_SECONDS)
 
     async def intercept_service(
         self,

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -21,13 +21,19 @@ from serving.intake.receive_budget import ReceiveBudget, Reserve
 from serving.security import caller
 from serving.settings import ServerSettings
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Parse: TypeAlias = Callable[[bytes], object]
 
 # A message of this many bytes is parsed within a millisecond, whatever its fields.
 _SMALL = 32 * 1024
 # Calls of a server whose request has not arrived yet; each takes some 30 KB.
 MAX_AWAITED_REQUESTS = 8192
+
+
+class Source(Protocol):
+    """A call whose only request is still to be read: gRPC's context, or an HTTP request."""
+
+    async def read(self) -> object:
+        """The serialized request; grpc.aio.EOF if there is none."""
 
 
 class Receiver:
@@ -45,7 +51,7 @@ class Receiver:
         """Frees the current caller's bytes when its call ends; yields the argument of `parse`."""
         return self._budget.reservation(caller.current().name)
 
-    async def read(self, context: Context) -> bytes:
+    async def read(self, source: Source) -> bytes:
         """The serialized request of a call.
 
         If too many calls wait for their requests, the caller with the most of them loses the one
@@ -60,7 +66,7 @@ class Receiver:
         awaited[limit] = None
         try:
             async with limit:
-                request = await context.read()
+                request = await source.read()
         except TimeoutError:
             if limit not in awaited:
                 message = "the request was late, and too many calls waited for theirs"

@@ -61,6 +61,23 @@ class ServerCertificates:
             self._needs_client,
         )
 
+    def ssl_context(self) -> ssl.SSLContext:
+        """For servers of other protocols than gRPC; each handshake uses the current files."""
+        current = _server_context(self._files.paths)
+
+        def choose(connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
+            nonlocal current
+            if self._files.refresh():
+                try:
+                    current = _server_context(self._files.paths)
+                except (OSError, ssl.SSLError) as error:  # changed again since they were checked
+                    _log.error("certificates not reloaded, the old ones stay", reason=str(error))
+            connection.context = current
+
+        context = _server_context(self._files.paths)
+        context.sni_callback = choose  # called in every handshake, also if no name is sent
+        return context
+
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
         """Called by gRPC's own threads, before each handshake."""
         return _configuration(self._files.pem) if self._files.refresh() else None
@@ -97,7 +114,7 @@ class _CurrentPem:
     """The last valid contents of the files."""
 
     def __init__(self, files: TlsFiles) -> None:
-        self._files = files
+        self.paths = files
         self._lock = threading.Lock()
         self._watched = WatchedFiles(files)
         try:
@@ -111,12 +128,23 @@ class _CurrentPem:
             if not self._watched.changed():
                 return False
             try:
-                self.pem = _read(self._files)
+                self.pem = _read(self.paths)
             except ValueError as error:
                 _log.error("certificates not reloaded, the old ones stay", reason=str(error))
                 return False
-        _log.info("certificates reloaded", files=[str(path) for path in self._files if path])
+        _log.info("certificates reloaded", files=[str(path) for path in self.paths if path])
         return True
+
+
+def _server_context(files: TlsFiles) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    if files.cert and files.key:
+        context.load_cert_chain(files.cert, files.key, password=_no_password)
+    if files.ca:
+        context.load_verify_locations(files.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def _configuration(pem: _Pem) -> grpc.ServerCertificateConfiguration:

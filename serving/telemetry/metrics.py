@@ -67,18 +67,19 @@ class CallMetrics:
             (*_METHOD, "grpc_code", "reason"),
             registry=registry,
         )
-        self._methods: dict[str, MethodMetrics] = {}
+        self._methods: dict[tuple[str, str], MethodMetrics] = {}
 
     def method(self, path: str, kind: str) -> "MethodMetrics":
         """The metrics of the method at `path`, for example /llama.v1.ChatService/GetModel.
 
-        `kind` is go-grpc-prometheus's grpc_type, for example server_stream.
+        `kind` is go-grpc-prometheus's grpc_type, for example server_stream, or "http" for requests
+        that do the same over HTTP.
         """
-        known = self._methods.get(path)
+        known = self._methods.get((path, kind))
         if known is None:
             _, service, method = path.split("/")
             labels = (kind, service, method)
-            known = self._methods[path] = MethodMetrics(
+            known = self._methods[path, kind] = MethodMetrics(
                 labels,
                 started=self._started.labels(*labels),
                 in_flight=self._in_flight.labels(*labels),

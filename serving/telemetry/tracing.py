@@ -57,7 +57,7 @@ async def exporting(
 
 
 def call(
-    method: str, metadata: Iterable[tuple[str, str | bytes]]
+    method: str, metadata: Iterable[tuple[str, str | bytes]], system: str = "grpc"
 ) -> AbstractContextManager[object]:
     """The span of a call that this server answers; spans started within it are its children."""
     # The API alone would hand the caller's context on to the services behind this one.
@@ -65,7 +65,7 @@ def call(
         return contextlib.nullcontext()
     parent = (value for key, value in metadata if key == TRACEPARENT and isinstance(value, str))
     service, _, name = method.removeprefix("/").rpartition("/")
-    attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+    attributes = {"rpc.system": system, "rpc.service": service, "rpc.method": name}
     if call_id := request_id.current():
         attributes["chasqui.request_id"] = call_id
     # An exception's text may hold what a user wrote; the status says enough.

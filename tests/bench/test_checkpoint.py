@@ -8,9 +8,10 @@ from bench.checkpoint import RandomWeights, ensure_checkpoint, random_weight
 from bench.engine.driver import Job, loaded
 from bench.shapes import SHAPES
 from model_service.engine.sequence import GenerationRequest
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
-from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.params import read_params
 from model_service.model.weights.partition import shard_parameters
+from model_service.model.weights.source import Shard
 
 
 @pytest.mark.parametrize(
@@ -66,9 +67,9 @@ def test_logits_are_of_order_one(job: Job) -> None:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_random_shards_join_to_the_whole(shards: int) -> None:
     source = RandomWeights(SHAPES["tiny"].config)
-    whole = dict(source.read_shard(0, 1, torch.float32, torch.device("cpu")))
+    whole = dict(source.read_shard(Shard(0, 1, torch.float32, torch.device("cpu"))))
     parts = [
-        dict(source.read_shard(rank, shards, torch.float32, torch.device("cpu")))
+        dict(source.read_shard(Shard(rank, shards, torch.float32, torch.device("cpu"))))
         for rank in range(shards)
     ]
     name = "layers.1.feed_forward.w2.weight"

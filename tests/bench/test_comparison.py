@@ -31,7 +31,8 @@ from bench.baselines.exports import (
 from bench.engine.driver import Job, loaded
 from bench.report import read_host
 from bench.shapes import SHAPES
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from model_service.model.weights.source import Shard
 
 NAMES = st.lists(st.text("abc", min_size=1), min_size=1, max_size=6, unique=True)
 CASES = st.lists(
@@ -147,7 +148,7 @@ def test_baseline_that_cannot_be_built_leaves_nothing(
 @pytest.fixture(scope="module")
 def weights(tiny: Path) -> dict[str, torch.Tensor]:
     """The checkpoint, by Meta's names."""
-    return dict(open_checkpoint(tiny).read_shard(0, 1, torch.float32, torch.device("cpu")))
+    return dict(open_checkpoint(tiny).read_shard(Shard(0, 1, torch.float32, torch.device("cpu"))))
 
 
 @pytest.fixture(scope="module")

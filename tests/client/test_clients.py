@@ -68,6 +68,64 @@ async def test_both_clients_answer_alike(target: str) -> None:
         assert (await asyncio_client.complete("Once", seed=1, max_gen_len=20)).text == text.text
 
 
+async def test_both_clients_tokenize_and_score_alike(target: str) -> None:
+    texts, candidates = ["Once", "naïve 🦙"], ["Grass.", "Stones and leaves."]
+    with Client(target) as client:
+        answer = client.chat(HELLO, temperature=0, max_gen_len=9, logprobs=True)
+        tokenized = client.tokenize_many(texts, eos=True, tokens=True)
+        scored = client.score(HELLO, candidates, top_logprobs=1)
+        by_ids = client.score(
+            client.tokenize(HELLO).ids, [[token.id for token in answer.tokens], [5]]
+        )
+    async with AsyncClient(target) as asyncio_client:
+        assert await asyncio_client.tokenize_many(texts, eos=True, tokens=True) == tokenized
+        back = await asyncio_client.detokenize_many([each.ids for each in tokenized])
+        again = await asyncio_client.score(HELLO, candidates, top_logprobs=1)
+        ids = (await asyncio_client.tokenize(HELLO)).ids
+        assert ids == (await asyncio_client.render_prompt(HELLO)).ids
+        assert (await asyncio_client.detokenize(ids)).text.startswith("[INST] Hello")
+
+    assert [each.text for each in back] == texts
+    assert [each.bytes for each in back] == [text.encode() for text in texts]
+    assert tokenized[1].tokens[-1].offset == len(texts[1].encode())  # that of EOS
+    assert [each.tokens for each in again] == [each.tokens for each in scored]
+    assert [each.is_greedy for each in by_ids] == [True, False]
+    for each in scored:
+        assert each.logprob == pytest.approx(sum(token.logprob for token in each.tokens))
+        assert each.perplexity == pytest.approx(math.exp(-each.logprob / len(each.tokens)))
+        assert [len(token.top_logprobs) for token in each.tokens] == [1] * len(each.tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "candidates", "message"),
+    [
+        (7, ["a"], r"^prompt: must be a text, a dialog or a list of token ids, not 7$"),
+        ("a", "b", r"^candidates: must be a list of candidates, not a text$"),
+        ("a", ["b", 7], r"^candidates\[1\]: must be a text or a list of token ids, not 7$"),
+        (
+            [1, -1],
+            [[1.5]],
+            r"^prompt_ids.ids\[1\]: .*; candidate_ids\[0\].ids\[0\]: must",
+        ),
+        ([{"role": "me"}], ["a"], r"^dialog.messages\[0\].role: .*; dialog.messages\[0\].content"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_with_the_field(
+    prompt: Any, candidates: Any, message: str
+) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequestError, match=message):
+        client.score(prompt, candidates)
+
+
+def test_what_cannot_be_tokenized_is_refused_with_the_field() -> None:
+    wrong: Any = ["a", 7]
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(InvalidRequestError, match=r"^dialogs\[1\]: must be a list of messages"):
+            client.tokenize_many(wrong)
+        with pytest.raises(InvalidRequestError, match=r"^sequences\[1\]: must be a list of token"):
+            client.detokenize_many([[1], wrong[1]])
+
+
 def test_an_answer_continues_its_dialog(target: str) -> None:
     with Client(target) as client:
         prediction = client.chat(HELLO, temperature=0, max_gen_len=8)

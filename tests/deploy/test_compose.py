@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import yaml
 
+from gateway.settings import GatewaySettings
 from serving.settings import ENV_PREFIX
 from tests.deploy.conftest import ROOT, SERVICES
 
 DOCUMENT = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 # Settings that a deployment does not change, or changes in another file because they need mounts.
-COMPOSES_OWN = {"CHASQUI_HOST", "CHASQUI_PORT", "CHASQUI_DEVICE", "CHASQUI_HEALTH_PORT"}
+COMPOSES_OWN = {
+    *("CHASQUI_HOST", "CHASQUI_PORT", "CHASQUI_HTTP_PORT", "CHASQUI_HEALTH_PORT"),
+    "CHASQUI_DEVICE",
+}
 FILES = {
     *("CHASQUI_TLS_CERT", "CHASQUI_TLS_KEY", "CHASQUI_TLS_CLIENT_CA", "CHASQUI_API_KEYS"),
     *(
@@ -65,6 +69,12 @@ def test_service_comes_back_and_gets_its_grace_period(name: str) -> None:
 def test_healthcheck_asks_the_port_that_the_service_listens_on(name: str) -> None:
     port = SERVICES[name].model_fields["port"].default
     assert OURS[name]["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
+
+
+def test_published_ports_are_those_that_the_gateway_listens_on() -> None:
+    ports = [each.rpartition(":")[2] for each in OURS["gateway"]["ports"]]
+    settings = GatewaySettings()
+    assert ports == [str(settings.port), str(settings.http_options.port)]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.markdown import ROOT, Block
-from tests.docs.reader import Reader
+from tests.docs.reader import HTTP_PORT, Reader
 from tests.e2e.processes import ServiceProcess, start_gateway
 
 StartReading = Callable[[list[Block]], Reader]
@@ -35,7 +35,8 @@ def services() -> Iterator[dict[int, ServiceProcess]]:
 @pytest.fixture(scope="session")
 def ports(services: dict[int, ServiceProcess]) -> dict[int, int]:
     """For each port that pages name, the port that the service has here."""
-    return {port: int(each.address.rpartition(":")[2]) for port, each in services.items()}
+    grpc = {port: int(each.address.rpartition(":")[2]) for port, each in services.items()}
+    return {**grpc, HTTP_PORT: int(services[50051].http_url.rpartition(":")[2])}
 
 
 @pytest.fixture

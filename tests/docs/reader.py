@@ -50,7 +50,8 @@ OTHERWISE = {
     "chat.example.org": "localhost",
     "--requests 200 --warmup 32": "--requests 16 --warmup 2",
 }
-PORT = re.compile(r"\b50\d{3}\b")
+HTTP_PORT = 8080
+PORT = re.compile(rf"\b(?:50\d{{3}}|{HTTP_PORT})\b")
 # How programs are run, and the suffix of their files.
 INTERPRETERS = {
     "js": ("npm install --silent @grpc/grpc-js @grpc/proto-loader && node", "cjs"),
@@ -70,6 +71,8 @@ class Reader:
         self._page = page
         self._folder = folder
         served = {int(block.marks["serves"]) for block in page if "serves" in block.marks}
+        if served:
+            served.add(HTTP_PORT)  # the same servers open it
         self._ports = {port: there for port, there in ports.items() if port not in served}
         self._server: Server | None = None
         self._last: Result | None = None  # of the block before, if it could be run
@@ -183,6 +186,7 @@ class Reader:
             "HOME": str(self._folder / "home"),
             "PYTHONPATH": str(self._folder),
             "CHASQUI_PORT": str(self._port(50051)),
+            "CHASQUI_HTTP_PORT": str(self._port(HTTP_PORT)),
             "CHASQUI_TARGET": here,
             "CHASQUI_TOKENIZER_TARGET": f"127.0.0.1:{self._port(50052)}",
             "CHASQUI_MODEL_TARGETS": f"127.0.0.1:{self._port(50053)}",

@@ -113,6 +113,7 @@ def run_fleet(
     shards: int = 1,
     gateways: int = 1,
     context_length: int = CONTEXT_LENGTH,
+    model_flags: Mapping[str, object] = MappingProxyType({}),
     **gateway_flags: object,
 ) -> Iterator[Fleet]:
     """Replicas of one checkpoint behind gateways, until the block ends."""
@@ -122,8 +123,8 @@ def run_fleet(
             ending.callback(process.stop)
             return process
 
-        limits = {"max_batch_size": 64, "max_seq_len": context_length}
-        models = [started(start_model("gqa-mp1", shards, **limits)) for _ in range(replicas)]
+        flags = {"max_batch_size": 64, "max_seq_len": context_length, **model_flags}
+        models = [started(start_model("gqa-mp1", shards, **flags)) for _ in range(replicas)]
         tokenizer = started(start_tokenizer())
         front = [
             started(start_gateway(tokenizer, *models, **gateway_flags)) for _ in range(gateways)

@@ -85,6 +85,13 @@ class ServiceProcess:
         """Where it listens, as soon as it does."""
         return self._address.result(TIMEOUT)
 
+    @property
+    def http_url(self) -> str:
+        """Where a gateway serves HTTP."""
+        _ = self.address  # logged after the other one
+        [line] = [json.loads(line) for line in self.log if '"event": "serving HTTP"' in line]
+        return f"http://{line['http_address']}"
+
     def scrape(self) -> Scrape:
         """Its metrics now."""
         with urlopen(f"http://{self._metrics_address.result(TIMEOUT)}/metrics") as response:
@@ -126,6 +133,8 @@ class ServiceProcess:
     def again(self) -> Iterator["ServiceProcess"]:
         """After its end: the same service at the same address, until the block ends."""
         flags = {**self._flags, "port": self.address.rpartition(":")[2]}
+        if self.name == "gateway":
+            flags["http_port"] = self.http_url.rpartition(":")[2]
         process = ServiceProcess(self.name, *self._command, **flags)
         try:
             yield process

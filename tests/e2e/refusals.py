@@ -60,6 +60,8 @@ def shapes() -> list[tuple[str, bytes]]:
     """Methods with requests."""
     text, chat = chat_pb2.TextCompleteRequest, chat_pb2.ChatCompleteRequest
     render, sampling = chat_pb2.RenderPromptRequest, sampling_pb2.SamplingParams
+    tokenize, score = chat_pb2.TokenizeRequest, chat_pb2.ScoreRequest
+    joined = field(score, "candidates", b"a" * (SIZE // 64 - 1024)) * 64
     encode, decode = tokenizer_pb2.EncodeRequest, tokenizer_pb2.DecodeRequest
     drop = chat_pb2.CONTEXT_POLICY_DROP_OLDEST_TURNS
     user, assistant = chat_pb2.ROLE_USER, chat_pb2.ROLE_ASSISTANT
@@ -92,6 +94,11 @@ def shapes() -> list[tuple[str, bytes]]:
         (CHAT + "ChatComplete", in_turns),
         (CHAT + "RenderPrompt", in_one),
         (CHAT + "RenderPrompt", field(render, "dialog", message(user, many(b"[INST ")))),
+        (CHAT + "Tokenize", field(tokenize, "texts", many(b"a"))),
+        (CHAT + "Detokenize", field(chat_pb2.DetokenizeRequest, "sequences", packed)),
+        (CHAT + "Score", field(score, "prompt", many(b"a"))),
+        (CHAT + "Score", many(field(score, "candidates", b"")) + field(score, "prompt", b"a")),
+        (CHAT + "Score", joined + field(score, "prompt", b"a" * 1500)),
         (CHAT + "GetModel", many(b"\xf8\x07\x00")),  # unknown fields
         (TOKENIZER + "Encode", many(field(encode, "segments", b""))),
         (TOKENIZER + "Decode", field(decode, "sequences", packed)),

@@ -5,17 +5,16 @@ import contextlib
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import pytest
 
-from llama.v1.chat_pb2 import Finished, TextCompleteStreamRequest
-from llama.v1.chat_pb2_grpc import ChatServiceStub
+from llama.v1.chat_pb2 import TextCompleteStreamRequest
 from llama.v1.model_pb2 import GetLoadRequest
 from llama.v1.model_pb2_grpc import ModelServiceStub
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
+from tests.e2e.streams import Answer, Streams, resumed
 
 pytestmark = pytest.mark.alone
 
@@ -24,52 +23,6 @@ STREAMS = 64
 LENGTH = 300
 SHARDED_LENGTH = 220  # on shards a token takes longer
 RunFleet = Callable[..., AbstractContextManager[Any]]
-
-
-@dataclass
-class Answer:
-    """The part of one stream that a client received."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    finished: Finished = field(default_factory=Finished)
-
-
-class Streams:
-    """All streams at once, half of them greedy and half sampled with a seed."""
-
-    def __init__(self, address: str, length: int) -> None:
-        self.answers = [Answer() for _ in range(STREAMS)]
-        self._address = address
-        self._length = length
-        self._grown = asyncio.Condition()
-
-    async def run(self) -> None:
-        """All of them to their ends."""
-        async with grpc.aio.insecure_channel(self._address) as channel:
-            stub = ChatServiceStub(channel)
-            async with asyncio.TaskGroup() as tasks:
-                for number in range(STREAMS):
-                    tasks.create_task(self._follow(number, stub))
-
-    async def all_have(self, tokens: int) -> None:
-        """Waits until every stream has so many."""
-        async with self._grown:
-            await self._grown.wait_for(lambda: min(len(a.ids) for a in self.answers) >= tokens)
-
-    async def _follow(self, number: int, stub: Any) -> None:
-        answer = self.answers[number]
-        async for response in stub.TextCompleteStream(request(number, self._length)):
-            event = response.event
-            if event.HasField("delta"):
-                answer.ids += [token.id for token in event.delta.tokens]
-                answer.logprobs += [token.logprob for token in event.delta.tokens]
-                answer.text += event.delta.text
-                async with self._grown:
-                    self._grown.notify_all()
-            elif event.HasField("finished"):
-                answer.finished = event.finished
 
 
 def request(number: int, length: int) -> TextCompleteStreamRequest:
@@ -82,8 +35,14 @@ def request(number: int, length: int) -> TextCompleteStreamRequest:
     )
 
 
+def streams_of(fleet: Any, length: int) -> Streams:
+    """All streams at once, half of them greedy and half sampled with a seed."""
+    requests = [request(number, length) for number in range(STREAMS)]
+    return Streams(fleet.gateway.address, requests)
+
+
 async def undisturbed(fleet: Any, length: int) -> list[Answer]:
-    streams = Streams(fleet.gateway.address, length)
+    streams = streams_of(fleet, length)
     await streams.run()
     assert {len(answer.ids) for answer in streams.answers} == {length}
     return streams.answers
@@ -102,14 +61,10 @@ def assert_same(answers: list[Answer], expected: list[Answer]) -> None:
         assert sum(time.ToNanoseconds() for time in times) <= usage.total_time.ToNanoseconds()
 
 
-def resumed(answers: list[Answer]) -> int:
-    return sum(answer.finished.failovers for answer in answers)
-
-
 async def assert_all_serve(fleet: Any) -> None:
     """Every replica is seen again, takes work, and holds no block when it is done."""
     await asyncio.to_thread(fleet.wait_for_replicas, len(fleet.models))
-    await Streams(fleet.gateway.address, length=20).run()
+    await streams_of(fleet, length=20).run()
     for model in fleet.models:
         async with grpc.aio.insecure_channel(model.address) as channel:
             load = await ModelServiceStub(channel).GetLoad(GetLoadRequest())
@@ -123,7 +78,7 @@ async def test_streams_outlive_two_of_three_replicas(fleet: RunFleet) -> None:
         running = back.enter_context(fleet(replicas=3, **flags))
         expected, failovers = await undisturbed(running, LENGTH), 0
         for end in (signal.SIGSTOP, signal.SIGKILL):
-            streams = Streams(running.gateway.address, LENGTH)
+            streams = streams_of(running, LENGTH)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(streams.run())
                 for number, tokens in enumerate((5, 40)):
@@ -145,7 +100,7 @@ async def test_streams_outlive_two_of_three_replicas(fleet: RunFleet) -> None:
 async def test_streams_outlive_a_shard_and_its_replica_comes_back(fleet: RunFleet) -> None:
     with fleet(replicas=2, shards=2) as running:
         expected = await undisturbed(running, SHARDED_LENGTH)
-        streams = Streams(running.gateway.address, SHARDED_LENGTH)
+        streams = streams_of(running, SHARDED_LENGTH)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(streams.run())
             await streams.all_have(5)

@@ -110,10 +110,15 @@ class RunningGateway:
     operator: "operator_pb2_grpc.OperatorServiceAsyncStub"
     address: str
     server: AsyncExitStack  # ends the gateway earlier than the test
+    http_url: str = ""
 
     @classmethod
     def on(
-        cls, to_gateway: grpc.aio.Channel, address: str, server: AsyncExitStack
+        cls,
+        to_gateway: grpc.aio.Channel,
+        address: str,
+        server: AsyncExitStack,
+        http_address: str = "",
     ) -> "RunningGateway":
         return cls(
             stub=chat_pb2_grpc.ChatServiceStub(to_gateway),
@@ -121,6 +126,7 @@ class RunningGateway:
             operator=operator_pb2_grpc.OperatorServiceStub(to_gateway),
             address=address,
             server=server,
+            http_url=f"http://{http_address}",
         )
 
     async def until(self, serving: bool) -> None:
@@ -234,7 +240,7 @@ def start_gateway(servers: AsyncExitStack) -> StartGateway:
         own = await servers.enter_async_context(AsyncExitStack())
         server = await own.enter_async_context(running(chosen, gateway_service(backend, chosen)))
         to_gateway = await servers.enter_async_context(channel(server.address))
-        return RunningGateway.on(to_gateway, server.address, own)
+        return RunningGateway.on(to_gateway, server.address, own, server.front_address)
 
     return start
 

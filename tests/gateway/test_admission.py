@@ -161,6 +161,18 @@ async def test_full_queue_says_when_what_is_ahead_will_have_been_served() -> Non
     assert refused.value.retry_after == pytest.approx(48, rel=0.15)
 
 
+@pytest.mark.parametrize("scored", [0, 50])
+async def test_requests_that_score_make_no_answer_look_shorter(scored: int) -> None:
+    house = House()
+    [answered] = house.queue("a")
+    house.serve(answered, seconds=1)
+    for _ in range(scored):
+        [ticket] = house.enter("a").queue([Size(prompt=4, max_answer=0)])
+        ticket.end(0)
+    house.queue("a", count=5)
+    assert house.admission.queued_tokens == {"a": 4 * 10}
+
+
 async def test_tokens_that_were_not_computed_are_given_back_to_the_key() -> None:
     house = House()
     [runs] = house.queue("a")

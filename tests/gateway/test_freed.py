@@ -17,12 +17,15 @@ from llama.v1.chat_pb2 import (
     ROLE_USER,
     ChatCompleteRequest,
     ChatCompleteStreamRequest,
+    DetokenizeRequest,
     Dialog,
     Message,
     RenderPromptRequest,
     ResumeStreamRequest,
+    ScoreRequest,
     TextCompleteRequest,
     TextCompleteStreamRequest,
+    TokenizeRequest,
 )
 from llama.v1.model_pb2 import SequenceError
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP, SamplingParams, TokenIds
@@ -49,6 +52,10 @@ REFUSED = {
         dialogs=[Dialog(messages=[Message(role=ROLE_ASSISTANT, content=LONG)])]
     ),
     "sampling": ChatCompleteRequest(dialogs=CHAT, sampling=SamplingParams(temperature=-1)),
+    "score": ScoreRequest(prompt=LONG, candidates=["a"]),
+    "encoded_score": ScoreRequest(prompt="a", candidates=["b", FITS_BY_ITS_BYTES]),
+    "tokenize": TokenizeRequest(texts=[LONG] * 2, dialogs=CHAT),
+    "detokenize": DetokenizeRequest(sequences=[TokenIds(ids=[5] * 10_000 + [9999])]),
     "render": RenderPromptRequest(
         dialog=Dialog(messages=[Message(role=ROLE_USER, content=FITS_BY_ITS_BYTES)])
     ),
@@ -119,6 +126,7 @@ LASTING = {
     "chat_stream": ChatCompleteStreamRequest(dialogs=CHAT),
     "text": TextCompleteRequest(prompts=["a"]),
     "text_stream": TextCompleteStreamRequest(prompts=["a"]),
+    "score": ScoreRequest(prompt="a", candidates=["b"]),
     "named_stream": TextCompleteStreamRequest(prompt_ids=[TokenIds(ids=[5])], stream_name="name"),
 }
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from gateway.generation.answer import Delta
 from gateway.generation.events import Event, Finished
-from gateway.safety.classifier import SAFE, Judgement
-from gateway.safety.moderation_buffer import ModerationBuffer
+from gateway.generation.safety.classifier import SAFE, Judgement
+from gateway.generation.safety.moderation_buffer import ModerationBuffer
 from llama.prompt_format.dialog import ASSISTANT, USER, Message
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY, FINISH_REASON_STOP

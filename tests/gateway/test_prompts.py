@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.generation.events import SPECIAL_TAGS_REFUSAL, Refusal
+from gateway.generation.safety.guard import dialogs_to_judge
 from gateway.request.draft import Prompt
 from gateway.request.prompts import encode_dialogs, encode_texts
 from gateway.request.window import Window
-from gateway.safety.guard import dialogs_to_judge
 from llama.prompt_format.dialog import ASSISTANT, USER, Message, Segment, drop_oldest_turns, render
 from serving.errors import RequestError
 from tokenizer_service.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status.rpc_status import from_call
 
-from gateway.safety.guard import DIALOG_REFUSAL
+from gateway.generation.safety.guard import DIALOG_REFUSAL
 from llama.prompt_format.dialog import Message as DialogMessage
 from llama.v1.chat_pb2 import (
     ROLE_USER,

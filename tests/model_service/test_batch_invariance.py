@@ -1,82 +1,71 @@
-"""Logits of the whole network in bfloat16, bit for bit, in steps of every composition."""
+"""Logits bit for bit, in steps of every composition and under all settings of the engine.
 
-from collections.abc import Callable, Iterator, Sequence
+Each precision is tested on replicas that call themselves batch-invariant.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
+from model_service.engine.engine import Engine
+from model_service.engine.scheduling.prefill_budget import PrefillBudget
+from model_service.engine.sequence import GenerationRequest, SamplingParams
+from model_service.engine.step.plan_channel import PlanChannel
+from model_service.engine.step.runner import ModelRunner
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Determinism
-from model_service.model.attention.backend import CacheShape, SequenceSpan
+from model_service.loading.replica import Replica
 from model_service.model.attention.select import make_attention
 from model_service.model.network import Transformer
-from tests.model_service.conftest import CPU, spread
+from tests.model_service.conftest import CPU
+from tests.model_service.step_logits import (
+    LENGTHS,
+    WHOLE,
+    cache_shape,
+    heads,
+    logits,
+    recorded_logits,
+)
 
-LENGTHS = (5, 90, 33, 1)  # tokens of the sequences
-WHOLE = [LENGTHS]  # all of them in one step
-GENERATOR = torch.Generator().manual_seed(0)
-TOKENS = [torch.randint(3, 250, (length,), generator=GENERATOR) for length in LENGTHS]
+CONTEXT = 128
+LENGTH = 20  # tokens of each answer
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantize": "int8"},
+    "int4": {"quantize": "int4"},
+}
 pytestmark = pytest.mark.kernels
 
 
-@pytest.fixture(scope="module")
-def networks(golden: Path) -> Iterator[Callable[[str], Transformer]]:
+def load(golden: Path, precision: str) -> Replica:
+    folder = golden / "checkpoints" / "gqa-mp1"
+    return load_replica(ReplicaOptions(folder, CONTEXT, device="cpu", **PRECISIONS[precision]))
+
+
+def network_of(replica: Replica) -> Transformer:
+    return replica.runner._network
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def replica(golden: Path, request: pytest.FixtureRequest) -> Iterator[Replica]:
     threads = torch.get_num_threads()
-
-    def load(dtype: Any) -> Transformer:
-        folder = golden / "checkpoints" / "gqa-mp1"
-        replica = load_replica(ReplicaOptions(folder, 256, dtype=dtype, device="cpu"))
-        if dtype == "bfloat16" and replica.info.determinism is Determinism.SEEDED:
-            pytest.skip("this processor has no kernels, or they were not compiled")
-        return replica.runner._network
-
-    yield load
+    replica = load(golden, request.param)
+    if replica.info.determinism is Determinism.SEEDED:
+        pytest.skip(f"{request.param} is not batch-invariant here")
+    yield replica
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def network(networks: Callable[[str], Transformer]) -> Transformer:
-    return networks("bfloat16")
-
-
-def logits(
-    network: Transformer,
-    steps: Sequence[Sequence[int]],
-    block_size: int = 16,
-    seed: int = 0,
-) -> list[torch.Tensor]:
-    """Logits [length, vocab] of each sequence, computed in steps of so many tokens of each."""
-    dtype = network.get_parameter("norm.weight").dtype
-    layer: Any = network.get_submodule("layers.0.attention")
-    blocks = 1 + sum(-(-length // block_size) for length in LENGTHS)
-    shape = CacheShape(len(network.layers), blocks, block_size, layer.kv_heads, layer.head_dim)
-    backend = make_attention(shape, dtype, CPU, dtype, heads=layer.heads, max_batch_size=4)
-    tables = [span.block_table for span in spread(LENGTHS, LENGTHS, shape, seed)]
-    done = [0] * len(LENGTHS)
-    outputs: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
-    for step in [*steps, LENGTHS]:  # the last one computes what is left
-        ends = [min(done[i] + n, LENGTHS[i]) for i, n in enumerate(step)]
-        live = [i for i in range(len(LENGTHS)) if ends[i] > done[i]]
-        if not live:
-            continue
-        parts = [slice(done[i], ends[i]) for i in live]
-        backend.plan([SequenceSpan(ends[i] - done[i], ends[i], tables[i]) for i in live])
-        tokens = torch.cat([TOKENS[i][part] for i, part in zip(live, parts, strict=True)])
-        positions = torch.cat([torch.arange(part.start, part.stop) for part in parts])
-        computed = network(tokens, positions, None, backend)
-        computed = computed.split([part.stop - part.start for part in parts])
-        for i, rows in zip(live, computed, strict=True):
-            outputs[i].append(rows)
-            done[i] = ends[i]
-    return [torch.cat(each) for each in outputs]
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12)
 @given(
     steps=st.lists(
         st.tuples(*(st.sampled_from([0, 0, 1, 2, 7, 40]) for _ in LENGTHS)), max_size=60
@@ -86,22 +75,156 @@ def logits(
     seed=st.integers(0, 1000),
 )
 def test_a_tokens_logits_depend_on_its_context_alone(
-    network: Transformer,
+    replica: Replica,
     steps: Sequence[Sequence[int]],
     block_size: int,
     threads: int,
     seed: int,
 ) -> None:
     torch.set_num_threads(1)
-    expected = logits(network, WHOLE)
+    expected = logits(network_of(replica), WHOLE)
     torch.set_num_threads(threads)
-    found = logits(network, steps, block_size, seed)
+    found = logits(network_of(replica), steps, block_size, seed)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_logits_differ_from_float32_by_rounding(
-    networks: Callable[[str], Transformer], network: Transformer
+def requests() -> list[GenerationRequest]:
+    """Greedy and sampled ones, whose prompts part within blocks of any size; one repeats itself."""
+    text = tuple(3 + i * 7 % 230 for i in range(90))
+    prompts = [text[:50], text[:50], (*text[:37], 5, 6), text[:90], (*text[:9], 8)]
+    greedy, sampled = SamplingParams(temperature=0.0), SamplingParams(1.0, top_p=1.0, seed=1)
+    repeating = dataclasses.replace(greedy, logit_bias={7: 100.0})
+    sampling = [greedy, sampled, repeating, sampled, greedy]
+    return [
+        GenerationRequest(number, (1, *prompt), LENGTH, params, prompt_logprobs=number == 4)
+        for number, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
+    ]
+
+
+def make_engine(replica: Replica, **changes: Any) -> Engine:
+    """An engine on the replica's network with limits and a cache of its own."""
+    limits = dataclasses.replace(replica.limits, **changes)
+    network = network_of(replica)
+    dtype = network.get_parameter("norm.weight").dtype
+    shape = cache_shape(network, limits.blocks + 1, limits.block_size)
+    attention = make_attention(
+        shape, dtype, CPU, dtype, heads=heads(network), max_batch_size=limits.max_batch_size
+    )
+    return Engine(ModelRunner(network, attention, PlanChannel(), CPU), limits)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The answer to each request on its own, and the logits [vocab] on the way by their context."""
+
+    answers: dict[Any, list[int]] = field(default_factory=dict)
+    logits: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def alone(replica: Replica, run: Any) -> Alone:
+    torch.set_num_threads(1)
+    alone = Alone()
+    for request in requests():
+        engine = make_engine(replica, prefix_cache=False, draft_tokens=0)
+        with recorded_logits() as steps:
+            made = run(engine, [request])[request.request_id]
+        alone.answers[request.request_id] = made.ids[-LENGTH:]  # perhaps behind the prompt's
+        alone.logits.update(steps)
+    return alone
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine is to run, and in which way it continues."""
+
+    batch: int
+    step_tokens: int
+    block_size: int
+    preempt: bool
+    prefix_cache: bool
+    drafts: int
+    threads: int
+    moved: bool  # whether the second half of each answer is made by a later request
+
+    def engine(self, replica: Replica) -> Engine:
+        return make_engine(
+            replica,
+            max_batch_size=self.batch,
+            max_step_tokens=self.step_tokens,
+            block_size=self.block_size,
+            blocks=-(-CONTEXT // self.block_size) * (1 if self.preempt else 16),
+            prefix_cache=self.prefix_cache,
+            draft_tokens=self.drafts,
+        )
+
+
+CROWDED = Settings(
+    batch=8,
+    step_tokens=512,
+    block_size=16,
+    preempt=True,
+    prefix_cache=True,
+    drafts=8,
+    threads=1,
+    moved=False,
+)
+CONTINUED = dataclasses.replace(
+    CROWDED, step_tokens=19, block_size=4, preempt=False, threads=2, moved=True
+)
+
+
+@settings(max_examples=2, phases=(Phase.explicit, Phase.generate))
+@given(
+    how=st.builds(
+        Settings,
+        batch=st.sampled_from([1, 3, 8]),
+        step_tokens=st.sampled_from([8, 19, 512]),
+        block_size=st.sampled_from([4, 16, 24]),
+        preempt=st.booleans(),
+        prefix_cache=st.booleans(),
+        drafts=st.sampled_from([0, 1, 8]),
+        threads=st.just(1),  # the test above varies them
+        moved=st.booleans(),
+    )
+)
+@example(CROWDED)
+@example(CONTINUED)
+def test_the_engine_decides_when_logits_are_computed_and_never_which(
+    replica: Replica, alone: Alone, run: Any, how: Settings
 ) -> None:
-    exact = torch.cat(logits(networks("float32"), WHOLE))
-    error = torch.cat(logits(network, WHOLE)) - exact
-    assert error.norm() < 0.02 * exact.norm()
+    torch.set_num_threads(how.threads)
+    engine = how.engine(replica)
+    again = [moved(each, alone) if how.moved else each for each in requests()]
+    with pytest.MonkeyPatch.context() as patch, recorded_logits() as steps:
+        # Drafts are worth it, no matter how long steps take.
+        patch.setattr(PrefillBudget, "cost", lambda _budget, rows: 0.1 / rows)
+        cold, warm = run(engine, requests()), run(engine, again)
+    for number, expected in alone.answers.items():
+        assert cold[number].ids[-LENGTH:] == expected
+        length = LENGTH - again[number].offset
+        assert warm[number].ids[-length:] == expected[-length:]
+    compared = [(found, alone.logits[at]) for at, found in steps if at in alone.logits]
+    assert len(compared) > LENGTH * len(alone.answers)
+    assert all(torch.equal(found, logits) for found, logits in compared)
+    if how in (CROWDED, CONTINUED):
+        load = engine.load()
+        assert load.cached_prompt_tokens
+        assert load.accepted_tokens
+        assert bool(load.preemptions) is how.preempt
+
+
+def moved(request: GenerationRequest, alone: Alone) -> GenerationRequest:
+    """The request as another replica gets it after half of its answer."""
+    made = tuple(alone.answers[request.request_id][: LENGTH // 2])
+    return dataclasses.replace(
+        request, prompt_ids=request.prompt_ids + made, offset=len(made), prompt_logprobs=False
+    )
+
+
+def test_bfloat16_differs_from_float32_by_rounding(golden: Path) -> None:
+    exact, rounded = (
+        torch.cat(logits(network_of(load(golden, precision)), WHOLE))
+        for precision in ("float32", "bfloat16")
+    )
+    assert (rounded - exact).norm() < 0.02 * exact.norm()

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from model_service.model.config import ModelConfig, RopeScaling
 from model_service.model.errors import CheckpointError
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
-from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.params import read_params
 from model_service.model.weights.partition import shard_parameters
+from model_service.model.weights.source import Shard
 from model_service.offline.quantize import quantize_checkpoint
 from serving.errors import StartError
 
@@ -27,7 +28,7 @@ WQ = "layers.0.attention.wq.weight"
 
 
 def full_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(open_checkpoint(folder).read_shard(0, 1, torch.float32, CPU))
+    return dict(open_checkpoint(folder).read_shard(Shard(0, 1, torch.float32, CPU)))
 
 
 @pytest.mark.parametrize("files", ["gqa-mp1", "gqa-mp2", "gqa-mp4"])
@@ -37,7 +38,7 @@ def test_any_files_load_onto_any_ranks(golden: Path, files: str, ranks: int) -> 
     for rank in range(ranks):
         own = torch.load(cut / f"consolidated.{rank:02d}.pth", weights_only=True)
         checkpoint = open_checkpoint(golden / "checkpoints" / files)
-        for name, weight in checkpoint.read_shard(rank, ranks, torch.float32, CPU):
+        for name, weight in checkpoint.read_shard(Shard(rank, ranks, torch.float32, CPU)):
             assert torch.equal(weight, own[name]), name
 
 
@@ -60,8 +61,8 @@ def test_files_may_split_the_vocabulary_as_llama_3_does(
     (folder / "params.json").write_text(json.dumps(params))
     original = open_checkpoint(golden / "checkpoints" / "gqa-mp4")
     for rank in range(ranks):
-        found = dict(open_checkpoint(folder).read_shard(rank, ranks, torch.float32, CPU))
-        for name, weight in original.read_shard(rank, ranks, torch.float32, CPU):
+        found = dict(open_checkpoint(folder).read_shard(Shard(rank, ranks, torch.float32, CPU)))
+        for name, weight in original.read_shard(Shard(rank, ranks, torch.float32, CPU)):
             assert torch.equal(found[name], weight), name
 
 
@@ -74,7 +75,7 @@ def test_all_files_must_split_the_vocabulary_alike(checkpoint: Callable[[str], P
 
 def test_weights_are_converted_and_counted(golden: Path) -> None:
     checkpoint = open_checkpoint(golden / "checkpoints" / "mha-mp1")
-    weights = dict(checkpoint.read_shard(0, 2, torch.bfloat16, CPU))
+    weights = dict(checkpoint.read_shard(Shard(0, 2, torch.bfloat16, CPU)))
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert shard_parameters(checkpoint.config, 2) == sum(
         weight.numel() for weight in weights.values()
@@ -375,7 +376,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: Callable[[str], Pat
     _edit(folder, lambda weights: weights[WQ][3, 5].fill_(1e30))
     assert full_weights(folder)[WQ].max() == 1e30
     with pytest.raises(CheckpointError, match=f"{WQ} holds NaN, or .* infinite in float16"):
-        list(open_checkpoint(folder).read_shard(0, 2, torch.float16, CPU))
+        list(open_checkpoint(folder).read_shard(Shard(0, 2, torch.float16, CPU)))
     _edit(folder, lambda weights: weights[WQ][3, 5].fill_(math.nan))
     with pytest.raises(CheckpointError, match=f"{WQ} holds NaN"):
         full_weights(folder)

@@ -19,10 +19,10 @@ from model_service.model.weights.conversion.write_hugging_face import (
 )
 from model_service.model.weights.conversion.write_meta import write_meta
 from model_service.model.weights.files.hugging_face import open_hugging_face
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
-from model_service.model.weights.files.meta_params import params_of, read_params
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.params import params_of, read_params
 from model_service.model.weights.open_weights import open_weights
-from model_service.model.weights.source import WeightSource
+from model_service.model.weights.source import Shard, WeightSource
 from model_service.offline.quantize import quantize_checkpoint
 from serving.errors import StartError
 from tests.model_service.hugging_face_models import VARIANTS, greedy, save_model
@@ -34,7 +34,7 @@ def weights(source: WeightSource) -> dict[str, torch.Tensor]:
     """All weights in the types in which they are stored."""
     return {
         name: weight.to(source.stored_dtype(name))
-        for name, weight in source.read_shard(0, 1, torch.float32, CPU)
+        for name, weight in source.read_shard(Shard(0, 1, torch.float32, CPU))
     }
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from model_service.engine.engine import Engine
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.engine.step.runner import ModelRunner
+from model_service.loading.first_steps.warm_up import warm_up
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.replica import Replica
-from model_service.loading.warm_up import warm_up
 from model_service.model.attention.backend import CacheShape
 from model_service.model.cuda_graphs import DecodeGraphs, bucket_sizes
 from model_service.model.operations import FusedOperations, rotary_frequencies

@@ -13,9 +13,10 @@ from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights import cuda as weights_cuda
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 from model_service.model.weights.packing import packing
 from model_service.model.weights.quantization import Int4Weight, fp8_rows
+from model_service.model.weights.source import Shard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = torch.device("cuda", 0)
@@ -112,8 +113,8 @@ def test_a_graph_holds_the_product(name: Any, dtype: torch.dtype) -> None:
 def test_what_arrives_is_what_the_files_hold(golden: Path, checkpoint: str) -> None:
     opened = open_checkpoint(golden / "checkpoints" / checkpoint)
     for rank in range(2):
-        there = opened.read_shard(rank, 2, torch.float16, DEVICE)
-        here = opened.read_shard(rank, 2, torch.float16, torch.device("cpu"))
+        there = opened.read_shard(Shard(rank, 2, torch.float16, DEVICE))
+        here = opened.read_shard(Shard(rank, 2, torch.float16, torch.device("cpu")))
         for (name, weight), (_, expected) in zip(there, here, strict=True):
             assert torch.equal(weight.cpu(), expected), name
 

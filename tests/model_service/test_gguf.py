@@ -20,11 +20,13 @@ from model_service.model import pinned_transfer
 from model_service.model.config import RopeScaling
 from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.conversion.write_meta import write_meta
+from model_service.model.weights.files import read_parts
 from model_service.model.weights.files.gguf.dequantize import dequantize
 from model_service.model.weights.files.gguf.gguf_file import GgufFile, open_gguf
 from model_service.model.weights.files.gguf.tensors import WorkerPool
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.partition import shard_parameters, split_dimension
+from model_service.model.weights.source import Shard
 from tests.model_service.gguf_models import (
     METADATA,
     QUANTIZED_BY_PACKAGE,
@@ -49,7 +51,7 @@ SCALING = LLAMA_3 | {"original_max_position_embeddings": 8192}
 
 
 def weights(source: GgufFile, rank: int = 0, shards: int = 1) -> dict[str, torch.Tensor]:
-    return dict(source.read_shard(rank, shards, torch.float32, CPU))
+    return dict(source.read_shard(Shard(rank, shards, torch.float32, CPU)))
 
 
 def llama_3_divisors() -> Any:
@@ -178,7 +180,7 @@ def test_host_holds_some_pieces_and_never_the_weights(
     del codes, tensors
     monkeypatch.setattr(pinned_transfer, "BUFFER_BYTES", 2**22)
     # The device meta has no numbers to look at.
-    monkeypatch.setattr(f"{open_gguf.__module__}.extremes", lambda _: torch.zeros(2))
+    monkeypatch.setattr(read_parts, "extremes", lambda _: torch.zeros(2))
     source = open_gguf(path)
     process = psutil.Process()
 
@@ -188,14 +190,16 @@ def test_host_holds_some_pieces_and_never_the_weights(
 
     before = own()
     device = torch.device("meta")
-    held = max(own() - before for _ in source.read_shard(0, 1, torch.float16, device))
+    held = max(own() - before for _ in source.read_shard(Shard(0, 1, torch.float16, device)))
     assert held < 50e6
 
 
 def test_a_converted_file_holds_the_same_numbers(models: dict[str, Any], tmp_path: Path) -> None:
     source = open_gguf(file_of(models, "Q6_K"))
     write_meta(source, tmp_path / "meta")
-    converted_weights = dict(open_weights(tmp_path / "meta").read_shard(0, 1, torch.float32, CPU))
+    converted_weights = dict(
+        open_weights(tmp_path / "meta").read_shard(Shard(0, 1, torch.float32, CPU))
+    )
     for name, weight in weights(source).items():
         assert torch.equal(converted_weights[name], weight), name
 
@@ -203,7 +207,7 @@ def test_a_converted_file_holds_the_same_numbers(models: dict[str, Any], tmp_pat
 def test_weights_are_read_in_another_type(models: dict[str, Any]) -> None:
     source = open_gguf(file_of(models, "Q6_K"))
     wide = weights(source)
-    for name, weight in source.read_shard(0, 1, torch.bfloat16, CPU):
+    for name, weight in source.read_shard(Shard(0, 1, torch.bfloat16, CPU)):
         assert torch.equal(weight, wide[name].bfloat16()), name
 
 

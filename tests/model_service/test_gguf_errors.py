@@ -19,6 +19,7 @@ from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.gguf.gguf_file import open_gguf
 from model_service.model.weights.files.gguf.header import read_header
 from model_service.model.weights.open_weights import open_weights
+from model_service.model.weights.source import Shard
 from tests.model_service.gguf_models import METADATA, Tensors, random_blocks, write_gguf
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def write(tensors: Tensors, tmp_path: Path) -> Callable[..., Path]:
 
 def refused(path: Path, *parts: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: ")) as caught:
-        list(open_gguf(path).read_shard(0, 1, torch.float16, CPU))
+        list(open_gguf(path).read_shard(Shard(0, 1, torch.float16, CPU)))
     for part in parts:
         assert part in str(caught.value)
 

@@ -18,6 +18,7 @@ from model_service.model.weights.files.hugging_face import open_hugging_face
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import plain
 from model_service.model.weights.partition import shard_parameters
+from model_service.model.weights.source import Shard
 from tests.model_service.hugging_face_models import (
     LENGTH,
     LLAMA_3,
@@ -70,7 +71,7 @@ def test_a_tied_matrix_is_one_parameter_and_takes_memory_as_two(models: dict[str
     tied, plain = (open_weights(folder_of(models, name)) for name in ("tied", "gqa"))
     assert plain.config.parameters - tied.config.parameters == 128 * 128
     assert shard_parameters(plain.config, 2) == shard_parameters(tied.config, 2)
-    weights = dict(tied.read_shard(0, 1, torch.float32, CPU))
+    weights = dict(tied.read_shard(Shard(0, 1, torch.float32, CPU)))
     assert torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
 
 
@@ -84,7 +85,7 @@ def test_a_tied_matrix_that_kernels_read_as_it_is_is_held_once(models: dict[str,
         assert sizes[0] - sizes[1] == 2 * saved
     distributed.initialize("cpu")
     for source, shared in ((tied, True), (plain_source, False)):
-        read = partial(source.read_shard, 0, 1, torch.float32, CPU)
+        read = partial(source.read_shard, Shard(0, 1, torch.float32, CPU))
         network = load_network(source.config, 64, read, pack=plain, dtype=torch.float32, device=CPU)
         own = [network.get_submodule(name).weight for name in ("output", "tok_embeddings")]
         assert (own[0] is own[1]) is shared
@@ -121,7 +122,7 @@ def test_half_precision_is_read_into_any_type(tmp_path: Path, dtype: torch.dtype
     model = save_model(tmp_path, Variant(), dtype)
     stored = model.state_dict()["model.layers.0.mlp.up_proj.weight"]
     for wanted in (torch.float32, torch.bfloat16):
-        weights = dict(open_weights(tmp_path).read_shard(1, 2, wanted, CPU))
+        weights = dict(open_weights(tmp_path).read_shard(Shard(1, 2, wanted, CPU)))
         assert torch.equal(weights["layers.0.feed_forward.w3.weight"], stored[48:].to(wanted))
 
 
@@ -132,5 +133,5 @@ def test_an_older_file_may_hold_rotary_frequencies_and_a_tied_output(tmp_path: P
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path, metadata={"format": "pt"})
-    weights = dict(open_weights(tmp_path).read_shard(0, 1, torch.float32, CPU))
+    weights = dict(open_weights(tmp_path).read_shard(Shard(0, 1, torch.float32, CPU)))
     assert torch.equal(weights["output.weight"], tensors["model.embed_tokens.weight"])

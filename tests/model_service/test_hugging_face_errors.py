@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from model_service.model.errors import CheckpointError
 from model_service.model.operations import rotary_frequencies
 from model_service.model.weights.open_weights import open_weights
+from model_service.model.weights.source import Shard
 from tests.model_service.hugging_face_models import Variant, save_model
 
 WQ = "model.layers.0.self_attn.q_proj.weight"
@@ -211,7 +212,7 @@ def test_a_number_of_layers_is_not_believed(one: Path) -> None:
 def test_weights_that_are_not_finite_are_refused(one: Path, value: float) -> None:
     edit(one / SINGLE, lambda tensors: tensors[WQ][3, 5].fill_(value))
     with pytest.raises(CheckpointError, match=f"{WQ} holds NaN, or .* infinite in float16"):
-        list(open_weights(one).read_shard(0, 2, torch.float16, torch.device("cpu")))
+        list(open_weights(one).read_shard(Shard(0, 2, torch.float16, torch.device("cpu"))))
 
 
 def test_a_stored_output_must_be_the_embedding_if_they_are_tied(one: Path) -> None:
@@ -298,7 +299,7 @@ def test_missing_files_say_what_to_download(several: Path) -> None:
     ("file", "problem"),
     [
         ("notes.txt", "~: holds no checkpoint. To fix: name a folder with Meta's params.json"),
-        ("pytorch_model.bin", "~: holds pytorch_model.bin without a config.json. To fix: name a"),
+        ("pytorch_model.bin", "~: holds its weights as pytorch_model.bin, which may run code"),
         ("adapter_config.json", "~: holds an adapter, not a model. To fix: merge it"),
         ("model.safetensors", "~/config.json: not found. To fix: download it, too."),
         ("params.json", "~/params.json: is not JSON"),

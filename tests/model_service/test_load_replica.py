@@ -1,4 +1,5 @@
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +7,9 @@ import pytest
 
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
+from model_service.loading.precision import Precision
 from model_service.model.config import ModelConfig
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 
 
 @pytest.fixture
@@ -74,3 +76,26 @@ def test_lookahead_is_off_on_the_cpu_unless_asked_for(
 ) -> None:
     replica = load_replica(dataclasses.replace(options, lookahead=lookahead))
     assert replica.limits.lookahead is expected
+
+
+@pytest.mark.parametrize(
+    ("own", "reason", "told"),
+    [
+        (True, "", "kernels: this package's, for "),
+        (False, "they were not compiled", "without this package's own (they were not compiled)"),
+        (False, "", "this package has none for float32"),
+    ],
+)
+def test_the_log_says_which_kernels_compute(
+    options: ReplicaOptions,
+    own: bool,
+    reason: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(Precision, "uses_own_kernels", own)
+    monkeypatch.setattr("model_service.loading.load_replica.without_kernels", lambda: reason)
+    with caplog.at_level(logging.INFO):
+        load_replica(options)
+    assert told in caplog.text

@@ -7,12 +7,12 @@ import torch
 
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.engine.step.runner import ModelRunner
+from model_service.loading.first_steps.step_memory import memory_for_steps
+from model_service.loading.first_steps.warm_up import warm_up_plans
 from model_service.loading.layout import MAX_CACHE
 from model_service.loading.load_replica import load_replica
 from model_service.loading.memory import WORKING_MEMORY, MemoryPlan, cache_tokens, free_memory
 from model_service.loading.options import ReplicaOptions
-from model_service.loading.step_memory import memory_for_steps
-from model_service.loading.warm_up import warm_up_plans
 from model_service.model.attention.backend import CacheShape
 from model_service.model.attention.sdpa import SdpaAttention
 from serving.errors import StartError

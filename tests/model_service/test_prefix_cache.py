@@ -1,5 +1,6 @@
 """Tokens that the engine does not compute again, counted on a real checkpoint."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,53 @@ def test_a_cached_prompt_still_gets_all_its_logprobs(
         for case in scored:
             assert answers[case["id"]].ids == case["ids"]
             assert answers[case["id"]].logprobs == pytest.approx(case["logprobs"], abs=1e-4)
+
+
+@pytest.mark.parametrize("max_step_tokens", [7, 512])
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_candidates_behind_one_prompt_compute_it_once_and_score_as_alone(
+    make_engine: Any, run: Any, lookahead: bool, max_step_tokens: int
+) -> None:
+    engine = make_engine(
+        block_size=BLOCK, max_batch_size=16, max_step_tokens=max_step_tokens, lookahead=lookahead
+    )
+    prompt, candidates = text(101, 0), [(3 + i, *text(i, i)) for i in range(12)]
+    asked = [ask(i, (*prompt, *each), 0, prompt_logprobs=True) for i, each in enumerate(candidates)]
+    scored = run(engine, [replace(each, scored_from=len(prompt)) for each in asked])
+    # All but the first compute the prompt's last token again, whose logits score their own first.
+    assert engine.load().prompt_tokens == len(prompt) + sum(map(len, candidates)) + 11
+    alone = make_engine(max_batch_size=1, prefix_cache=False)
+    for i, request in enumerate(asked):
+        assert scored[i].ids == list(candidates[i])
+        whole = run(alone, [request])[i].logprobs
+        assert scored[i].logprobs == pytest.approx(whole[len(prompt) :], abs=1e-4)
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_preempted_sequence_still_scores_the_end_of_its_prompt(
+    make_engine: Any, run: Any, lookahead: bool
+) -> None:
+    prompts = [text(60, i) for i in range(8)]
+    asked = [
+        ask(i, each, 90, prompt_logprobs=True, logprobs=True) for i, each in enumerate(prompts)
+    ]
+    whole = run(make_engine(max_batch_size=1), asked)
+    small = make_engine(
+        kv_cache_tokens=256, max_batch_size=16, max_step_tokens=16, lookahead=lookahead
+    )
+    scored = run(small, [replace(each, scored_from=20 + i) for i, each in enumerate(asked)])
+    assert small.load().preemptions > 0
+    for i in range(8):
+        assert scored[i].ids == whole[i].ids[20 + i :]
+        assert scored[i].logprobs == pytest.approx(whole[i].logprobs[20 + i :], abs=1e-4)
+
+
+def test_nothing_to_score_needs_no_step(engine: Engine, run: Any) -> None:
+    request = ask("all", text(9, 0), 0, prompt_logprobs=True, scored_from=9)
+    assert run(engine, [request])["all"].ids == []
+    assert engine.load().steps == 0
+    with pytest.raises(ValueError, match="scored_from must be 0 to 9, the number of prompt_ids"):
+        engine.add(replace(request, scored_from=10))
 
 
 def test_the_first_and_the_last_output_say_what_was_cached(engine: Engine, run: Any) -> None:

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 from model_service.model.weights.quantization import FORMATS, GROUP_SIZE
+from model_service.model.weights.source import Shard
 from model_service.offline.quantize import quantize_checkpoint
 from serving.errors import StartError
 
@@ -84,8 +85,8 @@ def test_files_of_a_quantized_checkpoint_are_joined(
     source = golden / "checkpoints" / "mha-mp2"
     quantize_checkpoint(source, tmp_path, quantization)
     cpu = torch.device("cpu")
-    original = dict(open_checkpoint(source).read_shard(0, 1, torch.float32, cpu))
-    for name, weight in open_checkpoint(tmp_path).read_shard(0, 1, torch.float32, cpu):
+    original = dict(open_checkpoint(source).read_shard(Shard(0, 1, torch.float32, cpu)))
+    for name, weight in open_checkpoint(tmp_path).read_shard(Shard(0, 1, torch.float32, cpu)):
         error = (weight - original[name]).norm() / original[name].norm()
         assert error < {"int8": 0.01, "int4": 0.12, "fp8": 0.04}[quantization]
 

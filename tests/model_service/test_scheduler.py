@@ -4,11 +4,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from model_service.engine.drafting.ngram_drafter import NgramDrafter
 from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.schedule import Schedule
 from model_service.engine.scheduling.scheduler import MAX_PARKED, Scheduler
-from model_service.engine.scheduling.speculation import NgramDrafter, Speculation
+from model_service.engine.scheduling.speculation.speculation import Speculation
 from model_service.engine.sequence import GenerationRequest, Sequence
 
 CONTEXT, BLOCK = 24, 4

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model_service.engine.drafting.ngram_drafter import NGRAM, NgramDrafter
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
-from model_service.engine.scheduling.speculation import NGRAM, NgramDrafter, Speculation
+from model_service.engine.scheduling.speculation.drafters import Source
+from model_service.engine.scheduling.speculation.speculation import Speculation
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
 
 CONTEXT = 256
@@ -46,35 +48,40 @@ def speculation_at(cost: float) -> Speculation:
     return Speculation(NgramDrafter(), prefill_budget, most=8)
 
 
+def propose(speculation: Speculation, sequence: Sequence) -> list[int]:
+    """The drafts for a step in which the sequence decodes alone."""
+    return speculation.propose({sequence: 100}, busy=False).get(sequence, [])
+
+
 def test_a_sequence_that_repeats_is_trusted_more_and_more() -> None:
     speculation, sequence = speculation_at(0.1), make_sequence([1, 2, 3, 4] * 3)
     lengths = []
     for _ in range(8):
-        drafts = speculation.propose(sequence, 100, 1)
+        drafts = propose(speculation, sequence)
         made = [(sequence.tokens[-1] + i) % 4 + 1 for i in range(len(drafts) + 1)]
         speculation.learn(sequence, drafts, made)
         sequence.tokens += made
         lengths.append(len(drafts))
     assert lengths[0] >= 1
     assert lengths[-1] == 8
-    assert speculation.drafted == speculation.accepted == sum(lengths)
+    assert speculation.counts[Source.NGRAM] == (sum(lengths), sum(lengths))
 
 
 def test_wrong_guesses_end_and_return_once_they_would_be_right() -> None:
     speculation, sequence = speculation_at(0.3), make_sequence([1, 2, 3, 4, 1, 2, 3])
     for _ in range(8):
-        speculation.learn(sequence, speculation.propose(sequence, 100, 1), [9])
-    assert speculation.propose(sequence, 100, 1) == []
+        speculation.learn(sequence, propose(speculation, sequence), [9])
+    assert propose(speculation, sequence) == []
     for _ in range(8):
         speculation.learn(sequence, [], [4])
-        assert len(speculation.propose(sequence, 100, 1)) <= 8
-    assert speculation.propose(sequence, 100, 1)[:1] == [4]
+        assert len(propose(speculation, sequence)) <= 8
+    assert propose(speculation, sequence)[:1] == [4]
 
 
 def test_nothing_is_drafted_where_a_row_costs_as_much_as_it_makes() -> None:
     sequence = make_sequence([1, 2, 3, 4] * 3)
-    assert speculation_at(1.0).propose(sequence, 100, 1) == []
-    assert speculation_at(0.01).propose(sequence, 100, 1) != []
+    assert propose(speculation_at(1.0), sequence) == []
+    assert propose(speculation_at(0.01), sequence) != []
 
 
 def repeating(length: int) -> tuple[int, ...]:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from model_service.model import pinned_transfer
 from model_service.model.pinned_transfer import WeightUpload
-from model_service.model.weights.files.meta_checkpoint import open_checkpoint
+from model_service.model.weights.files import read_parts
+from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from model_service.model.weights.source import Shard
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
@@ -62,7 +64,7 @@ def test_host_holds_two_buffers_and_never_the_checkpoint(
 ) -> None:
     monkeypatch.setattr(pinned_transfer, "BUFFER_BYTES", 2**22)
     # The device meta has no numbers to look at.
-    monkeypatch.setattr(f"{open_checkpoint.__module__}.extremes", lambda _: torch.zeros(2))
+    monkeypatch.setattr(read_parts, "extremes", lambda _: torch.zeros(2))
     checkpoint = open_checkpoint(large_checkpoint)
     process = psutil.Process()
 
@@ -71,7 +73,7 @@ def test_host_holds_two_buffers_and_never_the_checkpoint(
         return int(memory.rss - memory.shared)
 
     before = own()
-    weights = checkpoint.read_shard(0, 1, torch.float16, torch.device("meta"))
+    weights = checkpoint.read_shard(Shard(0, 1, torch.float16, torch.device("meta")))
     held = max(own() - before for _ in weights)
     assert held < 25e6 < checkpoint.config.parameters * 4 / 3
 

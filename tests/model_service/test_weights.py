@@ -19,7 +19,7 @@ PACK: dict[str, Any] = {
     "prepack": prepack,
     "int8": pack_int8,
     "int4": pack_int4,
-    "fp8": pack_fp8,
+    "fp8": pack_fp8(),
 }
 
 

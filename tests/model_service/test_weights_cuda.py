@@ -109,7 +109,7 @@ def test_fp8_product_is_that_of_its_definition(dtype: torch.dtype) -> None:
     x = torch.randn(300, 512, generator=torch.Generator().manual_seed(2)).to(dtype)
     # On the CPU `_scaled_mm` takes the same arguments as on CUDA.
     product = F.linear(x, weights_cuda.pack_fp8(weight, dtype))  # type: ignore[arg-type]
-    exact = F.linear(x.float(), weights.pack_fp8(weight))  # type: ignore[arg-type]
+    exact = F.linear(x.float(), weights.pack_fp8()(weight))  # type: ignore[arg-type]
     assert product.dtype == dtype
     assert (product.float() - exact).norm() <= 0.004 * exact.norm()
     assert (product.float() - F.linear(x.float(), weight)).norm() <= 0.05 * exact.norm()

@@ -8,7 +8,7 @@ from bench.baselines.protocol import Job, serve
 from bench.engine import driver
 from bench.report import versions
 from bench.shapes import Shape
-from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.meta.params import read_params
 
 
 class ChasquiWorker:

@@ -12,7 +12,7 @@ from typing import TextIO
 import click
 import grpc
 
-from chasqui.cli.serve.deployment import deployment_of
+from chasqui.cli.serve.deployment import DEFAULT_HTTP_PORT, deployment_of
 from chasqui.cli.serve.loading_bars import LoadingBars, on_terminal
 from chasqui.cli.serve.service_log import as_json, is_below, own_line, readable
 from chasqui.cli.serve.service_process import Log
@@ -39,6 +39,11 @@ PATIENCE = 5.0
     default=50051,
     show_default=True,
     help="Port the gateway listens on; 0: any free port.",
+)
+@setting(
+    "http_port",
+    type=click.IntRange(0, 65535),
+    help="Port for OpenAI's API over HTTP; 0: none.  [default: 8080; with --port 0 any free port]",
 )
 @setting("max_seq_len", type=int, help="Most tokens of prompt and answer.  [default: 512]")
 @setting("max_batch_size", type=int, help="Most sequences that run at once.  [default: 8]")
@@ -81,6 +86,7 @@ def serve(
     replicas: int,
     host: str,
     port: int,
+    http_port: int | None,
     safety: bool,
     log_file: Path | None,
     log_format: str,
@@ -97,6 +103,7 @@ def serve(
         replicas=replicas,
         host=host,
         port=port,
+        http_port=DEFAULT_HTTP_PORT if http_port is None and port else http_port,
         safety=safety,
         debug=log_level == "debug",
         model_settings=model_settings,
@@ -188,6 +195,9 @@ async def _serve(services: Supervisor, terminal: _Terminal) -> None:
         f"Serving at {address}. Talk: chasqui chat --target {address}. Stop: Ctrl-C.",
         address=address,
     )
+    if services.http_address is not None:
+        url = f"http://{services.http_address}"
+        terminal.say(f"OpenAI's API: {url}/v1", http_address=services.http_address)
     await services.watch()
 
 

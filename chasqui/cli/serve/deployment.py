@@ -9,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 
 from chasqui.errors import SupervisorError
-from llama.model_files import ModelFileError, find_tokenizer
+from llama.model_files import ACCEPTED, ModelFileError, find_tokenizer, no_weights, weight_format
 
 LOOPBACK = "127.0.0.1"
+DEFAULT_HTTP_PORT = 8080
 GRACE_PERIOD_VARIABLE = "CHASQUI_GRACE_PERIOD"
 
 
@@ -27,6 +28,7 @@ class Deployment:
     replicas: int = 1
     host: str = LOOPBACK
     port: int = 0
+    http_port: int | None = 0  # 0: no HTTP; None: any free port
     safety: bool = False  # run a safety service with its default rules
     # Services log at level debug instead of info. The supervisor needs their lines of level info.
     debug: bool = False
@@ -73,6 +75,7 @@ class Deployment:
             "gateway",
             host=self.host,
             port=self.port,
+            http_port=self.http_port,
             tokenizer_target=tokenizer,
             model_targets=",".join(models),
             safety_target=safety,
@@ -96,12 +99,15 @@ def deployment_of(ckpt_dir: Path | None, tokenizer_path: Path | None) -> Deploym
     """A deployment of a checkpoint, by default of the demonstration checkpoint.
 
     Raises:
-        SupervisorError: there is a tokenizer and no checkpoint, or the checkpoint has no tokenizer.
+        SupervisorError: there is a tokenizer and no checkpoint, the path holds none, or it has no
+            tokenizer.
     """
     if ckpt_dir is None:
         if tokenizer_path is not None:
             raise SupervisorError("--tokenizer_path needs --ckpt_dir: give both")
         return demonstration()
+    if weight_format(ckpt_dir) is None:
+        raise SupervisorError(f"--ckpt_dir: {ckpt_dir} {no_weights(ckpt_dir)}; {ACCEPTED}")
     if tokenizer_path is None:
         try:
             tokenizer_path = find_tokenizer(ckpt_dir).path

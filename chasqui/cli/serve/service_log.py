@@ -13,6 +13,12 @@ def listening_address(line: str) -> str | None:
     return str(record["address"]) if record.get("event") == "listening" else None
 
 
+def http_address(line: str) -> str | None:
+    """The address in a gateway's log line "serving HTTP", which comes before "listening"."""
+    record = _record(line)
+    return str(record["http_address"]) if record.get("event") == "serving HTTP" else None
+
+
 def readable(line: str) -> str:
     """A JSON log line as text; a line that is not JSON (such as a traceback) stays as it is."""
     record = _record(line)

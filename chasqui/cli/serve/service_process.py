@@ -11,7 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import cast
 
-from chasqui.cli.serve.service_log import failure, is_error, listening_address, readable
+from chasqui.cli.serve.service_log import (
+    failure,
+    http_address,
+    is_error,
+    listening_address,
+    readable,
+)
 
 LINES_KEPT = 200
 # A replica that ran for this many seconds counts as started well: its failures are counted anew.
@@ -25,14 +31,15 @@ Log = Callable[[str, str], None]
 class ServiceProcess:
     """A child process whose log is read.
 
-    `address` is set when it listens, `complaint` when it has logged an error, and `ended` is done
-    when the process has ended.
+    `address` is set when it listens, `http_address` before that if it serves HTTP, `complaint` when
+    it has logged an error, and `ended` is done when the process has ended.
     """
 
     def __init__(
         self, name: str, process: Process, log: Log, on_end: Callable[["ServiceProcess"], None]
     ) -> None:
         self.address: Future[str] = asyncio.get_running_loop().create_future()
+        self.http_address: str | None = None
         self.complaint: Future[str] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.create_task(self._follow(log, on_end))
         self.name = name
@@ -97,6 +104,7 @@ class ServiceProcess:
             text = line.decode(errors="replace").rstrip()
             self._lines.append(text)
             log(self.name, text)
+            self.http_address = self.http_address or http_address(text)
             address = listening_address(text)
             if address is not None and not self.address.done():
                 self.address.set_result(address)

@@ -56,6 +56,7 @@ class Supervisor:
         self._guard: Process | None = None
         self._children: list[ServiceProcess] = []
         self._replica_ports: dict[str, int] = {}  # by name of replica, once all listen
+        self.http_address: str | None = None  # of the gateway, once started; None: it has none
         self._ended: asyncio.Queue[ServiceProcess] = asyncio.Queue()
         self._liveness_checks: set[asyncio.Task[None]] = set()
 
@@ -85,7 +86,10 @@ class Supervisor:
         _refuse_variables_of_one_service()
         # Errors are raised before anything starts, because a large model takes minutes to load.
         _ = self.grace_period
-        _refuse_unusable_address(self._deployment.host, self._deployment.port)
+        deployment = self._deployment
+        _refuse_unusable_address(deployment.host, deployment.port, "--port")
+        if deployment.http_port:
+            _refuse_unusable_address(deployment.host, deployment.http_port, "--http_port")
         self._guard = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", GUARD, stdin=PIPE, process_group=0
         )
@@ -150,6 +154,7 @@ class Supervisor:
         command = deployment.gateway_command(await tokenizer.address, targets, safety)
         gateway = await self._spawn(GATEWAY, command, group)
         address = await gateway.address
+        self.http_address = gateway.http_address
         serving = asyncio.create_task(_until_serving(address))
         try:
             # The services listen before the gateway starts, so an error about one is final.
@@ -261,11 +266,11 @@ def _refuse_variables_of_one_service() -> None:
         )
 
 
-def _refuse_unusable_address(host: str, port: int) -> None:
+def _refuse_unusable_address(host: str, port: int, flag: str) -> None:
     """Raises the error that the gateway would raise after all other services have started."""
     if reason := why_taken(host, port):
         shown = f"[{host}]" if ":" in host else host
         raise SupervisorError(
             f"cannot listen on {shown}:{port}: {reason}; "
-            "choose another address with --host or another port with --port"
+            f"choose another address with --host or another port with {flag}"
         )

@@ -29,6 +29,7 @@ from statistics import median
 # harm.
 WINDOW, DECODE_ONLY_WINDOW = 16, 5
 FITS = 5  # whose median decides, because one outlier makes one wrong fit
+BASES = 9  # times of steps without prompts whose median counts
 # A line needs two abscissae, and the time of a step without prompts changes with the machine: so
 # while prompts are computed, one step in this many takes none of their tokens.
 CONTRAST_EVERY = 8
@@ -51,6 +52,8 @@ class _Regime:
         default_factory=lambda: deque(maxlen=DECODE_ONLY_WINDOW)
     )
     costs: deque[float] = field(default_factory=lambda: deque(maxlen=FITS))
+    # Seconds of the last steps, less what their prompt tokens cost.
+    bases: deque[float] = field(default_factory=lambda: deque(maxlen=BASES))
     tried: deque[int] = field(default_factory=lambda: deque(maxlen=FITS))  # prompt tokens
     # Prompt tokens of the last steps that took no longer than their launch, else 0.
     hidden: deque[int] = field(default_factory=lambda: deque(maxlen=FITS))
@@ -73,7 +76,7 @@ class PrefillBudget:
         """
         self._recorded = recorded
         self._launches: deque[float] = deque(maxlen=DECODE_ONLY_WINDOW)  # seconds, with prompts
-        self._max_stall = max_stall
+        self.max_stall = max_stall
         self._floor = min(FLOOR, ceiling)
         self._first = first
         self._ceiling = ceiling
@@ -106,6 +109,14 @@ class PrefillBudget:
                 self._launches.append(launch)
                 in_launch = seconds <= (1 + LAUNCH_MARGIN / 2) * median(self._launches)
                 regime.hidden.append(prompt_tokens if in_launch else 0)
+        if regime.costs or not prompt_tokens:
+            cost = max(median(regime.costs), MIN_COST) if prompt_tokens else 0.0
+            regime.bases.append(seconds / (1 + cost * prompt_tokens))
+
+    def step_seconds(self, decode_rows: int) -> float | None:
+        """The time of a step of `decode_rows` sequences without prompts; None if unknown yet."""
+        bases = self._regime(decode_rows).bases
+        return median(bases) if bases else None
 
     def cost(self, decode_rows: int) -> float | None:
         """The time of one more token over that of a decode-only step of `decode_rows` sequences."""
@@ -149,8 +160,8 @@ class PrefillBudget:
         """The longest step with prompts, in decode-only steps."""
         base = _decode_only_seconds(regime)
         if not (self._launches and base):
-            return self._max_stall
-        return max(self._max_stall, (1 + LAUNCH_MARGIN) * median(self._launches) / base)
+            return self.max_stall
+        return max(self.max_stall, (1 + LAUNCH_MARGIN) * median(self._launches) / base)
 
 
 def _decode_only_seconds(regime: _Regime) -> float:

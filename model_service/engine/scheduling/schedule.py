@@ -34,3 +34,4 @@ class Schedule:
     drafted_tokens: int  # behind those
     prompt_tokens: int  # tokens of all other chunks
     copies: list[BlockCopy]  # to be made before anything is written
+    draft_seconds: float = 0.0  # that the draft model took before

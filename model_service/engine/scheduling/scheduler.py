@@ -14,7 +14,7 @@ from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.engine.kv_cache.prefix_cache import CachedPrefix, PrefixCache
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.schedule import Chunk, Schedule
-from model_service.engine.scheduling.speculation import Speculation
+from model_service.engine.scheduling.speculation.speculation import Speculation
 from model_service.engine.scheduling.waiting import WaitingQueue
 from model_service.engine.sequence import Sequence, Status
 from model_service.model.attention.backend import BlockCopy
@@ -108,7 +108,8 @@ class Scheduler:
                 prompts.append(sequence)
         del decode[self._max_step_tokens :]
         rows = len(decode)
-        drafted = self._draft(decode)
+        admits = bool(self._waiting) and len(self._running) < self._max_batch_size
+        drafted = self._draft(decode, busy=admits or bool(prompts))
         room = self._max_step_tokens - rows
         budget = max(0, min(room, self._prefill_budget.prompt_budget(rows)) - drafted)
         chunks, left = decode, budget
@@ -117,18 +118,17 @@ class Scheduler:
                 left -= self._append_chunk(sequence, left, chunks)
         left = self._admit(left, chunks)
         copies, self._copies = self._copies, []
-        return Schedule(chunks, rows, drafted, budget - left, copies)
+        return Schedule(chunks, rows, drafted, budget - left, copies, self._speculation.seconds)
 
-    def _draft(self, decode: list[Chunk]) -> int:
+    def _draft(self, decode: list[Chunk], *, busy: bool) -> int:
         """Adds guesses to decoding chunks where they are worth it; returns how many."""
-        drafted, rows, size = 0, len(decode), self._pool.block_size
+        # The step makes one token more than there are guesses, and none for a prompt that fills
+        # the context.
+        rooms = {each.sequence: max(0, each.sequence.limit - each.end - 1) for each in decode}
+        proposed = self._speculation.propose(rooms, busy=busy)
+        drafted, spare, size = 0, self._max_step_tokens - len(decode), self._pool.block_size
         for chunk in decode:
-            sequence = chunk.sequence
-            # The step makes one token more than there are guesses, and none for a prompt that fills
-            # the context.
-            left = max(0, sequence.limit - chunk.end - 1)
-            room = min(left, self._max_step_tokens - rows - drafted)
-            drafts = self._speculation.propose(sequence, room, rows)
+            sequence, drafts = chunk.sequence, proposed.get(chunk.sequence, [])[: spare - drafted]
             if not drafts:
                 continue
             missing = self._pool.blocks_for(chunk.end + len(drafts)) - len(sequence.block_table)

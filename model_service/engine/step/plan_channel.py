@@ -21,8 +21,9 @@ FIRST_BROADCAST = 1024
 class PlanChannel:
     """One rank's end; with a single rank nothing is sent."""
 
-    def __init__(self) -> None:
-        self.alone = dist.get_world_size() == 1
+    def __init__(self, ranks: int | None = None) -> None:
+        """Connects that many ranks; None for all."""
+        self.alone = (ranks or dist.get_world_size()) == 1
         self._first = torch.zeros(FIRST_BROADCAST, dtype=torch.int32)
         self._values = self._first.numpy()  # copying in numpy costs a tenth
         self._sending: list[dist.Work] = []  # the last plan

@@ -1,7 +1,7 @@
 """Runs one step on one rank, and keeps the ranks of a replica in lockstep.
 
 The leader sends each step's plan to its followers and then runs the same forward as they do: the
-all-reduces inside the layers keep them together. Only the leader looks at the logits. On CUDA a
+sums inside the layers keep them together. Only the leader looks at the logits. On CUDA a
 step is only launched here: reading the logits waits for it.
 """
 
@@ -43,7 +43,7 @@ class ModelRunner:
         self._sampled = torch.empty(0, dtype=torch.long, device=device)  # in the last step
 
     @property
-    def replays_decode(self) -> bool:
+    def has_graphs(self) -> bool:
         """Whether steps of single tokens are replayed from recorded graphs."""
         return self._graphs is not None
 

@@ -30,11 +30,16 @@ class StepTimes:
             buckets=SEQUENCES,
             registry=None,
         )
-        self._schedule, self._forward, self._sample = (
-            self._seconds.labels(part) for part in ("schedule", "forward", "sample")
+        self._draft, self._schedule, self._forward, self._sample = (
+            self._seconds.labels(part) for part in ("draft", "schedule", "forward", "sample")
         )
 
-    def observe(self, sequences: int, *, schedule: float, forward: float, sample: float) -> None:
+    def observe(
+        self, sequences: int, *, draft: float, schedule: float, forward: float, sample: float
+    ) -> None:
+        """Records a step of some sequences; `draft` is 0 if no draft model computed anything."""
+        if draft:
+            self._draft.observe(draft)
         self._schedule.observe(schedule)
         self._forward.observe(forward)
         self._sample.observe(sample)

@@ -11,6 +11,8 @@ import warnings
 
 import torch
 
+_WITHOUT_BFLOAT16 = {"AVX512_CORE", "AVX512_CORE_VNNI"}
+
 
 def instructions() -> str:
     """The instructions, such as `avx512 vnni bf16 amx`. Equal ones round alike, others do not."""
@@ -26,7 +28,10 @@ def instructions() -> str:
 @functools.cache
 def computes_in_bfloat16() -> bool:
     """Whether the CPU has bfloat16 instructions; without them it is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() and has_packed_kernels(torch.bfloat16)  # noqa: SLF001
+    # oneDNN's kernels for older instructions emulate those of bfloat16.
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in _WITHOUT_BFLOAT16
+    there = torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
+    return allowed and there and has_packed_kernels(torch.bfloat16)
 
 
 @functools.cache

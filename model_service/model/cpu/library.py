@@ -12,10 +12,10 @@ from typing import Any
 
 from model_service.model.cpu.instructions import instructions
 
-_INTERFACE = 1  # `chasqui_interface` in source/interface.cpp
+_INTERFACE = 2  # `chasqui_interface` in source/interface.cpp
 _MODULE = "model_service.model.cpu._kernels"
 
-# Of each function's name: the types of its arguments.
+# The types of the arguments of each function.
 Signatures = Mapping[str, Sequence[Any]]
 
 
@@ -23,8 +23,9 @@ class InstructionSet(enum.IntEnum):
     """For which of the compiled variants, as `chasqui_use` numbers them."""
 
     AVX2 = 0
-    AVX512_BF16 = 1
-    AMX = 2
+    AVX512_VNNI = 1
+    AVX512_BF16 = 2
+    AMX = 3
 
 
 def declare(library: ctypes.CDLL, signatures: Signatures) -> None:
@@ -59,8 +60,10 @@ def find_library() -> ctypes.CDLL | str:
 def _instruction_set(used: str) -> InstructionSet | None:
     """The variant for `instructions`, so that the same variables hold all kernels to older ones."""
     vectors, *extensions = used.split()
+    if vectors not in {"avx2", "avx512"}:
+        return None
+    if vectors == "avx2" or "vnni" not in extensions:
+        return InstructionSet.AVX2
     if "amx" in extensions:
         return InstructionSet.AMX
-    if "bf16" in extensions:
-        return InstructionSet.AVX512_BF16
-    return InstructionSet.AVX2 if vectors in {"avx2", "avx512"} else None
+    return InstructionSet.AVX512_BF16 if "bf16" in extensions else InstructionSet.AVX512_VNNI

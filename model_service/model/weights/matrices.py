@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from model_service.model.cpu.instructions import adds_products_exactly
-from model_service.model.cpu.products import Products
+from model_service.model.cpu.products import Form, Products
 from model_service.model.weights.quantization import Fp8Weight, Int4Weight, Int8Weight, fp8_rows
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -70,18 +70,18 @@ def prepack(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
     return PackedWeight(multiply)
 
 
-def pack_blocks(products: Products) -> Pack:
-    """Packs bfloat16 weights for the kernels that sum in one order for any number of rows."""
+def pack_blocks(products: Products, form: Form) -> Pack:
+    """Packs weights for the kernels that sum in one order for any number of rows."""
 
     def pack(weight: torch.Tensor) -> PackedWeight:
-        blocks, outputs = products.pack(weight), len(weight)
-        return PackedWeight(lambda x: products.multiply(x, blocks, outputs))
+        blocks = products.pack(weight, form)
+        return PackedWeight(lambda x: products.multiply(x, blocks))
 
     return pack
 
 
 def pack_int8(weight: torch.Tensor) -> PackedWeight:
-    """8-bit weights, multiplied by activations that are quantized row by row.
+    """8-bit weights, multiplied by activations that are quantized row by row, in PyTorch.
 
     Each row of activations has its own scale, unlike in torch's dynamic quantization. So a
     sequence's answer does not depend on the other sequences of its steps.
@@ -110,7 +110,7 @@ def pack_int8(weight: torch.Tensor) -> PackedWeight:
 
 
 def pack_int4(weight: torch.Tensor) -> PackedWeight:
-    """4-bit weights in the form of 8-bit ones.
+    """4-bit weights in the form of 8-bit ones, in PyTorch.
 
     PyTorch's 4-bit kernel for the CPU rounds activations and scales to bfloat16 and is slow for
     more than a few rows. Using both kernels would make an answer depend on the number of rows in
@@ -119,18 +119,25 @@ def pack_int4(weight: torch.Tensor) -> PackedWeight:
     return pack_int8(Int4Weight.quantize(weight).dequantize())
 
 
-def pack_fp8(weight: torch.Tensor) -> PackedWeight:
-    """e4m3 weights and activations, a scale per row of each; summed in float32.
+def pack_fp8(pack_codes: Pack = prepack) -> Pack:
+    """Packs e4m3 weights; activations are e4m3, too, with a scale per row of each.
 
     The codes are kept as float32 numbers, because no CPU multiplies e4m3. So this computes what a
     GPU computes, for trying it out, but saves neither time nor memory.
+
+    Args:
+        pack_codes: packs the codes in float32.
     """
-    quantized = Fp8Weight.quantize(weight)
-    codes = prepack(quantized.codes.float())
 
-    def multiply(x: torch.Tensor) -> torch.Tensor:
-        row_codes, scales = fp8_rows(x)
-        product = torch.nn.functional.linear(row_codes.float(), codes)  # type: ignore[arg-type]
-        return product.mul_(scales.unsqueeze(1)).mul_(quantized.scales).to(x.dtype)
+    def pack(weight: torch.Tensor) -> PackedWeight:
+        quantized = Fp8Weight.quantize(weight)
+        codes = pack_codes(quantized.codes.float())
 
-    return PackedWeight(multiply)
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            row_codes, scales = fp8_rows(x)
+            product = torch.nn.functional.linear(row_codes.float(), codes)  # type: ignore[arg-type]
+            return product.mul_(scales.unsqueeze(1)).mul_(quantized.scales).to(x.dtype)
+
+        return PackedWeight(multiply)
+
+    return pack

@@ -4,7 +4,8 @@ import torch
 
 from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu.instructions import has_packed_kernels
-from model_service.model.cpu.kernels import kernels_for
+from model_service.model.cpu.kernels import kernels_for, load
+from model_service.model.cpu.products import Form
 from model_service.model.weights import matrices
 from model_service.model.weights.matrices import Pack
 
@@ -18,9 +19,9 @@ def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device
         pack = cuda.PACK[quantization]
         return lambda weight: pack(weight, dtype)
     if quantization != "none":
-        return _ON_CPU[quantization]
+        return _quantized_on_cpu(quantization)
     if kernels := kernels_for(dtype, device):
-        return matrices.pack_blocks(kernels.products)
+        return matrices.pack_blocks(kernels.products, _FORMS[dtype])
     if device.type == "cpu" and has_packed_kernels(dtype):
         return matrices.prepack
     return plain
@@ -43,8 +44,19 @@ def shares_tied_output(
     return packing(quantization, dtype, torch.device(device)) is plain
 
 
-_ON_CPU: dict[Quantization, Pack] = {
+def _quantized_on_cpu(quantization: Quantization) -> Pack:
+    kernels = load()
+    if kernels is None:
+        return _IN_PYTORCH[quantization]
+    if quantization == "fp8":
+        return matrices.pack_fp8(matrices.pack_blocks(kernels.products, Form.FLOAT32))
+    return matrices.pack_blocks(kernels.products, _QUANTIZED_FORMS[quantization])
+
+
+_FORMS = {torch.bfloat16: Form.BFLOAT16, torch.float32: Form.FLOAT32}
+_QUANTIZED_FORMS: dict[Quantization, Form] = {"int8": Form.INT8, "int4": Form.INT4}
+_IN_PYTORCH: dict[Quantization, Pack] = {
     "int8": matrices.pack_int8,
     "int4": matrices.pack_int4,
-    "fp8": matrices.pack_fp8,
+    "fp8": matrices.pack_fp8(),
 }

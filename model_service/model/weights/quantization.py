@@ -86,6 +86,9 @@ class Fp8Weight(_ScaledWeight):
 class Int4Weight:
     """weight = codes × scales + minima, with one scale and minimum per GROUP_SIZE inputs.
 
+    Scales and minima are numbers of bfloat16, so a kernel can hold them in 16 bits: 5 bits a weight
+    in all.
+
     Attributes:
         codes: [outputs, inputs / 2] uint8, each two codes of 0 to 15: the even input's low.
         scales: [outputs, inputs / GROUP_SIZE] float32.
@@ -98,10 +101,14 @@ class Int4Weight:
 
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> Self:
-        """Asymmetric: the smallest weight of each group becomes 0, the largest 15."""
+        """Asymmetric: the smallest weight of each group becomes 0, the largest 15.
+
+        The codes are chosen for the rounded scale and minimum, so these cost no accuracy.
+        """
         groups = weight.float().view(len(weight), -1, GROUP_SIZE)
         minima, maxima = groups.aminmax(dim=2)
-        scales = (maxima - minima) / _INT4_MAX
+        minima = minima.bfloat16().float()
+        scales = ((maxima - minima) / _INT4_MAX).bfloat16().float()
         divisors = torch.where(scales > 0, scales, 1.0)
         codes = ((groups - minima.unsqueeze(2)) / divisors.unsqueeze(2)).round_()
         codes = codes.clamp_(0, _INT4_MAX).to(torch.uint8).flatten(1)

@@ -1,6 +1,7 @@
 """The interface of a source of weights, such as a checkpoint."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,6 +22,16 @@ def new_memory(
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of the weights that `rank` among `shards` holds in `dtype` on `device`."""
+
+    rank: int
+    shards: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 class WeightSource(Protocol):
     @property
     def config(self) -> ModelConfig:
@@ -30,17 +41,12 @@ class WeightSource(Protocol):
         """The floating-point type that holds the parameter `name` as it is stored."""
 
     def read_shard(
-        self,
-        rank: int,
-        shards: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        allocate: Allocate = new_memory,
+        self, shard: Shard, allocate: Allocate = new_memory
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights of `rank` among `shards`, by Meta's names.
+        """The weights of one rank, by Meta's names.
 
         Yields one parameter at a time, in the order of `ModelConfig.parameter_shapes`: contiguous,
-        in `dtype` on `device`, in the memory that `allocate` gives for it.
+        in the memory that `allocate` gives for it.
         """
 
     def fingerprint(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llama.model_files import META
 from model_service.model.config import ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.conversion.write_hugging_face import (
@@ -19,7 +20,6 @@ from model_service.model.weights.conversion.write_hugging_face import (
     write_hugging_face_into,
 )
 from model_service.model.weights.conversion.write_meta import write_meta_into
-from model_service.model.weights.files.weight_files import META
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.source import WeightSource
 from model_service.offline.checksums import CHECKLIST, SHA256SUMS

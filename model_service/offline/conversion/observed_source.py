@@ -8,7 +8,7 @@ import torch
 
 from model_service.model.config import ModelConfig
 from model_service.model.weights.finite import check_finite, extremes
-from model_service.model.weights.source import Allocate, WeightSource, new_memory
+from model_service.model.weights.source import Allocate, Shard, WeightSource, new_memory
 
 TYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -43,14 +43,9 @@ class ObservedSource:
         return self.dtype or self.source.stored_dtype(name)
 
     def read_shard(
-        self,
-        rank: int,
-        shards: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        allocate: Allocate = new_memory,
+        self, shard: Shard, allocate: Allocate = new_memory
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in self.source.read_shard(rank, shards, dtype, device, allocate):
+        for name, weight in self.source.read_shard(shard, allocate):
             stored = self.stored_dtype(name)
             check_finite(self.path, {name: extremes(weight).to(stored)})
             yield name, weight

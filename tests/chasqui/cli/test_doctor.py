@@ -44,7 +44,7 @@ def test_a_fault_makes_the_status_1(free_port: int, tmp_path: Path, run: Run) ->
     done = run("doctor", "--port", str(free_port), "--ckpt_dir", str(tmp_path / "none"))
     assert done.returncode == 1
     [line] = [line for line in done.stdout.splitlines() if line.startswith("wrong")]
-    assert f"{tmp_path / 'none'}: not found. To fix: name the folder" in line
+    assert f"{tmp_path / 'none'}: not found. To fix: name a folder" in line
 
 
 def test_a_taken_port_is_named_with_its_holder_and_another_port() -> None:

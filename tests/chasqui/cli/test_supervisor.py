@@ -132,6 +132,7 @@ def test_replicas_share_the_cores() -> None:
 
 def test_a_service_that_cannot_start_is_named_with_its_reason(run: Run, tmp_path: Path) -> None:
     tokenizer = Path(__file__).parents[2] / "golden" / "tokenizer.model"
+    (tmp_path / "params.json").write_text("no JSON")
     flags = (f"--ckpt_dir={tmp_path}", f"--tokenizer_path={tokenizer}", "--port=0")
 
     done = run("serve", *flags, f"--log_file={tmp_path / 'log'}")
@@ -139,6 +140,17 @@ def test_a_service_that_cannot_start_is_named_with_its_reason(run: Run, tmp_path
     assert done.returncode == 1
     assert "Error: model-1 ended with status 1" in done.stderr
     assert str(tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("README.md", "is a file of a kind that is not read"), ("docs", "holds no checkpoint")],
+)
+def test_a_path_without_a_checkpoint_is_refused_at_once(run: Run, name: str, problem: str) -> None:
+    path = Path(__file__).parents[3] / name
+    result = run("serve", "--port", "0", "--ckpt_dir", str(path))
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"Error: --ckpt_dir: {path} {problem}; name a folder with")
 
 
 def test_a_tokenizer_that_does_not_belong_to_the_checkpoint_is_named(run: Run) -> None:

@@ -106,6 +106,18 @@ PROMPTS = {
 }
 
 
+@pytest.mark.parametrize("chosen", BY_TURNS, ids=lambda each: each.name)
+def test_answer_stands_behind_its_prompt_as_in_a_finished_turn(chosen: PromptFormat) -> None:
+    question = [Message(SYSTEM, "Be brief."), Message(USER, "Why?")]
+    [*begin, last] = chosen.render(question)[0]
+    [finished, *_] = chosen.render([*question, Message(ASSISTANT, "So."), Message(USER, "And?")])
+    if chosen.name != "mistral-v3":  # its system message stands in the last turn
+        assert [*finished[: len(begin)]] == begin
+    text = finished[len(begin)].text
+    ends = ("So.", "So. ") if chosen.name == "llama2" else ("So.",)
+    assert text in {last.text + chosen.before_answer + end for end in ends}
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_named_format_writes_the_prompt_of_its_models(name: str) -> None:
     segments = [each for turn in FORMATS[name].render([Message(USER, " Hi ")]) for each in turn]

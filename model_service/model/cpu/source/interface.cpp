@@ -8,7 +8,7 @@ namespace {
 constexpr long MIN_ELEMENTS_PER_THREAD = 8192; // below, waking a thread takes longer than the work
 
 // In the order of `InstructionSet` in library.py.
-const Kernels *const SETS[] = {&AVX2_KERNELS, &AVX512_KERNELS, &AVX512_KERNELS};
+const Kernels *const SETS[] = {&AVX2_KERNELS, &AVX2_KERNELS, &AVX512_KERNELS, &AVX512_KERNELS};
 const Kernels *chosen = SETS[0];
 
 int threads_for(long elements, int threads) {
@@ -29,7 +29,7 @@ template <class Body> void for_rows(int rows, long elements, int threads, const 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The number of this interface: library.py refuses a library that was compiled from older sources.
-EXPORT int chasqui_interface() { return 1; }
+EXPORT int chasqui_interface() { return 2; }
 
 // Chooses the instructions of all later calls. Returns 0, or -1 if the system does not allow them.
 EXPORT int chasqui_use(int instructions) {

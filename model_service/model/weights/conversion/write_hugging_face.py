@@ -17,7 +17,7 @@ from model_service.model.weights.conversion.mapped_tensors import mapped_tensors
 from model_service.model.weights.conversion.target import Target, new_folder
 from model_service.model.weights.files.hugging_face import stored_as
 from model_service.model.weights.files.weight_files import INDEX, SINGLE
-from model_service.model.weights.source import WeightSource
+from model_service.model.weights.source import Shard, WeightSource
 
 CPU = torch.device("cpu")
 # As large as those of transformers before version 5.
@@ -79,7 +79,7 @@ def _stored_names(config: ModelConfig) -> dict[str, str]:
 
 def _weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
     names, config = _stored_names(source.config), source.config
-    for name, weight in source.read_shard(0, 1, torch.float32, CPU):
+    for name, weight in source.read_shard(Shard(0, 1, torch.float32, CPU)):
         if name not in names:
             continue
         stored = weight.to(source.stored_dtype(name))

@@ -11,10 +11,10 @@ import torch
 from model_service.model.config import Quantization
 from model_service.model.weights.conversion.mapped_tensors import mapped_tensors
 from model_service.model.weights.conversion.target import Target, new_folder
-from model_service.model.weights.files.meta_params import params_of
+from model_service.model.weights.files.meta.params import params_of
 from model_service.model.weights.partition import is_linear, part_shape
 from model_service.model.weights.quantization import FORMATS, GROUP_SIZE
-from model_service.model.weights.source import WeightSource
+from model_service.model.weights.source import Shard, WeightSource
 from serving.errors import StartError
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def _tensors(
     source: WeightSource, number: int, files: int, quantization: Quantization
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of one of the files."""
-    for name, weight in source.read_shard(number, files, torch.float32, CPU):
+    for name, weight in source.read_shard(Shard(number, files, torch.float32, CPU)):
         if quantization != "none" and is_linear(name):
             yield from FORMATS[quantization].quantize(weight).stored(name).items()
         else:

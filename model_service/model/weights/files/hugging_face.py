@@ -17,13 +17,13 @@ from model_service.model.errors import CheckpointError, shown_names, shown_shape
 from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.digest import digest
 from model_service.model.weights.files.hugging_face_config import read_config
+from model_service.model.weights.files.read_parts import read_parts
 from model_service.model.weights.files.safetensors_files import (
     StoredTensor,
     open_safetensors,
 )
-from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import split_dimension
-from model_service.model.weights.source import Allocate, new_memory
+from model_service.model.weights.source import Allocate, Shard, new_memory
 
 FLOAT_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -69,37 +69,33 @@ class HuggingFaceCheckpoint:
         return self.tensors[stored_as(name, self.config)].dtype
 
     def read_shard(
-        self,
-        rank: int,
-        shards: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        allocate: Allocate = new_memory,
+        self, shard: Shard, allocate: Allocate = new_memory
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
+        """The weights of one rank, one parameter at a time, in the network's order.
 
         Raises:
-            CheckpointError: after the last parameter, if any is not finite in `dtype`.
+            CheckpointError: after the last parameter, if any is not finite in the shard's dtype.
         """
-        upload = WeightUpload(device)
-        found: dict[str, torch.Tensor] = {}  # checked at the end, so that no copy waits
-        for name in self.config.parameter_shapes():
-            stored_name = stored_as(name, self.config)
-            part = self.tensors[stored_name]
-            dimension = split_dimension(name)
-            if dimension is not None:
-                size = part.shape[dimension] // shards
-                part = part.narrow(dimension, rank * size, size)
-            weight = allocate(name, tuple(part.shape), dtype, device)
-            if name.endswith(("wq.weight", "wk.weight")):
-                heads = len(part) // self.config.head_dim
-                halves = part.view(heads, 2, self.config.head_dim // 2, -1)
-                upload.copy(halves.transpose(1, 2), weight.view(heads, -1, 2, part.shape[1]))
-            else:
-                upload.copy(part, weight)
-            found[stored_name] = extremes(weight)
-            yield name, weight
-        check_finite(self.folder, found)
+        return read_parts(
+            self.folder,
+            self.config,
+            shard,
+            allocate,
+            self._copy,
+            stored_as=lambda name: stored_as(name, self.config),
+        )
+
+    def _copy(self, name: str, start: int, weight: torch.Tensor, upload: WeightUpload) -> None:
+        part = self.tensors[stored_as(name, self.config)]
+        dimension = split_dimension(name)
+        if dimension is not None:
+            part = part.narrow(dimension, start, weight.shape[dimension])
+        if name.endswith(("wq.weight", "wk.weight")):
+            heads = len(part) // self.config.head_dim
+            halves = part.view(heads, 2, self.config.head_dim // 2, -1)
+            upload.copy(halves.transpose(1, 2), weight.view(heads, -1, 2, part.shape[1]))
+        else:
+            upload.copy(part, weight)
 
     def fingerprint(self) -> str:
         """SHA-256 of the shape and of all weights, hexadecimal.

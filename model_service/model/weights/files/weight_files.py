@@ -1,34 +1,46 @@
-"""The format of the weights that a path holds, and the files with them. Imports no PyTorch."""
+"""The files that hold the weights of a model. Imports no PyTorch."""
 
 from pathlib import Path
-from typing import Final
 
+from llama.model_files import ACCEPTED, GGUF, HUGGING_FACE, META, no_weights, weight_format
 from model_service.model.errors import FETCH_AGAIN, CheckpointError
 from model_service.model.weights.files.json_file import read_json_object
 
-META: Final = "Meta's format"
-HUGGING_FACE: Final = "Hugging Face's format"
-GGUF: Final = "GGUF"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 
 
-def weight_format(path: Path) -> str | None:
-    """The format of the weights at `path`, a folder or a file; None if there are none."""
+def weight_files(path: Path) -> tuple[str, list[Path]]:
+    """The format of the model at `path`, and its files with weights, all of which are there.
+
+    Raises:
+        CheckpointError: there is no model, or a file of it is missing.
+    """
+    form = weight_format(path)
+    if form == META:
+        return META, shard_files(path)
+    if form == HUGGING_FACE:
+        return HUGGING_FACE, safetensors_files(path)
+    if form == GGUF:
+        return GGUF, [_gguf_file(path)]
+    if path.is_dir():
+        refuse_other_weights(path)
+    raise CheckpointError(path, no_weights(path), ACCEPTED)
+
+
+def _gguf_file(path: Path) -> Path:
     if not path.is_dir():
-        return GGUF if path.suffix == ".gguf" else None
-    # Some Hugging Face folders hold a params.json as well.
-    if any(path.glob("consolidated.*.pth")):
-        return META
-    if (path / INDEX).exists() or any(path.glob("*.safetensors")):
-        return HUGGING_FACE
-    # Folders with GGUF files often have a config.json as well.
-    if (path / "params.json").exists() and not (path / "config.json").exists():
-        return META
-    if any(path.glob("*.gguf")):
-        return GGUF
-    return HUGGING_FACE if (path / "config.json").exists() else None
+        if not path.exists():
+            raise CheckpointError(path, no_weights(path), ACCEPTED)
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(
+            path, f"holds several GGUF files: {names}", "name one of them, not the folder"
+        )
+    return files[0]
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -58,8 +58,8 @@ def _several_gguf(folder: Path) -> None:
 
 SHARD = "model-00002-of-00002.safetensors"
 BROKEN = {
-    "missing folder": Broken("", Path.rmdir, "broken: not found", "name the folder"),
-    "empty folder": Broken("", Path.exists, "holds no model", "name a folder with"),
+    "missing folder": Broken("", Path.rmdir, "broken: not found", "name a folder with"),
+    "empty folder": Broken("", Path.exists, "holds no checkpoint", "name a folder with"),
     "no tokenizer": Broken(
         "meta",
         lambda folder: (folder / "tokenizer.model").unlink(),
@@ -139,9 +139,11 @@ BROKEN = {
         "model.gguf: is cut short",
         "download it again",
     ),
-    "several GGUF files": Broken("", _several_gguf, "holds 2 GGUF files", "name one of them"),
+    "several GGUF files": Broken("", _several_gguf, "holds several GGUF files", "name one of them"),
     "unreadable file": Broken(
         "hf", _unreadable, "config.json: cannot be read: Is a directory", "readable"
     ),
-    "neither folder nor GGUF": Broken("", _file_in_its_place, "is a file", "name the folder"),
+    "neither folder nor GGUF": Broken(
+        "", _file_in_its_place, "is a file of a kind that is not read", "name a folder"
+    ),
 }

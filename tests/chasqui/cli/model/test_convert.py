@@ -12,6 +12,7 @@ import torch
 
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.open_weights import open_weights
+from model_service.model.weights.source import Shard
 from model_service.offline.conversion.convert import ConversionOptions, convert
 from model_service.offline.quantize import quantize_checkpoint
 from model_service.offline.verification import verify
@@ -27,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(open_weights(folder).read_shard(0, 1, torch.float32, CPU))
+    return dict(open_weights(folder).read_shard(Shard(0, 1, torch.float32, CPU)))
 
 
 @pytest.mark.parametrize("checkpoint", ["gqa-mp2", "mha-mp1-bf16"])

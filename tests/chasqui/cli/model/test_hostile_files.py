@@ -14,10 +14,11 @@ from llama.gguf_header import TensorEntry
 from model_service.model.config import ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.weights.files.gguf.scaling import divisors_scaling
+from model_service.model.weights.files.weight_files import weight_files
 from model_service.model.weights.open_weights import open_weights
 from model_service.offline import __main__ as offline
 from model_service.offline.conversion.convert import ConversionOptions, convert
-from model_service.offline.stored_model import read_stored_model, weight_files
+from model_service.offline.stored_model import read_stored_model
 from tests.chasqui.cli.model.conftest import change_json
 
 INDEX = "model.safetensors.index.json"

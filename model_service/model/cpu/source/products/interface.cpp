@@ -1,52 +1,52 @@
-// The products' part of the C interface: packing weights, and multiplying by them.
+// The products' part of the C interface: choosing instructions, and multiplying.
 
-#include "../parallel.h"
 #include "products.h"
 
-#include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 namespace {
-// In the order of `InstructionSet` in library.py.
-const Products *const SETS[] = {&AVX2_PRODUCTS, &AVX512_PRODUCTS, &AMX_PRODUCTS};
-const Products *chosen = SETS[0];
+// In the order of `InstructionSet` in library.py: each adds to those before it.
+const Products *const SETS[] = {&AVX2_PRODUCTS, &AVX512_PRODUCTS, &AVX512_BF16_PRODUCTS, &AMX_PRODUCTS};
+constexpr int AMX = 3;
+
+Products chosen = AVX2_PRODUCTS;
+double seconds_of_products = 0;
+
+double seconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
 } // namespace
 
 int use_products(int instructions) {
-  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18; // arch_prctl's, for AMX
-  chosen = SETS[instructions];
-  if (chosen != &AMX_PRODUCTS) return 0;
+  for (int set = 0; set <= instructions; set++)
+    for (int form = 0; form < FORMS; form++)
+      if (SETS[set]->multiply[form]) chosen.multiply[form] = SETS[set]->multiply[form];
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18; // arch_prctl's
+  if (instructions != AMX) return 0;
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) ? -1 : 0;
+}
+
+void multiply_rows(const Weight &weight, const Rows &rows, int threads) {
+  if (!rows.count) return;
+  const double begin = seconds();
+  chosen.multiply[static_cast<int>(weight.form)](weight, rows, threads);
+  seconds_of_products += seconds() - begin;
 }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Elements that `chasqui_pack` writes.
-EXPORT long chasqui_packed_size(int outputs, int inputs) {
-  const Weight weight{nullptr, outputs, inputs};
-  return weight.count() * weight.stride();
+// y [rows, outputs] of x [rows, inputs], contiguous, with a weight as `chasqui_pack` wrote it.
+EXPORT void chasqui_multiply(int type, const Weight *weight, const void *x, int rows, void *y, int threads) {
+  multiply_rows(*weight, {static_cast<Type>(type), x, rows, y}, threads);
 }
 
-// Packs rows [outputs, inputs], contiguous, into blocks.
-EXPORT void chasqui_pack(const uint16_t *rows, int outputs, int inputs, uint16_t *blocks, int threads) {
-  const Weight weight{blocks, outputs, inputs};
-  // Fewer entries of the processor's page table; a system without large pages ignores it.
-  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(blocks) + page - 1) / page * page;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(blocks + weight.count() * weight.stride()) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-  parallel(threads, weight.count(), [&](long block) {
-    uint16_t *to = blocks + block * weight.stride();
-    for (int i = 0; i < weight.padded_inputs(); i++)
-      for (int output = 0; output < 16; output++) {
-        const long row = block * 16 + output;
-        const bool padding = row >= outputs || i >= inputs;
-        to[(i / 2 * 16 + output) * 2 + i % 2] = padding ? 0 : rows[row * inputs + i];
-      }
-  });
-}
-
-EXPORT void chasqui_multiply(const uint16_t *blocks, int outputs, int inputs, const uint16_t *x, int rows, uint16_t *y,
-                             int threads) {
-  if (rows) chosen->multiply({blocks, outputs, inputs}, x, rows, y, threads);
+// The time that the calling thread spent in products since the last call.
+EXPORT double chasqui_product_seconds() {
+  const double result = seconds_of_products;
+  seconds_of_products = 0;
+  return result;
 }

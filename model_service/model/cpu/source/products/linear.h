@@ -1,57 +1,87 @@
-// Products in one order of summation: each output accumulates over its inputs from first to last,
-// whatever the number of rows and threads, so a row has the same bits alone and in any batch.
+// Products in one order of summation, whatever the number of rows and threads. So a row has the same
+// bits alone and in any batch. All rows of a step share one pass over the weights.
 //
-// `Block` holds the sums of 16 outputs: Block{}, add(block, weights, x) for the next two inputs, and
-// store_block. All rows of a step share one pass over the weights.
+// A `Tile` computes the sums of some rows and blocks; a `Block` holds the sums of 16 outputs of a row.
 
-template <int ROWS, int BLOCKS>
-INLINE void tile(const Weight &weight, int first, const Bf16 *x, int padded, Bf16 *y) {
-  const Bf16 *blocks = weight.blocks + first * weight.stride();
-  Block sums[ROWS][BLOCKS] = {};
-  for (int i = 0; i < padded; i += 2) {
-    const Pairs *next[BLOCKS];
-    for (int b = 0; b < BLOCKS; b++)
-      next[b] = reinterpret_cast<const Pairs *>(blocks + b * weight.stride() + static_cast<long>(i) * 16);
-    for (int row = 0; row < ROWS; row++) {
-      uint32_t pair;
-      memcpy(&pair, x + static_cast<long>(row) * padded + i, sizeof(pair));
-      for (int b = 0; b < BLOCKS; b++) sums[row][b] = add(sums[row][b], *next[b], pair);
-    }
+template <int N> struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls body(Constant<rows>()), for 1 to MAX rows.
+template <int MAX, class Body> INLINE void with_constant(int rows, const Body &body) {
+  if constexpr (MAX > 1) {
+    if (rows < MAX) return with_constant<MAX - 1>(rows, body);
   }
-  for (int row = 0; row < ROWS; row++)
-    for (int b = 0; b < BLOCKS; b++) {
-      const int output = (first + b) * 16;
-      store_some(y + static_cast<long>(row) * weight.outputs + output, sums[row][b], weight.outputs - output);
+  body(Constant<MAX>());
+}
+
+// Sums of blocks that are read line by line.
+template <class Block> struct LineTile {
+  using Unit = typename Block::Unit;
+  static constexpr int PIECE = 128; // lines; those of all blocks of a tile stay in the first cache
+  static constexpr int TALLEST = Block::TALLEST, WIDE = Block::WIDE, WIDEST = Block::WIDEST;
+
+  static int depth(const Weight &weight) { return weight.depth(); }
+
+  template <int ROWS, int BLOCKS>
+  static void run(const Line *const (&blocks)[BLOCKS], int begin, int end, const Unit *units, int height, Line *sums,
+                  int width) {
+    Block block[ROWS][BLOCKS];
+    for (int row = 0; row < ROWS; row++)
+      for (int b = 0; b < BLOCKS; b++) block[row][b].begin(sums[row * width + b]);
+    for (int at = begin; at < end; at++, units += height) {
+      typename Block::Weights weights[BLOCKS];
+      for (int b = 0; b < BLOCKS; b++) weights[b] = Block::read(blocks[b][at]);
+      for (int row = 0; row < ROWS; row++)
+        for (int b = 0; b < BLOCKS; b++) block[row][b].add_products(weights[b], units[row]);
+    }
+    for (int row = 0; row < ROWS; row++)
+      for (int b = 0; b < BLOCKS; b++) block[row][b].end(sums[row * width + b]);
+  }
+};
+
+// Adds to the sums of all rows and of blocks `first` to `end`. A block that is not there is computed
+// like the last.
+template <class Tile, int TALLEST, int BLOCKS>
+static void add_up(const Weight &weight, int first, int end, const RowTiles &tiles, const typename Tile::Unit *units,
+                   Line *sums, int width) {
+  const int depth = Tile::depth(weight);
+  for (int begin = 0; begin < depth; begin += Tile::PIECE)
+    for (int block = first; block < end; block += BLOCKS) {
+      const Line *blocks[BLOCKS];
+      for (int b = 0; b < BLOCKS; b++) blocks[b] = weight.block(block + b < end ? block + b : end - 1);
+      for (int tile = 0; tile < tiles.count; tile++) {
+        const long row = tiles.first(tile);
+        with_constant<TALLEST>(tiles.size(tile), [&](auto rows) {
+          Tile::template run<decltype(rows)::value, BLOCKS>(
+              blocks, begin, begin + Tile::PIECE < depth ? begin + Tile::PIECE : depth,
+              units + row * depth + static_cast<long>(begin) * tiles.height, tiles.height,
+              sums + row * width + block - first, width);
+        });
+      }
     }
 }
 
-template <int ROWS, int BLOCKS>
-INLINE void tiles(const Weight &weight, int first, int end, const Bf16 *x, int padded, Bf16 *y) {
-  for (; first + BLOCKS <= end; first += BLOCKS) tile<ROWS, BLOCKS>(weight, first, x, padded, y);
-  for (; first < end; first++) tile<ROWS, 1>(weight, first, x, padded, y);
-}
-
-static void multiply(const Weight &weight, const Bf16 *x, int rows, Bf16 *y, int threads) {
+template <class Tile, class RowsOf> static void multiply(const Weight &weight, const Rows &rows, int threads) {
   static thread_local Scratch scratch;
-  const int padded = weight.padded_inputs();
-  if (padded != weight.inputs) {
-    Bf16 *copy = scratch.get<Bf16>(sizeof(Bf16) * rows * padded);
-    memset(copy, 0, sizeof(Bf16) * rows * padded);
-    for (long row = 0; row < rows; row++)
-      memcpy(copy + row * padded, x + row * weight.inputs, sizeof(Bf16) * weight.inputs);
-    x = copy;
-  }
-  constexpr int GROUP = 8; // blocks: what one task multiplies stays in a core's cache
-  parallel(threads, (weight.count() + GROUP - 1) / GROUP, [&](long task) {
-    const int first = static_cast<int>(task) * GROUP;
-    const int end = first + GROUP < weight.count() ? first + GROUP : weight.count();
-    if (rows == 1) return tiles<1, WIDEST>(weight, first, end, x, padded, y);
-    int row = 0;
-    const auto input = [&] { return x + static_cast<long>(row) * padded; };
-    const auto output = [&] { return y + static_cast<long>(row) * weight.outputs; };
-    for (; row + TALLEST <= rows; row += TALLEST)
-      tiles<TALLEST, WIDE>(weight, first, end, input(), padded, output());
-    for (; row + 2 <= rows; row += 2) tiles<2, WIDE>(weight, first, end, input(), padded, output());
-    for (; row < rows; row++) tiles<1, WIDE>(weight, first, end, input(), padded, output());
+  RowsOf each(weight, rows);
+  const RowTiles tiles(rows.count, Tile::TALLEST);
+  const auto *units = arrange<typename Tile::Unit>(each, tiles, Tile::depth(weight), scratch, threads);
+  // A task's blocks are read side by side if there is one row, and then lie in a core's cache.
+  const int group = weight.count() >= 4 * threads * Tile::WIDEST ? Tile::WIDEST : Tile::WIDE;
+  parallel(threads, (weight.count() + group - 1) / group, [&](long task) {
+    static thread_local Scratch sums_scratch;
+    const int first = static_cast<int>(task) * group;
+    const int end = first + group < weight.count() ? first + group : weight.count();
+    Line *sums = sums_scratch.get<Line>(sizeof(Line) * rows.count * group);
+    for (int row = 0; row < rows.count; row++)
+      for (int b = 0; b < group; b++)
+        for (int32_t &sum : sums[row * group + b].ints) sum = each.start(row);
+    if (rows.count == 1 && group == Tile::WIDEST)
+      add_up<Tile, 1, Tile::WIDEST>(weight, first, end, tiles, units, sums, group);
+    else
+      add_up<Tile, Tile::TALLEST, Tile::WIDE>(weight, first, end, tiles, units, sums, group);
+    for (int row = 0; row < rows.count; row++)
+      for (int block = first; block < end; block++) each.finish(row, block, sums[row * group + block - first]);
   });
 }

@@ -22,9 +22,9 @@ from model_service.model.weights.files.gguf.config import EMBEDDING, read_config
 from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, map_file, read_header
 from model_service.model.weights.files.gguf.scaling import DIVISORS
 from model_service.model.weights.files.gguf.tensors import StoredTensor, WorkerPool, map_tensors
-from model_service.model.weights.finite import check_finite, extremes
-from model_service.model.weights.partition import part_shape, split_dimension
-from model_service.model.weights.source import Allocate, new_memory
+from model_service.model.weights.files.read_parts import read_parts
+from model_service.model.weights.partition import split_dimension
+from model_service.model.weights.source import Allocate, Shard, new_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +44,20 @@ class GgufFile:
         return self.tensors[name].dtype
 
     def read_shard(
-        self,
-        rank: int,
-        shards: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        allocate: Allocate = new_memory,
+        self, shard: Shard, allocate: Allocate = new_memory
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
+        """The weights of one rank, one parameter at a time, in the network's order.
 
         Raises:
-            CheckpointError: after the last parameter, if any is not finite in `dtype`.
+            CheckpointError: after the last parameter, if any is not finite in the shard's dtype.
         """
-        upload = WeightUpload(device)
-        found: dict[str, torch.Tensor] = {}  # checked at the end, so that no copy waits
         with WorkerPool() as pool:
-            for name, shape in self.config.parameter_shapes().items():
-                own = part_shape(name, shape, shards)
-                weight = allocate(name, own, dtype, device)
-                dimension = split_dimension(name)
-                start = 0 if dimension is None else rank * own[dimension]
-                self.tensors[name].copy_part(dimension or 0, start, weight, upload, pool)
-                found[name] = extremes(weight)
-                yield name, weight
-        check_finite(self.path, found)
+
+            def copy(name: str, start: int, weight: torch.Tensor, upload: WeightUpload) -> None:
+                dimension = split_dimension(name) or 0
+                self.tensors[name].copy_part(dimension, start, weight, upload, pool)
+
+            yield from read_parts(self.path, self.config, shard, allocate, copy)
 
     def fingerprint(self) -> str:
         """SHA-256 of the shape and of all weights as they are stored, hexadecimal.

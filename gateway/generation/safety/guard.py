@@ -9,12 +9,13 @@ from contextlib import aclosing
 from typing import Any
 
 from gateway.generation.events import AnswerKey, Event, KeyedEvent, Refusal, Started
+from gateway.generation.safety.classifier import Judgement, SafetyClient, Subject, TimeRemaining
+from gateway.generation.safety.moderation_buffer import ModerationBuffer
 from gateway.request.draft import Prompt
 from gateway.request.options import Options
-from gateway.safety.classifier import Judgement, SafetyClient, Subject, TimeRemaining
-from gateway.safety.moderation_buffer import ModerationBuffer
 from llama.prompt_format.dialog import Message, drop_oldest_turns
 from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY
+from serving.errors import Violation
 
 # The refusal that the chat models themselves give. The continuation of an unsafe text is empty.
 DIALOG_REFUSAL = "I apologize, but I cannot fulfill your request."
@@ -29,6 +30,15 @@ def dialogs_to_judge(
     return [
         () if isinstance(prompt, Refusal) else drop_oldest_turns(dialog, prompt.dropped_turns)
         for prompt, dialog in zip(prompts, dialogs, strict=True)
+    ]
+
+
+def unsafe_violations(paths: Iterable[str], checked: Sequence[Prompt | Refusal]) -> list[Violation]:
+    """The violation of each refused prompt, for calls that can answer with no refusal."""
+    return [
+        Violation(path, f"is unsafe by the safety classifier: {', '.join(each.safety_categories)}")
+        for path, each in zip(paths, checked, strict=True)
+        if isinstance(each, Refusal)
     ]
 
 

@@ -16,18 +16,18 @@ import torch
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
 from model_service.model.errors import CheckpointError
 from model_service.model.pinned_transfer import WeightUpload
-from model_service.model.weights.files.meta_checks import (
+from model_service.model.weights.files.meta.checks import (
     ONE_CHECKPOINT,
     check_copies,
     check_tensors,
 )
-from model_service.model.weights.files.meta_files import (
+from model_service.model.weights.files.meta.files import (
     check_archive,
     open_tensors,
 )
-from model_service.model.weights.files.meta_params import read_params
+from model_service.model.weights.files.meta.params import read_params
+from model_service.model.weights.files.read_parts import read_parts
 from model_service.model.weights.files.weight_files import shard_files
-from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import (
     EMBEDDING,
     is_linear,
@@ -35,7 +35,7 @@ from model_service.model.weights.partition import (
     splits_vocabulary,
 )
 from model_service.model.weights.quantization import FORMATS, QuantizedWeight
-from model_service.model.weights.source import Allocate, new_memory
+from model_service.model.weights.source import Allocate, Shard, new_memory
 
 StoredWeight = torch.Tensor | QuantizedWeight
 
@@ -54,42 +54,28 @@ class Checkpoint:
         return stored.dtype if isinstance(stored, torch.Tensor) else torch.float32
 
     def read_shard(
-        self,
-        rank: int,
-        shards: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        allocate: Allocate = new_memory,
+        self, shard: Shard, allocate: Allocate = new_memory
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights of `rank` among `shards`, one parameter at a time, in the network's order.
+        """The weights of one rank, one parameter at a time, in the network's order.
 
         Raises:
-            CheckpointError: after the last parameter, if any is not finite in `dtype`.
+            CheckpointError: after the last parameter, if any is not finite in the shard's dtype.
         """
-        upload = WeightUpload(device)
-        found: dict[str, torch.Tensor] = {}  # checked at the end, so that no copy waits
-        for name, shape in self.config.parameter_shapes().items():
-            dimension = split_dimension(name)
-            if dimension is None:
-                weight = allocate(name, shape, dtype, device)
-                upload.copy(self.files[0][name].narrow(0, 0, *shape), weight)
-            else:
-                size = shape[dimension] // shards
-                own = [*shape]
-                own[dimension] = size
-                weight = allocate(name, tuple(own), dtype, device)
-                self._read(name, dimension, rank * size, weight, upload)
-            found[name] = extremes(weight)
-            yield name, weight
-        check_finite(self.folder, found)
+        return read_parts(self.folder, self.config, shard, allocate, self._copy)
 
-    def _read(
+    def _copy(self, name: str, start: int, weight: torch.Tensor, upload: WeightUpload) -> None:
+        dimension = split_dimension(name)
+        if dimension is None:
+            upload.copy(self.files[0][name].narrow(0, 0, *weight.shape), weight)
+        elif name == EMBEDDING and self._splits_vocabulary:
+            self._read_rows(start, weight, upload)
+        else:
+            self._join_parts(name, dimension, start, weight, upload)
+
+    def _join_parts(
         self, name: str, dimension: int, start: int, weight: torch.Tensor, upload: WeightUpload
     ) -> None:
-        """Fills `weight` with a parameter's elements from `start` on along `dimension`."""
-        if name == EMBEDDING and self._splits_vocabulary:
-            self._read_rows(start, weight, upload)
-            return
+        """Fills `weight` from the files that hold elements of it along `dimension`."""
         end = start + weight.shape[dimension]
         offset = 0
         for file in self.files:

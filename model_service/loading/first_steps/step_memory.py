@@ -13,7 +13,7 @@ import torch
 
 from model_service.engine.limits import EngineLimits
 from model_service.engine.step.runner import ModelRunner
-from model_service.loading.warm_up import warm_up_plans, warm_up_sampling
+from model_service.loading.first_steps.warm_up import warm_up_plans, warm_up_sampling
 from serving.errors import StartError
 
 

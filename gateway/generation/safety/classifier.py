@@ -12,7 +12,7 @@ from typing import NoReturn
 import grpc
 import structlog
 
-from gateway.safety.options import SafetyOptions
+from gateway.generation.safety.options import SafetyOptions
 from gateway.upstream.connect import Connect, connected
 from gateway.upstream.session import (
     FIRST_PAUSE,

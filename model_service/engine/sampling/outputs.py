@@ -2,7 +2,6 @@
 
 from model_service.engine.sampling.result import SampledToken
 from model_service.engine.sequence import (
-    UNPREDICTED,
     FinishReason,
     Sequence,
     SequenceOutput,
@@ -46,8 +45,9 @@ def step_output(
 
 
 def prompt_output(sequence: Sequence) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
-    """The prompt's ids and their logprobs, which come in front of the answer's."""
-    return sequence.request.prompt_ids, tuple(sequence.prompt_scores) or (UNPREDICTED,)
+    """The prompt's reported ids and their logprobs, which come in front of the answer's."""
+    request = sequence.request
+    return request.prompt_ids[request.scored_from :], tuple(sequence.prompt_scores)
 
 
 def final_output(

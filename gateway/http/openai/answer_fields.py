@@ -1,0 +1,139 @@
+"""The bodies of answers, field by field, for the OpenAPI document. The tests compare what is sent
+with them.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FinishReason = Literal["stop", "length", "content_filter"]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PromptTokensDetails(_Answer):
+    cached_tokens: int
+
+
+class Usage(_Answer):
+    prompt_tokens: Annotated[int, Field(description="of each prompt once, whatever n is")]
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TokenLogprob(_Answer):
+    token: str
+    logprob: Annotated[float, Field(description="natural logarithm; -9999 for impossible tokens")]
+    bytes: list[int]
+
+
+class Token(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(_Answer):
+    content: list[Token]
+    refusal: None
+
+
+class ChatAnswer(_Answer):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(_Answer):
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class _Head(_Answer):
+    id: str
+    created: Annotated[int, Field(description="seconds since 1970")]
+    model: str
+    system_fingerprint: Annotated[
+        str, Field(description="of weights, shards, types and kernels: the condition of a replay")
+    ]
+
+
+class ChatCompletion(_Head):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(_Answer):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(_Answer):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(_Head):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class TextLogprobs(_Answer):
+    tokens: list[str]
+    token_logprobs: Annotated[
+        list[float | None], Field(description="null for a prompt's first, which nothing predicts")
+    ]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(_Answer):
+    text: str
+    index: int
+    logprobs: TextLogprobs | None
+    finish_reason: Annotated[FinishReason | None, Field(description="null in chunks but the last")]
+
+
+class TextCompletion(_Head):
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class Model(_Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: Annotated[int, Field(description="tokens of a prompt and its answer together")]
+
+
+class ModelList(_Answer):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Version(_Answer):
+    version: str
+
+
+class Health(_Answer):
+    status: Literal["serving"]
+
+
+class Problem(_Answer):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: Annotated[str | None, Field(description="the first wrong field")]
+    code: str | None
+
+
+class Error(_Answer):
+    error: Problem

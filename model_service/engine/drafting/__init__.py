@@ -1,0 +1,1 @@
+"""Sources of drafts: the text itself, and a small model."""

@@ -1,0 +1,1 @@
+"""Meta's format of checkpoints: params.json and consolidated.*.pth."""

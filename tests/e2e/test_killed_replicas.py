@@ -1,0 +1,140 @@
+"""Streams of every sampling mode whose replicas are killed, in each precision.
+
+The tokens of a batch-invariant replica are those of an undisturbed run, with their logprobs to the
+last bit. For others, the number of streams that differ is printed at the end of the test run.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
+from typing import Any
+
+import grpc
+import pytest
+
+from llama.v1.chat_pb2 import TextCompleteStreamRequest
+from llama.v1.model_pb2 import GetLoadRequest, GetLoadResponse
+from llama.v1.model_pb2_grpc import ModelServiceStub
+from llama.v1.sampling_pb2 import DETERMINISM_BATCH_INVARIANT, SamplingParams, TokenIds
+from tests.e2e.processes import ServiceProcess
+from tests.e2e.streams import Answer, Streams, resumed
+
+pytestmark = pytest.mark.alone
+
+LENGTH = 200
+PROMPTS = 3  # of each mode
+# Tokens that a replica makes, for all its streams together, before it is killed: of some 3,000.
+KILLED_AT = (100, 500, 1000)
+# Fields of SamplingParams, then others of the request.
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "greedy": ({"temperature": 0}, {}),
+    "temperature": ({"temperature": 1, "top_p": 1}, {}),
+    "top_p": ({"temperature": 1, "top_p": 0.8}, {}),
+    "top_k": ({"temperature": 1.3, "top_p": 1, "top_k": 20}, {}),
+    "min_p": ({"temperature": 1.3, "top_p": 1, "min_p": 0.02}, {}),
+    "penalties": (
+        {
+            "temperature": 1,
+            "repetition_penalty": 1.2,
+            "presence_penalty": 0.5,
+            "frequency_penalty": 0.2,
+        },
+        {},
+    ),
+    "logit_bias": ({"temperature": 1, "logit_bias": {5: 4.0, 300: -100.0}}, {}),
+    "logprobs": ({"temperature": 0.8}, {"top_logprobs": 5, "logprob_token_ids": [7, 8]}),
+    "choices": ({"temperature": 1}, {"n": 3}),
+}
+
+
+def requests() -> list[TextCompleteStreamRequest]:
+    """Half of the answers are long because EOS does not end them, half because it is not drawn."""
+    made = []
+    for mode, (sampling, others) in enumerate(MODES.values()):
+        for number in range(PROMPTS):
+            prompt = [1, *(3 + (mode * 31 + number * 7 + i * 5) % 500 for i in range(8 + 5 * mode))]
+            forced = {"ignore_eos": True} if number % 2 else {"min_gen_len": LENGTH}
+            params = SamplingParams(**sampling, **forced, max_gen_len=LENGTH, seed=number)
+            ids = [TokenIds(ids=prompt)]
+            made.append(
+                TextCompleteStreamRequest(prompt_ids=ids, sampling=params, logprobs=True, **others)
+            )
+    return made
+
+
+def kill(replica: ServiceProcess, shards: int) -> None:
+    if shards == 1:
+        replica.kill()
+    else:
+        replica.send(signal.SIGKILL, rank=shards - 1)
+        replica.wait()
+
+
+async def busiest(replicas: list[ServiceProcess], tokens: int) -> int:
+    """Waits until a replica has made so many more tokens; which one runs most sequences then.
+
+    It asks the replicas, because a client may hear of the tokens when all of them are made.
+    """
+    async with AsyncExitStack() as channels:
+        stubs = [
+            ModelServiceStub(
+                await channels.enter_async_context(grpc.aio.insecure_channel(each.address))
+            )
+            for each in replicas
+        ]
+        before = [load.completion_tokens for load in await loads(stubs)]
+        while True:
+            now = await loads(stubs)
+            if any(b.completion_tokens - a >= tokens for a, b in zip(before, now, strict=True)):
+                return max(range(len(now)), key=lambda i: now[i].running_sequences)
+
+
+async def loads(stubs: list[Any]) -> list[GetLoadResponse]:
+    return [await stub.GetLoad(GetLoadRequest()) for stub in stubs]
+
+
+async def with_kills(
+    fleet: Any, back: ExitStack, shards: int, kills: int
+) -> AsyncIterator[list[Answer]]:
+    """The answers of a run for each kill of a replica in its middle, which is started again."""
+    replicas = list(fleet.models)
+    for tokens in KILLED_AT[-kills:]:
+        await asyncio.to_thread(fleet.wait_for_replicas, len(replicas))
+        streams = Streams(fleet.gateway.address, requests())
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(streams.run())
+            victim = await busiest(replicas, tokens)
+            await asyncio.to_thread(kill, replicas[victim], shards)
+            if tokens != KILLED_AT[-1]:
+                replicas[victim] = back.enter_context(replicas[victim].again())
+        assert resumed(streams.answers)
+        yield streams.answers
+
+
+@pytest.mark.parametrize(
+    ("precision", "shards", "kills"),
+    [("float32", 1, 3), ("bfloat16", 1, 3), ("int8", 1, 3), ("int4", 1, 3), ("bfloat16", 2, 1)],
+)
+async def test_tokens_are_those_of_an_undisturbed_run(
+    fleet: Callable[..., AbstractContextManager[Any]],
+    record_property: Callable[[str, object], None],
+    precision: str,
+    shards: int,
+    kills: int,
+) -> None:
+    flags = {"quantize" if precision.startswith("int") else "dtype": precision}
+    with ExitStack() as back:
+        running = back.enter_context(fleet(replicas=2, shards=shards, model_flags=flags))
+        undisturbed = Streams(running.gateway.address, requests())
+        await undisturbed.run()
+        runs = [answers async for answers in with_kills(running, back, shards, kills)]
+    expected = undisturbed.answers
+    assert {len(answer.tokens) for answer in expected} == {LENGTH}
+    pairs = [pair for answers in runs for pair in zip(answers, expected, strict=True)]
+    if expected[0].started.determinism == DETERMINISM_BATCH_INVARIANT:
+        assert all(answer.tokens == other.tokens for answer, other in pairs)
+    differ = sum(answer.ids != other.ids for answer, other in pairs)
+    replicas = f"{precision}, {shards} shard{'s' * (shards > 1)}"
+    found = f"{replicas}: {differ} of {len(pairs)} streams differ after kills"
+    record_property("measured", found)
