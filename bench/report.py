@@ -41,7 +41,7 @@ FEATURES: Mapping[str, frozenset[str]] = {
     "i8mm": frozenset({"i8mm"}),
     "sve": frozenset({"sve"}),
 }
-PACKAGES = ("torch", "numpy", "fairscale", "triton", "flashinfer-python", "torchao")
+PACKAGES = ("torch", "numpy", "fairscale", "triton", "flashinfer-python")
 
 Value = str | int | float | bool | None
 

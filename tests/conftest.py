@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             properties = dict(getattr(report, "user_properties", ()))
             if path := properties.get("cpu_path"):
                 found.add(path)
-            elif "model_service/cuda/" in report.nodeid:
+            elif "model_service/cuda/" in report.nodeid and "CUDA_TESTS_DEVICE" not in os.environ:
                 found.add("CUDA")
             if measured := properties.get("measured"):
                 terminalreporter.write_line(measured)

@@ -73,12 +73,14 @@ SHARED: dict[str, Callable[[Sizes], list[Load]]] = {
         Load(n, sizes.prompt, sizes.answer + 4 * sizes.traced_steps) for n in (1, sizes.batch)
     ],
     "crowd": lambda sizes: [Load(*sizes.crowd)],
+    "host": lambda sizes: [Load(sizes.batch, sizes.prompt, 2 * sizes.answer)],
 }
 ALONE = ("load", "dialog", "stall", "kv_cache", "shards", "formats", "blocks")
 ON_CPU = ("load", "prefill", "decode", "context", "dialog", "stall", "kv_cache", "shards")
-ON_GPU = ("one_stream", "batch", "prefill", "first_token", "profile", "crowd", "formats", "blocks")
-SIZE_FLAGS = ("rounds", "steps", "streams", "contexts")  # fields of Sizes
 ALL_FORMATS = ("formats", "blocks")  # each has all formats by itself
+# Cases with a profiler come after others of the same engine, because it may slow those down.
+ON_GPU = ("one_stream", "batch", "prefill", "first_token", "host", "crowd", "profile", *ALL_FORMATS)
+SIZE_FLAGS = ("rounds", "steps", "streams", "contexts")  # fields of Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,8 @@ class Bench:
         for load in SHARED[case](sizes):
             if case == "profile":
                 yield from profile_steps(engine, load, sizes.traced_steps)
+            elif case == "host":
+                yield from arrivals.host(engine, load)
             elif case == "crowd":
                 yield from crowd(engine, load, sizes.steps, sizes.traced_steps)
             elif load.answer == 1:

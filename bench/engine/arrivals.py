@@ -1,10 +1,11 @@
-"""The effect of a new prompt on streams that run (`stall`), and its own wait (`dialog`)."""
+"""The effect of new prompts on streams that run (`stall`, `host`), and their wait (`dialog`)."""
 
 import heapq
 import statistics
 from collections.abc import Iterator, Sequence
 
-from bench.engine.driver import Driver, Job, Prompt, Setting, loaded
+from bench.engine.driver import Driver, Job, Load, Prompt, Setting, loaded
+from bench.engine.throughput import Loaded
 from bench.report import Row
 
 STEPS_BEFORE = 16  # that are measured before the arrival
@@ -82,6 +83,46 @@ def over_decode_only(steps: Sequence[tuple[int, float]]) -> list[float]:
         nearest = heapq.nsmallest(NEAREST, ((abs(other - index), took) for other, took in quiet))
         ratios.append(seconds / statistics.median(took for _, took in nearest))
     return ratios
+
+
+def host(engine: Loaded, load: Load) -> Iterator[Row]:
+    """The host's time to launch a step, and that of the step, with prompt tokens and without.
+
+    Two thirds of the streams decode when the prompts of the others arrive at once. A step of
+    single tokens is a recorded graph on CUDA, one with prompt tokens is not.
+    """
+    driver = engine.driver
+    decoding = max(1, load.streams * 2 // 3)
+    driver.fill(driver.prompts([load.prompt] * decoding), [load.answer] * decoding)
+    driver.step()  # the first without prompts
+    for prompt in driver.prompts([load.prompt] * (load.streams - decoding)):
+        driver.add(prompt, max(1, load.answer // 4))
+    count = load.answer // 4
+    for _ in range(count):
+        driver.step()
+    # With lookahead, a call launches a step and returns the one that was launched by the last call.
+    ahead = driver.engine.limits.lookahead
+    steps, seconds = driver.trial.steps, driver.trial.seconds()
+    measured = range(len(steps) - count, len(steps))
+    driver.clear()
+    for with_prompts in (False, True):
+        kind = [i for i in measured if bool(steps[i].prompt_tokens) == with_prompts]
+        if not kind:
+            continue
+        launches = [1e3 * steps[i - ahead].forward for i in kind]
+        yield Row(
+            "host",
+            {"weights": engine.job.weights, "streams": decoding, "prompt_tokens": with_prompts},
+            {
+                "launch_ms": statistics.median(launches),
+                "launch_ms_high": max(launches),
+                "step_ms": 1e3 * statistics.median(seconds[i] for i in kind),
+                "step_ms_high": 1e3 * max(seconds[i] for i in kind),
+                "prompt_tokens_per_step": statistics.median(steps[i].prompt_tokens for i in kind),
+                "prompt_tokens_low": min(steps[i].prompt_tokens for i in kind),
+                "steps": len(kind),
+            },
+        )
 
 
 def dialog(job: Job, turns: int, user: int, answer: int) -> Iterator[Row]:

@@ -37,6 +37,7 @@ from model_service.engine.sequence import (
 )
 from model_service.engine.step.batch import LogitRow, plan_step
 from model_service.engine.step.runner import ModelRunner
+from model_service.engine.step.step_timer import StepTimer
 from model_service.engine.step.step_times import StepTimes
 
 
@@ -47,9 +48,8 @@ class InFlightStep:
     schedule: Schedule
     ends: list[Chunk]  # those that reach the end of their sequence
     sampling: HostSampling | DeviceSampling
-    # By time.monotonic:
-    started: float
-    planned: float
+    timer: StepTimer
+    planned: float  # by time.monotonic
     computed: float | None  # None: on the device, only the result tells
 
 
@@ -72,7 +72,7 @@ class Engine:
         self._sampler = DeviceSampler(limits.vocab_size, runner.device)  # only with lookahead
         self._pool = BlockPool(limits.blocks, limits.block_size)
         self._prefill_budget = PrefillBudget(
-            limits.max_stall, limits.block_size, limits.max_step_tokens
+            limits.max_stall, limits.block_size, limits.max_step_tokens, recorded=runner.has_graphs
         )
         drafts = 0 if limits.lookahead else limits.draft_tokens  # they follow a known token
         drafter = None
@@ -167,26 +167,28 @@ class Engine:
 
     def _launch(self) -> InFlightStep | None:
         """Schedules a step and starts it; None if there is nothing to do."""
-        started = time.monotonic()
+        timer = StepTimer(self._runner.device)
         schedule = self._scheduler.schedule()
         if not schedule.chunks:
             return None
         for chunk in schedule.chunks[schedule.decode_rows :]:
             if chunk.sequence.first_step_at is None:
-                chunk.sequence.first_step_at = started
+                chunk.sequence.first_step_at = timer.started
         plan, rows = plan_step(schedule, lookahead=self.limits.lookahead)
         ends = [chunk for chunk in schedule.chunks if chunk.end == len(chunk.sequence.tokens)]
         planned = time.monotonic()
         logits = self._runner.execute(plan)
         self._steps += 1
         if not self.limits.lookahead:
+            timer.end()
             sampling = HostSampling(rows, logits)
-            return InFlightStep(schedule, ends, sampling, started, planned, time.monotonic())
+            return InFlightStep(schedule, ends, sampling, timer, planned, time.monotonic())
         launched = self._sampler.launch(rows, logits)
         if plan.num_sampled:
             self._runner.feed(launched.sampled)
+        timer.end()
         self._reserve_pending(schedule, rows, ends)
-        return InFlightStep(schedule, ends, launched, started, planned, computed=None)
+        return InFlightStep(schedule, ends, launched, timer, planned, computed=None)
 
     @staticmethod
     def _reserve_pending(schedule: Schedule, rows: list[LogitRow], ends: list[Chunk]) -> None:
@@ -221,7 +223,7 @@ class Engine:
         self.step_times.observe(
             len(step.schedule.chunks),
             draft=step.schedule.draft_seconds,
-            schedule=step.planned - step.started - step.schedule.draft_seconds,
+            schedule=step.planned - step.timer.started - step.schedule.draft_seconds,
             forward=computed - max(step.planned, self._read_at),
             sample=time.monotonic() - computed,
         )
@@ -231,9 +233,10 @@ class Engine:
     def _book_compute(self, step: InFlightStep, running: list[Chunk], now: float) -> None:
         """Splits the step's time over its tokens, and counts those of prompts."""
         schedule = step.schedule
-        seconds = now - max(step.started, self._read_at)
+        seconds = step.timer.seconds(self._read_at, now)
         extra = schedule.prompt_tokens + schedule.drafted_tokens
-        self._prefill_budget.record(schedule.decode_rows, extra, seconds - schedule.draft_seconds)
+        draft, launch = schedule.draft_seconds, step.timer.launch_seconds
+        self._prefill_budget.record(schedule.decode_rows, extra, seconds - draft, launch - draft)
         per_token = seconds / (schedule.decode_rows + extra)
         for chunk in running:
             chunk.sequence.compute += per_token * chunk.length

@@ -11,7 +11,7 @@ from model_service.loading.memory import WORKING_MEMORY, MemoryPlan, cache_token
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Precision
 from model_service.model.attention.backend import CachedAttention, CacheShape
-from model_service.model.attention.select import make_attention
+from model_service.model.attention.select import make_attention, prepare_attention
 from model_service.model.config import ModelConfig
 from serving.errors import StartError
 
@@ -88,6 +88,16 @@ class Layout:
         blocks = limits.blocks + PROBE_BLOCKS
         draft = None if self.draft is None else self.draft.memory(blocks, limits.block_size)
         return MemoryPlan(weights, size, limits.blocks * limits.block_size, working, draft)
+
+    def prepare_attention(self) -> None:
+        """Raises StartError if the kernels of attention cannot be compiled; that takes minutes."""
+        prepare_attention(
+            self._cache(PROBE_BLOCKS, self.options.block_size),
+            self.precision.dtype,
+            self.device,
+            self.precision.kv_dtype,
+            heads=self.config.n_heads // self.shards,
+        )
 
     def attention(self, blocks: int) -> CachedAttention:
         """A backend with a new cache of `blocks` blocks beside those for the probe."""

@@ -77,6 +77,7 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
         if device.type == "cpu":
             _log_kernels(precision)
     memory.check(device, layout.shards_on_device)
+    layout.prepare_attention()
     # No rank allocates before every rank has measured what is free.
     dist.barrier()
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from model_service.model.attention.backend import AttentionBackend
 from model_service.model.attention.fixed_tiles import FixedTileAttention
+from model_service.model.attention.rotation import Rotary, attend_rotated
 from model_service.model.config import ModelConfig
 from model_service.model.cpu import shard_sum
 from model_service.model.cpu.layers import CompiledLayers
@@ -76,7 +77,7 @@ class RMSNorm(nn.Module):
 class Step:
     """The arguments of every layer in a step beside its input."""
 
-    rotation: torch.Tensor  # from `Operations.rotation`, for the step's positions
+    rotary: Rotary
     operations: Operations
     backend: AttentionBackend
 
@@ -90,17 +91,13 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.heads = config.n_heads // shards
-        self.kv_heads = config.kv_heads // shards
         projections = (config.n_heads + 2 * config.kv_heads) * config.head_dim
         self.wqkv = _column_parallel(config.dim, projections)
         self.wo = _row_parallel(config.n_heads * config.head_dim, config.dim)
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         heads = _multiply(x, self.wqkv).view(len(x), -1, self.head_dim)
-        value = heads[:, -self.kv_heads :]
-        rotated = step.operations.rotate(heads[:, : -self.kv_heads], self.heads, step.rotation)
-        query, key = rotated[:, : self.heads], rotated[:, self.heads :]
-        attended = step.backend.attend(self.layer, query, key, value)
+        attended = attend_rotated(step.backend, self.layer, heads, self.heads, step.rotary)
         return sum_over_shards(_multiply(attended.flatten(1), self.wo))
 
 
@@ -186,11 +183,14 @@ class Transformer(nn.Module):
         Returns:
             Logits [num_logits, vocab] in float32, equal on all ranks.
         """
-        step = Step(self._operations.rotation(positions), self._operations, backend)
+        rotary = Rotary(self._operations.rotate, self._operations.rotation(positions))
+        step = Step(rotary, self._operations, backend)
         x = self.tok_embeddings(tokens)  # [num_tokens, dim]
         residual: torch.Tensor | None = None
         if self.compiled_layers is not None and isinstance(backend, FixedTileAttention):
-            x, residual = self.compiled_layers.run(x, step.rotation, backend.caches, backend.spans)
+            x, residual = self.compiled_layers.run(
+                x, rotary.rotation, backend.caches, backend.spans
+            )
         else:
             for layer in self.layers:
                 x, residual = layer(x, residual, step)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+from model_service.model.attention.flashinfer_kernels import import_flashinfer
 from model_service.model.attention.select import can_use_flashinfer
 from model_service.model.config import ROPE_THETA, ModelConfig, RopeScaling
 from model_service.model.cpu.kernels import Kernels, kernels_for
@@ -121,11 +122,8 @@ class FusedOperations:
     """FlashInfer's kernels, for float16 and bfloat16 on CUDA."""
 
     def __init__(self, rotary: torch.Tensor) -> None:
-        import flashinfer  # noqa: PLC0415  # an optional extra
-
-        self._kernels = flashinfer
-        # Cosines, then sines [length, head_dim], in float32 as the kernel takes them.
-        self._angles = torch.cat([rotary.real, rotary.imag], dim=-1).contiguous()
+        self._kernels = import_flashinfer()
+        self._rotary = rotary
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         normed: torch.Tensor = self._kernels.rmsnorm(x, weight, eps)
@@ -138,19 +136,11 @@ class FusedOperations:
         return x, residual
 
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        return positions
+        return self._rotary[positions]
 
-    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:
-        # "neox" would rotate the halves of a head; Meta rotates neighbours.
-        self._kernels.apply_rope_with_cos_sin_cache_inplace(
-            rotation,
-            heads[:, :queries],
-            heads[:, queries:],
-            heads.shape[-1],
-            self._angles,
-            is_neox=False,
-        )
-        return heads
+    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # PlainOperations' interface
+        # FlashInfer's backend of attention rotates by itself, in the kernel that writes the cache.
+        return apply_rotary(heads, rotation)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         gated: torch.Tensor = self._kernels.silu_and_mul(x)

@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bench import demonstration, service
 from bench.baselines import loading
+from bench.gpu import check, first, kernels
 from bench.service import Answer, made_up_tokenizer, rates
 
 
@@ -59,12 +63,51 @@ def test_speculation_and_quantization_are_measured_on_the_demonstration(tmp_path
     assert quantized["values"]["held_out_answered"] > 60
 
 
-def test_gpu_command_is_the_engines_and_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--shape", "tiny"]
-    sizes = ["--sizes", "tiny", "--no-plots", "--seconds", "0", "--cases", "one_stream"]
-    folders = ["--work_dir", str(tmp_path / "work"), "--results", str(tmp_path)]
+def test_what_the_host_needs_for_a_step_is_told_for_both_kinds_of_steps(
+    tmp_path: Path, work_dir: Path
+) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "host", "--device", "cpu", "--shape", "tiny"]
+    folders = ["--work_dir", str(work_dir), "--results", str(tmp_path)]
+    sizes = ["--sizes", "tiny", "--precisions", "float32"]
     subprocess.run([*command, *sizes, *folders], check=True, timeout=120)
-    assert "the time of this run was over" in result(tmp_path)["notes"][0]
+    found = [row for row in result(tmp_path)["rows"] if row["case"] == "host"]
+    assert [row["settings"]["prompt_tokens"] for row in found] == [False, True]
+    assert all(0 < row["values"]["launch_ms"] <= row["values"]["step_ms"] for row in found)
+
+
+def test_a_check_of_a_gpu_runs_its_tests_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
+    chosen = "(gqa-mp1-gqa-40 and lookahead) or seed or waits"
+    with pytest.raises(SystemExit) as ended:
+        check.main(["--device", "cpu", "-k", chosen])
+    output = capfd.readouterr().out
+    assert ended.value.code == 0, output
+    assert "logprobs are off by at most" in output
+    assert "3 passed" in output
+
+
+def test_a_first_run_goes_on_after_a_part_that_fails_and_ends_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sum(limit for _, limit, _ in first.PARTS) <= first.SECONDS
+    parts = [("slow", 1, ("sleep", "60")), ("good", 5, ("echo", "a fact"))]
+    monkeypatch.setattr(first, "PARTS", parts)
+    with pytest.raises(SystemExit, match="True"):
+        first.main(["--results", str(tmp_path)])
+    assert "slow: status 124" in capfd.readouterr().out
+    assert (tmp_path / "good.log").read_text() == "a fact\n"
+
+
+def test_compiled_kernels_become_a_package_in_which_flashinfer_looks(tmp_path: Path) -> None:
+    compiled = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib") / "libpython3.so"
+    library = next(each for each in (compiled, Path(torch._C.__file__)) if each.exists())
+    module = SimpleNamespace(get_library_path=lambda: library)
+    kernels.write_package(tmp_path / "flashinfer_jit_cache", "0.6.18", {"norm": module})
+    script = "import flashinfer_jit_cache as f; print(f.__version__, f.get_jit_cache_dir())"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert found == ["0.6.18", str(tmp_path / "flashinfer_jit_cache" / "jit_cache")]
+    assert (Path(found[1]) / "norm" / "norm.so").exists()
 
 
 def test_loading_is_compared_with_reading(tmp_path: Path, work_dir: Path) -> None:

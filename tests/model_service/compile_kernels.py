@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from model_service.model.attention import rotation_kernel
 from model_service.model.weights import triton_kernels as kernels
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -69,6 +70,16 @@ def products(capability: int, x: str, codes: str) -> list[dict[str, int]]:
     ]
 
 
+def rotation(capability: int, heads: str, narrows: int) -> dict[str, int]:
+    types = dict.fromkeys(("query", "key", "value"), f"*{heads}")
+    types |= {"angles": "*fp32", "keys": "*u8" if narrows else f"*{heads}"}
+    types |= {"values": types["keys"], "slots": "*i32"}
+    types |= dict.fromkeys(("query_stride", "key_stride", "value_stride"), "i32")
+    sizes = {"QUERIES": 32, "KV_HEADS": 8, "HEADS": rotation_kernel._HEADS, "PAIRS": 64}
+    constants = sizes | {"ROTATES": 1, "NARROWS": narrows}
+    return compile_kernel(rotation_kernel._rotate_and_write, capability, types, constants, warps=1)
+
+
 def main() -> None:
     kinds = [(80, "fp16", "i8"), (90, "bf16", "i8"), (90, "bf16", "fp8e4nv")]
     every = {"_multiply": [made for kind in kinds for made in products(*kind)]}
@@ -84,6 +95,11 @@ def main() -> None:
     every["_unpack_int4"] = [
         compile_kernel(kernels._unpack_int4, capability, types, constants, warps=4)
         for capability in (80, 90)
+    ]
+    every["_rotate_and_write"] = [
+        rotation(capability, heads, narrows)
+        for capability, heads in ((80, "fp16"), (90, "bf16"))
+        for narrows in (0, 1)
     ]
     print(json.dumps(every))
 

@@ -11,24 +11,6 @@ from typing import Any
 import torch
 
 
-def append_paged_kv_cache(
-    append_key: torch.Tensor,
-    append_value: torch.Tensor,
-    batch_indices: torch.Tensor,
-    positions: torch.Tensor,
-    paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
-    kv_indices: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_last_page_len: torch.Tensor,
-) -> None:
-    size = paged_kv_cache[0].shape[1]
-    entries = kv_indptr[batch_indices.long()] * size + positions
-    pages, places = kv_indices[(entries // size).long()].long(), (entries % size).long()
-    for cache, new in zip(paged_kv_cache, (append_key, append_value), strict=True):
-        assert cache.dtype == new.dtype
-        _bytes(cache)[pages, places] = _bytes(new)
-
-
 class BatchPrefillWithPagedKVCacheWrapper:
     def __init__(self, workspace: torch.Tensor, kv_layout: str) -> None:
         assert kv_layout == "NHD"
@@ -158,10 +140,6 @@ def _attention(
     return torch.cat(parts)
 
 
-def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
-
-
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
@@ -177,20 +155,3 @@ def fused_add_rmsnorm(
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     return torch.nn.functional.silu(x[..., :half]) * x[..., half:]
-
-
-def apply_rope_with_cos_sin_cache_inplace(
-    positions: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    head_size: int,
-    cos_sin_cache: torch.Tensor,
-    *,
-    is_neox: bool,
-) -> None:
-    assert not is_neox
-    assert cos_sin_cache.dtype == torch.float32
-    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
-    for x in (query, key):
-        even, odd = x[..., ::2].clone(), x[..., 1::2].clone()
-        x[..., ::2], x[..., 1::2] = even * cos - odd * sin, even * sin + odd * cos

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model_service.model.attention.backend import CacheShape
+from model_service.model.attention.rotation import Rotary, attend_rotated
 from model_service.model.attention.sdpa import SdpaAttention
 from model_service.model.attention.select import make_attention
 from model_service.model.cuda_graphs import PADDING, FixedBatchAttention, GraphRecorder
@@ -64,6 +65,22 @@ def test_flashinfer_attends_as_the_reference(
     for backend in pair:
         backend.plan(spans)
         outputs.append(backend.attend(0, *flat))
+    torch.testing.assert_close(*outputs, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_backend_rotates_as_the_reference_rotated_before(
+    pair: Any, heads: int, tokens: int
+) -> None:
+    operations = PlainOperations(rotary_frequencies(128, 512).to(DEVICE))
+    rotation = operations.rotation(torch.arange(300 - tokens, 300, device=DEVICE))
+    rotary = Rotary(operations.rotate, rotation)
+    spans = spread([300], [tokens], SHAPE, seed=3)
+    every = torch.randn(tokens, heads + 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    outputs = []
+    for backend in pair:
+        backend.plan(spans)
+        outputs.append(attend_rotated(backend, 0, every.clone(), heads, rotary))
     torch.testing.assert_close(*outputs, atol=2e-2, rtol=2e-2)
 
 

@@ -14,11 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_service.model.attention import rotation
+from model_service.model.operations import rotary_frequencies
 from model_service.model.weights import cuda as weights_cuda
 from model_service.model.weights.quantization import GROUP_SIZE, Fp8Weight, Int8Weight, fp8_rows
 
 triton: Any = pytest.importorskip("triton", reason="Triton is not installed")
 kernels: Any = pytest.importorskip("model_service.model.weights.triton_kernels")
+rotation_kernel: Any = pytest.importorskip("model_service.model.attention.rotation_kernel")
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
     reason="kernels run on the GPU here, or the interpreter is older than NumPy's newest",
@@ -111,3 +114,69 @@ def test_kernels_compile_for_cards_that_are_not_here(tmp_path: Path) -> None:
         # Two programs at a time on a processor: one computes while the other waits.
         assert 2 * kind["registers"] <= REGISTERS
         assert 2 * kind["shared"] <= SHARED[kind["capability"]]
+
+
+def new_cache(dtype: torch.dtype, *size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of `size`, slots first, in blocks of one slot."""
+    keys, values = (torch.zeros(size).unsqueeze(1).to(dtype) for _ in range(2))
+    return keys, values
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view({1: torch.uint8, 2: torch.int16}[x.dtype.itemsize])
+
+
+@interpreted
+@settings(max_examples=12)
+@given(
+    kv_heads=st.integers(1, 9),
+    shared=st.integers(1, 4),
+    tokens=st.integers(1, 4),
+    head_dim=st.sampled_from([64, 128, 256]),
+    kv_dtype=st.sampled_from([torch.float16, torch.float8_e4m3fn]),
+    rotates=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_heads_are_rotated_narrowed_and_written_as_the_definition_does(
+    kv_heads: int,
+    shared: int,
+    tokens: int,
+    head_dim: int,
+    kv_dtype: torch.dtype,
+    rotates: bool,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    queries = kv_heads * shared
+    size = tokens, queries + 2 * kv_heads, head_dim
+    heads = (8 * torch.randn(size, generator=generator)).half()
+    slots = torch.randperm(9, generator=generator)[:tokens].int()
+    angles = rotary_frequencies(head_dim, 40)[torch.randint(40, (tokens,), generator=generator)]
+    found = []
+    for write in (rotation.rotate_and_write, rotation_kernel.rotate_and_write):
+        own = heads.clone()
+        parts = rotation.Heads(*torch.split(own, [queries, kv_heads, kv_heads], dim=1))
+        cache = new_cache(kv_dtype, 9, kv_heads, head_dim)
+        write(parts, angles if rotates else None, cache, slots)
+        found.append((own, *cache))
+    for defined, computed in zip(*found, strict=True):
+        if rotates:  # a sum of two products is rounded once or twice
+            step = 2**-3 if defined.dtype.itemsize == 1 else 2**-10
+            torch.testing.assert_close(computed.float(), defined.float(), rtol=step, atol=step / 32)
+        else:
+            assert torch.equal(bits(computed), bits(defined))
+
+
+@interpreted
+def test_every_half_precision_number_is_narrowed_as_pytorch_narrows_it() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    heads = every.view(1, 256, 256)  # 85 heads of each kind, and one more query
+    parts = rotation.Heads(heads[:, :86], heads[:, 86:171], heads[:, 171:])
+    slots = torch.zeros(1, dtype=torch.int32)
+    found = []
+    for write in (rotation.rotate_and_write, rotation_kernel.rotate_and_write):
+        cache = new_cache(torch.float8_e4m3fn, 1, 85, 256)
+        write(parts, None, cache, slots)
+        found.append(torch.cat([bits(each) for each in cache]))
+    # A NaN is 0x7f with either sign.
+    assert torch.equal(*(torch.where(each & 0x7F == 0x7F, 0x7F, each) for each in found))

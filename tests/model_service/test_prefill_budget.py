@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
@@ -143,3 +144,80 @@ def test_decode_alone_keeps_what_was_learned_of_prompts() -> None:
     for _ in range(1000):
         prefill_budget.record(8, 0, 0.01)
     assert 90 <= prefill_budget.prompt_budget(8) <= 100
+
+
+@dataclass
+class RecordedDevice:
+    """A GPU that replays decode-only steps, and a host that launches all other kernels one by one.
+
+    Times are in seconds. A step is timed on the device, from the end of the work before it, or from
+    its launch, to its own end. With lookahead it is launched before the last one is read.
+    """
+
+    decode: float  # device, without prompt tokens
+    per_token: float
+    launch: float  # host, a step with prompt tokens
+    lookahead: bool
+    preparation: float = 0.001  # host, before a step's first kernel
+
+    def run(self, budget: PrefillBudget, steps: int) -> list[tuple[int, float]]:
+        """Prompt tokens and seconds of steps, with more prompts waiting than any takes."""
+        host = device = 0.0
+        launched: list[tuple[int, float, float]] = []
+        ends: list[float] = []
+        for _ in range(steps):
+            tokens = budget.prompt_budget(32)
+            begin = max(host, device)
+            launch = self.preparation + (self.launch if tokens else 0)
+            work = self.decode + self.per_token * tokens
+            # Kernels run as they are launched.
+            device = max(max(host + self.preparation, device) + work, host + launch)
+            host += launch
+            launched.append((tokens, device - begin, launch))
+            ends.append(device)
+            read = len(launched) - 1 - self.lookahead
+            if read >= 0:
+                host = max(host, ends[read])
+                budget.record(32, *launched[read])
+        return [(tokens, seconds) for tokens, seconds, _ in launched]
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+@pytest.mark.parametrize(
+    ("decode", "launch"),
+    [(0.005, 0.005), (0.005, 0.007), (0.005, 0.012), (0.0022, 0.005), (0.0022, 0.007)],
+)
+def test_launches_that_take_longer_than_graphs_neither_stall_streams_nor_prompts(
+    decode: float, launch: float, lookahead: bool
+) -> None:
+    device = RecordedDevice(decode, 18e-6, launch, lookahead)
+    stall = 1.7
+    steps = device.run(PrefillBudget(stall, 16, 2048, recorded=True), 600)[300:]
+    longest = max(seconds for _, seconds in steps)
+    # A launch of 8 ms alone is more than three of int4's steps.
+    alone = decode + device.preparation
+    assert longest <= 1.01 * max(stall * alone, 1.07 * (launch + device.preparation))
+    assert longest <= 2 * stall * alone
+    per_second = sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
+    assert per_second > 20_000
+
+
+@given(
+    decode=st.floats(0.002, 0.02),
+    per_token=st.floats(5e-6, 1e-4),
+    launch=st.floats(0.001, 0.02),
+    lookahead=st.booleans(),
+    stall=st.floats(1.2, 4.0),
+)
+def test_recorded_steps_keep_the_stall_or_take_what_a_launch_hides(
+    decode: float, per_token: float, launch: float, lookahead: bool, stall: float
+) -> None:
+    device = RecordedDevice(decode, per_token, launch, lookahead)
+    steps = device.run(PrefillBudget(stall, 16, 4096, recorded=True), 900)[600:]
+    alone, launched = decode + device.preparation, launch + device.preparation
+    fewest = max(launched, alone + FLOOR * per_token)
+    bound = max(stall * alone, 1.07 * launched, fewest) + per_token
+    assert max(seconds for _, seconds in steps) <= 1.01 * bound
+    free = (max(stall * decode, launch) - decode) / per_token
+    usual_tokens = sorted(tokens for tokens, _ in steps)[len(steps) // 2]
+    assert usual_tokens >= min(0.75 * free, 4096) - 2

@@ -10,6 +10,13 @@ two rounds each in float32 and int8, the budget replaced by a constant): the med
 1.8 times as long as one without prompts, and the prompt's first token came after 1.9 to 2.3 s. A
 fixed budget of 8 gave 1.2 to 1.3 times and 4.7 to 7.5 s; 32 gave 1.7 to 2.0 times and 1.8 to 4.6 s;
 128 gave 3.4 to 5.0 times and 0.7 to 4.3 s.
+
+If decode-only steps are recorded graphs, a step with prompt tokens is launched kernel by kernel and
+takes as long as that, however few tokens it has. One line through both kinds would make each token
+carry that time, and the budget would fall to nothing. So the kinds are fitted apart: the cost is
+what a step with prompts adds to the median of the graphs. If its launch alone takes longer than
+`max_stall` allows, it gets as many tokens as the launch hides: more each time, until the step takes
+longer than its launch.
 """
 
 from bisect import bisect_left
@@ -28,6 +35,10 @@ BASES = 9  # times of steps without prompts whose median counts
 CONTRAST_EVERY = 8
 # Prompt tokens that the other steps take whatever they cost, so that prompts advance.
 FLOOR = 4
+# With recorded graphs: a step whose launch takes longer than `max_stall` allows may take that much
+# longer than the launch. Up to half of it, more tokens are tried: by one sixteenth and one.
+LAUNCH_MARGIN = 1 / 16
+RECENT = 3  # of the costs, with recorded graphs; the highest counts
 MIN_COST = 1e-6  # decode-only steps per prompt token, if noise hides the cost
 
 
@@ -44,28 +55,44 @@ class _Regime:
     # Seconds of the last steps, less what their prompt tokens cost.
     bases: deque[float] = field(default_factory=lambda: deque(maxlen=BASES))
     tried: deque[int] = field(default_factory=lambda: deque(maxlen=FITS))  # prompt tokens
+    # Prompt tokens of the last steps that took no longer than their launch, else 0.
+    hidden: deque[int] = field(default_factory=lambda: deque(maxlen=FITS))
     since_contrast: int = CONTRAST_EVERY
 
 
 class PrefillBudget:
     """Keeps steps below `max_stall` times a step without prompts."""
 
-    def __init__(self, max_stall: float, first: int, ceiling: int) -> None:
+    def __init__(
+        self, max_stall: float, first: int, ceiling: int, *, recorded: bool = False
+    ) -> None:
         """Starts with a budget of `first`, which doubles as steps are recorded.
 
         Args:
             max_stall: longest step while sequences decode, in steps without prompt tokens; above 1.
             first: prompt tokens of the first step that has some.
             ceiling: most prompt tokens of a step, also if it is lower than FLOOR.
+            recorded: whether steps without prompt tokens are replayed from recorded graphs.
         """
+        self._recorded = recorded
+        self._launches: deque[float] = deque(maxlen=DECODE_ONLY_WINDOW)  # seconds, with prompts
         self.max_stall = max_stall
         self._floor = min(FLOOR, ceiling)
         self._first = first
         self._ceiling = ceiling
         self._regimes: dict[int, _Regime] = {}
 
-    def record(self, decode_rows: int, prompt_tokens: int, seconds: float) -> None:
-        """Learns from a step, unless nothing decoded in it: then it stalled no stream."""
+    def record(
+        self, decode_rows: int, prompt_tokens: int, seconds: float, launch: float = 0.0
+    ) -> None:
+        """Learns from a step, unless nothing decoded in it: then it stalled no stream.
+
+        Args:
+            decode_rows: sequences that decoded.
+            prompt_tokens: of other sequences.
+            seconds: that the step took.
+            launch: seconds of the host's work for it, with recorded graphs.
+        """
         if not decode_rows:
             return
         regime = self._regime(decode_rows)
@@ -76,8 +103,12 @@ class PrefillBudget:
         steps.append((prompt_tokens, seconds))
         if prompt_tokens:
             regime.tried.append(prompt_tokens)
-            if (cost := _relative_cost([*regime.decode_only, *regime.with_prefill])) is not None:
+            if (cost := self._fitted_cost(regime)) is not None:
                 regime.costs.append(cost)
+            if self._recorded:
+                self._launches.append(launch)
+                in_launch = seconds <= (1 + LAUNCH_MARGIN / 2) * median(self._launches)
+                regime.hidden.append(prompt_tokens if in_launch else 0)
         if regime.costs or not prompt_tokens:
             cost = max(median(regime.costs), MIN_COST) if prompt_tokens else 0.0
             regime.bases.append(seconds / (1 + cost * prompt_tokens))
@@ -109,9 +140,33 @@ class PrefillBudget:
         """The budget that the stall allows, at most twice the largest of the last steps."""
         known = 2 * max(regime.tried) if regime.tried else self._first
         if regime.costs:
-            cost = max(median(regime.costs), MIN_COST)
-            known = min(known, int((self.max_stall - 1) / cost))
+            # A device's clock has hardly any noise, and a cost that is learned late is a stall.
+            likely = max([*regime.costs][-RECENT:]) if self._recorded else median(regime.costs)
+            allowed = int((self._longest(regime) - 1) / max(likely, MIN_COST))
+            if hidden := max(regime.hidden, default=0):
+                allowed = max(allowed, hidden + hidden // 16 + 1)
+            known = min(known, allowed)
         return max(self._floor, min(known, self._ceiling))
+
+    def _fitted_cost(self, regime: _Regime) -> float | None:
+        """The cost that the observations give; with recorded graphs, the last one alone."""
+        if not self._recorded:
+            return _relative_cost([*regime.decode_only, *regime.with_prefill])
+        tokens, seconds = regime.with_prefill[-1]
+        base = _decode_only_seconds(regime)
+        return (seconds / base - 1) / tokens if base else None
+
+    def _longest(self, regime: _Regime) -> float:
+        """The longest step with prompts, in decode-only steps."""
+        base = _decode_only_seconds(regime)
+        if not (self._launches and base):
+            return self.max_stall
+        return max(self.max_stall, (1 + LAUNCH_MARGIN) * median(self._launches) / base)
+
+
+def _decode_only_seconds(regime: _Regime) -> float:
+    """The usual step without prompts; 0 if none is known."""
+    return median([seconds for _, seconds in regime.decode_only] or [0.0])
 
 
 def _relative_cost(points: list[tuple[int, float]]) -> float | None:

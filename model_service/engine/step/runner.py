@@ -42,6 +42,11 @@ class ModelRunner:
         self._graphs = graphs
         self._sampled = torch.empty(0, dtype=torch.long, device=device)  # in the last step
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether steps of single tokens are replayed from recorded graphs."""
+        return self._graphs is not None
+
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
         self._channel.send(plan)

@@ -20,14 +20,12 @@ from model_service.model.attention.backend import (
     CacheShape,
     SequenceSpan,
     copy_blocks,
-    narrowed,
 )
+from model_service.model.attention.flashinfer_kernels import decodes_on_tensor_cores
 from model_service.model.attention.page_tables import PageTables, leading_decodes, page_tables
+from model_service.model.attention.rotation import Heads, rotate_and_write
 from model_service.model.pinned_transfer import Fence, pinned
 
-# Query heads per key head from which tensor cores compute faster than memory delivers the keys.
-# Fewer heads would leave most of a tile empty.
-_TENSOR_CORES_FROM = 4
 _MIN_WORKSPACE = 128 * 2**20  # bytes, FlashInfer's recommendation
 _INT_WORKSPACE = 2**20  # bytes; a decode plan of a thousand sequences needs less than 2**16
 
@@ -45,19 +43,11 @@ class _Heads:
 
     @property
     def tensor_cores(self) -> bool:
-        return self.query // self.key >= _TENSOR_CORES_FROM
+        return decodes_on_tensor_cores(self.query, self.key)
 
     @property
     def for_plan(self) -> tuple[int, int, int, int]:
         return self.query, self.key, self.head_dim, self.block_size
-
-
-@dataclass(frozen=True, slots=True)
-class _Slots:
-    """The slots of a step's tokens, as FlashInfer's kernel that writes to the cache reads them."""
-
-    positions: torch.Tensor  # [tokens]
-    tables: torch.Tensor  # [tokens], the table of each position: zeros, because there is one
 
 
 class _PagedCache:
@@ -66,10 +56,6 @@ class _PagedCache:
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
         size = (shape.layers, shape.blocks, shape.block_size, shape.kv_heads, shape.head_dim)
         self._keys, self._values = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
-        # One table that holds every block in order: a token's position in it is its slot.
-        self._blocks = torch.arange(shape.blocks, dtype=torch.int32, device=device)
-        self._ends = torch.tensor([0, shape.blocks], dtype=torch.int32, device=device)
-        self._last = torch.tensor([shape.block_size], dtype=torch.int32, device=device)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         for cache in (self._keys, self._values):
@@ -77,20 +63,6 @@ class _PagedCache:
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._keys[layer], self._values[layer]
-
-    def write(self, layer: int, new: tuple[torch.Tensor, torch.Tensor], slots: _Slots) -> None:
-        """Writes the `new` keys and values, each [tokens, kv_heads, head_dim], to their slots."""
-        key, value = new
-        flashinfer.append_paged_kv_cache(
-            narrowed(key, self._keys.dtype),
-            narrowed(value, self._keys.dtype),
-            slots.tables,
-            slots.positions,
-            self.layer(layer),
-            self._blocks,
-            self._ends,
-            self._last,
-        )
 
 
 class FlashInferAttention:
@@ -130,8 +102,7 @@ class FlashInferAttention:
         self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
         self._device = device
         self._decodes = 0  # rows of the step for the decode kernel
-        self._tables = torch.zeros(0, dtype=torch.int32, device=device)
-        self._slots = _Slots(self._tables, self._tables)
+        self._slots = torch.zeros(0, dtype=torch.int32, device=device)  # [tokens]
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
         tables = page_tables(spans, self._heads.block_size)
@@ -150,9 +121,7 @@ class FlashInferAttention:
         )
         parts = pinned(self._device, arrays)
         slots, decode, prefill, lengths = parts[0], parts[1:4], parts[4:8], parts[8]
-        if len(slots) > len(self._tables):
-            self._tables = self._tables.new_zeros(len(slots))
-        self._slots = _Slots(slots.to(self._device, non_blocking=True), self._tables[: len(slots)])
+        self._slots = slots.to(self._device, non_blocking=True)
         dtypes = {"q_data_type": self._heads.dtype, "kv_data_type": self._heads.kv_dtype}
         self._planned.wait()
         if decodes:
@@ -167,9 +136,15 @@ class FlashInferAttention:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        self._cache.write(layer, (key, value), self._slots)
+        return self.rotate_and_attend(layer, Heads(query, key, value), None)
+
+    def rotate_and_attend(
+        self, layer: int, heads: Heads, rotation: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `rotation.RotateAndAttend`."""
+        cache, decodes, query = self._cache.layer(layer), self._decodes, heads.query
+        rotate_and_write(heads, rotation, cache, self._slots)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        cache, decodes = self._cache.layer(layer), self._decodes
         if decodes:
             self._decode.run(query[:decodes], cache, out=output[:decodes])
         if decodes < len(query):
@@ -217,11 +192,6 @@ class _FixedBuffers:
         self.page_starts, self.last_page_lengths, self.slots, self.pages = torch.split(
             self.vector, [self._stride] * 3 + [capacity]
         )
-
-        self._tables = torch.zeros(rows, dtype=torch.int32, device=device)
-
-    def first_slots(self, rows: int) -> _Slots:
-        return _Slots(self.slots[:rows], self._tables[:rows])
 
     def image(self, tables: PageTables) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         """The beginning of the vector when it holds `tables`."""
@@ -279,8 +249,15 @@ class _FixedDecode:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        self._cache.write(layer, (key, value), self._buffers.first_slots(len(query)))
-        output: torch.Tensor = self._wrapper.run(query, self._cache.layer(layer))
+        return self.rotate_and_attend(layer, Heads(query, key, value), None)
+
+    def rotate_and_attend(
+        self, layer: int, heads: Heads, rotation: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `rotation.RotateAndAttend`."""
+        cache, slots = self._cache.layer(layer), self._buffers.slots[: len(heads.query)]
+        rotate_and_write(heads, rotation, cache, slots)
+        output: torch.Tensor = self._wrapper.run(heads.query, cache)
         return output
 
 

@@ -7,6 +7,12 @@ import torch
 
 from model_service.model.attention.backend import CachedAttention, CacheShape
 from model_service.model.attention.fixed_tiles import FixedTileAttention
+from model_service.model.attention.flashinfer_kernels import (
+    KernelTypes,
+    compile_kernels,
+    decodes_on_tensor_cores,
+    require_c_compiler,
+)
 from model_service.model.attention.sdpa import SdpaAttention
 from model_service.model.cpu.kernels import kernels_for, without_kernels
 
@@ -41,6 +47,7 @@ def make_attention(
     if reason := _without_flashinfer(dtype, device, shape.head_dim):
         _log.info("attention: PyTorch's scaled_dot_product_attention (%s)", reason)
         return SdpaAttention(shape, dtype, device, kv_dtype)
+    prepare_attention(shape, dtype, device, kv_dtype, heads=heads)
     from model_service.model.attention.flashinfer import (  # noqa: PLC0415  # an optional extra
         FlashInferAttention,
     )
@@ -49,6 +56,26 @@ def make_attention(
     return FlashInferAttention(
         shape, dtype, device, kv_dtype, heads=heads, max_batch_size=max_batch_size
     )
+
+
+def prepare_attention(
+    shape: CacheShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: torch.dtype,
+    *,
+    heads: int,
+) -> None:
+    """Compiles what `make_attention` and the operations need and is not compiled yet.
+
+    Raises:
+        StartError: this machine cannot compile it.
+    """
+    if can_use_flashinfer(dtype, device, shape.head_dim):
+        require_c_compiler()
+        on_tensor_cores = decodes_on_tensor_cores(heads, shape.kv_heads)
+        types = KernelTypes(dtype, kv_dtype, shape.head_dim, on_tensor_cores)
+        compile_kernels(types, torch.cuda.get_device_capability(device))
 
 
 def can_use_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
@@ -66,6 +93,7 @@ def _without_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int)
         return f"FlashInfer has no kernels for heads of {head_dim}"
     if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return "FlashInfer needs compute capability 8.0"
-    if importlib.util.find_spec("flashinfer") is None:
-        return "FlashInfer is not installed: pip install '.[cuda]' in the source tree"
+    for package in ("flashinfer", "triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: pip install '.[cuda]' in the source tree"
     return ""

@@ -1,5 +1,10 @@
-"""Engines on a CUDA device; all tests here are skipped where there is none."""
+"""Engines on a CUDA device; all tests here are skipped where there is none.
 
+`CUDA_TESTS_DEVICE=cpu` runs those on the CPU that need no kernels of a GPU, so that the tests
+themselves are known to work before a GPU is at hand.
+"""
+
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +23,12 @@ Case = dict[str, Any]
 @pytest.fixture(scope="session")
 def cuda_engine(make_engine: Callable[..., Engine]) -> Callable[..., Engine]:
     """Makes one as `make_engine` does, on the device."""
-    if not torch.cuda.is_available():
+    device = os.environ.get("CUDA_TESTS_DEVICE", "cuda")
+    if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs CUDA: PyTorch finds no device")
 
     def make(name: str = "gqa-mp1", **changes: Any) -> Engine:
-        return make_engine(name, device="cuda", **changes)
+        return make_engine(name, device=device, **changes)
 
     return make
 
