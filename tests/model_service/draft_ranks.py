@@ -1,0 +1,36 @@
+"""The answers of a replica without a draft model and with one, as JSON; run as several ranks."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from model_service.engine.engine import Engine
+from model_service.loading.load_replica import load_replica
+from model_service.loading.options import ReplicaOptions
+from tests.model_service.lookahead_ranks import answers
+
+
+def main(folder: Path) -> None:
+    options = ReplicaOptions(
+        folder / "gqa-mp2",
+        256,
+        max_step_tokens=64,
+        dtype="float32",
+        device="cpu",
+        draft_ckpt_dir=folder / "gqa-mp1",
+    )
+    replica = load_replica(options)
+    if not replica.is_leader:
+        assert replica.draft_runner is None
+        replica.runner.follow()
+        return
+    plain = answers(Engine(replica.runner, dataclasses.replace(replica.limits, draft_tokens=0)))
+    engine = replica.engine()
+    drafted = answers(engine)
+    replica.runner.release_followers()
+    print(json.dumps([plain, drafted, engine.load().accepted_tokens]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
