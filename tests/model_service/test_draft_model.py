@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from model_service.engine.drafting.model_drafter import ModelDrafter
 from model_service.engine.engine import Engine
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.speculation.costs import DraftCosts
@@ -66,8 +67,13 @@ def requests(count: int) -> list[GenerationRequest]:
     ]
 
 
-def tokens_of(run: Any, engine: Engine, requests: list[GenerationRequest]) -> dict[Any, list[int]]:
-    return {seed: answer.ids for seed, answer in run(engine, requests).items()}
+def drafter_of(engine: Engine) -> ModelDrafter:
+    assert engine._speculation._model is not None
+    return cast(ModelDrafter, engine._speculation._model.model)
+
+
+def tokens_of(run: Any, engine: Engine, asked: list[GenerationRequest]) -> dict[Any, list[int]]:
+    return {seed: answer.ids for seed, answer in run(engine, asked).items()}
 
 
 @pytest.mark.usefixtures("cheap_drafts")
@@ -83,8 +89,7 @@ def test_two_hundred_answers_are_the_same_with_a_draft_model(
     assert count.drafted > 0
     assert count.accepted >= share * count.drafted
     # All that the draft model held is free again.
-    assert engine._speculation._model is not None
-    pool = engine._speculation._model.model._cache.pool  # type: ignore[attr-defined]
+    pool = drafter_of(engine)._cache.pool
     assert pool.free_count == pool.total
 
 
@@ -136,7 +141,7 @@ def test_a_later_turn_computes_only_what_is_new_in_the_draft_model(
     prompt = first.prompt_ids + tuple(run(engine, [first])["first"].ids)
     later = dataclasses.replace(first, request_id="later", prompt_ids=prompt)
     run(engine, [later])
-    cache = engine._speculation._model.model._cache  # type: ignore[union-attr,attr-defined]
+    cache = drafter_of(engine)._cache
     # Both turns share what is full of the first one: 110 tokens in blocks of 16.
     assert cache.pool.cached_count < 2 * len(prompt) // 16
 
@@ -146,12 +151,15 @@ def test_a_draft_model_that_gives_no_numbers_changes_nothing(
 ) -> None:
     asked = requests(7)
     engine = with_draft(TARGET)
-    drafter = engine._speculation._model.model  # type: ignore[union-attr]
-    drafter._runner._network.get_parameter("norm.weight").fill_(torch.nan)  # type: ignore[attr-defined]
+    drafter_of(engine)._runner._network.get_parameter("norm.weight").fill_(torch.nan)
     assert tokens_of(run, engine, asked) == tokens_of(
         run, make_engine(TARGET, draft_tokens=0), asked
     )
     assert engine.load().drafts[Source.MODEL].drafted == 0
+
+
+CHECKPOINTS = Path(__file__).parents[1] / "golden" / "checkpoints"
+DEMONSTRATION = Path(__file__).parents[2] / "demo" / "checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -160,23 +168,15 @@ def test_a_draft_model_that_gives_no_numbers_changes_nothing(
         ({"draft_ckpt_dir": Path("missing")}, "--draft_ckpt_dir: missing: not found"),
         ({"draft_tokens": 0}, "no effect with --draft_tokens 0"),
         ({"lookahead": "on"}, "no effect with --lookahead on"),
-        ({"ckpt_dir": SMALLER, "draft_ckpt_dir": TARGET}, "parameters, more than the"),
-        ({"ckpt_dir": "demo"}, "has a vocabulary of 512 tokens, and .* one of 1,920"),
+        ({"ckpt_dir": CHECKPOINTS / SMALLER}, "parameters, more than the"),
+        ({"ckpt_dir": DEMONSTRATION}, "has a vocabulary of 512 tokens, and .* one of 1,920"),
     ],
 )
-def test_a_draft_model_that_cannot_draft_is_refused(
-    golden: Path, changes: dict[str, Any], message: str
-) -> None:
-    folder = golden / "checkpoints"
-    options = ReplicaOptions(folder / TARGET, 64, device="cpu", draft_ckpt_dir=folder / TARGET)
-    places = {"demo": golden.parents[1] / "demo" / "checkpoint"}
-    for name, value in changes.items():
-        given = (
-            places.get(value, folder / value) if isinstance(value, str) and "dir" in name else value
-        )
-        options = dataclasses.replace(options, **{name: given})
+def test_a_draft_model_that_cannot_draft_is_refused(changes: dict[str, Any], message: str) -> None:
+    folder = CHECKPOINTS / TARGET
+    options = ReplicaOptions(folder, 64, device="cpu", draft_ckpt_dir=folder)
     with pytest.raises(StartError, match=message):
-        load_replica(options)
+        load_replica(dataclasses.replace(options, **changes))
 
 
 def test_a_draft_model_counts_in_the_memory(
