@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from serving.errors import StartError
 
-LENGTH = 30
+LENGTH = 16
 TARGET, SMALLER = "gqa-mp1", "mha-mp1"
 MakeEngine = Callable[..., Engine]
 MODES = (
@@ -82,8 +82,8 @@ def test_two_hundred_answers_are_the_same_with_a_draft_model(
     make_engine: MakeEngine, with_draft: MakeEngine, run: Any, draft: str, share: float
 ) -> None:
     asked = requests(200)
-    without = tokens_of(run, make_engine(TARGET, draft_tokens=0), asked)
-    engine = with_draft(draft)
+    without = tokens_of(run, make_engine(TARGET, draft_tokens=0, max_batch_size=25), asked)
+    engine = with_draft(draft, max_batch_size=25)
     assert tokens_of(run, engine, asked) == without
     count = engine.load().drafts[Source.MODEL]
     assert count.drafted > 0
@@ -106,7 +106,7 @@ def test_two_hundred_answers_are_the_same_with_a_draft_model(
 def test_no_setting_changes_an_answer_with_a_draft_model(
     make_engine: MakeEngine, with_draft: MakeEngine, run: Any, changes: dict[str, Any]
 ) -> None:
-    asked = requests(24)
+    asked = requests(16)
     without = tokens_of(run, make_engine(TARGET, draft_tokens=0), asked)
     engine = with_draft(TARGET, **changes)
     assert tokens_of(run, engine, asked) == without
@@ -142,7 +142,7 @@ def test_a_later_turn_computes_only_what_is_new_in_the_draft_model(
     later = dataclasses.replace(first, request_id="later", prompt_ids=prompt)
     run(engine, [later])
     cache = drafter_of(engine)._cache
-    # Both turns share what is full of the first one: 110 tokens in blocks of 16.
+    # Both turns share what is full of the first one: 96 tokens in blocks of 16.
     assert cache.pool.cached_count < 2 * len(prompt) // 16
 
 
@@ -169,7 +169,7 @@ DEMONSTRATION = Path(__file__).parents[2] / "demo" / "checkpoint"
         ({"draft_tokens": 0}, "no effect with --draft_tokens 0"),
         ({"lookahead": "on"}, "no effect with --lookahead on"),
         ({"ckpt_dir": CHECKPOINTS / SMALLER}, "parameters, more than the"),
-        ({"ckpt_dir": DEMONSTRATION}, "has a vocabulary of 512 tokens, and .* one of 1,920"),
+        ({"ckpt_dir": DEMONSTRATION}, "has a vocabulary of 560 tokens, and .* one of 1,920"),
     ],
 )
 def test_a_draft_model_that_cannot_draft_is_refused(changes: dict[str, Any], message: str) -> None:
