@@ -13,14 +13,14 @@ import torch
 
 from model_service.engine.drafting.model_drafter import ModelDrafter
 from model_service.engine.engine import Engine
-from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.speculation.costs import DraftCosts
-from model_service.engine.scheduling.speculation.drafters import ModelSource, Source
+from model_service.engine.scheduling.speculation.drafters import Source
 from model_service.engine.sequence import GenerationRequest, SamplingParams
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.model.cpu.kernels import without_kernels
 from serving.errors import StartError
+from tests.model_service.draft_ranks import cheap
 
 LENGTH = 16
 TARGET, SMALLER = "gqa-mp1", "mha-mp1"
@@ -39,11 +39,7 @@ MODES = (
 @pytest.fixture
 def cheap_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts cost next to nothing, so that they are made however busy the machine is."""
-
-    def of(rows: int, _budget: PrefillBudget, _model: ModelSource | None) -> DraftCosts:
-        return DraftCosts(rows, seconds=1.0, row=1e-4, round=1e-3, token=1e-5, spare=10.0)
-
-    monkeypatch.setattr(DraftCosts, "of", of)
+    monkeypatch.setattr(DraftCosts, "of", cheap)
 
 
 @pytest.fixture
