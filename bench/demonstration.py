@@ -38,7 +38,7 @@ CONTEXT_LENGTH = 512
 REPEATED_LENGTH = 64  # tokens of an answer at most, in the case speculation
 ANSWER_LENGTH = 256  # tokens at most, in the case quantization
 DRAFT_TOKENS = ReplicaOptions(CHECKPOINT).draft_tokens
-# What the draft model has less of than the demonstration model; one step sees half as many tokens.
+# Settings of the draft model's training that differ from the demonstration model's.
 SMALLER = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "batch_tokens": 2048}
 FORMATS = ("float32", "bfloat16", "int8", "int4", "fp8")
 

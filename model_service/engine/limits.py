@@ -61,5 +61,5 @@ class EngineLoad:
 
     @property
     def accepted_tokens(self) -> int:
-        """Of the drafted ones."""
+        """Drafted tokens that sampling then drew."""
         return sum(count.accepted for count in self.drafts.values())

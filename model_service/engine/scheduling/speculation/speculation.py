@@ -33,7 +33,7 @@ FIRST_CHANCE = 0.5
 
 @dataclass(slots=True)
 class _Track:
-    """What is known about the drafts of one sequence."""
+    """The drafts of one sequence, and how often they were right."""
 
     acceptance: dict[Source, Acceptance]
     drafts: dict[Source, list[int]] = field(default_factory=dict)  # for the next step
@@ -57,7 +57,7 @@ class Speculation:
         self._prefill_budget = prefill_budget
         self._most = most
         self._tracks: dict[Sequence, _Track] = {}
-        # What is expected of the model in a new sequence.
+        # The chance of the model's drafts in a new sequence.
         self._overall = Acceptance.expecting(FIRST_CHANCE, PRIOR_WEIGHT, OVERALL_MEMORY)
         self.seconds = 0.0  # that the model took for the last proposal
         self.counts = dict.fromkeys(Source, DraftCount())
