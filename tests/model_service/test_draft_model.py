@@ -51,7 +51,7 @@ def with_draft(make_engine: MakeEngine, golden: Path) -> MakeEngine:
 
 
 def requests(count: int) -> list[GenerationRequest]:
-    """Requests of every sampling mode; every third prompt repeats itself, so that n-grams draft, too."""
+    """Requests of every sampling mode; every third prompt repeats itself, so that n-grams draft."""
     return [
         GenerationRequest(
             seed,
