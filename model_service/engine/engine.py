@@ -59,13 +59,7 @@ class Engine:
     def __init__(
         self, runner: ModelRunner, limits: EngineLimits, draft_runner: ModelRunner | None = None
     ) -> None:
-        """An engine without sequences.
-
-        Args:
-            runner: of the leader.
-            limits: of its requests and of the cache.
-            draft_runner: of a draft model, whose cache has as many blocks.
-        """
+        """Starts without sequences; a draft model's cache has as many blocks as the target's."""
         self.limits = limits
         self.step_times = StepTimes()
         self._runner = runner

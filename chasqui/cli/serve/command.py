@@ -51,6 +51,12 @@ PATIENCE = 5.0
 @setting("quantize", help="Quantization of the weights: auto, none, int8, int4 or fp8.")
 @setting("device", help="Device of the model: auto, cpu or cuda.")
 @setting(
+    "draft_ckpt_dir",
+    type=click.Path(exists=True, path_type=Path),
+    help="Weights of a smaller model with the same vocabulary, which guesses tokens ahead where "
+    "that is faster.  [default: none]",
+)
+@setting(
     "safety",
     is_flag=True,
     help="Run a safety service, too, which judges dialogs and answers by its default rules.",

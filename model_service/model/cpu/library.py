@@ -13,7 +13,7 @@ from typing import Any
 from model_service.model.cpu.instructions import instructions
 from model_service.model.cpu.module import MODULE
 
-_INTERFACE = 2  # `chasqui_interface` in source/interface.cpp
+_INTERFACE = 3  # `chasqui_interface` in source/interface.cpp
 
 # The types of each function's arguments, by its name.
 Signatures = Mapping[str, Sequence[Any]]

@@ -33,7 +33,7 @@ FIRST_CHANCE = 0.5
 
 @dataclass(slots=True)
 class _Track:
-    """The drafts of one sequence, and how many of them were right."""
+    """The drafts of one sequence, and how often they were right."""
 
     acceptance: dict[Source, Acceptance]
     drafts: dict[Source, list[int]] = field(default_factory=dict)  # for the next step
