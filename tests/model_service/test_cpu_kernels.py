@@ -42,7 +42,7 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 128])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_operations_round_as_seldom_as_pytorch(
+def test_operations_round_no_more_than_pytorch(
     dtype: torch.dtype, head_dim: int, rows: int
 ) -> None:
     rotary, rounding = rotary_frequencies(head_dim, 100), ROUNDING[dtype]

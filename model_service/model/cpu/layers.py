@@ -102,7 +102,7 @@ class CompiledLayers:
                 one rank.
 
         Returns:
-            What is still to be added to the residual stream [tokens, dim], and this stream.
+            The part that is still to be added to the residual stream [tokens, dim], and this stream.
         """
         residual = torch.empty_like(x)
         step = _Step(
