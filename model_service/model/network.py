@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         return F.embedding(tokens, self.tok_embeddings.weight)  # type: ignore[arg-type]
 
     def _run_layers(self, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The part that is still to be added to the residual stream [num_tokens, dim], and this stream."""
+        """The part still to be added to the residual stream [num_tokens, dim], and the stream."""
         if self._compiled is not None and isinstance(step.backend, FixedTileAttention):
             add = _sum_over_shards if _is_sharded() else None
             return self._compiled.run(

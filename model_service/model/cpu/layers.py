@@ -102,7 +102,7 @@ class CompiledLayers:
                 one rank.
 
         Returns:
-            The part that is still to be added to the residual stream [tokens, dim], and this stream.
+            The part still to be added to the residual stream [tokens, dim], and the stream.
         """
         residual = torch.empty_like(x)
         step = _Step(
