@@ -30,8 +30,8 @@ EXPORT void chasqui_norm(Type type, const void *x, void *residual, const void *w
                          void *out, int threads) {
   with_type(type, [&](auto number) {
     using Number = decltype(number);
-    norm(static_cast<const Number *>(x), static_cast<Number *>(residual), static_cast<const Number *>(weight), eps, rows,
-         dim, static_cast<Number *>(out), threads);
+    norm(static_cast<const Number *>(x), static_cast<Number *>(residual), static_cast<const Number *>(weight), eps,
+         rows, dim, static_cast<Number *>(out), threads);
   });
 }
 

@@ -37,7 +37,8 @@ public:
       : network(network), step(step), x(static_cast<Number *>(step.x)), residual(static_cast<Number *>(step.residual)) {
     static thread_local Scratch scratch;
     const Layer &layer = network.layers[0];
-    const size_t inner = larger(layer.wqkv.outputs, layer.w13.outputs), outer = larger(layer.wo.inputs, layer.w2.inputs);
+    const size_t inner = larger(layer.wqkv.outputs, layer.w13.outputs);
+    const size_t outer = larger(layer.wo.inputs, layer.w2.inputs);
     normed = scratch.get<Number>(sizeof(Number) * step.rows * (network.dim + inner + outer));
     wide = normed + static_cast<long>(step.rows) * network.dim;
     narrow = wide + step.rows * inner;

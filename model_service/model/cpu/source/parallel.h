@@ -31,7 +31,7 @@ template <class Body> static void parallel(int threads, long tasks, const Body &
       &work, static_cast<unsigned>(threads), 0);
 }
 
-// Threads that pay for so many elements of which each takes about a nanosecond.
+// The threads that are worth waking for so many elements.
 static inline int threads_for(long elements, int threads) {
   constexpr long MIN_ELEMENTS = 8192; // of a thread: below, waking it takes longer than the work
   const long useful = elements / MIN_ELEMENTS + 1;

@@ -52,7 +52,8 @@ INLINE Floats load(const Fp8 *p) {
   const Words wide = __builtin_convertvector(codes, Words), magnitude = wide & 0x7f;
   // Below 2^-6 the numbers are multiples of 2^-9: with the exponent of 2^-6 they are that much too large.
   const Words few = magnitude < 8 ? Words{} + (1 << 23) : Words{};
-  const Floats number = as_floats((magnitude << 20) + (120 << 23) + few) - as_floats(magnitude < 8 ? Words{} + (121 << 23) : Words{});
+  const Words excess = magnitude < 8 ? Words{} + (121 << 23) : Words{};
+  const Floats number = as_floats((magnitude << 20) + (120 << 23) + few) - as_floats(excess);
   const Words nan = magnitude == 0x7f ? Words{} + 0x7fc00000 : Words{};
   return as_floats(bits_of(number) | nan | ((wide & 0x80) << 24));
 }

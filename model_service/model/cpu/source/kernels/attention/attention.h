@@ -52,7 +52,8 @@ void write_results(const Attention<Number> &attention, const Piece &piece, int k
                    const Sums &sums) {
   const int columns = attention.columns(), head_dim = attention.cache.head_dim;
   for (int row = 0; row < rows; row++) {
-    const long head = attention.token(piece, first + row) * attention.inputs.heads + attention.head(kv_head, first + row);
+    const long token = attention.token(piece, first + row);
+    const long head = token * attention.inputs.heads + attention.head(kv_head, first + row);
     Number *to = attention.out + head * head_dim;
     const Floats inverse = splat(1.0f / sums.weights[row]);
     for (int i = 0; i < head_dim; i += 16)
@@ -90,7 +91,8 @@ void attend_group(const Products &products, const Attention<Number> &attention, 
     int visible = piece.end(first_row + row, sharing) - first;
     if (visible > TILE) visible = TILE;
     if (visible < 0) visible = 0;
-    sums.weights[row] = weigh(work.scores + row * TILE, visible, tokens, unit, sums.largest[row], work.weights + row * TILE);
+    sums.weights[row] =
+        weigh(work.scores + row * TILE, visible, tokens, unit, sums.largest[row], work.weights + row * TILE);
   }
   products.multiply(work.weights, TILE / PER, rows, tokens / PER, {tile.values, columns, 16}, columns / 16, sums.values,
                     columns);

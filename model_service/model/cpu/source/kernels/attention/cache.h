@@ -37,6 +37,34 @@ template <class From, class To> INLINE void copy(const From *from, To *to, int c
   memcpy(to, converted, sizeof(To) * count);
 }
 
+typedef uint8_t Codes32 __attribute__((vector_size(32)));
+typedef uint16_t Numbers32 __attribute__((vector_size(64)));
+
+// Every 8-bit float is a bfloat16, too: its bits are moved.
+INLINE Numbers32 widen(Codes32 codes) {
+  const Numbers32 wide = __builtin_convertvector(codes, Numbers32), magnitude = wide & 0x7f;
+  const Numbers32 normal = (magnitude << 4) + (120 << 7);
+  // Multiples of 2^-9 below 2^-6, by the place of their highest bit.
+  const Numbers32 large = (120 << 7) + ((magnitude - 4) << 5), middle = (119 << 7) + ((magnitude - 2) << 6);
+  const Numbers32 small = magnitude * (118 << 7);
+  const Numbers32 few = magnitude >= 4 ? large : (magnitude >= 2 ? middle : small);
+  const Numbers32 number = magnitude == 0x7f ? Numbers32{} + 0x7fc0 : normal;
+  return (magnitude < 8 ? few : number) | ((wide & 0x80) << 8);
+}
+
+INLINE void copy(const Fp8 *from, Bf16 *to, int count) {
+  Codes32 codes{};
+  for (; count >= 32; count -= 32, from += 32, to += 32) {
+    memcpy(&codes, from, sizeof(codes));
+    const Numbers32 numbers = widen(codes);
+    memcpy(to, &numbers, sizeof(numbers));
+  }
+  if (!count) return;
+  memcpy(&codes, from, count);
+  const Numbers32 numbers = widen(codes);
+  memcpy(to, &numbers, sizeof(Bf16) * count);
+}
+
 // Writes one token's key and value [head_dim] of one head to its place in a block.
 template <class Number, class Stored>
 void write_token(const AttentionCache &cache, int block, int place, int head, const Number *key, const Number *value) {
@@ -77,7 +105,8 @@ template <class Number> struct Tile {
 
 // Copies neighbouring tokens of one block, which are also neighbours among 16 of the tile.
 template <class Number, class Stored>
-void read_run(const AttentionCache &cache, int block, int head, int place, int count, int at, const Tile<Number> &tile) {
+void read_run(const AttentionCache &cache, int block, int head, int place, int count, int at,
+              const Tile<Number> &tile) {
   constexpr int PER = PER_WORD<Number>;
   const int head_dim = cache.head_dim, size = cache.block_size;
   const BlockOffsets begin = block_offsets(cache, block, head);
@@ -92,8 +121,8 @@ void read_run(const AttentionCache &cache, int block, int head, int place, int c
   const Stored *values = static_cast<const Stored *>(cache.values) + begin.values;
   if (place % PER == 0 && at % PER == 0) {
     for (int token = 0; token < count; token += PER) // copies the neighbour of a last single token, too
-      copy(values + static_cast<long>(place + token) * head_dim, tile.values + static_cast<long>(at + token) * tile.columns,
-           head_dim * PER);
+      copy(values + static_cast<long>(place + token) * head_dim,
+           tile.values + static_cast<long>(at + token) * tile.columns, head_dim * PER);
     return;
   }
   for (int token = 0; token < count; token++) {
@@ -123,5 +152,6 @@ void read_tile(const AttentionCache &cache, const int32_t *table, int head, int 
     for (int i = 0; i < tile.columns; i++) behind[i * PER + 1] = 0;
     behind += tile.columns * PER;
   }
-  memset(behind, 0, reinterpret_cast<char *>(tile.values + static_cast<long>(padded(tokens, STEP)) * tile.columns) - reinterpret_cast<char *>(behind));
+  const Number *end = tile.values + static_cast<long>(padded(tokens, STEP)) * tile.columns;
+  memset(behind, 0, sizeof(Number) * (end - behind));
 }

@@ -22,11 +22,13 @@ APART void multiply_rows(const Number *a, int a_stride, int depth, Words16<Numbe
   for (int i = 0; i < depth; i++) {
     Words words[PARTS];
     for (int part = 0; part < PARTS; part++)
-      memcpy(&words[part], b.numbers + (static_cast<long>(i) * b.row_stride + part * b.part_stride) * PER, sizeof(Words));
+      memcpy(&words[part], b.numbers + (static_cast<long>(i) * b.row_stride + part * b.part_stride) * PER,
+             sizeof(Words));
     for (int row = 0; row < ROWS; row++) {
       uint32_t word;
       memcpy(&word, a + (static_cast<long>(row) * a_stride + i) * PER, sizeof(word));
-      for (int part = 0; part < PARTS; part++) sums[row][part] = add_product(sums[row][part], words[part], word, Number{});
+      for (int part = 0; part < PARTS; part++)
+        sums[row][part] = add_product(sums[row][part], words[part], word, Number{});
     }
   }
   for (int row = 0; row < ROWS; row++)
