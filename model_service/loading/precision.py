@@ -85,8 +85,7 @@ class Precision:
         between tokens by as little, so a replay differs in one token of many thousands; it is no
         guarantee. The number of shards does not matter (`cpu/shard_sum.py`).
         """
-        invariant = self.uses_own_kernels
-        return Determinism.BATCH_INVARIANT if invariant else Determinism.SEEDED
+        return Determinism.BATCH_INVARIANT if self.uses_own_kernels else Determinism.SEEDED
 
     @property
     def uses_own_kernels(self) -> bool:

@@ -1,13 +1,17 @@
 """Loads weights into the network's layers, which join some of Meta's and pack all linear ones."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
+from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 from model_service.model.config import ModelConfig
-from model_service.model.network import Transformer
+from model_service.model.cpu.kernels import Kernels, kernels_for
+from model_service.model.cpu.layers import CompiledLayers, LayerWeights
+from model_service.model.network import Transformer, sum_over_shards
 from model_service.model.operations import make_operations
 from model_service.model.weights.matrices import Pack
 from model_service.model.weights.packing import plain
@@ -56,7 +60,38 @@ def load_network(
             layer.weight = memory.hand_over() if packed is weight else packed
         else:
             layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if kernels := kernels_for(dtype, device):
+        network.compiled_layers = _compiled_layers(network, kernels)
     return network.eval().to(device)
+
+
+def _compiled_layers(network: Transformer, kernels: Kernels) -> CompiledLayers | None:
+    """All layers in one call of the CPU's library, if their weights have its form."""
+    weights = [_layer_weights(layer) for layer in network.layers]
+    packed = [each for each in weights if each is not None]
+    if len(packed) < len(weights):
+        return None
+    layer: Any = network.get_submodule("layers.0")
+    is_sharded = get_model_parallel_world_size() > 1
+    add = sum_over_shards if is_sharded else None
+    return CompiledLayers(kernels, packed, layer.attention.heads, network.norm.eps, add)
+
+
+def _layer_weights(layer: Any) -> LayerWeights | None:  # noqa: ANN401  # nn.Module knows no attributes
+    matrices = {
+        "wqkv": layer.attention.wqkv.weight,
+        "wo": layer.attention.wo.weight,
+        "w13": layer.feed_forward.w13.weight,
+        "w2": layer.feed_forward.w2.weight,
+    }
+    blocks: dict[str, Any] = {
+        name: getattr(weight, "blocks", None) for name, weight in matrices.items()
+    }
+    if None in blocks.values():
+        return None
+    return LayerWeights(
+        attention_norm=layer.attention_norm.weight, ffn_norm=layer.ffn_norm.weight, **blocks
+    )
 
 
 def _join(

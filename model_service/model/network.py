@@ -22,9 +22,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from model_service.model.attention.backend import AttentionBackend
+from model_service.model.attention.fixed_tiles import FixedTileAttention
 from model_service.model.attention.rotation import Rotary, attend_rotated
 from model_service.model.config import ModelConfig
-from model_service.model.cpu.shard_sum import sum_over_shards
+from model_service.model.cpu import shard_sum
+from model_service.model.cpu.layers import CompiledLayers
 from model_service.model.operations import Operations
 
 
@@ -51,14 +53,14 @@ def _multiply(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     return F.linear(x, layer.weight)  # type: ignore[arg-type]  # nn.Module knows no attributes
 
 
-def _sum_over_shards(x: torch.Tensor) -> torch.Tensor:
+def sum_over_shards(x: torch.Tensor) -> torch.Tensor:
     """Adds up, in place, the parts of a row-parallel layer's product on all ranks."""
     group = get_model_parallel_group()
     if group.size() > 1:
         if x.is_cuda:
             dist.all_reduce(x, group=group)
         else:
-            sum_over_shards(x, group)
+            shard_sum.sum_over_shards(x, group)
     return x
 
 
@@ -96,7 +98,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         heads = _multiply(x, self.wqkv).view(len(x), -1, self.head_dim)
         attended = attend_rotated(step.backend, self.layer, heads, self.heads, step.rotary)
-        return _sum_over_shards(_multiply(attended.flatten(1), self.wo))
+        return sum_over_shards(_multiply(attended.flatten(1), self.wo))
 
 
 class FeedForward(nn.Module):
@@ -109,7 +111,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         gated = step.operations.gate(_multiply(x, self.w13))
-        return _sum_over_shards(_multiply(gated, self.w2))
+        return sum_over_shards(_multiply(gated, self.w2))
 
 
 class TransformerBlock(nn.Module):
@@ -147,6 +149,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
         self._operations = operations
+        self.compiled_layers: CompiledLayers | None = None
         self.vocab_size = config.vocab_size
         self.tok_embeddings = _on_meta(
             ParallelEmbedding(config.vocab_size, config.dim, init_method=_uninitialized)
@@ -180,12 +183,15 @@ class Transformer(nn.Module):
         Returns:
             Logits [num_logits, vocab] in float32, equal on all ranks.
         """
-        rotary = Rotary(self._operations.rotate, self._operations.rotation(positions))
-        step = Step(rotary, self._operations, backend)
+        turn = self._operations.rotation(positions)
+        step = Step(Rotary(self._operations.rotate, turn), self._operations, backend)
         x = self.tok_embeddings(tokens)  # [num_tokens, dim]
         residual: torch.Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, step)
+        if self.compiled_layers is not None and isinstance(backend, FixedTileAttention):
+            x, residual = self.compiled_layers.run(x, turn, backend.caches, backend.spans)
+        else:
+            for layer in self.layers:
+                x, residual = layer(x, residual, step)
         if logit_rows is not None:
             if not len(logit_rows):  # shards have nothing to gather
                 return torch.empty(0, self.vocab_size, device=x.device)

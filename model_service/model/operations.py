@@ -148,7 +148,7 @@ class FusedOperations:
 
 
 class RowOperations:
-    """The kernels that are compiled with this package, for bfloat16 on the CPU."""
+    """The kernels that are compiled with this package, for float32 and bfloat16 on the CPU."""
 
     def __init__(self, kernels: Kernels, rotary: torch.Tensor) -> None:
         self._kernels = kernels
@@ -163,7 +163,7 @@ class RowOperations:
         return self._kernels.norm(x, residual, weight, eps), residual
 
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        return self._rotary[positions]
+        return self._rotary.index_select(0, positions)
 
     def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # FusedOperations needs it
         self._kernels.rotate(heads, rotation)

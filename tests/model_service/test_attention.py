@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from model_service.model.attention.backend import BlockCopy, SequenceSpan, narrowed
-from model_service.model.attention.sdpa import SdpaAttention
-from model_service.model.attention.select import make_attention
 from tests.model_service.conftest import CACHE, HEADS, spread
 
 KV_HEADS, HEAD_DIM = CACHE.kv_heads, CACHE.head_dim
@@ -107,13 +105,6 @@ def test_a_copied_block_is_attended_as_its_source(
 def test_what_eight_bits_cannot_hold_becomes_their_largest() -> None:
     wide = torch.tensor([1e9, -500.0, 448.0, 0.5])
     assert narrowed(wide, torch.float8_e4m3fn).float().tolist() == [448.0, -448.0, 448.0, 0.5]
-
-
-def test_without_a_gpu_the_reference_attends() -> None:
-    backend = make_attention(
-        CACHE, torch.float32, torch.device("cpu"), torch.float32, heads=HEADS, max_batch_size=4
-    )
-    assert isinstance(backend, SdpaAttention)
 
 
 def test_a_step_in_any_order_is_attended(backends: Any) -> None:

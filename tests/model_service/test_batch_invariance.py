@@ -42,6 +42,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
+    "bfloat16 int8": {"dtype": "bfloat16", "quantize": "int8"},
 }
 pytestmark = pytest.mark.kernels
 

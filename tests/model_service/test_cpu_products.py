@@ -28,7 +28,7 @@ pytestmark = pytest.mark.kernels
 
 @pytest.fixture(scope="module")
 def products() -> Products:
-    found = kernels.load() or pytest.skip(kernels.without_kernels())
+    found = kernels.kernels_for(torch.float32, CPU) or pytest.skip(kernels.without_kernels())
     return found.products
 
 

@@ -86,8 +86,7 @@ def can_use_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int) 
 def _without_flashinfer(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
     """Why FlashInfer cannot compute this; empty when it can."""
     if device.type != "cuda":
-        without = dtype == torch.bfloat16 and without_kernels()
-        return f"on the CPU, without this package's kernels: {without}" if without else "on the CPU"
+        return f"on the CPU, without this package's kernels: {without_kernels()}"
     if dtype not in {torch.float16, torch.bfloat16}:
         return f"FlashInfer has no kernels for {str(dtype).removeprefix('torch.')}"
     if head_dim not in HEAD_DIMS:

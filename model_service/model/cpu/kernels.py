@@ -4,7 +4,7 @@ Each computes a row of its input in one order of operations, whatever the number
 is. So a token's logits do not depend on the other tokens of its step, unlike with the kernels of
 PyTorch, which choose an order for each shape.
 
-`load` finds them; `library.py` says when there are none.
+`kernels_for` finds them; `library.py` says when there are none.
 """
 
 import ctypes
@@ -17,14 +17,17 @@ from model_service.model.cpu.products import Products
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
 
+# `Type` in source/products/products.h.
+ELEMENT_TYPES = {torch.bfloat16: 0, torch.float32: 1}
+
 
 class AttentionCache(ctypes.Structure):
-    """One layer's keys and values; see source/interface.h."""
+    """One layer's keys and values; see source/kernels/kernels.h."""
 
     _fields_ = (
         ("keys", _POINTER),
         ("values", _POINTER),
-        ("widened", _POINTER),
+        ("eight_bits", _INT),
         ("kv_heads", _INT),
         ("head_dim", _INT),
         ("block_size", _INT),
@@ -32,7 +35,7 @@ class AttentionCache(ctypes.Structure):
 
 
 class AttentionSpan(ctypes.Structure):
-    """One sequence's part of the flat batch; see source/interface.h."""
+    """One sequence's part of the flat batch; see source/kernels/kernels.h."""
 
     _fields_ = (
         ("table", _POINTER),
@@ -43,20 +46,33 @@ class AttentionSpan(ctypes.Structure):
 
 
 _SIGNATURES = {
-    "chasqui_norm": (_POINTER, _POINTER, _POINTER, ctypes.c_float, _INT, _INT, _POINTER, _INT),
-    "chasqui_rotate": (_POINTER, _LONG, _INT, _INT, _INT, _POINTER, _INT),
-    "chasqui_gate": (_POINTER, _INT, _INT, _POINTER, _INT),
-    "chasqui_write": (_POINTER, _POINTER, _INT, _POINTER, _LONG, _POINTER, _LONG, _INT),
-    "chasqui_attend": (_POINTER, _POINTER, _INT, _POINTER, _LONG, _INT, _POINTER, _INT),
+    "chasqui_norm": (
+        *(_INT, _POINTER, _POINTER, _POINTER, ctypes.c_float),
+        *(_INT, _INT, _POINTER, _INT),
+    ),
+    "chasqui_rotate": (_INT, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _INT),
+    "chasqui_gate": (_INT, _POINTER, _INT, _INT, _POINTER, _INT),
+    "chasqui_attend": (
+        *(_INT, _POINTER, _POINTER, _INT, _INT),
+        *(_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT),
+    ),
+    "chasqui_layers": (_POINTER, _POINTER, _INT, _INT),
 }
 
 
 class Kernels:
-    """The library's functions on tensors; all in bfloat16 unless said otherwise."""
+    """The library's functions on tensors of one dtype.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    Attributes:
+        type: the dtype as the library numbers it.
+        products: with weights that are packed for the library.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        """Takes the library and bfloat16 or float32."""
         declare(library, _SIGNATURES)
         self._library = library
+        self.type = ELEMENT_TYPES[dtype]
         self.products = Products(library)
 
     def norm(
@@ -66,6 +82,7 @@ class Kernels:
         x = x.contiguous()
         normed = torch.empty_like(x)
         self._library.chasqui_norm(
+            self.type,
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             weight.data_ptr(),
@@ -79,6 +96,7 @@ class Kernels:
     def rotate(self, heads: torch.Tensor, angles: torch.Tensor) -> None:
         """Rotates heads [rows, heads, head_dim] by complex64 angles [rows, head_dim / 2]."""
         self._library.chasqui_rotate(
+            self.type,
             heads.data_ptr(),
             heads.stride(0),
             *heads.shape,
@@ -92,64 +110,61 @@ class Kernels:
         rows, hidden = x.shape[0], x.shape[1] // 2
         gated = x.new_empty(rows, hidden)
         self._library.chasqui_gate(
-            x.data_ptr(), rows, hidden, gated.data_ptr(), torch.get_num_threads()
+            self.type, x.data_ptr(), rows, hidden, gated.data_ptr(), torch.get_num_threads()
         )
         return gated
 
-    def write(
+    def attend(
         self,
         cache: AttentionCache,
         spans: "ctypes.Array[AttentionSpan]",
+        query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-    ) -> None:
-        """Writes a step's keys and values [tokens, kv_heads, head_dim], in the cache's dtype."""
-        self._library.chasqui_write(
+    ) -> torch.Tensor:
+        """Writes a step's keys and values to the cache, then attends the queries over it.
+
+        Query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim].
+        """
+        attended = query.new_empty(query.shape)
+        self._library.chasqui_attend(
+            self.type,
             ctypes.byref(cache),
             spans,
             len(spans),
+            query.shape[1],
+            query.data_ptr(),
+            query.stride(0),
             key.data_ptr(),
             key.stride(0),
             value.data_ptr(),
             value.stride(0),
-            key.element_size(),
-        )
-
-    def attend(
-        self, cache: AttentionCache, spans: "ctypes.Array[AttentionSpan]", query: torch.Tensor
-    ) -> torch.Tensor:
-        """Attention of query [tokens, heads, head_dim] over the tokens that are in the cache."""
-        attended = query.new_empty(query.shape)
-        self._library.chasqui_attend(
-            ctypes.byref(cache),
-            spans,
-            len(spans),
-            query.data_ptr(),
-            query.stride(0),
-            query.shape[1],
             attended.data_ptr(),
             torch.get_num_threads(),
         )
         return attended
 
-
-def load() -> Kernels | None:
-    """The kernels for the instructions of this process, or None; `without_kernels` says why."""
-    library = find_library()
-    return None if isinstance(library, str) else _kernels(library)
+    def run_layers(
+        self, network: ctypes.Structure, step: ctypes.Structure, begin: int, end: int
+    ) -> None:
+        """Computes halves of layers, as source/layers.cpp has it; `layers.py` calls it."""
+        self._library.chasqui_layers(ctypes.byref(network), ctypes.byref(step), begin, end)
 
 
 def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
-    """The kernels, if they are there and compute in `dtype` on `device`."""
-    return load() if dtype == torch.bfloat16 and device.type == "cpu" else None
+    """The kernels for the instructions of this process, if they compute in `dtype` on `device`."""
+    if device.type != "cpu" or dtype not in ELEMENT_TYPES:
+        return None
+    library = find_library()
+    return None if isinstance(library, str) else _kernels(library, dtype)
 
 
 def without_kernels() -> str:
-    """Why `load` finds no kernels; empty when it does."""
+    """Why `kernels_for` finds no kernels for the CPU; empty when it does."""
     library = find_library()
     return library if isinstance(library, str) else ""
 
 
 @functools.cache
-def _kernels(library: ctypes.CDLL) -> Kernels:
-    return Kernels(library)
+def _kernels(library: ctypes.CDLL, dtype: torch.dtype) -> Kernels:
+    return Kernels(library, dtype)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from model_service.model.cpu.instructions import adds_products_exactly
-from model_service.model.cpu.products import Form, Products
+from model_service.model.cpu.products import Form, PackedBlocks, Products
 from model_service.model.weights.quantization import Fp8Weight, Int4Weight, Int8Weight, fp8_rows
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -30,9 +30,11 @@ class PackedWeight:
 
     Attributes:
         multiply: computes x · weightᵀ [rows, outputs] from x [rows, inputs], in x's dtype.
+        blocks: the weight, if it has the form of the compiled library.
     """
 
     multiply: Multiply
+    blocks: PackedBlocks | None = None
 
     @classmethod
     def __torch_function__(
@@ -75,7 +77,7 @@ def pack_blocks(products: Products, form: Form) -> Pack:
 
     def pack(weight: torch.Tensor) -> PackedWeight:
         blocks = products.pack(weight, form)
-        return PackedWeight(lambda x: products.multiply(x, blocks))
+        return PackedWeight(lambda x: products.multiply(x, blocks), blocks)
 
     return pack
 

@@ -4,7 +4,7 @@ import torch
 
 from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu.instructions import has_packed_kernels
-from model_service.model.cpu.kernels import kernels_for, load
+from model_service.model.cpu.kernels import kernels_for
 from model_service.model.cpu.products import Form
 from model_service.model.weights import matrices
 from model_service.model.weights.matrices import Pack
@@ -45,7 +45,7 @@ def shares_tied_output(
 
 
 def _quantized_on_cpu(quantization: Quantization) -> Pack:
-    kernels = load()
+    kernels = kernels_for(torch.float32, torch.device("cpu"))
     if kernels is None:
         return _IN_PYTORCH[quantization]
     if quantization == "fp8":

@@ -30,3 +30,10 @@ template <class Body> static void parallel(int threads, long tasks, const Body &
       },
       &work, static_cast<unsigned>(threads), 0);
 }
+
+// Threads that pay for so many elements of which each takes about a nanosecond.
+static inline int threads_for(long elements, int threads) {
+  constexpr long MIN_ELEMENTS = 8192; // of a thread: below, waking it takes longer than the work
+  const long useful = elements / MIN_ELEMENTS + 1;
+  return useful < threads ? static_cast<int>(useful) : threads;
+}

@@ -36,11 +36,54 @@ INLINE void store(Bf16 *p, Floats x) {
   *reinterpret_cast<Halves *>(p) = __builtin_convertvector(result, Halves);
 }
 
+// 8-bit floats of the format e4m3 (Micikevicius et al., 2022): 4 bits of exponent and 3 of mantissa,
+// numbers to 448, no infinities, one NaN of each sign.
+struct Fp8 {
+  uint8_t code;
+};
+typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
+
+INLINE Words bits_of(Floats x) { return reinterpret_cast<Words>(x); }
+INLINE Floats as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
+
+INLINE Floats load(const Fp8 *p) {
+  Bytes codes;
+  memcpy(&codes, p, sizeof(codes));
+  const Words wide = __builtin_convertvector(codes, Words), magnitude = wide & 0x7f;
+  // Below 2^-6 the numbers are multiples of 2^-9: with the exponent of 2^-6 they are that much too large.
+  const Words few = magnitude < 8 ? Words{} + (1 << 23) : Words{};
+  const Floats number = as_floats((magnitude << 20) + (120 << 23) + few) - as_floats(magnitude < 8 ? Words{} + (121 << 23) : Words{});
+  const Words nan = magnitude == 0x7f ? Words{} + 0x7fc00000 : Words{};
+  return as_floats(bits_of(number) | nan | ((wide & 0x80) << 24));
+}
+
+// Rounds to nearest, ties to even. Larger numbers become 448 and infinities, too; a NaN stays one.
+INLINE void store(Fp8 *p, Floats x) {
+  const Words sign = bits_of(x) >> 31 << 7;
+  const Floats size = as_floats(bits_of(x) & 0x7fffffff);
+  const Floats limited = size > splat(448.0f) ? splat(448.0f) : size;
+  const Words bits = bits_of(limited);
+  const Words normal = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+  // Adding 1.5 · 2^23 rounds to an integer, here a multiple of 2^-9.
+  const Words few = bits_of(limited * splat(512.0f) + splat(12582912.0f)) & 0xf;
+  const Words code = size < splat(0.015625f) ? few : normal;
+  const Words result = sign | (size == size ? code : Words{} + 0x7f);
+  const Bytes codes = __builtin_convertvector(result, Bytes);
+  memcpy(p, &codes, sizeof(codes));
+}
+
 // The first `count` of sixteen numbers; the others are zeros.
 INLINE Floats load_some(const Bf16 *p, int count) {
   if (count >= 16) return load(p);
   Bf16 padded[16] = {};
   memcpy(padded, p, count * sizeof(Bf16));
+  return load(padded);
+}
+
+INLINE Floats load_some(const float *p, int count) {
+  if (count >= 16) return load(p);
+  float padded[16] = {};
+  memcpy(padded, p, count * sizeof(float));
   return load(padded);
 }
 
@@ -51,23 +94,46 @@ INLINE void store_some(Bf16 *p, Floats x, int count) {
   memcpy(p, padded, count * sizeof(Bf16));
 }
 
+INLINE void store_some(float *p, Floats x, int count) {
+  if (count >= 16) return store(p, x);
+  memcpy(p, &x, count * sizeof(float));
+}
+
+// sums + the even halves' products + the odd halves', all of them bfloat16.
+INLINE Floats add_widened_pairs(Floats sums, Words b, uint32_t a) {
+  sums += as_floats(b << 16) * as_floats(Words{} + (a << 16));
+  return sums + as_floats(b & 0xffff0000) * as_floats(Words{} + (a & 0xffff0000));
+}
+
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// Always in the same order.
+// x in the first `count` lanes, another number in the others.
+INLINE Floats first_lanes(Floats x, int count, float other) {
+  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lanes < count ? x : splat(other);
+}
+
+typedef float EightFloats __attribute__((vector_size(32), aligned(4)));
+typedef float FourFloats __attribute__((vector_size(16), aligned(4)));
+
+// Combines the halves until one number is left, always in the same order.
+template <class Combine> INLINE float reduce(Floats x, const Combine &combine) {
+  EightFloats eight[2];
+  memcpy(eight, &x, sizeof(x));
+  eight[0] = combine(eight[0], eight[1]);
+  FourFloats four[2];
+  memcpy(four, eight, sizeof(four));
+  four[0] = combine(four[0], four[1]);
+  four[0] = combine(four[0], FourFloats{four[0][2], four[0][3], 0, 0});
+  return combine(four[0], FourFloats{four[0][1], 0, 0, 0})[0];
+}
+
 INLINE float sum(Floats x) {
-  float part[8];
-  for (int i = 0; i < 8; i++) part[i] = x[i] + x[i + 8];
-  for (int width = 4; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) part[i] += part[i + width];
-  return part[0];
+  return reduce(x, [](auto a, auto b) { return a + b; });
 }
 
 INLINE float largest(Floats x) {
-  float part[8];
-  for (int i = 0; i < 8; i++) part[i] = x[i] > x[i + 8] ? x[i] : x[i + 8];
-  for (int width = 4; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
-  return part[0];
+  return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x to some 2 units in the last place; 1 for 0, and 0 below -87. A NaN stays one.

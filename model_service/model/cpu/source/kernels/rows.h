@@ -1,9 +1,10 @@
 // Operations on one row after the other: the same instructions for a row, whatever the others are.
-// bfloat16 in memory, float32 in registers.
+// bfloat16 or float32 in memory, float32 in registers.
 
 // The norm of x, or of residual + x, which then replaces the residual. Root mean square
 // normalization (Zhang and Sennrich, 2019).
-static void norm_row(const Bf16 *x, Bf16 *residual, const Bf16 *weight, float eps, int dim, Bf16 *out) {
+template <class Number>
+static void norm_row(const Number *x, Number *residual, const Number *weight, float eps, int dim, Number *out) {
   Floats squares{};
   for (int i = 0; i < dim; i += 16) {
     Floats value = load_some(x + i, dim - i);
@@ -14,7 +15,7 @@ static void norm_row(const Bf16 *x, Bf16 *residual, const Bf16 *weight, float ep
     squares += value * value;
   }
   const Floats scale = splat(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(dim) + eps));
-  const Bf16 *total = residual ? residual : x;
+  const Number *total = residual ? residual : x;
   for (int i = 0; i < dim; i += 16) {
     const Floats value = load_some(total + i, dim - i) * scale;
     store_some(out + i, value * load_some(weight + i, dim - i), dim - i);
@@ -22,20 +23,13 @@ static void norm_row(const Bf16 *x, Bf16 *residual, const Bf16 *weight, float ep
 }
 
 // Rotates neighbouring features of each head in place. Angles are pairs of cosine and sine.
-static void rotate_row(Bf16 *heads, int count, int head_dim, const float *angles) {
+template <class Number> static void rotate_row(Number *heads, int count, int head_dim, const float *angles) {
   for (int head = 0; head < count; head++) {
-    Bf16 *features = heads + static_cast<long>(head) * head_dim;
+    Number *features = heads + static_cast<long>(head) * head_dim;
     for (int i = 0; i < head_dim; i += 16) {
       const int some = head_dim - i < 16 ? head_dim - i : 16;
       const Floats x = load_some(features + i, some);
-      Floats turn;
-      if (some == 16) {
-        turn = load(angles + i);
-      } else {
-        float padded[16] = {};
-        memcpy(padded, angles + i, some * sizeof(float));
-        turn = load(padded);
-      }
+      const Floats turn = load_some(angles + i, some);
       Floats cosine, sine, partner;
       for (int at = 0; at < 16; at += 2) {
         cosine[at] = cosine[at + 1] = turn[at];
@@ -50,7 +44,7 @@ static void rotate_row(Bf16 *heads, int count, int head_dim, const float *angles
 }
 
 // silu(first half) x second half: SwiGLU (Shazeer, 2020).
-static void gate_row(const Bf16 *x, int hidden, Bf16 *out) {
+template <class Number> static void gate_row(const Number *x, int hidden, Number *out) {
   for (int i = 0; i < hidden; i += 16) {
     const Floats gate = load_some(x + i, hidden - i);
     const Floats up = load_some(x + hidden + i, hidden - i);
