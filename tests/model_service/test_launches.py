@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model_service.loading.load_replica import load_replica
-from model_service.loading.options import ReplicaOptions
+from model_service.loading.distributed import initialize
 from model_service.model.attention.backend import CacheShape
 from model_service.model.attention.rotation import Rotary
-from model_service.model.network import Step
+from model_service.model.config import ModelConfig
+from model_service.model.network import Step, TransformerBlock
 from model_service.model.operations import FusedOperations, rotary_frequencies
-from tests.model_service.conftest import CONTEXT, GOLDEN, spread
+from tests.model_service.conftest import CONTEXT, spread
 
-HEADS = 8  # of gqa-mp1
+HEADS = 8
 SHAPE = CacheShape(layers=3, blocks=120, block_size=4, kv_heads=4, head_dim=8)
 FREE = {"aten::empty", "aten::_unsafe_view"}  # beside views: nothing runs on the device
 
@@ -56,9 +56,11 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 def test_a_layer_of_a_decode_step_launches_nine_kernels(
     backends: Any, flashinfer: Any, monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype
 ) -> None:
-    folder = GOLDEN / "checkpoints" / "gqa-mp1"
-    options = ReplicaOptions(folder, CONTEXT, dtype="float32", device="cpu")
-    network: Any = load_replica(options).runner._network
+    initialize("cpu")
+    config = ModelConfig(dim=64, n_layers=3, n_heads=HEADS, n_kv_heads=4, vocab_size=32)
+    layer = TransformerBlock(config, 1)
+    for weight in layer.parameters():
+        weight.data.fill_(0.01)
     backend = backends["flashinfer"](SHAPE, HEADS, kv_dtype).fixed_batches([1], CONTEXT)[1]
     backend.plan(spread([9], [1], SHAPE, seed=1))
     launches = Launches()
@@ -72,8 +74,8 @@ def test_a_layer_of_a_decode_step_launches_nine_kernels(
         monkeypatch.setattr(owner, name, launches.counted(getattr(owner, name)))
     operations = FusedOperations(rotary_frequencies(8, CONTEXT))
     rotary = Rotary(operations.rotate, operations.rotation(torch.tensor([8])))
-    x, residual = torch.randn(2, 1, network.layers[1].attention.wqkv.weight.shape[1])
+    x, residual = torch.randn(2, 1, config.dim)
     with torch.inference_mode(), launches:
-        network.layers[1](x, residual, Step(rotary, operations, backend))
+        layer(x, residual, Step(rotary, operations, backend))
     attention = ["fused_add_rmsnorm", "linear", "rotate_and_write", "run", "linear"]
     assert launches.names == [*attention, "fused_add_rmsnorm", "linear", "silu_and_mul", "linear"]
