@@ -5,7 +5,6 @@ exactly the same numbers, and engines can be compared token by token.
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ import torch
 
 from bench.shapes import Shape
 from model_service.model.config import ModelConfig
+from model_service.model.weights.conversion.write_meta import write_meta
 from model_service.model.weights.partition import split_dimension
 from model_service.model.weights.source import Allocate, Shard, new_memory
 
@@ -37,8 +37,7 @@ def ensure_checkpoint(shape: Shape, work_dir: Path, device: torch.device = CPU) 
     folder = work_dir / "checkpoints" / shape.name
     if not folder.exists():
         with complete_or_absent(folder) as partial:
-            partial.mkdir()
-            write_checkpoint(shape.config, partial, device)
+            write_meta(RandomWeights(shape.config, device), partial)
     return folder
 
 
@@ -53,19 +52,6 @@ def complete_or_absent(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
-
-
-def write_checkpoint(config: ModelConfig, folder: Path, device: torch.device) -> None:
-    """Writes params.json and consolidated.00.pth (bfloat16) into an existing folder."""
-    names = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
-    params = {name: getattr(config, name) for name in names}
-    params |= {"n_kv_heads": config.kv_heads, "ffn_dim_multiplier": config.ffn_dim_multiplier}
-    (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
-    weights = {
-        name: random_weight(name, size, config, device).cpu()
-        for name, size in config.parameter_shapes().items()
-    }
-    torch.save(weights, folder / "consolidated.00.pth")
 
 
 def random_weight(
@@ -96,6 +82,7 @@ class RandomWeights:
     """
 
     config: ModelConfig
+    drawn_on: torch.device | None = None  # default: the device that they are read to
 
     def stored_dtype(self, name: str) -> torch.dtype:  # noqa: ARG002  # all are alike
         """The type in which each parameter is drawn."""
@@ -106,7 +93,7 @@ class RandomWeights:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of one rank, one parameter at a time, in the network's order."""
         for name, size in self.config.parameter_shapes().items():
-            weight = random_weight(name, size, self.config, shard.device)
+            weight = random_weight(name, size, self.config, self.drawn_on or shard.device)
             dimension = split_dimension(name)
             if dimension is not None and shard.shards > 1:
                 length = size[dimension] // shard.shards

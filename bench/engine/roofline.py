@@ -137,21 +137,29 @@ EFFORTS = {"cuda": Effort(2 * 2**30, 8192, 0.05), "cpu": Effort(256 * 2**20, 153
 def measure_rates(device: torch.device, dtype: str) -> Rates:
     """The rates of `device`: matrix products in `dtype`, and in 8 bits where it has them."""
     effort = EFFORTS[device.type]
-
-    def fastest(run: Callable[[], object]) -> float:
-        """Seconds of the fastest of some runs on the device."""
-        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        return min(timer.blocked_autorange(min_run_time=effort.seconds).times)
-
     source = torch.ones(effort.buffer // 4, device=device)
     target = torch.empty_like(source)
-    copy = 2 * effort.buffer / fastest(lambda: target.copy_(source))
-    # Kernels of little but reading: a sum, and a product with a vector.
-    matrix, vector = source.view(-1, 2048), torch.ones(2048, device=device)
-    read = effort.buffer / min(fastest(source.sum), fastest(lambda: matrix @ vector))
+    copy = 2 * effort.buffer / _fastest(lambda: target.copy_(source), effort)
     products = _products(device, dtype, effort.matrix)
     operations = 2 * effort.matrix**3
-    return Rates(copy, read, {name: operations / fastest(run) for name, run in products.items()})
+    matrix = {name: operations / _fastest(run, effort) for name, run in products.items()}
+    return Rates(copy, measure_read(device), matrix)
+
+
+def measure_read(device: torch.device) -> float:
+    """Bytes per second that kernels of little but reading reach: a sum, a matrix by a vector."""
+    effort = EFFORTS[device.type]
+    matrix = torch.ones(effort.buffer // 4, device=device).view(-1, 2048)
+    vector = torch.ones(2048, device=device)
+    return effort.buffer / min(
+        _fastest(matrix.sum, effort), _fastest(lambda: matrix @ vector, effort)
+    )
+
+
+def _fastest(run: Callable[[], object], effort: Effort) -> float:
+    """Seconds of the fastest of some runs on the device."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=effort.seconds).times)
 
 
 def _products(device: torch.device, dtype: str, size: int) -> dict[str, Callable[[], object]]:

@@ -29,6 +29,7 @@ from bench.baselines.exports import (
     model_bytes,
 )
 from bench.engine.driver import Job, loaded
+from bench.engine.roofline import Work
 from bench.report import read_host
 from bench.shapes import SHAPES
 from model_service.model.weights.files.meta.checkpoint import open_checkpoint
@@ -63,6 +64,7 @@ def test_comparison_measures_who_can_run_and_names_who_cannot(
     rates = {row["case"]: row["values"] for row in rows if "rounds" in row["values"]}
     assert rates.keys() == {"prefill-32", "decode-2"}
     assert all(each["rounds"] == 2 and each["over_chasqui"] == 1 for each in rates.values())
+    assert rates["decode-2"]["share_of_read_bandwidth"] > 0
 
 
 def test_default_contenders_suit_the_processor() -> None:
@@ -79,6 +81,19 @@ def test_bfloat16_needs_the_hardware() -> None:
         CONTENDERS["chasqui-bfloat16"].check(NARROW)
     with pytest.raises(UnavailableError, match="built for the CPU"):
         CONTENDERS["llama.cpp-q8_0"].check(dataclasses.replace(WIDE, device="NVIDIA H200"))
+
+
+def test_zentorch_needs_a_processor_that_vllm_uses_it_on() -> None:
+    zentorch = CONTENDERS["vllm-zentorch-bfloat16"]
+    zentorch.check(dataclasses.replace(WIDE, processor="AMD EPYC 9B45"))
+    with pytest.raises(UnavailableError, match="AMD's processors with AVX-512"):
+        zentorch.check(dataclasses.replace(WIDE, processor="Intel(R) Xeon(R) Processor"))
+
+
+def test_bytes_of_decode_steps_grow_with_the_context() -> None:
+    network = Job(SHAPES["7B"], "bfloat16", torch.device("cpu")).network
+    cached = 2 * network.bytes(Work.decode([34, 34]))
+    assert Case("decode", 2).bytes(network, 32, 3) == pytest.approx(1.5 * cached)
 
 
 def test_improbable_token_shows_another_function() -> None:
@@ -124,10 +139,11 @@ def test_rate_counts_all_sequences_of_a_step() -> None:
 def test_ratio_is_of_medians_and_missing_without_reference() -> None:
     ours, other = "chasqui-int8", "llama.cpp-q8_0"
     rates = {("decode-1", ours): [1.0, 2.0, 30.0], ("decode-1", other): [8.0, 6.0, 9.0]}
-    found = list(rate_rows(rates))
+    found = list(rate_rows(rates, {("decode-1", ours): [0.5, 0.9, 0.8]}))
     assert [row.values["over_chasqui"] for row in found] == [1.0, 4.0]
     assert [row.values["tokens_per_s_high"] for row in found] == [30.0, 9.0]
-    (alone,) = rate_rows({("decode-1", other): [8.0]})
+    assert [row.values.get("share_of_read_bandwidth") for row in found] == [0.8, None]
+    (alone,) = rate_rows({("decode-1", other): [8.0]}, {})
     assert alone.values["over_chasqui"] is None
 
 

@@ -1,6 +1,8 @@
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ import torch
 from bench.engine.__main__ import main
 from bench.engine.arrivals import NEAREST, over_decode_only
 from bench.engine.driver import Job, Load, Step, Trial, loaded
-from bench.engine.roofline import measure_rates
+from bench.engine.parts import Stopwatch, step_parts
+from bench.engine.roofline import Rates, measure_rates
 from bench.engine.throughput import Loaded, decode
 from bench.shapes import SHAPES
+from model_service.model.cpu.library import find_library
 
 
 def run(folder: Path, work_dir: Path, *arguments: str) -> dict[str, Any]:
@@ -38,10 +42,39 @@ def test_cases_of_the_cpu_write_a_result(tmp_path: Path, work_dir: Path) -> None
     assert found["notes"] == []
     rows = found["rows"]
     assert set(cases) <= {row["case"] for row in rows}
+    (load,) = (row["values"] for row in rows if row["case"] == "load")
+    assert load["peak_gb"] >= load["kept_gb"] > 0
+    assert load["step_ms"] > 0
     turns = [row["settings"]["turn"] for row in rows if row["case"] == "dialog"]
     assert turns[:10] == list(range(1, 11))
     assert max(row["settings"].get("shards", 0) for row in rows) > 1
     assert (tmp_path / next(iter(tmp_path.iterdir())) / "engine/tiny/result.md").exists()
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_parts_of_a_step_are_its_products_and_the_code_around_them(job: Job, weights: str) -> None:
+    if isinstance(find_library(), str):
+        pytest.skip(f"needs the compiled kernels: {find_library()}")
+    dtype = "float32" if weights == "float32" else "bfloat16"
+    with loaded(replace(job, dtype=dtype, precision=weights)) as driver:
+        engine = Loaded(job, driver, lambda: Rates(1.0, 1.0, {}), rounds=1)
+        whole, *parts = step_parts(engine, Load(2, 8, 20), steps=3)
+    calls = {str(row.settings["function"]).strip("`"): row.values["calls"] for row in parts}
+    in_c = sum(cast("float", n) for name, n in calls.items() if name.startswith("C: "))
+    assert in_c >= 1
+    assert {"Python: engine", "Python: forward pass", "Python: sampling"} < calls.keys()
+    products, step = (cast("float", whole.values[name]) for name in ("products_ms", "step_ms"))
+    assert 0 < products < step
+
+
+def test_time_of_a_call_is_counted_without_the_calls_inside() -> None:
+    watch = Stopwatch()
+    inner = watch.timed("inner", lambda: sum(range(10**5)))
+    started = time.perf_counter()
+    watch.timed("outer", lambda: [inner() for _ in range(3)])()
+    taken = time.perf_counter() - started
+    assert watch.calls == {"inner": 3, "outer": 1}
+    assert 0 < watch.seconds["outer"] < taken - watch.seconds["inner"]
 
 
 def test_streams_of_a_decode_step_all_advance(job: Job) -> None:

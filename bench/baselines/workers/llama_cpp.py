@@ -4,11 +4,12 @@ Defaults are llama.cpp's (keys and values in float16, flash attention where it d
 that a prompt is one micro-batch and that each sequence has a cache stream of its own.
 """
 
+import importlib
 import time
 from collections.abc import Sequence
 from importlib import metadata
+from types import ModuleType
 
-import llama_cpp
 import numpy as np
 
 from bench.baselines.protocol import Job, serve
@@ -19,20 +20,24 @@ UBATCH = 512
 class LlamaCppWorker:
     """One model; a context per number of sequences, kept between calls."""
 
+    def __init__(self, package: str, library: ModuleType) -> None:
+        """Takes the module `library` of `package`, with llama.cpp's functions."""
+        self._package = package
+        self._library = library
+
     def load(self, job: Job) -> dict[str, str]:
-        llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(
-            job.model.encode(), llama_cpp.llama_model_default_params()
+        self._library.llama_backend_init()
+        model = self._library.llama_model_load_from_file(
+            job.model.encode(), self._library.llama_model_default_params()
         )
         if model is None:
             raise RuntimeError(f"llama.cpp cannot load {job.model}")
         self._model = model
         self._job = job
-        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self._contexts: dict[int, Context] = {}
-        info = llama_cpp.llama_print_system_info().decode()
+        info = self._library.llama_print_system_info().decode()
         return {
-            "llama-cpp-python": metadata.version("llama-cpp-python"),
+            self._package: metadata.version(self._package),
             "system": info.strip(" |"),
             "threads": str(job.threads),
         }
@@ -64,10 +69,7 @@ class LlamaCppWorker:
     def _context(self, sequences: int) -> "Context":
         """An empty context for so many sequences."""
         if sequences not in self._contexts:
-            length = min(self._job.length, -(-self._job.tokens // sequences))
-            self._contexts[sequences] = Context(
-                self._model, sequences, length, self._job.threads, self._vocab_size
-            )
+            self._contexts[sequences] = Context(self._library, self._model, self._job, sequences)
         self._contexts[sequences].clear()
         return self._contexts[sequences]
 
@@ -75,26 +77,26 @@ class LlamaCppWorker:
 class Context:
     """A `llama_context` with its batch."""
 
-    def __init__(
-        self, model: object, sequences: int, length: int, threads: int, vocab_size: int
-    ) -> None:
-        params = llama_cpp.llama_context_default_params()
+    def __init__(self, library: ModuleType, model: object, job: Job, sequences: int) -> None:
+        length = min(job.length, -(-job.tokens // sequences))
+        params = library.llama_context_default_params()
         # llama.cpp rounds each sequence's share to its own granularity.
         params.n_ctx = sequences * (-(-length // 256) * 256)
         params.n_seq_max = sequences
         params.n_batch = params.n_ubatch = max(UBATCH, sequences)
-        params.n_threads = params.n_threads_batch = threads
-        context = llama_cpp.llama_init_from_model(model, params)
+        params.n_threads = params.n_threads_batch = job.threads
+        context = library.llama_init_from_model(model, params)
         if context is None:
             raise RuntimeError(f"llama.cpp makes no context for {sequences} sequences")
+        self._library = library
         self._context = context
-        self._memory = llama_cpp.llama_get_memory(context)
-        self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
-        self._vocab_size = vocab_size
+        self._memory = library.llama_get_memory(context)
+        self._batch = library.llama_batch_init(params.n_batch, 0, 1)
+        self._vocab_size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
         self._positions = [0] * sequences
 
     def clear(self) -> None:
-        llama_cpp.llama_memory_clear(self._memory, False)
+        self._library.llama_memory_clear(self._memory, False)
         self._positions = [0] * len(self._positions)
 
     def decode(self, tokens: Sequence[Sequence[int]], first: int = 0) -> list[int]:
@@ -111,13 +113,13 @@ class Context:
                 row += 1
             batch.logits[row - 1] = 1
         batch.n_tokens = row
-        status = llama_cpp.llama_decode(self._context, batch)
+        status = self._library.llama_decode(self._context, batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
-        logits = llama_cpp.llama_get_logits(self._context)
+        logits = self._library.llama_get_logits(self._context)
         rows = np.ctypeslib.as_array(logits, shape=(len(tokens), self._vocab_size))
         return [int(token) for token in rows.argmax(axis=-1)]
 
 
 if __name__ == "__main__":
-    serve(LlamaCppWorker())
+    serve(LlamaCppWorker("llama-cpp-python", importlib.import_module("llama_cpp")))

@@ -1,11 +1,10 @@
 """vLLM on the CPU, its engine in this process, without tokenizer and prefix cache."""
 
 import os
+import sys
 import time
 
 import torch
-import vllm
-from vllm import LLM, SamplingParams
 
 from bench.baselines.protocol import Job, serve
 
@@ -14,10 +13,17 @@ class VllmWorker:
     """`LLMEngine.step`, as `LLM.generate` drives it."""
 
     def load(self, job: Job) -> dict[str, str]:
-        eager = bool(job.options["eager"])
+        eager, zentorch = (bool(job.options.get(name)) for name in ("eager", "zentorch"))
+        if not zentorch:
+            sys.modules["zentorch"] = None  # type: ignore[assignment]  # as if not installed
+        import vllm  # noqa: PLC0415  # it chooses its platform when it is imported
+        from vllm.platforms import current_platform  # noqa: PLC0415
+
+        if zentorch and not current_platform.is_zen_cpu():
+            raise RuntimeError("vLLM found no use for zentorch on this processor")
         # vLLM takes whole GiB, and only from here.
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(job.options["cache_gib"])
-        llm = LLM(
+        llm = vllm.LLM(
             job.model,
             skip_tokenizer_init=True,
             dtype=job.precision,
@@ -29,11 +35,13 @@ class VllmWorker:
             seed=0,
         )
         self._engine = llm.llm_engine
+        self._params = vllm.SamplingParams
         self._next_id = 0
         return {
             "vllm": vllm.__version__,
             "torch": torch.__version__,
             "mode": "eager" if eager else "compiled",
+            "platform": type(current_platform).__name__,
             "threads": str(torch.get_num_threads()),
         }
 
@@ -76,9 +84,7 @@ class VllmWorker:
     def _add(self, prompt: list[int], answer: int) -> str:
         request_id = str(self._next_id)
         self._next_id += 1
-        params = SamplingParams(
-            temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False
-        )
+        params = self._params(temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False)
         self._engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
         return request_id
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.checkpoint import write_checkpoint
+from bench.checkpoint import RandomWeights
 from model_service.engine.engine import Engine
 from model_service.engine.sequence import GenerationRequest, SamplingParams
 from model_service.model.config import ModelConfig
+from model_service.model.weights.conversion.write_meta import write_meta
 
 Case = dict[str, Any]
 
@@ -40,7 +41,7 @@ def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dim=512, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32
     )
     folder = tmp_path_factory.mktemp("wide-heads")
-    write_checkpoint(config, folder, torch.device("cpu"))
+    write_meta(RandomWeights(config), folder)
     return folder
 
 
