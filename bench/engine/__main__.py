@@ -74,7 +74,7 @@ SHARED: dict[str, Callable[[Sizes], list[Load]]] = {
         Load(n, sizes.prompt, sizes.answer + 4 * sizes.traced_steps) for n in (1, sizes.batch)
     ],
     "parts": lambda sizes: [
-        Load(n, sizes.short_prompt, sizes.answer + 4 * sizes.traced_steps) for n in (1, sizes.batch)
+        Load(n, sizes.short_prompt, 2 * sizes.steps + 8) for n in (1, sizes.batch)
     ],
     "crowd": lambda sizes: [Load(*sizes.crowd)],
     "host": lambda sizes: [Load(sizes.batch, sizes.prompt, 2 * sizes.answer)],

@@ -183,14 +183,12 @@ class Transformer(nn.Module):
         Returns:
             Logits [num_logits, vocab] in float32, equal on all ranks.
         """
-        rotary = Rotary(self._operations.rotate, self._operations.rotation(positions))
-        step = Step(rotary, self._operations, backend)
+        rotation = self._operations.rotation(positions)
+        step = Step(Rotary(self._operations.rotate, rotation), self._operations, backend)
         x = self.tok_embeddings(tokens)  # [num_tokens, dim]
         residual: torch.Tensor | None = None
         if self.compiled_layers is not None and isinstance(backend, FixedTileAttention):
-            x, residual = self.compiled_layers.run(
-                x, rotary.rotation, backend.caches, backend.spans
-            )
+            x, residual = self.compiled_layers.run(x, rotation, backend.caches, backend.spans)
         else:
             for layer in self.layers:
                 x, residual = layer(x, residual, step)

@@ -6,6 +6,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
@@ -13,7 +14,7 @@ import openvino_genai
 
 from bench.baselines.protocol import Job, serve
 
-Handle = openvino_genai.py_openvino_genai.GenerationHandle
+Handle = Any  # GenerationHandle, which the package does not export
 WEIGHT_FORMATS = {"float32": "fp32", "bfloat16": "fp16"}  # on disk; others have equal names
 
 
