@@ -12,6 +12,7 @@ from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Determinism, Precision
 from model_service.model.config import Quantization
 from model_service.model.cpu.instructions import instructions
+from model_service.model.cpu.library import INTERFACE
 from model_service.model.weights.source import WeightSource
 
 
@@ -87,6 +88,6 @@ def _fingerprint(
     source: WeightSource, shards: int, precision: Precision, device: torch.device
 ) -> str:
     kernels = f"{_device_name(device)} {torch.__version__}"
-    kernels += " own kernels" if precision.uses_own_kernels else ""
+    kernels += f" own kernels {INTERFACE}" if precision.uses_own_kernels else ""
     identity = f"{source.fingerprint()} {shards} {precision} {kernels}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -182,7 +182,7 @@ def test_without_the_compiled_kernels_those_of_pytorch_serve(
 
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels_of(torch.bfloat16)
-    monkeypatch.setattr(library, "_INTERFACE", 0)
+    monkeypatch.setattr(library, "INTERFACE", 0)
     monkeypatch.setattr(kernels, "find_library", library.find_library.__wrapped__)
     assert kernels.kernels_for(torch.bfloat16, CPU) is None
     assert "is of another version: install this package again" in kernels.without_kernels()

@@ -13,7 +13,9 @@ from typing import Any
 from model_service.model.cpu.instructions import instructions
 from model_service.model.cpu.module import MODULE
 
-_INTERFACE = 3  # `chasqui_interface` in source/interface.cpp
+# `chasqui_interface` in source/interface.cpp. Raised with every change of a function's arguments or
+# results, because it belongs to a replica's fingerprint.
+INTERFACE = 3
 
 # The types of each function's arguments, by its name.
 Signatures = Mapping[str, Sequence[Any]]
@@ -50,7 +52,7 @@ def find_library() -> ctypes.CDLL | str:
         compiled_from = library.chasqui_interface()
     except (OSError, AttributeError) as error:
         return f"{found.origin} cannot be loaded ({error}): install this package again"
-    if compiled_from != _INTERFACE:
+    if compiled_from != INTERFACE:
         return f"{found.origin} is of another version: install this package again"
     if library.chasqui_use(variant):
         return "the system does not allow AMX: set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
