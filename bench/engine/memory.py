@@ -68,6 +68,7 @@ class Cost:
             done.set()
             watcher.join()
             self.kept = anonymous() - before
+            self.peak = max(self.peak, self.kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,7 +206,7 @@ def test_the_model_says_what_its_defaults_and_limits_are(target: str) -> None:
         answer = client.chat(HELLO, max_gen_len=1)
 
     assert (model.name, model.context_length, model.shards) == ("gqa-mp1", 256, 1)
-    assert model.determinism is answer.determinism is Determinism.SEEDED
+    assert model.determinism is answer.determinism is not Determinism.UNSPECIFIED
     assert model.sampling_defaults["temperature"] == 0.6
     assert model.limits.max_top_logprobs == 20
 

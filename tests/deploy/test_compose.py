@@ -25,7 +25,7 @@ FILES = {
         "CHASQUI_UPSTREAM_KEY",
         "CHASQUI_UPSTREAM_NAME",
     ),
-    *("CHASQUI_RULES", "CHASQUI_GUARD_POLICY"),
+    *("CHASQUI_RULES", "CHASQUI_GUARD_POLICY", "CHASQUI_DRAFT_CKPT_DIR"),
 }
 # Limits for untrusted clients, which can reach only the gateway.
 OF_UNTRUSTED = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from model_service.engine import engine
 from model_service.engine.sampling.host_sampler import HostSampling
@@ -29,7 +30,10 @@ def heads(network: Transformer) -> int:
 
 def cache_shape(network: Transformer, blocks: int, block_size: int) -> CacheShape:
     layer: Any = network.get_submodule("layers.0.attention")
-    return CacheShape(len(network.layers), blocks, block_size, layer.kv_heads, layer.head_dim)
+    norm = network.get_parameter("norm.weight")
+    projections = F.linear(torch.zeros_like(norm).unsqueeze(0), layer.wqkv.weight).shape[1]
+    kv_heads = (projections // layer.head_dim - layer.heads) // 2
+    return CacheShape(len(network.layers), blocks, block_size, kv_heads, layer.head_dim)
 
 
 def logits(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,7 +199,10 @@ def test_the_leader_of_shards_drafts_alone(golden: Path) -> None:
     script = str(Path(__file__).with_name("draft_ranks.py"))
     launcher = [sys.executable, "-m", "model_service.launcher", "--shards=2"]
     command = [*launcher, script, str(golden / "checkpoints")]
-    made = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    made = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=100
+    ).stdout
     plain, drafted, accepted = json.loads(made)
     assert len(plain) == 12
     assert drafted == plain

@@ -12,6 +12,7 @@ from llama.v1 import model_pb2, model_pb2_grpc, sampling_pb2
 from model_service.loading.distributed import Shards
 from model_service.loading.load_replica import load_replica
 from model_service.model.cpu.instructions import instructions
+from model_service.model.cpu.kernels import without_kernels
 from model_service.rank import replica_options
 from model_service.server import model_service
 from model_service.settings import ModelSettings
@@ -224,5 +225,7 @@ async def test_model_info_says_what_was_loaded(model: Model) -> None:
     assert (info.context_length, info.shards, info.dtype) == (256, 1, "float32")
     assert info.tokenizer_fingerprint == "of-the-tokenizer"
     assert len(info.fingerprint) == 16
-    assert info.determinism == sampling_pb2.DETERMINISM_SEEDED
+    invariant, seeded = "DETERMINISM_BATCH_INVARIANT", "DETERMINISM_SEEDED"
+    expected = seeded if without_kernels() else invariant
+    assert sampling_pb2.Determinism.Name(info.determinism) == expected
     assert info.device == f"cpu ({instructions()})"
