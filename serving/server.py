@@ -132,10 +132,12 @@ async def running(settings: ServerSettings, service: Service) -> AsyncIterator[R
     state = Health(service.names, serving=service.run is None, limiter=limiter)
     registry = registry_of(state, service.collectors)
     calls, receiver = CallMetrics(registry), Receiver(settings)
-    ports = 1 if service.front is None else 2
     server = grpc.aio.server(
         interceptors=[CallInterceptor(calls, receiver, service.authorize)],
-        options=[*server_options(settings, ports), *service.options],
+        options=[
+            *server_options(settings, has_front=service.front is not None),
+            *service.options,
+        ],
     )
     service.register(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)

@@ -19,7 +19,7 @@ from gateway.replicas.pool import ReplicaPool
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.pipeline import Pipeline
 from serving.errors import StartError
-from serving.intake.grpc_options import HANDSHAKE_MS, max_connections
+from serving.intake.grpc_options import FRONT_SHARE, HANDSHAKE_MS, max_connections
 from serving.intake.interceptor import Authorize
 from serving.security.tls import ServerCertificates, TlsFiles
 from serving.server import Front, Intake
@@ -82,7 +82,7 @@ def http_front(
     async def listen(intake: Intake) -> Front:
         settings, state = intake.settings, ServerState()
         limits = ConnectionLimits(
-            connections=max_connections(settings, ports=2),
+            connections=max_connections(settings, FRONT_SHARE),
             head_timeout=settings.receive_timeout,
             idle=settings.max_connection_idle,
         )

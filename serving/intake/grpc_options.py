@@ -12,6 +12,8 @@ from serving.settings import ServerSettings
 
 # For the server's files, its connections to other services, and the files of libraries.
 RESERVED_FILES = 256
+# The share of connections that a process's HTTP port gets beside gRPC's.
+FRONT_SHARE = 1 / 8
 # For TLS and HTTP/2 settings together; gRPC's own limit is two minutes.
 HANDSHAKE_MS = 10_000
 # Between a soft and a hard limit gRPC refuses calls at random, so both are the same.
@@ -23,10 +25,10 @@ MAX_PENDING_CALLS = 20_000
 Option = tuple[str, int]
 
 
-def server_options(settings: ServerSettings, ports: int = 1) -> list[Option]:
+def server_options(settings: ServerSettings, *, has_front: bool = False) -> list[Option]:
     """The options; also raises the process's soft limit of open files to the hard one.
 
-    `ports`: the ports of the process that share its open files, this server's included.
+    `has_front`: whether the process has an HTTP port beside gRPC's, which shares its open files.
     """
     return [
         # Otherwise a second server on the same port would start and get some of the connections.
@@ -37,7 +39,10 @@ def server_options(settings: ServerSettings, ports: int = 1) -> list[Option]:
         ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
-        ("grpc.max_allowed_incoming_connections", max_connections(settings, ports)),
+        (
+            "grpc.max_allowed_incoming_connections",
+            max_connections(settings, 1 - FRONT_SHARE if has_front else 1),
+        ),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         # From the first packet, and again from the end of the last call; pings do not count.
         ("grpc.max_connection_idle_ms", math.ceil(settings.max_connection_idle * 1000)),
@@ -50,9 +55,9 @@ def server_options(settings: ServerSettings, ports: int = 1) -> list[Option]:
     ]
 
 
-def max_connections(settings: ServerSettings, ports: int = 1) -> int:
-    """The connections that each of the process's ports may have at once."""
-    return settings.max_connections or _files_for_connections() // ports
+def max_connections(settings: ServerSettings, share: float) -> int:
+    """The connections that a port may have at once, which gets a share of the open files."""
+    return settings.max_connections or int(_files_for_connections() * share)
 
 
 def _files_for_connections() -> int:
