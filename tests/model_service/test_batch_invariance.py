@@ -42,9 +42,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
-    "bfloat16 int8": {"dtype": "bfloat16", "quantize": "int8"},
 }
-pytestmark = pytest.mark.kernels
 
 
 def load(golden: Path, precision: str) -> Replica:
@@ -66,6 +64,7 @@ def replica(golden: Path, request: pytest.FixtureRequest) -> Iterator[Replica]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.kernels
 @settings(max_examples=12)
 @given(
     steps=st.lists(
@@ -223,6 +222,7 @@ def moved(request: GenerationRequest, alone: Alone) -> GenerationRequest:
     )
 
 
+@pytest.mark.kernels
 def test_bfloat16_differs_from_float32_by_rounding(golden: Path) -> None:
     exact, rounded = (
         torch.cat(logits(network_of(load(golden, precision)), WHOLE))
