@@ -7,21 +7,15 @@ import grpc
 import pytest
 
 from llama.v1.chat_pb2 import (
-    ROLE_USER,
     ChatCompleteRequest,
     ChatCompleteStreamRequest,
-    Dialog,
     GetModelRequest,
-    Message,
     TextCompleteStreamRequest,
 )
 from llama.v1.model_pb2 import StartSequence
 from llama.v1.sampling_pb2 import FINISH_REASON_SPECIAL_TAGS, FINISH_REASON_STOP, SamplingParams
+from tests.gateway.messages import dialog
 from tokenizer_service.tokenizer import Tokenizer
-
-
-def dialog(content: str = "What do llamas eat?") -> Dialog:
-    return Dialog(messages=[Message(role=ROLE_USER, content=content)])
 
 
 async def starts(model: Any, count: int) -> list[StartSequence]:

@@ -1,22 +1,16 @@
 """The gateway between real clients, a real tokenizer service and scripted replicas."""
 
 import asyncio
-import copy
 from typing import Any
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
-from grpc_status.rpc_status import from_call
+from google.rpc.error_details_pb2 import RetryInfo
 
 from llama.v1.chat_pb2 import (
-    ROLE_USER,
     ChatCompleteRequest,
     ChatCompleteStreamRequest,
-    Dialog,
     GetModelRequest,
-    Message,
-    RenderPromptRequest,
     StreamEvent,
     TextCompleteRequest,
 )
@@ -30,31 +24,11 @@ from llama.v1.sampling_pb2 import (
     FINISH_REASON_STOP_STRING,
     SamplingParams,
 )
-from llama.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
-from llama.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
-from serving.server import Service
-from tests.gateway.conftest import ScriptedModel, StartGateway, StartServer
-from tokenizer_service.server import TokenizerServicer, tokenizer_service
+from tests.gateway.messages import details, dialog
+from tokenizer_service.server import tokenizer_service
 from tokenizer_service.tokenizer import Tokenizer
 
 EOS = 2
-
-
-def dialog(content: str = "What do llamas eat?") -> Dialog:
-    return Dialog(messages=[Message(role=ROLE_USER, content=content)])
-
-
-def details(error: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> list[Any]:
-    """The google.rpc details of an error."""
-    status = from_call(error.value)  # type: ignore[arg-type]  # made for grpc.Call, works as well
-    assert status is not None
-    found = []
-    for packed in status.details:
-        for kind in (BadRequest, QuotaFailure, RetryInfo):
-            if packed.Is(kind.DESCRIPTOR):
-                found.append(kind())
-                packed.Unpack(found[-1])
-    return found
 
 
 async def test_events_are_numbered_and_in_order(
@@ -179,89 +153,6 @@ async def test_deadline_that_passes_cancels_the_sequence(
     assert await model.cancels.get() == start.sequence_id
 
 
-class HeldTokenizer(TokenizerServicer):
-    """Encodes nothing: waits until its caller gives up."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
-        self.time_remaining: asyncio.Queue[float | None] = asyncio.Queue()
-        self.cancelled = asyncio.Event()
-
-    async def Encode(self, _request: EncodeRequest, context: Any) -> EncodeResponse:
-        self.time_remaining.put_nowait(context.time_remaining())
-        try:
-            await asyncio.Event().wait()
-        finally:
-            self.cancelled.set()
-        raise AssertionError
-
-
-async def test_deadline_and_cancellation_reach_the_tokenizer_service(
-    start_gateway: Any, start_server: Any, tokenizer: Tokenizer, model: Any
-) -> None:
-    held = HeldTokenizer(tokenizer)
-
-    def register(server: grpc.aio.Server) -> None:
-        add_TokenizerServiceServicer_to_server(held, server)
-
-    target, _ = await start_server(Service(names=["llama.v1.TokenizerService"], register=register))
-    gateway = await start_gateway(target, (await start_server(model.service()))[0])
-    await gateway.until(serving=True)
-    call = gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]), timeout=60)
-    remaining = await held.time_remaining.get()
-    assert remaining == pytest.approx(60, abs=5)
-    call.cancel()
-    await held.cancelled.wait()
-
-
-class WatchedTokenizer(TokenizerServicer):
-    """Keeps the requests that it gets."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
-        self.requests: list[EncodeRequest] = []
-
-    async def Encode(self, request: EncodeRequest, context: object) -> EncodeResponse:
-        self.requests.append(request)
-        return await super().Encode(request, context)
-
-
-async def test_large_request_is_encoded_in_pieces(
-    start_gateway: StartGateway,
-    start_server: StartServer,
-    tokenizer: Tokenizer,
-    model: ScriptedModel,
-) -> None:
-    watched = WatchedTokenizer(tokenizer)
-    model.info.context_length = 1_000_000
-
-    def register(server: grpc.aio.Server) -> None:
-        add_TokenizerServiceServicer_to_server(watched, server)
-
-    target, _ = await start_server(Service(names=["llama.v1.TokenizerService"], register=register))
-    gateway = await start_gateway(target, (await start_server(model.service()))[0])
-    await gateway.until(serving=True)
-    texts = [f"{number} " * 50_000 for number in range(5)]
-    call = gateway.stub.TextComplete(TextCompleteRequest(prompts=texts))
-    prompts = [list((await model.starts.get()).prompt_ids) for _ in texts]
-    assert prompts == [tokenizer.encode(text, bos=True, eos=False) for text in texts]
-    assert [len(request.segments) for request in watched.requests] == [2, 2, 1]
-    call.cancel()
-
-
-async def test_prompt_above_the_tokenizer_services_limit_is_refused(
-    start_gateway: Any, start_server: Any, tokenizer: Tokenizer, model: Any
-) -> None:
-    target, _ = await start_server(tokenizer_service(tokenizer), max_request_bytes=1000)
-    gateway = await start_gateway(target, (await start_server(model.service()))[0])
-    await gateway.until(serving=True)
-    with pytest.raises(grpc.aio.AioRpcError, match="too large for the tokenizer") as refused:
-        await gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog("x" * 1000)]))
-    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    [quota] = details(refused)  # and no time after which it would go better
-    assert quota.violations[0].subject == "max_request_bytes"
-
-
 async def test_failed_sequence_ends_the_call_and_cancels_its_neighbours(
     gateway: Any, model: Any
 ) -> None:
@@ -368,40 +259,3 @@ async def test_replica_that_does_not_fit_is_refused_and_said_why(
     assert refusal["upstream"] == late
     assert reason in refusal["reason"]
     assert (await gateway.stub.GetModel(GetModelRequest())).replicas == 1
-
-
-async def test_tokenizer_service_with_another_model_file_is_not_used(
-    start_gateway: Any, start_server: Any, tokenizer: Tokenizer, model: Any, log: Any
-) -> None:
-    target, server = await start_server(tokenizer_service(tokenizer))
-    gateway = await start_gateway(target, (await start_server(model.service()))[0])
-    await gateway.until(serving=True)
-    await server.aclose()
-    await gateway.until(serving=False)
-    other = copy.copy(tokenizer)
-    other.fingerprint = "f" * 64
-    await start_server(tokenizer_service(other), port=int(target.rpartition(":")[2]))
-    refusals = [await log.wait_for("upstream unusable") for _ in range(2)]
-    assert "serves another model file (ffffffffffff)" in refusals[-1]["reason"]
-
-
-async def test_rendering_a_prompt_takes_a_place_as_long_as_it_is_encoded(
-    start_gateway: StartGateway,
-    start_server: StartServer,
-    tokenizer_target: str,
-    model: ScriptedModel,
-) -> None:
-    address, _ = await start_server(model.service())
-    one = {"max_queued_sequences": 1, "max_dialogs": 1}
-    gateway = await start_gateway(tokenizer_target, address, **one)
-    await gateway.until(serving=True)
-    hello = Dialog(messages=[Message(role=ROLE_USER, content="Hello")])
-    render = RenderPromptRequest(dialog=hello)
-    assert (await gateway.stub.RenderPrompt(render)).prompt_tokens > 0
-    assert (await gateway.stub.RenderPrompt(render)).prompt_tokens > 0
-    running = gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[hello]))
-    await model.starts.get()
-    with pytest.raises(grpc.aio.AioRpcError, match="the queue is full: 1 of 1 sequences") as full:
-        await gateway.stub.RenderPrompt(render)
-    assert full.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    running.cancel()
