@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model_service.engine.drafting.ngram_drafter import NgramDrafter
@@ -155,6 +155,8 @@ def test_right_drafts_make_answers_faster(
     seed=st.integers(0, 100),
 )
 @settings(max_examples=40)
+# A backlog costs more than the share of time that drafts get while its answer is made.
+@example(chance=0.0, round_cost=0.0625, token_cost=0.09375, row_cost=0.125, streams=1, seed=0)
 def test_answers_are_hardly_ever_slower_with_a_draft_model(
     chance: float, round_cost: float, token_cost: float, row_cost: float, streams: int, seed: int
 ) -> None:

@@ -6,8 +6,9 @@ they are wrong, and pays for drafts that are made only to learn whether they wou
 
 # Share of each step that drafts may cost without saving anything.
 SHARE = 0.01
-# In steps without drafts: the balance at the start, and its limits.
-FIRST, LOWEST, HIGHEST = 4.0, -1.0, 16.0
+# In steps without drafts: the balance at the start, and its limits. A debt is kept, because it may
+# come from computing a backlog, which the next sequence would need again.
+FIRST, LOWEST, HIGHEST = 4.0, -16.0, 16.0
 
 
 class DraftLedger:
