@@ -13,10 +13,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.http.completions import Completions
 from gateway.http.endpoint import Door, Endpoint
 from gateway.http.exchange import Exchange
-from gateway.http.models import Models, answer_health, answer_version, version
+from gateway.http.handlers.completions import Completions
+from gateway.http.handlers.models import Models, answer_health, answer_version, version
 from gateway.http.openai.document import openapi_document
 from gateway.http.openai.errors import error_body
 from gateway.http.openai.fields import ChatCompletionBody, TextCompletionBody

@@ -10,10 +10,10 @@ import structlog
 from uvicorn.server import ServerState
 
 from gateway.http.app import Api, application
-from gateway.http.completions import Completions
 from gateway.http.connection import Connection, ConnectionLimits, protocol_config
 from gateway.http.endpoint import Door
-from gateway.http.models import Models
+from gateway.http.handlers.completions import Completions
+from gateway.http.handlers.models import Models
 from gateway.http.options import HttpOptions
 from gateway.replicas.pool import ReplicaPool
 from gateway.rpc.named_streams import NamedStreams
