@@ -17,11 +17,15 @@ from gateway.http.endpoint import Door, Endpoint
 from gateway.http.exchange import Exchange
 from gateway.http.handlers.completions import Completions
 from gateway.http.handlers.models import Models, answer_health, answer_version, version
+from gateway.http.handlers.scoring import Scoring
+from gateway.http.handlers.tokenizing import Tokenizing
 from gateway.http.openai.document import openapi_document
 from gateway.http.openai.errors import error_body
-from gateway.http.openai.fields import ChatCompletionBody, TextCompletionBody
+from gateway.http.openai.fields import Body, ChatCompletionBody, TextCompletionBody
 from gateway.http.openai.read_body import reader
 from gateway.http.openai.requests import IDEMPOTENCY_KEY, LAST_EVENT_ID
+from gateway.http.openai.scoring import ScoreBody
+from gateway.http.openai.tokenizing import DetokenizeBody, TokenizeBody
 from llama.v1 import chat_pb2
 from serving.intake.grpc_options import METADATA_BYTES
 from serving.telemetry import request_id
@@ -34,16 +38,18 @@ class Api:
     """The handlers of the API."""
 
     completions: Completions
+    scoring: Scoring
+    tokenizing: Tokenizing
     models: Models
 
 
 def application(api: Api, door: Door, origins: Sequence[str]) -> ASGIApp:
     """The application; pages of `origins` may call it from browsers, "*" stands for all."""
     max_fields = door.intake.settings.max_request_fields
-    completions, models = api.completions, api.models
+    completions, models, tokenizing = api.completions, api.models, api.tokenizing
 
-    def post(path: str, name: str, like: str, handle: "_Handle", read: "_Read") -> Route:
-        endpoint = Endpoint(door, name, f"/{_SERVICE}/{like}", handle, read)
+    def post(path: str, name: str, like: str, handle: "_Handle", body: type[Body]) -> Route:
+        endpoint = Endpoint(door, name, f"/{_SERVICE}/{like}", handle, reader(body, max_fields))
         return Route(path, endpoint, methods=["POST"])
 
     def get(path: str, name: str, like: str | None, handle: "_Handle") -> Route:
@@ -56,15 +62,19 @@ def application(api: Api, door: Door, origins: Sequence[str]) -> ASGIApp:
             "createChatCompletion",
             "ChatComplete",
             completions.chat,
-            reader(ChatCompletionBody, max_fields),
+            ChatCompletionBody,
         ),
         post(
             "/v1/completions",
             "createCompletion",
             "TextComplete",
             completions.text,
-            reader(TextCompletionBody, max_fields),
+            TextCompletionBody,
         ),
+        post("/v1/score", "score", "Score", api.scoring.score, ScoreBody),
+        post("/tokenize", "tokenize", "Tokenize", tokenizing.tokenize, TokenizeBody),
+        post("/detokenize", "detokenize", "Detokenize", tokenizing.detokenize, DetokenizeBody),
+        get("/tokenizer_info", "tokenizerInfo", "GetModel", tokenizing.info),
         get("/v1/models", "listModels", "GetModel", models.list_all),
         get("/v1/models/{model:path}", "retrieveModel", "GetModel", models.retrieve),
         get("/version", "version", "GetModel", answer_version),
@@ -84,7 +94,6 @@ async def _answer(body: object, exchange: Exchange) -> None:
 
 
 _Handle = Callable[..., Awaitable[None]]
-_Read = Callable[[bytes], object]
 
 
 def _cors(origins: Sequence[str]) -> Middleware:

@@ -14,6 +14,8 @@ from gateway.http.connection import Connection, ConnectionLimits, protocol_confi
 from gateway.http.endpoint import Door
 from gateway.http.handlers.completions import Completions
 from gateway.http.handlers.models import Models
+from gateway.http.handlers.scoring import Scoring
+from gateway.http.handlers.tokenizing import Tokenizing
 from gateway.http.options import HttpOptions
 from gateway.replicas.pool import ReplicaPool
 from gateway.rpc.named_streams import NamedStreams
@@ -77,7 +79,12 @@ def http_front(
     """
     if options is None:
         return None
-    api = Api(Completions(pipeline, streams), Models(pipeline, replicas))
+    api = Api(
+        Completions(pipeline, streams),
+        Scoring(pipeline),
+        Tokenizing(pipeline),
+        Models(pipeline, replicas),
+    )
 
     async def listen(intake: Intake) -> Front:
         settings, state = intake.settings, ServerState()

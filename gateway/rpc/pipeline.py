@@ -243,8 +243,8 @@ class Pipeline:
 
     def window(self) -> Window:
         """The model's context; UNAVAILABLE before the vocabulary is read or without a replica."""
-        max_token_bytes = self._tokenizer.vocabulary.max_token_bytes
-        has_bos = self._tokenizer.has_bos
+        vocabulary = self._tokenizer.vocabulary
+        max_token_bytes, has_bos = vocabulary.max_token_bytes, vocabulary.bos_id is not None
         return Window(self._replicas.model.context_length, max_token_bytes, has_bos)
 
     @property

@@ -67,7 +67,6 @@ class TokenizerClient:
         self._vocabulary: Vocabulary | None = None
         self._format_name = prompt_format
         self.prompt_format = LLAMA2  # that of the vocabulary, once there is one
-        self.has_bos = False
         self._loaded = asyncio.Event()
         self.fingerprint = ""
 
@@ -175,12 +174,13 @@ class TokenizerClient:
                 ((piece.bytes, piece.kind) for piece in response.pieces),
                 dummy_prefix=response.dummy_prefix,
                 eos_ids=(*dict.fromkeys((*eos_ids, *answer_ends)),),
+                bos_id=response.bos_id if response.HasField("bos_id") else None,
                 byte_level=response.byte_level,
                 control_ids=control_ids,
                 chat_template=response.chat_template,
                 max_token_bytes=response.max_token_bytes or None,
             )
-            self.prompt_format, self.has_bos = chosen, response.HasField("bos_id")
+            self.prompt_format = chosen
             self.fingerprint = response.fingerprint
             self._loaded.set()
         elif response.fingerprint != self.fingerprint:

@@ -43,7 +43,9 @@ class Vocabulary:
     inner_texts: tuple[str | None, ...]
     # The text of the id on its own.
     lone_texts: tuple[str, ...]
-    # All ids that end an answer.
+    # The id that the tokenizer puts in front of a text; None where it puts none.
+    bos_id: int | None
+    # All ids that end an answer, the one that ends a text first.
     eos_ids: tuple[int, ...]
     # The rule for the bytes of characters: that of byte-level encoding, or SentencePiece's.
     byte_level: bool
@@ -62,6 +64,7 @@ class Vocabulary:
         *,
         dummy_prefix: bool,
         eos_ids: Sequence[int],
+        bos_id: int | None = None,
         byte_level: bool = False,
         control_ids: Mapping[str, int] = MappingProxyType({}),
         chat_template: str = "",
@@ -88,6 +91,7 @@ class Vocabulary:
                 )
                 for piece, kind in table
             ),
+            bos_id=bos_id,
             eos_ids=tuple(eos_ids),
             byte_level=byte_level,
             control_ids=MappingProxyType(dict(control_ids)),

@@ -28,6 +28,10 @@ SMALL = {"max_tokens": 2, "max_completion_tokens": 2, "min_tokens": 0, "n": 1}
     [
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
+        ("POST", "/v1/score"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("GET", "/tokenizer_info"),
         ("GET", "/v1/models"),
         ("GET", "/v1/models/{model}"),
         ("GET", "/version"),

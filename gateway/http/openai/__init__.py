@@ -1,1 +1,3 @@
-"""The shapes of OpenAI's API: requests from JSON to messages, answers from messages to JSON."""
+"""The shapes of requests and answers, OpenAI's and those beside them: from JSON to messages, and
+back.
+"""

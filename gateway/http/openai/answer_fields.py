@@ -107,6 +107,62 @@ class TextCompletion(_Head):
     usage: Usage | None = None
 
 
+class Tokenization(_Answer):
+    count: int
+    max_model_len: Annotated[int, Field(description="of the model; no limit of what is tokenized")]
+    tokens: Annotated[list[int], Field(description="token ids, those of control tokens included")]
+    token_strs: Annotated[list[str] | None, Field(description="with return_token_strs")]
+
+
+class Detokenization(_Answer):
+    prompt: Annotated[str, Field(description="without control tokens")]
+
+
+class TokenizerInfo(_Answer):
+    tokenizer_class: Annotated[
+        str, Field(description="the class of transformers that reads such a vocabulary")
+    ]
+    add_bos_token: bool
+    bos_token: str | None
+    eos_token: str | None
+    vocab_size: int
+    model_max_length: int
+    chat_template: Annotated[str | None, Field(description="that of the model's files, if any")]
+
+
+class ScoredAlternative(_Answer):
+    id: int
+    text: Annotated[str, Field(description="as the tokenizer decodes it alone")]
+    bytes: Annotated[list[int], Field(description="exact where the text is not")]
+    logprob: Annotated[float, Field(description="natural logarithm; -9999 for impossible tokens")]
+
+
+class ScoredToken(ScoredAlternative):
+    rank: Annotated[int, Field(description="among all tokens by their logprobs, from 1")]
+    top_logprobs: list[ScoredAlternative]
+    requested_logprobs: Annotated[
+        list[ScoredAlternative], Field(description="those of logprob_token_ids")
+    ]
+
+
+class CandidateScore(_Answer):
+    index: int
+    tokens: list[ScoredToken]
+    logprob: Annotated[float, Field(description="the sum of those of its tokens")]
+    is_greedy: Annotated[bool, Field(description="each of its tokens is the most probable one")]
+    usage: Annotated[Usage, Field(description="of the prompt and the candidate together")]
+
+
+class Score(_Answer):
+    id: str
+    object: Literal["score"]
+    created: Annotated[int, Field(description="seconds since 1970")]
+    model: str
+    scores: Annotated[list[CandidateScore], Field(description="in the order of the candidates")]
+    fingerprint: Annotated[str, Field(description="of weights, shards, types and kernels")]
+    determinism: Literal["unspecified", "seeded", "batch_invariant"]
+
+
 class Model(_Answer):
     id: str
     object: Literal["model"]

@@ -9,11 +9,13 @@ from pydantic.json_schema import models_json_schema
 from gateway.http.openai import answer_fields
 from gateway.http.openai.fields import ChatCompletionBody, TextCompletionBody
 from gateway.http.openai.requests import IDEMPOTENCY_KEY, LAST_EVENT_ID
+from gateway.http.openai.scoring import ScoreBody
+from gateway.http.openai.tokenizing import DetokenizeBody, TokenizeBody
 from gateway.request.validation import STREAM_NAME
 from serving.telemetry.request_id import METADATA_KEY
 
 _SCHEMAS = "#/components/schemas/{model}"
-# Statuses of every request, and of those that make the model work.
+# Statuses of every request, of those with a body, and of those for completions.
 _REFUSALS: Mapping[int, str] = {
     400: "A field, a header or the request itself is wrong; `param` names the field.",
     401: "The key is missing or not known.",
@@ -24,11 +26,13 @@ _REFUSALS: Mapping[int, str] = {
     500: "The server failed; its log has the request id.",
     503: "There is no model now, or the server shuts down; `Retry-After` says when to try again.",
 }
-_OF_COMPLETIONS: Mapping[int, str] = {
+_OF_BODIES: Mapping[int, str] = {
     408: "The body did not arrive in time.",
     413: "The request or its answer is larger than allowed.",
-    416: "The events behind `Last-Event-ID` are not kept any more, or not there yet.",
     429: "Too much is running; `Retry-After` says when to try again.",
+}
+_OF_COMPLETIONS: Mapping[int, str] = {
+    416: "The events behind `Last-Event-ID` are not kept any more, or not there yet.",
 }
 _STREAM = (
     "chunks as server-sent events, the last one `data: [DONE]`. An error after the first chunk is "
@@ -42,7 +46,9 @@ def openapi_document(version: str) -> dict[str, Any]:
         *(ChatCompletionBody, TextCompletionBody),
         *(answer_fields.ChatCompletion, answer_fields.ChatCompletionChunk),
         *(answer_fields.TextCompletion, answer_fields.Model, answer_fields.ModelList),
-        *(answer_fields.Health, answer_fields.Version, answer_fields.Error),
+        *(TokenizeBody, DetokenizeBody, ScoreBody),
+        *(answer_fields.Tokenization, answer_fields.Detokenization, answer_fields.TokenizerInfo),
+        *(answer_fields.Score, answer_fields.Health, answer_fields.Version, answer_fields.Error),
     ]
     _, schemas = models_json_schema(
         [(each, "validation") for each in bodies], ref_template=_SCHEMAS
@@ -52,8 +58,8 @@ def openapi_document(version: str) -> dict[str, Any]:
         "info": {
             "title": "Chasqui",
             "version": version,
-            "description": "OpenAI's API, as far as it is served here. Absent sampling fields have "
-            "the server's defaults.",
+            "description": "OpenAI's API, as far as it is served here, and more beside it. Absent "
+            "sampling fields have the server's defaults.",
         },
         "paths": {
             "/v1/chat/completions": {
@@ -72,6 +78,37 @@ def openapi_document(version: str) -> dict[str, Any]:
                     TextCompletionBody,
                     answer_fields.TextCompletion,
                     answer_fields.TextCompletion,
+                )
+            },
+            "/v1/score": {
+                "post": _posted(
+                    "score",
+                    "How probable each candidate is behind a prompt, token by token.",
+                    ScoreBody,
+                    answer_fields.Score,
+                )
+            },
+            "/tokenize": {
+                "post": _posted(
+                    "tokenize",
+                    "The token ids of a text, or of the prompt of a dialog; as in vLLM.",
+                    TokenizeBody,
+                    answer_fields.Tokenization,
+                )
+            },
+            "/detokenize": {
+                "post": _posted(
+                    "detokenize",
+                    "The text that token ids stand for; as in vLLM.",
+                    DetokenizeBody,
+                    answer_fields.Detokenization,
+                )
+            },
+            "/tokenizer_info": {
+                "get": _described(
+                    "tokenizerInfo",
+                    "The tokenizer by its files, as in vLLM.",
+                    answer_fields.TokenizerInfo,
                 )
             },
             "/v1/models": {
@@ -108,14 +145,14 @@ def _completions(
     answer: type[BaseModel],
     chunk: type[BaseModel],
 ) -> dict[str, Any]:
+    described = _posted(name, summary, body, answer)
     content = {
         **_json(answer),
         "text/event-stream": {"schema": {"$ref": _SCHEMAS.format(model=chunk.__name__)}},
     }
     stream_name = {"type": "string", "pattern": f"^{STREAM_NAME.pattern}$"}
     return {
-        "operationId": name,
-        "summary": summary,
+        **described,
         "parameters": [
             _header(
                 IDEMPOTENCY_KEY,
@@ -128,11 +165,22 @@ def _completions(
                 "The id of the last event that arrived of a named stream.",
             ),
         ],
-        "requestBody": {"required": True, "content": _json(body)},
         "responses": {
+            **described["responses"],
             "200": _response(f"The answer; with `stream`: {_STREAM}", content),
-            **_errors({**_REFUSALS, **_OF_COMPLETIONS}),
+            **_errors(_OF_COMPLETIONS),
         },
+    }
+
+
+def _posted(
+    name: str, summary: str, body: type[BaseModel], answer: type[BaseModel]
+) -> dict[str, Any]:
+    described = _described(name, summary, answer)
+    return {
+        **described,
+        "requestBody": {"required": True, "content": _json(body)},
+        "responses": {**described["responses"], **_errors(_OF_BODIES)},
     }
 
 

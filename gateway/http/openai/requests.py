@@ -10,6 +10,7 @@ from typing import Any
 
 from gateway.http.openai.fields import (
     ChatCompletionBody,
+    ChatMessage,
     CompletionBody,
     Prompt,
     TextCompletionBody,
@@ -88,13 +89,9 @@ def chat_request(body: ChatCompletionBody, stream_name: str) -> tuple[ChatReques
     if most is not None and newer is not None and most != newer:
         rule = f"must be equal to max_completion_tokens, {newer}, where both are given"
         raise invalid_argument([Violation("max_tokens", f"{rule}, not {most}")])
-    messages = [
-        chat_pb2.Message(role=_ROLES[each.role], content=_content(each.content))
-        for each in body.messages
-    ]
     fields = {
         **_fields(body, newer if most is None else most),
-        "dialogs": [chat_pb2.Dialog(messages=messages)],
+        "dialogs": [dialog(body.messages)],
         "logprobs": bool(body.logprobs),
         "top_logprobs": body.top_logprobs or 0,
     }
@@ -110,6 +107,16 @@ def chat_request(body: ChatCompletionBody, stream_name: str) -> tuple[ChatReques
     if body.stream:
         return chat_pb2.ChatCompleteStreamRequest(**fields, stream_name=stream_name), naming
     return chat_pb2.ChatCompleteRequest(**fields), naming
+
+
+def dialog(messages: Sequence[ChatMessage]) -> chat_pb2.Dialog:
+    """The messages of a chat as a dialog."""
+    return chat_pb2.Dialog(
+        messages=[
+            chat_pb2.Message(role=_ROLES[each.role], content=_content(each.content))
+            for each in messages
+        ]
+    )
 
 
 def text_request(body: TextCompletionBody, stream_name: str) -> tuple[TextRequest, Naming]:
