@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gateway.admission.admission import Bounds
+from gateway.admission.quota import Bounds
 from gateway.generation.safety.options import SafetyOptions
 from gateway.http.options import HttpOptions
 from gateway.replicas.options import PoolOptions

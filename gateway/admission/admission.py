@@ -12,11 +12,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from gateway.admission.fair_queue import Claim, FairQueue
 from gateway.admission.fair_share import Holding, SharedRoom
-from gateway.admission.quota import Quota
+from gateway.admission.quota import Bounds, Quota
 from gateway.admission.throughput import ThroughputEstimator
 from gateway.admission.ticket import Size, Ticket
 from gateway.admission.wait_estimate import WaitEstimate
@@ -29,15 +28,6 @@ from serving.security.caller import Caller
 _AHEAD = 0.25
 # The quota that the error of a displaced request names.
 SHARE = "key.share"
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Limits on running and waiting generations, for all requests together; None: no limit."""
-
-    max_sequences: int
-    max_tokens: int | None = None  # prompt tokens plus max_gen_len
-    max_running: int | None = None  # sequences at the replicas; None: from their batch capacity
 
 
 class Admission:

@@ -1,9 +1,20 @@
-"""A quota of the queue, on sequences or tokens, and the error texts of requests above it."""
+"""The bounds of the queue, the quotas on sequences and tokens that come of them, and the error texts
+of requests above a quota.
+"""
 
 import math
 from dataclasses import dataclass
 
 from gateway.admission.fair_share import Holding, SharedRoom
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Limits on running and waiting generations, for all requests together; None: no limit."""
+
+    max_sequences: int
+    max_tokens: int | None = None  # prompt tokens plus max_gen_len
+    max_running: int | None = None  # sequences at the replicas; None: from their batch capacity
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 
-from gateway.admission.admission import Admission, Admitted, Bounds
+from gateway.admission.admission import Admission, Admitted
+from gateway.admission.quota import Bounds
 from gateway.admission.ticket import Size, Ticket
 from serving.errors import RequestError
 from serving.security import caller
