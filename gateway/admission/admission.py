@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from gateway.admission.fair_queue import Claim, FairQueue
 from gateway.admission.fair_share import Holding, SharedRoom
-from gateway.admission.quota import Bounds, Quota
+from gateway.admission.quota import Bounds, KeyQuota, Quota
 from gateway.admission.throughput import ThroughputEstimator
 from gateway.admission.ticket import Size, Ticket
 from gateway.admission.wait_estimate import WaitEstimate
@@ -74,6 +74,16 @@ class Admission:
     def queued_tokens(self) -> Mapping[str, int]:
         """The estimated tokens of the queued generations, by the name of the caller's key."""
         return self._queue.waiting_tokens
+
+    def key_quotas(self) -> list[KeyQuota]:
+        """The quotas of the current caller's own key, as far as it has any."""
+        key = caller.current()
+        own = (self._sequences, key.limits.max_sequences), (self._tokens, key.limits.max_tokens)
+        return [
+            quota.of_key(key.name, bound, self._waits.retry_after(key, priority=0))
+            for quota, bound in own
+            if bound is not None
+        ]
 
     def close(self) -> None:
         """Refuses new requests; admitted ones continue."""

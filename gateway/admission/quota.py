@@ -1,6 +1,4 @@
-"""The bounds of the queue, the quotas on sequences and tokens that come of them, and the error texts
-of requests above a quota.
-"""
+"""The bounds of the queue, their quotas, and the error texts of requests above a quota."""
 
 import math
 from dataclasses import dataclass
@@ -18,6 +16,16 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyQuota:
+    """An API key's own quota at one moment."""
+
+    unit: str  # sequences, or tokens
+    limit: int  # that may run and wait at once
+    remaining: int
+    reset: float  # seconds until those that run and wait have probably ended
+
+
+@dataclass(frozen=True, slots=True)
 class Quota:
     """The room for all requests together, and the words of its errors."""
 
@@ -25,6 +33,12 @@ class Quota:
     unit: str
     asks: str  # the verb in "the request has 3 sequences"
     setting: str  # the name of the setting that bounds it
+
+    def of_key(self, key: str, bound: int, seconds: float) -> KeyQuota:
+        """The own quota of a key, whose requests end in about so many seconds."""
+        limit = bound if self.room.bound is None else min(bound, self.room.bound)
+        used = self.room.used_by(key)
+        return KeyQuota(self.unit, limit, max(limit - used, 0), seconds if used else 0.0)
 
     def never_fits(self, amount: int, bound: int, whose: str) -> str:
         return (

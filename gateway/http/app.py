@@ -26,6 +26,7 @@ from gateway.http.openai.read_body import reader
 from gateway.http.openai.requests import IDEMPOTENCY_KEY, LAST_EVENT_ID
 from gateway.http.openai.scoring import ScoreBody
 from gateway.http.openai.tokenizing import DetokenizeBody, TokenizeBody
+from gateway.http.rate_limits import HEADERS
 from llama.v1 import chat_pb2
 from serving.intake.grpc_options import METADATA_BYTES
 from serving.telemetry import request_id
@@ -105,7 +106,7 @@ def _cors(origins: Sequence[str]) -> Middleware:
             *("Authorization", "Content-Type", IDEMPOTENCY_KEY, LAST_EVENT_ID),
             request_id.METADATA_KEY,
         ],
-        expose_headers=[request_id.METADATA_KEY, "Retry-After", "Retry-After-Ms"],
+        expose_headers=[request_id.METADATA_KEY, "Retry-After", "Retry-After-Ms", *HEADERS],
     )
 
 

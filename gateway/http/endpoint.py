@@ -7,7 +7,7 @@ refused alike.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from gateway.http.exchange import ClientGoneError, Exchange
+from gateway.http.rate_limits import KeyQuota, rate_limit_headers
 from serving.errors import RequestError, clear_frames
 from serving.intake.answering import Call
 from serving.intake.interceptor import EARLY_END_LOG_SECONDS, Authorize
@@ -35,6 +36,7 @@ class Door:
 
     intake: Intake
     authorize: Authorize | None
+    key_quotas: Callable[[], Iterable[KeyQuota]]  # those of the current caller
     early_ends: RateLimitedLog = field(
         default_factory=lambda: RateLimitedLog(EARLY_END_LOG_SECONDS)
     )
@@ -64,7 +66,11 @@ class Endpoint:
         method = f"/http/{self.name}"
         metrics = intake.calls.method(self.like or method, "http")
         call = Call(method, call_id, metrics, self.door.early_ends)
-        exchange = Exchange(scope, receive, send, call_id, intake.settings.max_request_bytes)
+        exchange = Exchange(
+            *(scope, receive, send, call_id),
+            max_bytes=intake.settings.max_request_bytes,
+            headers_of_caller=lambda: rate_limit_headers(self.door.key_quotas()),
+        )
         with (
             structlog.contextvars.bound_contextvars(**{request_id.CONTEXT_KEY: call_id}),
             contextlib.ExitStack() as during_call,

@@ -5,7 +5,7 @@ It stands in for gRPC's context, so the receiver and the pipeline treat it as an
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from email.utils import formatdate
 from typing import Any
 
@@ -36,7 +36,14 @@ class Exchange:
     """The request at `scope`, and its answer."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, call_id: str, max_bytes: int
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        call_id: str,
+        *,
+        max_bytes: int,
+        headers_of_caller: Callable[[], Mapping[str, str]],
     ) -> None:
         self.headers = Headers(scope=scope)
         self.path_params: Mapping[str, str] = scope.get("path_params", {})
@@ -46,6 +53,7 @@ class Exchange:
         self._send = send
         self._call_id = call_id
         self._max_bytes = max_bytes
+        self._headers_of_caller = headers_of_caller
 
     def peer(self) -> str:
         """The client's address, as gRPC writes it."""
@@ -128,7 +136,11 @@ class Exchange:
 
     async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.status = status
-        own = {"date": formatdate(usegmt=True), request_id.METADATA_KEY: self._call_id}
+        own = {
+            "date": formatdate(usegmt=True),
+            request_id.METADATA_KEY: self._call_id,
+            **self._headers_of_caller(),
+        }
         encoded = [
             (k.encode("latin-1"), v.encode("latin-1")) for k, v in {**own, **headers}.items()
         ]

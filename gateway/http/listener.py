@@ -93,7 +93,8 @@ def http_front(
             head_timeout=settings.receive_timeout,
             idle=settings.max_connection_idle,
         )
-        config = protocol_config(application(api, Door(intake, authorize), options.origins), limits)
+        door = Door(intake, authorize, pipeline.admission.key_quotas)
+        config = protocol_config(application(api, door, options.origins), limits)
         listening, tls = _bound(settings, options.port), _tls(settings)
         server = await asyncio.get_running_loop().create_server(
             partial(Connection, config, state, limits),

@@ -89,7 +89,7 @@ class Pipeline:
         self._replicas = backend.replicas
         self._classifier = backend.classifier
         self._limits = limits
-        self._admission = admission
+        self.admission = admission
         self.accounting = accounting
 
     async def run(
@@ -120,7 +120,7 @@ class Pipeline:
                 window, vocabulary = self.window(), self._tokenizer.vocabulary
                 refuse(size_violations(chosen, sequences, window, vocabulary, limit))
             time_left = context.time_remaining()
-            with self._admission.admit(sequences, chosen.priority, time_left) as admitted:
+            with self.admission.admit(sequences, chosen.priority, time_left) as admitted:
                 prompts, subjects = await checked.encode()
                 guard = None
                 if self._classifier is not None and not checked.scores:
@@ -230,7 +230,7 @@ class Pipeline:
             self.encoder(context.time_remaining),
             self.limits(),
             self._limits.response_bytes,
-            functools.partial(self._admission.admit, 1, 0, context.time_remaining()),
+            functools.partial(self.admission.admit, 1, 0, context.time_remaining()),
         )
 
     def require_model(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What the HTTP port serves beside OpenAI's API: the same numbers and refusals as gRPC's calls."""
+"""The endpoints of the HTTP port beside OpenAI's: the same numbers and refusals as by gRPC."""
 
 import asyncio
 import re

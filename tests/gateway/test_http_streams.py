@@ -1,7 +1,9 @@
 """Named streams over HTTP, a full queue, and a gateway that shuts down."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -12,7 +14,11 @@ from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 from tests.gateway.conftest import RunningGateway, ScriptedModel, StartGateway, StartServer
 
 CHAT = "/v1/chat/completions"
-HELLO = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "max_tokens": 9}
+HELLO: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Hello"}],
+    "stream": True,
+    "max_tokens": 9,
+}
 NAMED = {"idempotency-key": "5e1c1b52"}
 
 
@@ -114,6 +120,50 @@ async def test_full_queue_is_429_with_the_time_to_wait(
         assert refused.json()["error"]["type"] == "rate_limit_error"
         model.tell(sequence, ids=[300], finish_reason=FINISH_REASON_STOP)
         assert (await running).status_code == 200
+
+
+async def test_headers_tell_what_is_left_of_the_quotas_of_the_key(
+    start_gateway: StartGateway,
+    start_server: StartServer,
+    tokenizer_target: str,
+    model: ScriptedModel,
+    tmp_path: Path,
+) -> None:
+    digests = {key: hashlib.sha256(key.encode()).hexdigest() for key in ("bounded", "free")}
+    keys = [f'[[keys]]\nname = "{key}"\nsha256 = "{digest}"\n' for key, digest in digests.items()]
+    keys.insert(1, "max_sequences = 2\nmax_tokens = 100\n")
+    (tmp_path / "keys.toml").write_text("".join(keys))
+    address, _ = await start_server(model.service())
+    gateway = await start_gateway(tokenizer_target, address, api_keys=tmp_path / "keys.toml")
+    await gateway.until(serving=True)
+    bearer = {"authorization": "Bearer bounded"}
+    async with httpx2.AsyncClient(base_url=gateway.http_url, timeout=60) as http:
+        async with http.stream("POST", CHAT, json=HELLO, headers=bearer) as begun:
+            start = await model.starts.get()
+            tokens = len(start.prompt_ids) + HELLO["max_tokens"]
+            assert rate_limits(begun) == {
+                "limit-requests": "2",
+                "remaining-requests": "1",
+                "reset-requests": "1s",
+                "limit-tokens": "100",
+                "remaining-tokens": str(100 - tokens),
+                "reset-tokens": "1s",
+            }
+            refused = await http.post(CHAT, json=HELLO | {"n": 2}, headers=bearer)
+            assert (refused.status_code, rate_limits(refused)) == (429, rate_limits(begun))
+            model.tell(start.sequence_id, ids=[300], finish_reason=FINISH_REASON_STOP)
+            await begun.aread()
+        idle = rate_limits(await http.get("/v1/models", headers=bearer))
+        assert (idle["remaining-requests"], idle["reset-requests"]) == ("2", "0s")
+        assert (idle["remaining-tokens"], idle["reset-tokens"]) == ("100", "0s")
+        for headers in ({"authorization": "Bearer free"}, {}):
+            assert not rate_limits(await http.get("/v1/models", headers=headers))
+
+
+def rate_limits(response: httpx2.Response) -> dict[str, str]:
+    prefix = "x-ratelimit-"
+    found = {name: value for name, value in response.headers.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 async def test_gateway_that_drains_finishes_running_streams(

@@ -11,6 +11,7 @@ from gateway.http.openai.fields import ChatCompletionBody, TextCompletionBody
 from gateway.http.openai.requests import IDEMPOTENCY_KEY, LAST_EVENT_ID
 from gateway.http.openai.scoring import ScoreBody
 from gateway.http.openai.tokenizing import DetokenizeBody, TokenizeBody
+from gateway.http.rate_limits import HEADERS as RATE_LIMITS
 from gateway.request.validation import STREAM_NAME
 from serving.telemetry.request_id import METADATA_KEY
 
@@ -198,8 +199,12 @@ def _errors(statuses: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _response(description: str, content: dict[str, Any]) -> dict[str, Any]:
-    request_id = {"description": "the request's id, in the logs, too", "schema": {"type": "string"}}
-    return {"description": description, "content": content, "headers": {METADATA_KEY: request_id}}
+    told = {METADATA_KEY: "the request's id, in the logs, too", **RATE_LIMITS}
+    headers = {
+        name: {"description": meaning, "schema": {"type": "string"}}
+        for name, meaning in told.items()
+    }
+    return {"description": description, "content": content, "headers": headers}
 
 
 def _json(model: type[BaseModel]) -> dict[str, Any]:
