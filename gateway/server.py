@@ -34,7 +34,7 @@ def gateway_service(backend: Backend, settings: GatewaySettings) -> Service:
     moment later all new completion requests. Running named streams can be resumed until they end.
     """
     streams = NamedStreams(settings.stream_limits)
-    requests = RequestMetrics()
+    requests = RequestMetrics(lambda: backend.replicas.latest_model.name)
     servicer = ChatServicer(backend, settings, streams, requests)
     operator = OperatorServicer(backend, servicer.admission, streams)
     authorize = authorizer(settings.api_keys)

@@ -23,6 +23,7 @@ from llama.v1.sampling_pb2 import FinishReason
 from serving.errors import RequestError
 from serving.security import caller
 from serving.telemetry import tracing
+from serving.telemetry.gen_ai import Operation
 from serving.telemetry.metrics import go_name
 
 _log = structlog.stdlib.get_logger("access")
@@ -48,7 +49,9 @@ class _Answer:
     prompt_tokens: int
     begins_with_echo: bool
     completion_tokens: int = 0
+    first_token_at: float = 0.0
     last_token_at: float | None = None
+    ended_at: float = 0.0
     finished: Finished | None = None
 
 
@@ -73,6 +76,7 @@ class Account:
                 now = time.monotonic()
                 if answer.last_token_at is None:
                     self.metrics.first_token.observe(now - self.arrived)
+                    answer.first_token_at = now
                 else:
                     self.metrics.inter_token.observe(now - answer.last_token_at)
                 answer.last_token_at = now
@@ -82,7 +86,7 @@ class Account:
         else:
             answer = self.answers[key]
             answer.completion_tokens = event.usage.completion_tokens
-            answer.finished = event
+            answer.finished, answer.ended_at = event, time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class _Asked:
     """The part of a request that its account needs."""
 
     method: str
+    model: str
     is_named: bool
     begins_with_echo: bool
 
@@ -101,7 +106,8 @@ class _Asked:
         if isinstance(request, TextRequest):
             echo = request.echo and not request.logprobs
         method = request.DESCRIPTOR.name.removesuffix("Request")
-        return cls(method, bool(getattr(request, "stream_name", "")), echo)
+        is_named = bool(getattr(request, "stream_name", ""))
+        return cls(method, request.model, is_named, echo)
 
 
 class Accounting:
@@ -132,19 +138,25 @@ class Accounting:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
         finally:
-            self._close(account, code, asked.method, client_address)
+            self._close(account, code, asked, client_address)
 
     def _close(
-        self, account: Account, code: grpc.StatusCode, method: str, client_address: str | None
+        self, account: Account, code: grpc.StatusCode, asked: _Asked, client_address: str | None
     ) -> None:
         total = time.monotonic() - account.arrived
         cost = _cost(account)
         key = caller.current().name
         self._count(account, cost, key, code, total)
+        name = _OPERATIONS.get(asked.method, "text_completion")
+        operation = Operation(name, self._metrics.model_label(asked.model))
+        self._count_operation(operation, account, code, total)
+        if account.answers:
+            tokens = cost.prompt_tokens, cost.completion_tokens
+            self._metrics.gen_ai.observe_usage(operation, *tokens)
         reasons = [*cost.finish_reasons.elements()]
         tracing.annotate(
             {
-                "gen_ai.operation.name": _OPERATIONS.get(method, "text_completion"),
+                "gen_ai.operation.name": operation.name,
                 "gen_ai.usage.input_tokens": cost.prompt_tokens,
                 "gen_ai.usage.cache_read.input_tokens": cost.cached_prompt_tokens,
                 "gen_ai.usage.output_tokens": cost.completion_tokens,
@@ -159,7 +171,7 @@ class Accounting:
         }
         _log.info(
             "request finished",
-            method=method,
+            method=asked.method,
             code=code.name,
             **{name: value for name, value in optional.items() if value},
             answers=len(account.answers),
@@ -185,6 +197,17 @@ class Accounting:
             for answer in account.answers.values():
                 if answer.finished is None:
                     metrics.cancelled_tokens.observe(answer.completion_tokens)
+
+    def _count_operation(
+        self, operation: Operation, account: Account, code: grpc.StatusCode, total: float
+    ) -> None:
+        """Counts the times of a request under OpenTelemetry's names, too."""
+        succeeded, metrics = code is grpc.StatusCode.OK, self._metrics.gen_ai
+        metrics.observe_request(operation, total, "" if succeeded else code.name)
+        for answer in account.answers.values() if succeeded else ():
+            if first := answer.first_token_at:
+                waited, others = first - account.arrived, answer.ended_at - first
+                metrics.observe_answer(operation, waited, others, answer.completion_tokens)
 
 
 @dataclass(frozen=True, slots=True)

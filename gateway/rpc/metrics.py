@@ -1,6 +1,6 @@
 """The gateway's metrics beyond those of its calls: requests, queues, upstreams and replicas."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -10,6 +10,8 @@ from gateway.admission.admission import Admission
 from gateway.rpc.named_streams import NamedStreams
 from gateway.rpc.upstreams import Backend
 from llama.v1.operator_pb2 import UPSTREAM_STATE_UNSPECIFIED, UpstreamState
+from serving.errors import RequestError
+from serving.telemetry.gen_ai import OTHER_MODEL, GenAiMetrics
 
 FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 INTER_TOKEN_SECONDS = (
@@ -29,7 +31,10 @@ _STATES = {
 class RequestMetrics:
     """Times and tokens of requests. The label `key` is a configured name, so it has few values."""
 
-    def __init__(self) -> None:
+    def __init__(self, served_model: Callable[[], str]) -> None:
+        """`served_model` returns its name, and raises RequestError while it is not known."""
+        self._served_model = served_model
+        self.gen_ai = GenAiMetrics()
         self.inter_token = Histogram(  # the only one observed with every token: 1 µs
             "chasqui_gateway_inter_token_seconds",
             "Time between consecutive tokens of an answer; those of one step count as one.",
@@ -80,7 +85,16 @@ class RequestMetrics:
             registry=None,
         )
 
+    def model_label(self, asked: str) -> str:
+        """The name of the model that a request asks for, one of few values."""
+        try:
+            served = self._served_model()
+        except RequestError:
+            return OTHER_MODEL if asked else ""
+        return served if asked in ("", served) else OTHER_MODEL
+
     def collect(self) -> Iterator[Metric]:
+        yield from self.gen_ai.collect()
         for metric in (
             self.inter_token,
             self.first_token,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import httpx2
 import pytest
 
 from llama.v1.chat_pb2 import (
@@ -68,6 +69,37 @@ async def test_gateway_counts_answers_and_their_tokens(chat: Any, stack: Any) ->
         used = sum(getattr(usage, kind) for usage in usages)
         assert gateway(f"chasqui_gateway_{kind}_total", key="") == used
     assert gateway("chasqui_gateway_completion_tokens_total") == 32
+
+
+CHAT = {"gen_ai_operation_name": "chat", "gen_ai_provider_name": "chasqui"}
+
+
+async def test_requests_of_both_protocols_are_counted_under_opentelemetrys_names(
+    chat: Any, stack: Any
+) -> None:
+    gateway = Difference(stack.gateway)
+    served = CHAT | {"gen_ai_request_model": "mha-mp1"}
+    dialogs = [Dialog(messages=[Message(role=ROLE_USER, content="a")])]
+    request = ChatCompleteRequest(dialogs=dialogs, sampling=exactly(8))
+    usage = (await chat.ChatComplete(request)).predictions[0].usage
+    with pytest.raises(grpc.aio.AioRpcError):
+        await chat.ChatComplete(ChatCompleteRequest(model="x" * 99, dialogs=dialogs))
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 8, "ignore_eos": True}
+    async with httpx2.AsyncClient(base_url=stack.gateway.http_url, timeout=60) as http:
+        assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+        assert (await http.post("/v1/chat/completions", json=body | {"n": 0})).status_code == 400
+    for name in ("request_duration", "time_to_first_token", "time_per_output_token"):
+        ok = {"error_type": ""} if name == "request_duration" else {}
+        assert gateway(f"gen_ai_server_{name}_seconds_count", **served, **ok) == 2
+        assert gateway(f"gen_ai_server_{name}_seconds_sum", **served, **ok) > 0
+    refused = {"error_type": "INVALID_ARGUMENT"}
+    assert gateway("gen_ai_server_request_duration_seconds_count", **served, **refused) == 1
+    unknown = CHAT | {"gen_ai_request_model": "_OTHER", "error_type": "NOT_FOUND"}
+    assert gateway("gen_ai_server_request_duration_seconds_count", **unknown) == 1
+    for kind, tokens in (("input", usage.prompt_tokens), ("output", 8)):
+        labels = served | {"gen_ai_token_type": kind}
+        assert gateway("gen_ai_client_token_usage_count", **labels) == 2
+        assert gateway("gen_ai_client_token_usage_sum", **labels) == 2 * tokens
 
 
 def test_tokens_are_counted_by_the_name_of_the_key(locked: Any) -> None:
