@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
+import httpx2
 import pytest
 
 from llama.v1.chat_pb2 import TextCompleteStreamRequest
@@ -15,10 +17,12 @@ from llama.v1.model_pb2 import GetLoadRequest
 from llama.v1.model_pb2_grpc import ModelServiceStub
 from llama.v1.sampling_pb2 import SamplingParams, TokenIds
 from tests.e2e.streams import Answer, Streams, resumed
+from tests.e2e.test_killed_replicas import busiest
 
 pytestmark = pytest.mark.alone
 
 STREAMS = 64
+HTTP_STREAMS, HTTP_LENGTH = 32, 200
 # Tokens; so many that replicas are still at it when their clients have the first ones.
 LENGTH = 300
 SHARDED_LENGTH = 220  # on shards a token takes longer
@@ -72,29 +76,77 @@ async def assert_all_serve(fleet: Any) -> None:
         assert (load.running_sequences, load.free_blocks) == (0, load.total_blocks)
 
 
-async def test_streams_outlive_two_of_three_replicas(fleet: RunFleet) -> None:
-    with contextlib.ExitStack() as back:
-        flags = {"context_length": 512, "replica_hang_timeout": 3}
-        running = back.enter_context(fleet(replicas=3, **flags))
-        expected, failovers = await undisturbed(running, LENGTH), 0
-        for end in (signal.SIGSTOP, signal.SIGKILL):
-            streams = streams_of(running, LENGTH)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(streams.run())
-                for number, tokens in enumerate((5, 40)):
-                    await streams.all_have(tokens)
-                    running.models[number].send(end)
-            assert_same(streams.answers, expected)
-            assert resumed(streams.answers)
-            failovers += resumed(streams.answers)
-            counted = running.gateway.scrape().value("chasqui_gateway_failovers_total")
-            assert counted == failovers
-            for model in running.models[:2]:
-                if end == signal.SIGKILL:
-                    back.enter_context(model.again())
-                else:
-                    model.send(signal.SIGCONT)
-            await assert_all_serve(running)
+@pytest.fixture(scope="module")
+def trio(fleet: RunFleet) -> Iterator[tuple[Any, contextlib.ExitStack]]:
+    """Three replicas, and the stack on which tests put those that they start again."""
+    flags = {"context_length": 512, "replica_hang_timeout": 3}
+    with fleet(replicas=3, **flags) as running, contextlib.ExitStack() as back:
+        yield running, back
+
+
+def failovers_of(fleet: Any) -> float:
+    counted: float = fleet.gateway.scrape().value("chasqui_gateway_failovers_total")
+    return counted
+
+
+async def test_streams_outlive_two_of_three_replicas(trio: Any) -> None:
+    running, back = trio
+    expected = await undisturbed(running, LENGTH)
+    for end in (signal.SIGSTOP, signal.SIGKILL):
+        before = failovers_of(running)
+        streams = streams_of(running, LENGTH)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(streams.run())
+            for number, tokens in enumerate((5, 40)):
+                await streams.all_have(tokens)
+                running.models[number].send(end)
+        assert_same(streams.answers, expected)
+        assert failovers_of(running) - before == resumed(streams.answers) > 0
+        for number in (0, 1):
+            if end == signal.SIGKILL:
+                running.models[number] = back.enter_context(running.models[number].again())
+            else:
+                running.models[number].send(signal.SIGCONT)
+        await assert_all_serve(running)
+
+
+async def http_answers(fleet: Any) -> list[list[dict[str, Any]]]:
+    """The chunks of streams over HTTP, all of them at once."""
+
+    async def chunks(http: httpx2.AsyncClient, number: int) -> list[dict[str, Any]]:
+        prompt = [1, *(3 + (number * 7 + i * 5) % 500 for i in range(8 + number % 16))]
+        body = {"prompt": prompt, "max_tokens": HTTP_LENGTH, "ignore_eos": True, "stream": True}
+        body |= {"temperature": 0.9 * (number % 2), "seed": number, "logprobs": 0}
+        answered = await http.post("/v1/completions", json=body)
+        *found, done = [line[6:] for line in answered.text.splitlines() if line[:5] == "data:"]
+        assert done == "[DONE]"
+        return [json.loads(each)["choices"][0] for each in found]
+
+    limits = httpx2.Limits(max_connections=HTTP_STREAMS)
+    url = fleet.gateway.http_url
+    async with httpx2.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
+        return await asyncio.gather(*(chunks(http, number) for number in range(HTTP_STREAMS)))
+
+
+def told(chunks: list[dict[str, Any]]) -> tuple[str, list[str], str]:
+    """The text, the tokens and the finish reason of a stream."""
+    tokens = [token for each in chunks if each["logprobs"] for token in each["logprobs"]["tokens"]]
+    return "".join(each["text"] for each in chunks), tokens, chunks[-1]["finish_reason"]
+
+
+async def test_clients_over_http_do_not_notice_that_a_replica_is_killed(trio: Any) -> None:
+    running, back = trio
+    expected = [*map(told, await http_answers(running))]
+    assert {(len(tokens), reason) for _, tokens, reason in expected} == {(HTTP_LENGTH, "length")}
+    before = failovers_of(running)
+    async with asyncio.TaskGroup() as tasks:
+        disturbed = tasks.create_task(http_answers(running))
+        victim = await busiest(running.models, tokens=100)
+        await asyncio.to_thread(running.models[victim].kill)
+    assert [*map(told, disturbed.result())] == expected
+    assert failovers_of(running) > before
+    running.models[victim] = back.enter_context(running.models[victim].again())
+    await asyncio.to_thread(running.wait_for_replicas, len(running.models))
 
 
 async def test_streams_outlive_a_shard_and_its_replica_comes_back(fleet: RunFleet) -> None:
