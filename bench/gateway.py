@@ -1,21 +1,29 @@
-"""The cost of the gateway: its CPU time per token, and the latency that it adds.
+"""The cost of the gateway: its CPU time per token and per request, over gRPC and over HTTP, and the
+latency that it adds.
 
 The same prompts, as ids, go to a model service directly, on one Generate stream as the gateway uses
 it, and through the gateway, each on a TextCompleteStream of its own; in turn, round after round.
 The latency that the gateway adds is the difference between the two ways' percentiles.
+
+The cost over each protocol is measured with long answers and with answers of one token, in turn:
+the CPU time that one more token takes is the cost per token, and what is left of an answer of one
+token is the cost per request.
 """
 
 import argparse
 import asyncio
 import itertools
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 
+import httpx2
 import psutil
 
 from bench.report import Recorder, Row, command_parser, finish
 from bench.shapes import random_prompts
 from chasqui.cli.serve.deployment import demonstration
+from chasqui.cli.serve.service_log import http_address
 from chasqui.cli.serve.supervisor import in_background
 from chasqui.loadtest.records import Failure, Record
 from chasqui.loadtest.sender import Sender, clock
@@ -29,6 +37,7 @@ from llama.v1.sampling_pb2 import SamplingParams, TokenIds
 VOCABULARY = 1920  # of the demonstration checkpoint
 
 Request = TextCompleteStreamRequest | ChatCompleteStreamRequest
+Prompts = Sequence[Sequence[int]]
 Arrivals = list[float]  # of one stream's tokens: seconds since it was asked for
 
 
@@ -37,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 32, 96])
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--answer", type=int, default=128, help="tokens")
+    parser.add_argument("--requests", type=int, default=192, help="of one token, in each round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(arguments)
     recorder = Recorder("gateway", args.results, {"checkpoint": "demonstration"})
@@ -45,12 +55,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """A row for each number of streams."""
+    """Two rows for each number of streams: the gateway's cost, and that of each protocol."""
     settings = {"max_batch_size": max(args.streams), "max_seq_len": args.prompt + args.answer}
-    services = replace(demonstration(), model_settings={**settings, "draft_tokens": 0})
-    with in_background(services, log=lambda _name, _line: None) as address:
+    model_settings = {**settings, "draft_tokens": 0}
+    services = replace(demonstration(), model_settings=model_settings, http_port=None)
+    http: list[str] = []
+
+    def log(_name: str, line: str) -> None:
+        if address := http_address(line):
+            http.append(f"http://{address}")
+
+    with in_background(services, log) as address:
         for streams in args.streams:
             yield asyncio.run(_compare(gateway_process(), address, streams, args))
+            yield asyncio.run(
+                _compare_protocols(gateway_process(), address, http[0], streams, args)
+            )
 
 
 def gateway_process() -> psutil.Process:
@@ -95,6 +115,65 @@ async def _compare(
             **_added("inter_token", *(_gaps(way) for way in (direct, through))),
         },
     )
+
+
+async def _compare_protocols(
+    gateway: psutil.Process, address: str, http_url: str, streams: int, args: argparse.Namespace
+) -> Row:
+    """CPU microseconds of the gateway, for a token more and for a request without its token."""
+    seconds: dict[tuple[str, int], float] = defaultdict(float)  # of all requests of a length
+    counts = {args.answer: streams, 1: max(streams, args.requests)}
+    limits = httpx2.Limits(max_connections=streams)
+    async with (
+        Sender(address) as sender,
+        httpx2.AsyncClient(base_url=http_url, timeout=None, limits=limits) as http,
+    ):
+
+        async def over_grpc(prompts: Prompts, answer: int) -> None:
+            await ask(sender, [text_request(each, answer) for each in prompts])
+
+        async def over_http(prompts: Prompts, answer: int) -> None:
+            await asyncio.gather(*(_read(http, each, answer) for each in prompts))
+
+        for number, (answer, count) in itertools.product(range(args.rounds + 1), counts.items()):
+            prompts = random_prompts(count, args.prompt, VOCABULARY, seed=number)
+            ways = {"grpc": over_grpc, "http": over_http}
+            for protocol in sorted(ways, reverse=bool(number % 2)):
+                before = _cpu_seconds(gateway)
+                for begin in range(0, count, streams):
+                    await ways[protocol](prompts[begin : begin + streams], answer)
+                if number:  # what the first round warmed up is not counted
+                    seconds[protocol, answer] += _cpu_seconds(gateway) - before
+    costs = {
+        (protocol, answer): spent / counts[answer] / args.rounds * 1e6
+        for (protocol, answer), spent in seconds.items()
+    }
+    settings = {"streams": streams, "prompt_tokens": args.prompt, "answer_tokens": args.answer}
+    return Row("protocols", settings, _per_token_and_request(costs, args.answer))
+
+
+def _per_token_and_request(costs: dict[tuple[str, int], float], length: int) -> dict[str, float]:
+    """From the costs of requests by protocol and length of answer: one token, and `length`."""
+    values = {}
+    for protocol in ("grpc", "http"):
+        per_token = (costs[protocol, length] - costs[protocol, 1]) / (length - 1)
+        values[f"{protocol}_cpu_us_per_token"] = per_token
+        values[f"{protocol}_cpu_us_per_request"] = costs[protocol, 1] - per_token
+    for each in ("token", "request"):
+        http, grpc = (values[f"{protocol}_cpu_us_per_{each}"] for protocol in ("http", "grpc"))
+        values[f"ratio_per_{each}"] = http / grpc
+    return values
+
+
+async def _read(http: httpx2.AsyncClient, prompt: Sequence[int], answer: int) -> None:
+    """Reads a stream over HTTP to its end; RuntimeError if it failed."""
+    body = {"prompt": prompt, "max_tokens": answer, "temperature": 0, "ignore_eos": True}
+    last = ""
+    async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        async for line in response.aiter_lines():
+            last = line or last
+    if last != "data: [DONE]":
+        raise RuntimeError(f"{response.status_code}: {last}")
 
 
 def _gaps(streams: Sequence[Arrivals]) -> list[float]:

@@ -1,7 +1,9 @@
 """The HTTP port: clients that cannot be trusted, certificates, keys, and other sites' pages."""
 
 import asyncio
+import gc
 import hashlib
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +14,7 @@ import httpx2
 import pytest
 import trustme
 
+from gateway.http.connection import Connection
 from serving.errors import StartError
 from serving.intake.grpc_options import METADATA_BYTES
 from tests.gateway.conftest import RunningGateway, StartGateway
@@ -88,6 +91,20 @@ async def test_idle_connection_is_closed(start: Any) -> None:
         writer.write(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n")
         await answer(reader)
         assert await reader.read() == b""
+
+
+async def test_small_writes_do_not_wait_for_acknowledgements(start: Any) -> None:
+    gateway = await start()
+    async with connected(gateway) as (reader, writer):
+        writer.write(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n")
+        await answer(reader)
+        host, port = writer.get_extra_info("sockname")
+        [served] = [
+            each.transport.get_extra_info("socket")
+            for each in gc.get_objects()
+            if isinstance(each, Connection) and each.client == (host, port)
+        ]
+        assert served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("headers", [1, 400])
