@@ -102,7 +102,7 @@ async def test_small_writes_do_not_wait_for_acknowledgements(start: Any) -> None
         [served] = [
             each.transport.get_extra_info("socket")
             for each in gc.get_objects()
-            if isinstance(each, Connection) and each.client == (host, port)
+            if type(each) is Connection and each.client == (host, port)
         ]
         assert served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
