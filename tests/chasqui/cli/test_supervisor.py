@@ -180,8 +180,9 @@ def test_a_service_that_dies_ends_the_others(serve: Serve, tmp_path: Path) -> No
 
 
 def test_a_replica_that_dies_is_started_again_and_answers_go_on(
-    serve: Serve, tmp_path: Path
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CHASQUI_FAILOVER_TIMEOUT", "200")
     with serve() as (process, address), Client(address) as client:
         [model] = [
             each
@@ -206,6 +207,7 @@ def test_a_replica_that_dies_is_started_again_and_answers_go_on(
 async def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chasqui.cli.serve.liveness.PERIOD", 0.5)
     monkeypatch.setattr("chasqui.cli.serve.liveness.MAX_UNANSWERED", 1)
+    monkeypatch.setenv("CHASQUI_FAILOVER_TIMEOUT", "200")
     lines: list[str] = []
     others = children()
     services = Supervisor(demonstration(), log=lambda *line: lines.append(" ".join(line)))
