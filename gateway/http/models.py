@@ -4,14 +4,22 @@ import importlib.metadata
 import time
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
+
 from gateway.http.exchange import Exchange
 from gateway.http.openai.errors import error_body
 from gateway.replicas.pool import ReplicaPool
+from gateway.request.options import SAMPLING_DEFAULTS, default_max_gen_len
 from gateway.rpc.pipeline import Pipeline
 from serving.standard_services.health import Health
 
 _DISTRIBUTION = "chasqui-llama"
 _RETRY_SECONDS = 1
+# Sampling fields that have the same name in both APIs.
+_SAME_NAME = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 
 class Models:
@@ -37,7 +45,17 @@ class Models:
             "created": self._created,
             "owned_by": "chasqui",
             "max_model_len": model.context_length,  # vLLM's field
+            "max_choices": self._pipeline.limits().max_choices,
+            "default_sampling": _default_sampling(model.context_length),
+            "special_tags": [*self._pipeline.prompt_format.special_tags],
         }
+
+
+def _default_sampling(context_length: int) -> dict[str, Any]:
+    """The values of absent fields."""
+    defaults = MessageToDict(SAMPLING_DEFAULTS, preserving_proto_field_name=True)
+    same = {name: defaults[name] for name in _SAME_NAME}
+    return {**same, "max_tokens": default_max_gen_len(context_length)}
 
 
 def version() -> str:
