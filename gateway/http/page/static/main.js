@@ -1,7 +1,6 @@
 // The chat page: connects the dialogs, the service and the views.
 
 import { addAnswer, addTurn, newDialog, path, titleOf } from "./dialog/dialog.js";
-import { saveJson, saveMarkdown } from "./dialog/export.js";
 import * as storage from "./dialog/storage.js";
 import { getModel, setApiKey } from "./service/client.js";
 import { described } from "./service/failures.js";
@@ -10,6 +9,7 @@ import { failureBox } from "./view/answers.js";
 import { Composer } from "./view/composer.js";
 import { DialogList } from "./view/dialog_list.js";
 import { announce, byId, copy, keepingFocus, notify, oncePerFrame } from "./view/dom.js";
+import { ExportMenu } from "./view/export_menu.js";
 import { askForKey, confirmed, showHelp } from "./view/modals.js";
 import { onShortcuts } from "./view/shortcuts.js";
 import { SettingsPanel } from "./view/settings.js";
@@ -58,6 +58,8 @@ const composer = new Composer({
   },
 });
 
+const exportMenu = new ExportMenu(() => current);
+
 /** Adds a message behind `owner`, and has it answered. */
 function ask(owner, text) {
   if (generation) return;
@@ -85,17 +87,23 @@ async function generate(turn) {
     saved = Date.now();
     keep(dialog);
   });
-  composer.setRunning(true);
+  setRunning(true);
   dialog.updated = Date.now();
+  dialogs.sort((a, b) => b.updated - a.updated);
   show(dialog);
   sides.scrollToEnd();
   announce("Answering");
   await generation.run();
   generation = null;
-  composer.setRunning(false);
+  setRunning(false);
   keep(dialog);
   announce(outcome(answer));
   if (answer.failure) onFailure(answer.failure, () => current === dialog && generate(turn));
+}
+
+function setRunning(isRunning) {
+  composer.setRunning(isRunning);
+  transcript.setBusy(isRunning);
 }
 
 function outcome(answer) {
@@ -150,7 +158,7 @@ function show(dialog) {
   current = dialog;
   document.title = `${titleOf(dialog)} · Chasqui`;
   byId("title").textContent = titleOf(dialog);
-  byId("export").hidden = !dialog.turns.length;
+  exportMenu.setShown(dialog.turns.length > 0);
   settings.show(dialog);
   transcript.show(dialog, model);
   dialogList.show(dialogs, dialog);
@@ -197,20 +205,11 @@ onShortcuts({
   "settings": () => sides.toggle("settings"),
   "message": () => composer.focus(),
   "help": showHelp,
-  "escape": () => sides.closeTop() || generation?.stop(),
+  "escape": () => exportMenu.close() || sides.closeTop() || generation?.stop(),
 });
+byId("base-url").textContent = new URL("v1", location.href).href;
 byId("new").onclick = begin;
 byId("help").onclick = showHelp;
-for (const [id, save] of [
-  ["export-json", saveJson],
-  ["export-markdown", saveMarkdown],
-]) {
-  byId(id).onclick = () => {
-    save(current);
-    byId("export").open = false;
-    byId("export").firstElementChild.focus();
-  };
-}
 
 if (!(await storage.open())) notify("This browser keeps no data here: the dialogs end with the page.");
 dialogs = await storage.all();

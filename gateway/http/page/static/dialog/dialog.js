@@ -14,8 +14,9 @@ export function addTurn(owner, text) {
   return turn;
 }
 
-/** Adds an empty answer of `n` choices to a turn and selects it. */
+/** Adds an answer of `n` empty choices to a turn and selects it, in place of those without a text. */
 export function addAnswer(turn, n) {
+  turn.answers = turn.answers.filter(({ choices, turns }) => turns.length || choices.some(({ text }) => text));
   const answer = {
     state: "running", // then done, stopped or failed
     choices: Array.from({ length: n }, () => ({ text: "", tokens: [], finish: null })),

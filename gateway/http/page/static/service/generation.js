@@ -14,6 +14,8 @@ const NUMBERS = [
   "presence_penalty",
   "frequency_penalty",
 ];
+// Tokens beside each token of the token view.
+export const DEFAULT_ALTERNATIVES = 5;
 // Above this share of the context, the oldest turns are left out, so that the answer has room.
 const MAX_PROMPT_SHARE = 0.75;
 
@@ -106,7 +108,7 @@ export class Generation {
     if (stop.length) body.stop = stop;
     if (settings.logprobs) {
       body.logprobs = true;
-      body.top_logprobs = Number(settings.top_logprobs || 5);
+      body.top_logprobs = Number(settings.top_logprobs || DEFAULT_ALTERNATIVES);
     }
     const json = JSON.stringify(body);
     // A seed has 64 bits, more than a number here can hold, so it is put in as text.

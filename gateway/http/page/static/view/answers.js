@@ -67,11 +67,13 @@ export class AnswersView {
       "div",
       { class: "choice-head" },
       element("span", {}, `Answer ${index + 1}`),
-      button(isChosen ? "Continued" : "Continue this one", () => this._actions.choose(index), {
+      button(isChosen ? "Chosen" : "Choose", () => this._actions.choose(index), {
         key: `${this._key}-choose-${index}`,
         "aria-pressed": String(isChosen),
-        "aria-label": `Continue with answer ${index + 1}`,
+        "aria-label": isChosen ? `Chosen: answer ${index + 1}` : `Choose answer ${index + 1}`,
         class: "quiet",
+        title: "The conversation continues from the chosen answer",
+        "data-idle": true,
       }),
     );
   }
@@ -79,7 +81,9 @@ export class AnswersView {
   _actionButtons() {
     const answer = this._answer;
     const quiet = (name) => ({ class: "quiet", key: `${this._key}-${name}` });
-    const buttons = [button("Regenerate", this._actions.regenerate, quiet("regenerate"))];
+    const buttons = [
+      button("Regenerate", this._actions.regenerate, { ...quiet("regenerate"), "data-idle": true }),
+    ];
     if (chosenText(answer)) {
       buttons.unshift(button("Copy", () => copy(chosenText(answer)), quiet("copy-answer")));
     }

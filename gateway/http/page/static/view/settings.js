@@ -1,19 +1,25 @@
 // The panel with the system prompt and the sampling, which belong to a dialog.
 
+import { DEFAULT_ALTERNATIVES } from "../service/generation.js";
 import { byId, element } from "./dom.js";
 
 // Each field: its name in the API, its label, the attributes of its input, and what it does.
-const NUMBERS = [
-  ["temperature", "Temperature", { min: 0, max: 100, step: 0.1 }, "0 always takes the most probable token"],
-  ["top_p", "Top p", { min: 0, max: 1, step: 0.05 }, "keeps the most probable tokens up to this sum"],
+const ANSWERS = [
+  ["n", "Number", { min: 1, step: 1 }, "side by side"],
+  ["max_tokens", "Most tokens", { min: 0, step: 1 }, "of each answer"],
+  ["seed", "Seed", { text: true }, "a whole number, to get the same answer again"],
+  ["top_logprobs", "Alternatives", { min: 0, max: 20, step: 1 }, "of each token, in the token view"],
+];
+const SAMPLING = [
+  ["temperature", "Temperature", { min: 0, max: 100, step: 0.1 }, "0: always the most probable token"],
+  ["top_p", "Top p", { min: 0, max: 1, step: 0.05 }, "keeps the most probable tokens, up to this sum"],
   ["top_k", "Top k", { min: 1, step: 1 }, "keeps so many of the most probable tokens"],
-  ["min_p", "Min p", { min: 0, max: 1, step: 0.01 }, "drops tokens below this share of the most probable one"],
-  ["max_tokens", "Most tokens", { min: 0, step: 1 }, "of an answer"],
-  ["seed", "Seed", { text: true }, "a whole number; the same one gives the same answer"],
-  ["n", "Answers", { min: 1, step: 1 }, "side by side"],
-  ["presence_penalty", "Presence penalty", { min: -2, max: 2, step: 0.1 }, "for tokens that the answer has"],
-  ["frequency_penalty", "Frequency penalty", { min: -2, max: 2, step: 0.1 }, "for each time that it has them"],
-  ["repetition_penalty", "Repetition penalty", { min: 0.1, max: 10, step: 0.05 }, "for tokens of prompt and answer"],
+  ["min_p", "Min p", { min: 0, max: 1, step: 0.01 }, "drops what is below this share of the most probable"],
+];
+const PENALTIES = [
+  ["presence_penalty", "Presence", { min: -2, max: 2, step: 0.1 }, "for tokens in the answer"],
+  ["frequency_penalty", "Frequency", { min: -2, max: 2, step: 0.1 }, "for each time in the answer"],
+  ["repetition_penalty", "Repetition", { min: 0.1, max: 10, step: 0.05 }, "for tokens in prompt and answer"],
 ];
 
 export class SettingsPanel {
@@ -22,16 +28,23 @@ export class SettingsPanel {
     this._settings = {};
     this._fields = new Map();
     this._onChange = onChange;
-    const add = (name, label, input, help) => this._add(name, label, input, help);
+    const area = (rows) => element("textarea", { rows });
+    const numbers = (fields) =>
+      fields.map(([name, label, attributes, help]) => this._add(name, label, numberInput(attributes), help));
     byId("settings-fields").append(
-      add("system", "System prompt", element("textarea", { rows: 4 }), "tells the model how to answer"),
-      element("div", { class: "pairs" }, ...NUMBERS.map(([name, label, attributes, help]) =>
-        add(name, label, numberInput(attributes), help))),
-      add("stop", "Stop at", element("textarea", { rows: 2 }), "texts at which an answer ends, one a line"),
-      add("logprobs", "Show token probabilities", element("input", { type: "checkbox" }), "of the next answers"),
-      add("top_logprobs", "Alternatives", numberInput({ min: 0, max: 20, step: 1 }), "of each token"),
+      this._add("system", "System prompt", area(4), "tells the model how to answer"),
+      this._add(
+        "logprobs",
+        "Show token probabilities",
+        element("input", { type: "checkbox" }),
+        "of the next answers",
+      ),
+      group("Answers", numbers(ANSWERS)),
+      group("Sampling", numbers(SAMPLING)),
+      group("Penalties", numbers(PENALTIES)),
+      this._add("stop", "Stop at", area(2), "texts at which an answer ends, one a line"),
     );
-    this._fields.get("top_logprobs").placeholder = "5";
+    this._fields.get("top_logprobs").placeholder = DEFAULT_ALTERNATIVES;
   }
 
   /** Shows a dialog's settings. */
@@ -85,4 +98,8 @@ export class SettingsPanel {
 function numberInput({ text, ...attributes }) {
   if (text) return element("input", { type: "text", inputmode: "numeric", autocomplete: "off" });
   return element("input", { type: "number", inputmode: "decimal", ...attributes });
+}
+
+function group(title, fields) {
+  return element("fieldset", {}, element("legend", {}, title), ...fields);
 }

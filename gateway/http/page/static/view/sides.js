@@ -9,6 +9,7 @@ const END_PIXELS = 120;
 
 export class Sides {
   constructor() {
+    this._focused = null; // what has the focus again when the panel is closed
     for (const name of NAMES) {
       byId(`toggle-${name}`).onclick = () => this.toggle(name);
       byId(`close-${name}`).onclick = () => this._set(name, false);
@@ -52,6 +53,14 @@ export class Sides {
     byId(name).hidden = !isOpen;
     byId(`toggle-${name}`).setAttribute("aria-expanded", String(isOpen));
     byId("shade").hidden = !NARROW.matches || NAMES.every((each) => byId(each).hidden);
-    if (movesFocus) (isOpen ? byId(name).querySelector("h2") : byId(`toggle-${name}`)).focus();
+    if (!movesFocus) return;
+    if (isOpen) {
+      this._focused = document.activeElement;
+      byId(name).querySelector("h2").focus();
+    } else if (this._focused?.isConnected && this._focused !== document.body) {
+      this._focused.focus();
+    } else {
+      byId(`toggle-${name}`).focus();
+    }
   }
 }

@@ -40,6 +40,7 @@ export class TokenView {
     const { tokens } = this._choice;
     for (; this._shown < tokens.length; this._shown += 1) {
       const token = tokens[this._shown];
+      const { space, text } = shownParts(token);
       const made = element(
         "span",
         {
@@ -51,9 +52,9 @@ export class TokenView {
           "aria-describedby": "token-details",
           "data-index": this._shown,
         },
-        visible(token),
+        text,
       );
-      this.element.append(made);
+      this.element.append(space, made);
     }
   }
 
@@ -80,6 +81,7 @@ export class TokenView {
 }
 
 let hiding = 0;
+document.addEventListener("scroll", () => hideDetails(), { passive: true });
 
 function showDetails(span, token) {
   clearTimeout(hiding);
@@ -144,6 +146,13 @@ function percent(token) {
 function visible({ token, bytes }) {
   if (token.includes("\ufffd")) return bytes.map((byte) => `‹${byte.toString(16)}›`).join("");
   return token.replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t") || "∅";
+}
+
+/** The space in front of a word, which gets no colour, and the rest of the token. */
+function shownParts(token) {
+  const text = visible(token);
+  const word = text.trimStart();
+  return word ? { space: text.slice(0, -word.length), text: word } : { space: "", text };
 }
 
 function spoken(token) {

@@ -3,6 +3,7 @@
 import { continues, path } from "../dialog/dialog.js";
 import { AnswersView } from "./answers.js";
 import { button, byId, copy, element, keepingFocus } from "./dom.js";
+import { hideDetails } from "./tokens.js";
 
 export class Transcript {
   /** `actions`: edit, regenerate, select, choose; each gets the turn first. */
@@ -14,6 +15,14 @@ export class Transcript {
     this._views = new Map();
     this._asText = new WeakSet(); // answers whose tokens are not shown
     this._editing = null;
+    this._isBusy = false;
+  }
+
+  /** While an answer is made, nothing else can be asked or chosen. */
+  setBusy(isBusy) {
+    this._isBusy = isBusy;
+    if (isBusy) this._editing = null;
+    for (const each of this._root.querySelectorAll("[data-idle]")) each.disabled = isBusy;
   }
 
   show(dialog, model) {
@@ -28,7 +37,7 @@ export class Transcript {
     const view = this._views.get(answer);
     const needsTokens = answer.choices.some(({ tokens }) => tokens.length);
     // The first token decides how the answer is shown.
-    if (needsTokens && view && !view.hadTokens) this._draw();
+    if (needsTokens && view && !view.hadTokens) keepingFocus(() => this._draw());
     else view?.update();
   }
 
@@ -46,6 +55,7 @@ export class Transcript {
   }
 
   _draw() {
+    hideDetails();
     this._views.clear();
     const steps = path(this._dialog);
     byId("welcome").hidden = steps.length > 0;
@@ -54,6 +64,7 @@ export class Transcript {
       ...(system && steps.length ? [systemPrompt(system)] : []),
       ...steps.flatMap((step, index) => this._turn(step, index)),
     );
+    if (this._isBusy) this.setBusy(true);
   }
 
   _turn({ owner, turn, answer }, index) {
@@ -86,7 +97,11 @@ export class Transcript {
       "div",
       { class: "actions" },
       pages,
-      button("Edit", () => this.edit(turn), { ...quiet("edit"), "aria-label": "Edit this message" }),
+      button("Edit", () => this.edit(turn), {
+        ...quiet("edit"),
+        "aria-label": "Edit this message",
+        "data-idle": true,
+      }),
       button("Copy", () => copy(turn.text), { ...quiet("copy"), "aria-label": "Copy this message" }),
     );
     const message = element("p", {}, turn.text);
@@ -125,13 +140,16 @@ export class Transcript {
 /** Goes through the versions of a message or an answer; null if there is one. */
 function pager(name, key, versions, holder, select) {
   if (versions.length < 2) return null;
-  const go = (step, label, text) =>
-    button(text, () => select(holder, holder.selected + step), {
+  const go = (step, label, text) => {
+    const isThere = Boolean(versions[holder.selected + step]);
+    return button(text, () => select(holder, holder.selected + step), {
       key: `${key}-page${step}`,
       class: "quiet",
       "aria-label": `${label} ${name}`,
-      disabled: !versions[holder.selected + step],
+      disabled: !isThere,
+      "data-idle": isThere,
     });
+  };
   const place = element("span", { class: "place" }, `${holder.selected + 1} / ${versions.length}`);
   const parts = [go(-1, "Earlier", "‹"), place, go(1, "Later", "›")];
   return element("span", { class: "pager", role: "group", "aria-label": `Versions of the ${name}` }, ...parts);
