@@ -11,15 +11,13 @@ from gateway.http.openai.errors import error_body
 from gateway.replicas.pool import ReplicaPool
 from gateway.request.options import SAMPLING_DEFAULTS, default_max_gen_len
 from gateway.rpc.pipeline import Pipeline
+from llama.v1.sampling_pb2 import SamplingParams
 from serving.standard_services.health import Health
 
 _DISTRIBUTION = "chasqui-llama"
 _RETRY_SECONDS = 1
-# Sampling fields that have the same name in both APIs.
-_SAME_NAME = (
-    *("temperature", "top_p", "min_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-)
+# The fields of gRPC's sampling that OpenAI's API and vLLM name otherwise.
+_OTHER_NAMES = {"max_gen_len": "max_tokens", "min_gen_len": "min_tokens"}
 
 
 class Models:
@@ -53,9 +51,10 @@ class Models:
 
 def _default_sampling(context_length: int) -> dict[str, Any]:
     """The values of absent fields."""
-    defaults = MessageToDict(SAMPLING_DEFAULTS, preserving_proto_field_name=True)
-    same = {name: defaults[name] for name in _SAME_NAME}
-    return {**same, "max_tokens": default_max_gen_len(context_length)}
+    defaults = SamplingParams(max_gen_len=default_max_gen_len(context_length))
+    defaults.MergeFrom(SAMPLING_DEFAULTS)
+    fields = MessageToDict(defaults, preserving_proto_field_name=True)
+    return {_OTHER_NAMES.get(name, name): value for name, value in fields.items()}
 
 
 def version() -> str:

@@ -230,6 +230,19 @@ async def test_several_answers_on_a_phone_and_one_is_continued(
         assert text in await writer.answer("Well")
 
 
+async def test_oldest_turns_are_left_out_of_a_long_dialog(
+    gateway: RunningGateway, writer: Writer
+) -> None:
+    async with opened(gateway.http_url) as it:
+        await it.ask(f"First {'word ' * 30}")
+        assert "First" in await writer.answer("Good day")
+        # Too long for the context, which the page learns when the service refuses it.
+        await it.ask(f"Second {'word ' * 45}")
+        prompt = await writer.answer("Well")
+        assert ("First" in prompt, "Second" in prompt) == (False, True)
+        await it.shows("The oldest turn was left out")
+
+
 async def test_dialogs_are_renamed_exported_and_deleted(
     gateway: RunningGateway, writer: Writer
 ) -> None:

@@ -107,16 +107,6 @@ class TextCompletion(_Head):
     usage: Usage | None = None
 
 
-class DefaultSampling(_Answer):
-    temperature: float
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    max_tokens: Annotated[int, Field(description="of an answer to a dialog")]
-
-
 class Model(_Answer):
     id: str
     object: Literal["model"]
@@ -124,7 +114,9 @@ class Model(_Answer):
     owned_by: str
     max_model_len: Annotated[int, Field(description="tokens of a prompt and its answer together")]
     max_choices: Annotated[int, Field(description="answers to one dialog or prompt, the field n")]
-    default_sampling: Annotated[DefaultSampling, Field(description="the values of absent fields")]
+    default_sampling: Annotated[
+        dict[str, float | bool], Field(description="the values of absent sampling fields")
+    ]
     special_tags: Annotated[
         list[str],
         Field(description="a dialog with one of these texts in a message is refused"),

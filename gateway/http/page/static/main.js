@@ -113,8 +113,12 @@ function outcome(answer) {
 }
 
 async function onFailure(failure, again) {
-  if (failure.status === 401 && (await connect(failure.detail))) again();
-  else if (settings.mark(failure.param)) sides.open("settings");
+  if (failure.status === 401) {
+    if (await connect(failure.detail)) again();
+    return;
+  }
+  const field = settings.mark(failure.param);
+  if (field && sides.openBeside("settings")) field.focus();
 }
 
 /** Gets the model. Without a key that the service knows it asks for one first: false if none came. */

@@ -24,7 +24,6 @@ export function addAnswer(turn, n) {
     usage: null,
     timing: { started: Date.now(), first: null, rate: null, total: null },
     dropped: 0, // oldest turns that were not sent
-    characters: 0, // of the messages that were sent
     failure: null,
     model: null,
     turns: [],

@@ -18,6 +18,8 @@ const NUMBERS = [
 export const DEFAULT_ALTERNATIVES = 5;
 // Above this share of the context, the oldest turns are left out, so that the answer has room.
 const MAX_PROMPT_SHARE = 0.75;
+// An estimate for texts whose tokens are not known; where it is wrong, the service refuses the prompt.
+const CHARACTERS_PER_TOKEN = 4;
 
 export class Generation {
   /** Fills `answer`, the one of `turn` in `dialog`; calls `onProgress` after each change. */
@@ -55,7 +57,6 @@ export class Generation {
   /** Sends the request; false if it has to be sent again with fewer turns. */
   async _attempt() {
     const sent = this._messages();
-    this.answer.characters = length(sent);
     this._begun = performance.now();
     try {
       for await (const chunk of streamChat(this._body(sent), this._aborter.signal)) {
@@ -80,15 +81,20 @@ export class Generation {
     return sent.filter(({ role }) => role === "user").length > 1;
   }
 
-  /** Leaves out the oldest turns of a prompt that is too long, by the lengths of the last one. */
+  /** Leaves out the oldest turns of a prompt that would be too long, as far as lengths are known. */
   _dropTurns() {
     const earlier = path(this.dialog).filter(({ answer }) => answer?.usage).at(-1)?.answer;
     if (!earlier || !this._model) return;
-    const tokensPerCharacter = earlier.usage.prompt_tokens / earlier.characters;
-    const most = (MAX_PROMPT_SHARE * this._model.max_model_len) / tokensPerCharacter;
-    for (let sent = this._messages(); length(sent) > most && this._canDrop(sent); ) {
+    const { usage, choices, dropped } = earlier;
+    this.answer.dropped = dropped;
+    let sent = this._messages();
+    let tokens = usage.prompt_tokens + usage.completion_tokens / choices.length;
+    tokens += this.turn.text.length / CHARACTERS_PER_TOKEN;
+    while (tokens > MAX_PROMPT_SHARE * this._model.max_model_len && this._canDrop(sent)) {
       this.answer.dropped += 1;
-      sent = this._messages();
+      const rest = this._messages();
+      tokens -= (length(sent) - length(rest)) / CHARACTERS_PER_TOKEN;
+      sent = rest;
     }
   }
 

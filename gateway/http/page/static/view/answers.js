@@ -81,19 +81,18 @@ export class AnswersView {
   _actionButtons() {
     const answer = this._answer;
     const quiet = (name) => ({ class: "quiet", key: `${this._key}-${name}` });
-    const buttons = [
-      button("Regenerate", this._actions.regenerate, { ...quiet("regenerate"), "data-idle": true }),
-    ];
+    const buttons = [];
     if (chosenText(answer)) {
-      buttons.unshift(button("Copy", () => copy(chosenText(answer)), quiet("copy-answer")));
+      buttons.push(button("Copy", () => copy(chosenText(answer)), quiet("copy-answer")));
+    }
+    // A failure has a button of its own to try again.
+    if (answer.state !== "failed") {
+      const options = { ...quiet("regenerate"), "data-idle": true };
+      buttons.push(button("Regenerate", this._actions.regenerate, options));
     }
     if (answer.choices.some(({ tokens }) => tokens.length)) {
-      buttons.push(
-        button("Tokens", this._actions.showTokens, {
-          ...quiet("tokens"),
-          "aria-pressed": String(this._showsTokens),
-        }),
-      );
+      const options = { ...quiet("tokens"), "aria-pressed": String(this._showsTokens) };
+      buttons.push(button("Tokens", this._actions.showTokens, options));
     }
     return buttons;
   }
@@ -111,7 +110,7 @@ export class AnswersView {
     choices.forEach(({ finish }, index) => {
       const which = choices.length > 1 ? `Answer ${index + 1}` : "The answer";
       if (finish === "length") {
-        notes.push(`${which} was cut off: ${isFull ? "the context is full" : "it reached its most tokens"}.`);
+        notes.push(`${which} was cut off: ${isFull ? "the context is full" : "it has the most tokens that it may have"}.`);
       }
       if (finish === "content_filter") {
         notes.push(`${which} was prevented by a rule of the service. The model is not told of this turn later.`);

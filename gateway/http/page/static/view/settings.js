@@ -68,11 +68,11 @@ export class SettingsPanel {
     this._fields.get("max_tokens").max = model.max_model_len;
   }
 
-  /** Marks the field that the service refused; false if it is none of these. */
+  /** Marks the field that the service refused, and returns it; null if it is none of these. */
   mark(name) {
-    const input = this._fields.get(name?.split("[")[0]);
+    const input = this._fields.get(name?.split("[")[0]) ?? null;
     input?.setAttribute("aria-invalid", "true");
-    return Boolean(input);
+    return input;
   }
 
   _add(name, label, input, help) {

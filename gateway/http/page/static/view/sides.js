@@ -21,8 +21,10 @@ export class Sides {
     byId("shade").onclick = () => this.closeTop();
   }
 
-  open(name) {
-    if (byId(name).hidden) this._set(name, true);
+  /** Opens a panel where it has room beside the conversation; false if it has none. */
+  openBeside(name) {
+    if (!NARROW.matches && byId(name).hidden) this._set(name, true);
+    return !NARROW.matches;
   }
 
   toggle(name) {
@@ -52,7 +54,9 @@ export class Sides {
   _set(name, isOpen, { movesFocus = true } = {}) {
     byId(name).hidden = !isOpen;
     byId(`toggle-${name}`).setAttribute("aria-expanded", String(isOpen));
-    byId("shade").hidden = !NARROW.matches || NAMES.every((each) => byId(each).hidden);
+    const isOver = NARROW.matches && NAMES.some((each) => !byId(each).hidden);
+    byId("shade").hidden = !isOver;
+    byId("middle").inert = isOver;
     if (!movesFocus) return;
     if (isOpen) {
       this._focused = document.activeElement;
