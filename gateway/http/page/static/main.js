@@ -73,7 +73,7 @@ function ask(owner, text) {
 async function generate(turn) {
   if (generation) return;
   const dialog = current;
-  const answer = addAnswer(turn, Math.max(1, Number(dialog.settings.n) || 1));
+  const answer = addAnswer(turn, choices(dialog));
   const draw = oncePerFrame(() => {
     if (current !== dialog) return;
     const isAtEnd = sides.isAtEnd();
@@ -91,6 +91,7 @@ async function generate(turn) {
   dialog.updated = Date.now();
   dialogs.sort((a, b) => b.updated - a.updated);
   show(dialog);
+  keep(dialog);
   sides.scrollToEnd();
   announce("Answering");
   await generation.run();
@@ -99,6 +100,12 @@ async function generate(turn) {
   keep(dialog);
   announce(outcome(answer));
   if (answer.failure) onFailure(answer.failure, () => current === dialog && generate(turn));
+}
+
+/** How many answers to expect; the service refuses other numbers. */
+function choices(dialog) {
+  const most = model?.max_choices ?? 64;
+  return Math.min(Math.max(1, Math.floor(Number(dialog.settings.n) || 1)), most);
 }
 
 function setRunning(isRunning) {
@@ -129,6 +136,7 @@ async function connect(reason = null) {
     setApiKey(key);
   }
   byId("banner").replaceChildren();
+  clearTimeout(onUnavailable.timer);
   try {
     model = await getModel();
   } catch (error) {
@@ -145,7 +153,6 @@ function onUnavailable(failure) {
   byId("banner").replaceChildren(failureBox(failure, () => connect(), "connect"));
   if (failure.status === 503 || failure.status === undefined) {
     const wait = failure.retryAt ? failure.retryAt - Date.now() : 0;
-    clearTimeout(onUnavailable.timer);
     onUnavailable.timer = setTimeout(connect, Math.max(wait, 1000 * RETRY_SECONDS));
   }
   return false;
@@ -215,8 +222,11 @@ byId("base-url").textContent = new URL("v1", location.href).href;
 byId("new").onclick = begin;
 byId("help").onclick = showHelp;
 
-if (!(await storage.open())) notify("This browser keeps no data here: the dialogs end with the page.");
-dialogs = await storage.all();
+addEventListener("pagehide", () => generation && keep(generation.dialog));
+
+const kept = await storage.load();
+if (kept === null) notify("This browser keeps no data here: the dialogs end with the page.");
+dialogs = kept ?? [];
 for (const dialog of dialogs) interrupted(dialog);
 keepingFocus(() => show(dialogs[0] ?? current));
 composer.focus();

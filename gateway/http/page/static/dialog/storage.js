@@ -5,23 +5,17 @@ const STORE = "dialogs";
 
 let database = null;
 
-/** Opens the database; false if the browser allows none, and the dialogs live as long as the page. */
-export async function open() {
+/** All dialogs, the latest first; null if the browser keeps none, and they end with the page. */
+export async function load() {
   try {
     const opening = indexedDB.open(NAME, 1);
     opening.onupgradeneeded = () => opening.result.createObjectStore(STORE, { keyPath: "id" });
     database = await result(opening);
-    return true;
+    const found = await result(store("readonly").getAll());
+    return found.sort((a, b) => b.updated - a.updated);
   } catch {
-    return false;
+    return null;
   }
-}
-
-/** All dialogs, the latest first. */
-export async function all() {
-  if (!database) return [];
-  const found = await result(store("readonly").getAll());
-  return found.sort((a, b) => b.updated - a.updated);
 }
 
 export async function save(dialog) {

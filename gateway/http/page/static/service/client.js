@@ -1,6 +1,6 @@
 // The service: OpenAI's API on the server that this page came from.
 
-import { BrokenStreamError, ServiceError } from "./failures.js";
+import { BrokenStreamError, ServiceError, UnreachableError } from "./failures.js";
 
 // In the memory of the page alone: a reload forgets it.
 let apiKey = "";
@@ -35,7 +35,7 @@ export async function* streamChat(body, signal) {
 async function request(path, options = {}) {
   const headers = { ...options.headers };
   if (apiKey) headers.Authorization = `Bearer ${apiKey}`;
-  const response = await fetch(path, { ...options, headers, cache: "no-store" });
+  const response = await reached(fetch(path, { ...options, headers, cache: "no-store" }));
   if (response.ok) return response;
   let problem = null;
   try {
@@ -50,6 +50,15 @@ async function request(path, options = {}) {
     Number.isFinite(retryAfter) ? retryAfter : null,
     response.headers.get("x-request-id"),
   );
+}
+
+/** The response that comes; a browser's TypeError says that none did. */
+async function reached(response) {
+  try {
+    return await response;
+  } catch (error) {
+    throw error instanceof TypeError ? new UnreachableError() : error;
+  }
 }
 
 /** The data of each event of a stream; comments are left out. */
@@ -67,7 +76,7 @@ async function* serverSentEvents(body) {
       }
     }
   } catch (error) {
-    // A read fails with a TypeError, as a request does that never reached the service.
+    // As with requests: a browser's TypeError says that the connection broke.
     throw error instanceof TypeError ? new BrokenStreamError() : error;
   } finally {
     reader.cancel().catch(() => {});

@@ -25,6 +25,9 @@ export class ServiceError extends Error {
   }
 }
 
+/** No connection to the service could be made. */
+export class UnreachableError extends Error {}
+
 /** The connection ended before the answer did. */
 export class BrokenStreamError extends Error {}
 
@@ -43,7 +46,7 @@ export function described(error) {
   if (error instanceof BrokenStreamError) {
     return { title: "The connection broke before the answer was complete.", detail: "" };
   }
-  if (error instanceof TypeError) {
+  if (error instanceof UnreachableError) {
     return {
       title: "The service cannot be reached.",
       detail: `Check that it still runs at ${location.origin}.`,

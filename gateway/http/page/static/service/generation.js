@@ -5,6 +5,7 @@ import { streamChat } from "./client.js";
 import { described, ServiceError } from "./failures.js";
 
 const NUMBERS = [
+  "n",
   "temperature",
   "top_p",
   "top_k",
@@ -109,7 +110,6 @@ export class Generation {
     for (const name of NUMBERS) {
       if (settings[name]) body[name] = Number(settings[name]);
     }
-    if (this.answer.choices.length > 1) body.n = this.answer.choices.length;
     const stop = (settings.stop ?? "").split("\n").filter(Boolean);
     if (stop.length) body.stop = stop;
     if (settings.logprobs) {

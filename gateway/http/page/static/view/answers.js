@@ -56,7 +56,7 @@ export class AnswersView {
       tokens?.update();
       if (tokens || shown === choice.text) return;
       shown = choice.text;
-      prose.replaceChildren(...blocks(choice.text));
+      replaceChanged(prose, blocks(choice.text));
     };
     return { box, tokens, update };
   }
@@ -162,6 +162,16 @@ function blocks(text) {
   }
   addProse(text.slice(end));
   return found;
+}
+
+/** Replaces the children that differ alone, so that a selection in the others stays. */
+function replaceChanged(parent, children) {
+  children.forEach((child, index) => {
+    const shown = parent.children[index];
+    if (!shown) parent.append(child);
+    else if (!shown.isEqualNode(child)) shown.replaceWith(child);
+  });
+  while (parent.children.length > children.length) parent.lastElementChild.remove();
 }
 
 /** Usage and timings in one line. */

@@ -17,7 +17,7 @@ const CODES = {
 /** Calls the action of a shortcut; `actions` has one for each name. */
 export function onShortcuts(actions) {
   document.addEventListener("keydown", (event) => {
-    if (document.querySelector("dialog[open]")) return; // it closes by Escape itself
+    if (event.isComposing || document.querySelector("dialog[open]")) return; // Escape is theirs
     if (event.key === "Escape") {
       actions.escape();
       return;
