@@ -114,7 +114,7 @@ function setRunning(isRunning) {
 }
 
 function outcome(answer) {
-  if (answer.failure) return `${answer.failure.title} ${answer.failure.detail}`;
+  if (answer.failure) return ""; // an alert tells it
   const text = answer.choices.map((choice) => choice.text).join("\n");
   return answer.state === "stopped" ? `Stopped. ${text}` : text;
 }
