@@ -22,6 +22,7 @@ from gateway.http.openai.errors import error_body
 from gateway.http.openai.fields import ChatCompletionBody, TextCompletionBody
 from gateway.http.openai.read_body import reader
 from gateway.http.openai.requests import IDEMPOTENCY_KEY, LAST_EVENT_ID
+from gateway.http.page.files import page_routes
 from llama.v1 import chat_pb2
 from serving.intake.grpc_options import METADATA_BYTES
 from serving.telemetry import request_id
@@ -70,6 +71,7 @@ def application(api: Api, door: Door, origins: Sequence[str]) -> ASGIApp:
         get("/version", "version", "GetModel", answer_version),
         get("/health", "health", None, partial(answer_health, door.intake.health)),
         get("/openapi.json", "openapi", None, partial(_answer, openapi_document(version()))),
+        *page_routes(),
     ]
     middleware = [Middleware(_Bounds)]
     if origins:

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -300,6 +301,8 @@ def test_gateway_that_asks_for_keys_serves_those_who_have_one(
     with serve() as (process, address):
         with Client(address, api_key=key) as client:
             assert client.get_model().name == "gqa-mp1"
+        page = process.stdout.readline().removeprefix("Chat page: ").partition(". ")[0]
+        assert b"<title>Chasqui</title>" in urlopen(page).read()
         process.terminate()
         process.communicate()
 
