@@ -49,7 +49,7 @@ SHAPES = {
     for name, config in {
         # For the tests.
         "tiny": ModelConfig(
-            dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32
+            dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=64
         ),
         # The largest of llama2.c's models.
         "110M": ModelConfig(dim=768, n_layers=12, n_heads=12, vocab_size=32000),

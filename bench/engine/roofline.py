@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 from bench.shapes import Shape
 from model_service.loading.precision import DTYPES
 
-# Bytes of one weight of a linear layer. 4-bit codes come in groups of 32 with a scale and a zero in
+# Bytes of one weight of a linear layer. 4-bit codes come in groups of 64 with a scale and a zero in
 # bfloat16 each; the scales of 8-bit ones, one per output, are left out.
 WEIGHT_BYTES = {
     "float32": 4.0,
@@ -24,7 +24,7 @@ WEIGHT_BYTES = {
     "float16": 2.0,
     "int8": 1.0,
     "fp8": 1.0,
-    "int4": 0.5 + 2 * 2 / 32,
+    "int4": 0.5 + 2 * 2 / 64,
 }
 # The numbers in which a product with quantized weights is computed, where they are not those of the
 # activations: CUDA widens codes of 8 and 4 bits on their way and narrows activations for fp8; the

@@ -26,6 +26,7 @@ from gateway.http.openai.read_body import reader
 from gateway.http.openai.requests import IDEMPOTENCY_KEY, LAST_EVENT_ID
 from gateway.http.openai.scoring import ScoreBody
 from gateway.http.openai.tokenizing import DetokenizeBody, TokenizeBody
+from gateway.http.page.files import page_routes
 from gateway.http.rate_limits import HEADERS
 from llama.v1 import chat_pb2
 from serving.intake.grpc_options import METADATA_BYTES
@@ -81,6 +82,7 @@ def application(api: Api, door: Door, origins: Sequence[str]) -> ASGIApp:
         get("/version", "version", "GetModel", answer_version),
         get("/health", "health", None, partial(answer_health, door.intake.health)),
         get("/openapi.json", "openapi", None, partial(_answer, openapi_document(version()))),
+        *page_routes(),
     ]
     middleware = [Middleware(_Bounds)]
     if origins:

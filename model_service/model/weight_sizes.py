@@ -5,7 +5,7 @@ import importlib.util
 from model_service.model.config import Quantization
 from model_service.model.cpu.module import MODULE
 
-GROUP_SIZE = 32  # neighbours in a row whose 4-bit codes share one scale
+GROUP_SIZE = 64  # neighbours in a row whose 4-bit codes share one scale
 
 
 def weight_bytes(quantization: Quantization, itemsize: int, device_type: str) -> float:

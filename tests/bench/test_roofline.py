@@ -47,7 +47,7 @@ def test_formats_read_fewer_bytes_and_only_fp8_multiplies_faster() -> None:
     weights = LAYERS + OUTPUT
     networks = {name: network("7B", precision=name) for name in ("int8", "int4", "fp8")}
     read = {name: each.weight_bytes() for name, each in networks.items()}
-    assert read == {"int8": weights, "int4": weights * 0.625, "fp8": weights}
+    assert read == {"int8": weights, "int4": weights * 0.5625, "fp8": weights}
     work = Work.prompt(100)
     rates = [
         round(n.operations(work) / n.computing_seconds(work, RATES)) for n in networks.values()

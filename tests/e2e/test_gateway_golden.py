@@ -54,12 +54,11 @@ class Deployment:
 # Meta's answers, the checkpoint that serves them, and on how many shards.
 SERVED = [
     ("mha", "mha-mp1", 1),
-    ("gqa", "gqa-mp2", 1),
     ("gqa", "gqa-mp4", 2),
     ("mha-bf16", "mha-mp1-bf16", 1),
 ]
-# Shards take long on two cores: some get all dialogs at once only.
-CROWDED = [("mha", "mha-mp2", 2), ("gqa", "gqa-mp4", 4)]
+# Shards take long on two cores: four get all dialogs at once only.
+CROWDED = [("gqa", "gqa-mp4", 4)]
 
 
 def on(*served: tuple[str, str, int]) -> pytest.MarkDecorator:

@@ -5,6 +5,7 @@ last bit. For others, the number of streams that differ is printed at the end of
 """
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
@@ -26,6 +27,11 @@ LENGTH = 200
 PROMPTS = 3  # of each mode
 # Tokens that a replica makes, for all its streams together, before it is killed: of some 3,000.
 KILLED_AT = (100, 500, 1000)
+# Precision, shards, kills. A run takes half a minute: EVERY_PRECISION asks for all of them.
+RUNS = [
+    *(("bfloat16", 1, 2), ("int8", 1, 1), ("bfloat16", 2, 1)),
+    *(("float32", 1, 3), ("bfloat16", 1, 3), ("int8", 1, 3), ("int4", 1, 3)),
+]
 # Fields of SamplingParams, then others of the request.
 MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "greedy": ({"temperature": 0}, {}),
@@ -114,7 +120,7 @@ async def with_kills(
 
 @pytest.mark.parametrize(
     ("precision", "shards", "kills"),
-    [("float32", 1, 1), ("bfloat16", 1, 3), ("int8", 1, 2), ("int4", 1, 1), ("bfloat16", 2, 1)],
+    RUNS if "EVERY_PRECISION" in os.environ else RUNS[:3],
 )
 async def test_tokens_are_those_of_an_undisturbed_run(
     fleet: Callable[..., AbstractContextManager[Any]],

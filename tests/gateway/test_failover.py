@@ -246,11 +246,11 @@ async def test_a_replica_that_does_not_answer_loses_its_sequences(
 
 
 async def test_a_replica_that_makes_no_step_loses_its_sequences(start_fleet: Any, log: Any) -> None:
-    fleet = await start_fleet(replica_hang_timeout=1.0)
+    fleet = await start_fleet(replica_hang_timeout=3.0)
     call = complete(fleet)
     first, _ = await fleet.first_start()
     fleet.models[first].steps = False
     again = await fleet.models[1 - first].starts.get()
     fleet.models[1 - first].tell(again.sequence_id, finish_reason=FINISH_REASON_LENGTH)
     assert (await only(call)).failovers == 1
-    assert "no step within 3 seconds" in (await log.wait_for("upstream unusable"))["reason"]
+    assert "no step within 9 seconds" in (await log.wait_for("upstream unusable"))["reason"]

@@ -76,5 +76,9 @@ async def test_document_lists_each_route_with_its_methods(http: httpx2.AsyncClie
             assert (response.status_code == 405) is (method not in operations), here
     models = await http.get("/v1/models")
     answer_fields.ModelList.model_validate_json(models.content)
-    assert (await http.get("/v1/models/scripted")).json() == models.json()["data"][0]
+    [model] = models.json()["data"]
+    assert (await http.get("/v1/models/scripted")).json() == model
+    assert model["default_sampling"]["temperature"] == 0.6
+    assert (model["default_sampling"]["max_tokens"], model["max_choices"]) == (255, 16)
+    assert "[INST]" in model["special_tags"]
     answer_fields.Error.model_validate_json((await http.get("/v1/nothing")).content)

@@ -185,7 +185,7 @@ for number, how in enumerate(interrupts):
     thread.start()
     outcome = "complete"
     try:
-        llama.generate([[1, 100 + index] for index in range(12)], 100, 1.0, 1.0)
+        llama.generate([[1, 100 + index] for index in range(6)], 60, 1.0, 1.0)
         thread.join()
     except KeyboardInterrupt:
         outcome = "interrupted"

@@ -15,7 +15,7 @@ LENGTH = 16
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 128,
-    "intermediate_size": 96,
+    "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,

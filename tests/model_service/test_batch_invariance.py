@@ -25,7 +25,7 @@ from model_service.loading.precision import Determinism
 from model_service.loading.replica import Replica
 from model_service.model.attention.select import make_attention
 from model_service.model.network import Transformer
-from tests.model_service.conftest import CPU
+from tests.model_service.conftest import CPU, golden_for
 from tests.model_service.step_logits import (
     LENGTHS,
     WHOLE,
@@ -46,7 +46,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def load(golden: Path, precision: str) -> Replica:
-    folder = golden / "checkpoints" / "gqa-mp1"
+    folder = golden / "checkpoints" / golden_for(precision)
     return load_replica(ReplicaOptions(folder, CONTEXT, device="cpu", **PRECISIONS[precision]))
 
 

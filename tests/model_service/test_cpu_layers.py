@@ -9,6 +9,7 @@ from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.model.cpu.kernels import without_kernels
 from model_service.model.network import Transformer
+from tests.model_service.conftest import golden_for
 from tests.model_service.step_logits import WHOLE, logits
 
 STEPS = [(5, 40, 33, 0), (0, 1, 0, 1), (0, 7, 0, 0)]
@@ -21,7 +22,7 @@ pytestmark = [
 @pytest.fixture(params=["float32", "bfloat16", "float32 int8", "bfloat16 int4"])
 def network(request: pytest.FixtureRequest, golden: Path) -> Transformer:
     dtype, quantize = [*request.param.split(), "none"][:2]
-    folder = golden / "checkpoints" / "gqa-mp1"
+    folder = golden / "checkpoints" / golden_for(quantize)
     options = ReplicaOptions(folder, 256, dtype=dtype, quantize=quantize, device="cpu")
     return load_replica(options).runner._network
 

@@ -127,8 +127,8 @@ def test_the_largest_codes_do_not_overflow(
 def test_a_row_that_is_not_finite_spoils_no_other(
     products: Products, form: Form, dtype: torch.dtype, spoiled: float
 ) -> None:
-    packed = products.pack(numbers(40, 96, dtype, seed=1), form)
-    x = numbers(20, 96, dtype, seed=2)
+    packed = products.pack(numbers(40, 128, dtype, seed=1), form)
+    x = numbers(20, 128, dtype, seed=2)
     x[3] = 0.0
     expected = products.multiply(x, packed)
     assert (expected[3] == 0.0).all()
@@ -141,8 +141,8 @@ def test_a_row_that_is_not_finite_spoils_no_other(
 
 @pytest.mark.parametrize("form", [Form.INT8, Form.INT4])
 def test_rows_may_be_very_large_or_small(products: Products, form: Form) -> None:
-    packed = products.pack(numbers(40, 96, torch.float32, seed=1), form)
-    x = numbers(1, 96, torch.float32, seed=2)
+    packed = products.pack(numbers(40, 128, torch.float32, seed=1), form)
+    x = numbers(1, 128, torch.float32, seed=2)
     expected = products.multiply(x, packed)
     for size in (2.0**100, 2.0**-100):
         torch.testing.assert_close(products.multiply(x * size, packed) / size, expected)
@@ -184,12 +184,12 @@ def test_int4_weights_have_the_codes_of_the_format(
     outputs, inputs = weight.shape
     expected = Int4Weight.quantize(weight)
     packed = products.pack(weight, Form.INT4)
-    groups = packed.memory.view(-(-outputs // 16), inputs // GROUP_SIZE, 5, 64)
-    lines = groups[:, :, :4].reshape(*groups.shape[:2], 4, 16, 4)
+    groups = packed.memory.view(-(-outputs // 16), inputs // GROUP_SIZE, 9, 64)
+    lines = groups[:, :, :8].reshape(*groups.shape[:2], 8, 16, 4)
     pairs = lines.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
     codes = torch.cat((pairs & 15, pairs >> 4), dim=2).flatten(1)
     assert torch.equal(codes[:outputs], expected.unpacked_codes())
-    halves = groups[:, :, 4].view(torch.bfloat16).float().reshape(*groups.shape[:2], 2, 16)
+    halves = groups[:, :, 8].view(torch.bfloat16).float().reshape(*groups.shape[:2], 2, 16)
     scales, minima = halves.permute(2, 0, 3, 1).flatten(1, 2)[:, :outputs]
     assert torch.equal(scales, expected.scales)
     assert torch.equal(minima, expected.minima)

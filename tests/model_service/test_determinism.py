@@ -13,6 +13,7 @@ from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Determinism
 from model_service.loading.replica import Replica
+from tests.model_service.conftest import golden_for
 
 LENGTH = 48  # tokens of each answer
 SIXTEEN_BLOCKS = 16  # one sequence of full length: six that run at once must give way
@@ -24,7 +25,7 @@ def replica(request: pytest.FixtureRequest, golden: Path) -> Replica:
     dtype, *quantize = request.param.split()
     return load_replica(
         ReplicaOptions(
-            golden / "checkpoints" / "gqa-mp1",
+            golden / "checkpoints" / golden_for(request.param),
             max_seq_len=256,
             dtype=dtype,
             quantize=quantize[0] if quantize else "none",

@@ -77,7 +77,7 @@ class SimulatedModel:
             backlog = self.backlog(sequence)
             done = min(backlog, extra + 2)
             extra -= max(0, done - 2)
-            self.seconds += done * self._token
+            self.seconds += (done - 1) * self._token  # a round computes the last token
             self._computed[sequence] = len(sequence.tokens) - backlog + done
             if done == backlog:
                 drafts[sequence] = [self._draft() for _ in range(most)]
@@ -154,9 +154,10 @@ def test_right_drafts_make_answers_faster(
     streams=st.sampled_from([1, 8]),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=40)
+@settings(max_examples=12)
 # A backlog costs more than the share of time that drafts get while its answer is made.
 @example(chance=0.0, round_cost=0.0625, token_cost=0.09375, row_cost=0.125, streams=1, seed=0)
+@example(chance=0.125, round_cost=0.0625, token_cost=0.0625, row_cost=0.03125, streams=1, seed=1)
 def test_answers_are_hardly_ever_slower_with_a_draft_model(
     chance: float, round_cost: float, token_cost: float, row_cost: float, streams: int, seed: int
 ) -> None:

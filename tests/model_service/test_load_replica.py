@@ -10,6 +10,7 @@ from model_service.loading.options import ReplicaOptions
 from model_service.loading.precision import Precision
 from model_service.model.config import ModelConfig
 from model_service.model.weights.files.meta.checkpoint import open_checkpoint
+from serving.errors import StartError
 
 
 @pytest.fixture
@@ -99,3 +100,19 @@ def test_the_log_says_which_kernels_compute(
     with caplog.at_level(logging.INFO):
         load_replica(options)
     assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_cache_tokens": 100}, "--kv_cache_tokens 100 is less than --max_seq_len 256"),
+        ({"max_seq_len": 4097}, "was trained for at most 4096 tokens. To fix: lower --max_seq"),
+        ({"dtype": "float16"}, "--dtype float16 needs --device cuda"),
+        ({"ckpt_dir": Path("nowhere")}, "nowhere: not found. To fix: name a folder"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    options: ReplicaOptions, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StartError, match=message):
+        load_replica(dataclasses.replace(options, **{"max_seq_len": 256, **changes}))

@@ -56,7 +56,7 @@ def test_matrices_that_are_no_whole_tiles_are_refused() -> None:
 
 
 def test_int4_takes_little_more_than_half_a_byte_on_cuda() -> None:
-    assert weight_bytes("int4", 2, "cuda") == 0.625
+    assert weight_bytes("int4", 2, "cuda") == 0.5625
 
 
 def test_a_cache_in_fp8_is_another_arithmetic() -> None:

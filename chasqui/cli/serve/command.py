@@ -203,7 +203,9 @@ async def _serve(services: Supervisor, terminal: _Terminal) -> None:
     )
     if services.http_address is not None:
         url = f"http://{services.http_address}"
-        terminal.say(f"OpenAI's API: {url}/v1", http_address=services.http_address)
+        terminal.say(
+            f"Chat page: {url}/. OpenAI's API: {url}/v1", http_address=services.http_address
+        )
     await services.watch()
 
 

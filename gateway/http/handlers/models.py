@@ -4,14 +4,20 @@ import importlib.metadata
 import time
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
+
 from gateway.http.exchange import Exchange
 from gateway.http.openai.errors import error_body
 from gateway.replicas.pool import ReplicaPool
+from gateway.request.options import SAMPLING_DEFAULTS, default_max_gen_len
 from gateway.rpc.pipeline import Pipeline
+from llama.v1.sampling_pb2 import SamplingParams
 from serving.standard_services.health import Health
 
 _DISTRIBUTION = "chasqui-llama"
 _RETRY_SECONDS = 1
+# The fields of gRPC's sampling that OpenAI's API and vLLM name otherwise.
+_OTHER_NAMES = {"max_gen_len": "max_tokens", "min_gen_len": "min_tokens"}
 
 
 class Models:
@@ -37,7 +43,18 @@ class Models:
             "created": self._created,
             "owned_by": "chasqui",
             "max_model_len": model.context_length,  # vLLM's field
+            "max_choices": self._pipeline.limits().max_choices,
+            "default_sampling": _default_sampling(model.context_length),
+            "special_tags": [*self._pipeline.prompt_format.special_tags],
         }
+
+
+def _default_sampling(context_length: int) -> dict[str, Any]:
+    """The values of absent fields."""
+    defaults = SamplingParams(max_gen_len=default_max_gen_len(context_length))
+    defaults.MergeFrom(SAMPLING_DEFAULTS)
+    fields = MessageToDict(defaults, preserving_proto_field_name=True)
+    return {_OTHER_NAMES.get(name, name): value for name, value in fields.items()}
 
 
 def version() -> str:

@@ -169,6 +169,14 @@ class Model(_Answer):
     created: int
     owned_by: str
     max_model_len: Annotated[int, Field(description="tokens of a prompt and its answer together")]
+    max_choices: Annotated[int, Field(description="answers to one dialog or prompt, the field n")]
+    default_sampling: Annotated[
+        dict[str, float | bool], Field(description="the values of absent sampling fields")
+    ]
+    special_tags: Annotated[
+        list[str],
+        Field(description="a dialog with one of these texts in a message is refused"),
+    ]
 
 
 class ModelList(_Answer):

@@ -86,8 +86,8 @@ class Fp8Weight(_ScaledWeight):
 class Int4Weight:
     """weight = codes × scales + minima, with one scale and minimum per GROUP_SIZE inputs.
 
-    Scales and minima are numbers of bfloat16, so a kernel can hold them in 16 bits: 5 bits a weight
-    in all.
+    Scales and minima are numbers of bfloat16, so a kernel can hold them in 16 bits: 4.5 bits a
+    weight in all.
 
     Attributes:
         codes: [outputs, inputs / 2] uint8, each two codes of 0 to 15: the even input's low.

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -180,8 +181,9 @@ def test_a_service_that_dies_ends_the_others(serve: Serve, tmp_path: Path) -> No
 
 
 def test_a_replica_that_dies_is_started_again_and_answers_go_on(
-    serve: Serve, tmp_path: Path
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CHASQUI_FAILOVER_TIMEOUT", "200")
     with serve() as (process, address), Client(address) as client:
         [model] = [
             each
@@ -206,6 +208,7 @@ def test_a_replica_that_dies_is_started_again_and_answers_go_on(
 async def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chasqui.cli.serve.liveness.PERIOD", 0.5)
     monkeypatch.setattr("chasqui.cli.serve.liveness.MAX_UNANSWERED", 1)
+    monkeypatch.setenv("CHASQUI_FAILOVER_TIMEOUT", "200")
     lines: list[str] = []
     others = children()
     services = Supervisor(demonstration(), log=lambda *line: lines.append(" ".join(line)))
@@ -298,6 +301,8 @@ def test_gateway_that_asks_for_keys_serves_those_who_have_one(
     with serve() as (process, address):
         with Client(address, api_key=key) as client:
             assert client.get_model().name == "gqa-mp1"
+        page = process.stdout.readline().removeprefix("Chat page: ").partition(". ")[0]
+        assert b"<title>Chasqui</title>" in urlopen(page).read()
         process.terminate()
         process.communicate()
 

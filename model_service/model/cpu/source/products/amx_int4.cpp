@@ -21,14 +21,19 @@ namespace {
 #include "inputs.h"
 
 constexpr int HEIGHT = 16; // rows of a tile
-constexpr int PIECE = 16;  // groups whose codes, for all blocks of a task, stay in the first cache
+constexpr int PIECE = 4;   // groups whose codes, for all blocks of a task, stay in the first cache
 constexpr int WIDTH = 4;   // blocks of a task
-constexpr int AT_ONCE = 4; // groups with tiles of their own
 
 // A group's codes, each in a byte: the quadruples of inputs of 16 outputs, as a tile takes them.
 struct UnpackedGroup {
   Line quadruples[GROUP_SIZE / 4];
   __m512 scales, minima;
+};
+
+// A group's inputs of a tile of rows.
+struct TileInputs {
+  Line codes[HEIGHT];
+  float scales[HEIGHT], sums[HEIGHT]; // as in `GroupInputs`
 };
 
 struct alignas(64) Configuration {
@@ -41,8 +46,8 @@ struct alignas(64) Configuration {
 void configure() {
   Configuration tiles;
   for (int tile = 0; tile < 8; tile++) {
-    tiles.rows[tile] = tile < 6 ? HEIGHT : GROUP_SIZE / 4;
-    tiles.bytes[tile] = tile == 4 || tile == 5 ? GROUP_SIZE : 64;
+    tiles.rows[tile] = HEIGHT;
+    tiles.bytes[tile] = sizeof(Line);
   }
   _tile_loadconfig(&tiles);
 }
@@ -56,6 +61,7 @@ void unpack(const Group &group, UnpackedGroup &to) {
   const __m512i mask = _mm512_set1_epi8(15);
   for (int line = 0; line < GROUP_SIZE / 8; line++) {
     const __m512i codes = _mm512_load_si512(&group.codes[line]);
+    __builtin_prefetch(&group.codes[line] + PIECE * (sizeof(Group) / sizeof(Line)));
     _mm512_store_si512(&to.quadruples[line], _mm512_and_si512(codes, mask));
     _mm512_store_si512(&to.quadruples[line + GROUP_SIZE / 8], _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
   }
@@ -66,53 +72,65 @@ void unpack(const Group &group, UnpackedGroup &to) {
 // Instructions name their tiles, so this is no function.
 #define MULTIPLY(sums, x_tile, weights_tile, index)                                                                    \
   _tile_zero(sums);                                                                                                    \
-  _tile_loadd(x_tile, x + (index) * HEIGHT, sizeof(GroupInputs));                                                      \
-  _tile_loadd(weights_tile, groups + (index), sizeof(Line));                                                           \
+  _tile_loadd(x_tile, x[index].codes, sizeof(Line));                                                                   \
+  _tile_loadd(weights_tile, groups[index].quadruples, sizeof(Line));                                                   \
   _tile_dpbssd(sums, x_tile, weights_tile);                                                                            \
   _tile_stored(sums, exact[index], sizeof(Line))
 
-// Exact sums of four groups.
-INLINE void multiply_groups(const UnpackedGroup *groups, const GroupInputs *x, Line (&exact)[AT_ONCE][HEIGHT]) {
+using Exact = Line[PIECE][HEIGHT];
+
+// Exact sums of a piece's groups.
+INLINE void multiply_groups(const UnpackedGroup *groups, const TileInputs *x, Exact &exact) {
   MULTIPLY(0, 4, 6, 0);
   MULTIPLY(1, 5, 7, 1);
   MULTIPLY(2, 4, 6, 2);
   MULTIPLY(3, 5, 7, 3);
 }
 
-using Exact = Line[AT_ONCE][HEIGHT];
-
-// Adds exact sums of `count` groups, times their scales.
-INLINE void add_groups(const UnpackedGroup *groups, int count, const GroupInputs *x, const Exact &exact,
-                       __m512 (&totals)[HEIGHT]) {
-  for (int i = 0; i < count; i++, x += HEIGHT) {
+// Adds up to PIECE groups to the sums of the first ROWS rows of a tile with one block. Groups that a last
+// piece lacks are multiplied from whatever lies there, and not added.
+template <int ROWS> void add_up(const UnpackedGroup *groups, int count, const TileInputs *x, Line *sums) {
+  alignas(64) Exact exact;
+  multiply_groups(groups, x, exact);
+  __m512 totals[ROWS];
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; row++) totals[row] = _mm512_load_ps(sums[row].floats);
+  for (int i = 0; i < count; i++) {
     const __m512 scales = groups[i].scales, minima = groups[i].minima;
 #pragma GCC unroll 16
-    for (int row = 0; row < HEIGHT; row++) {
+    for (int row = 0; row < ROWS; row++) {
       const __m512 products = _mm512_cvtepi32_ps(_mm512_load_si512(&exact[i][row]));
-      const __m512 scaled = _mm512_mul_ps(products, _mm512_set1_ps(x[row].scale));
+      const __m512 scaled = _mm512_mul_ps(products, _mm512_set1_ps(x[i].scales[row]));
       totals[row] = _mm512_fmadd_ps(scales, scaled, totals[row]);
-      totals[row] = _mm512_fmadd_ps(minima, _mm512_set1_ps(x[row].sum), totals[row]);
+      totals[row] = _mm512_fmadd_ps(minima, _mm512_set1_ps(x[i].sums[row]), totals[row]);
     }
   }
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; row++) _mm512_store_ps(sums[row].floats, totals[row]);
 }
 
-// Adds some groups to the sums of a tile of rows with one block. Tiles multiply the next groups while
-// vectors add the last ones. The rows that a last tile lacks are computed from whatever lies there, and
-// not used. Groups that are missing to a multiple of AT_ONCE are multiplied likewise.
-void add_up(const UnpackedGroup *groups, int count, const GroupInputs *x, Line *sums) {
-  alignas(64) Exact exact[2];
-  __m512 totals[HEIGHT];
-#pragma GCC unroll 16
-  for (int row = 0; row < HEIGHT; row++) totals[row] = _mm512_load_ps(sums[row * WIDTH].floats);
-  multiply_groups(groups, x, exact[0]);
-  int begin = 0, turn = 0;
-  for (; begin + AT_ONCE < count; begin += AT_ONCE, turn ^= 1) {
-    multiply_groups(groups + begin + AT_ONCE, x + (begin + AT_ONCE) * HEIGHT, exact[turn ^ 1]);
-    add_groups(groups + begin, AT_ONCE, x + begin * HEIGHT, exact[turn], totals);
-  }
-  add_groups(groups + begin, count - begin, x + begin * HEIGHT, exact[turn], totals);
-#pragma GCC unroll 16
-  for (int row = 0; row < HEIGHT; row++) _mm512_store_ps(sums[row * WIDTH].floats, totals[row]);
+// The inputs of all rows [tiles, groups].
+template <class RowsOf>
+const TileInputs *arrange_tiles(RowsOf &rows, const RowTiles &tiles, int depth, Scratch &scratch, int threads) {
+  // Behind the last lie those that tiles read beyond the last group.
+  auto *inputs = scratch.get<TileInputs>(sizeof(TileInputs) * (tiles.count * static_cast<size_t>(depth) + PIECE));
+  parallel(tiles.rows > 64 ? threads : 1, tiles.count, [&](long tile) {
+    static thread_local Scratch row_scratch;
+    auto *row = row_scratch.get<GroupInputs>(sizeof(GroupInputs) * depth);
+    TileInputs *to = inputs + tile * depth;
+    for (int i = 0; i < tiles.size(static_cast<int>(tile)); i++) {
+      rows.prepare(tiles.first(static_cast<int>(tile)) + i, row, depth);
+      for (int at = 0; at < depth; at++) {
+        memcpy(&to[at].codes[i], row[at].codes, sizeof(Line));
+        to[at].scales[i] = row[at].scale;
+        to[at].sums[i] = row[at].sum;
+      }
+    }
+    // Whatever lies there might be denormal numbers, which are slow.
+    for (int i = tiles.size(static_cast<int>(tile)); i < HEIGHT; i++)
+      for (int at = 0; at < depth; at++) to[at].scales[i] = to[at].sums[i] = 0.0f;
+  });
+  return inputs;
 }
 
 template <class RowsOf> void multiply(const Weight &weight, const Rows &rows, int threads) {
@@ -120,33 +138,33 @@ template <class RowsOf> void multiply(const Weight &weight, const Rows &rows, in
   RowsOf each(weight, rows);
   const RowTiles tiles(rows.count, HEIGHT, true);
   const int depth = weight.groups();
-  // Behind the last unit lie those that tiles read beyond the last group.
-  const GroupInputs *x = arrange<GroupInputs>(each, tiles, depth, scratch, threads, AT_ONCE * HEIGHT);
+  const TileInputs *x = arrange_tiles(each, tiles, depth, scratch, threads);
   parallel(threads, (weight.count() + WIDTH - 1) / WIDTH, [&](long task) {
     static thread_local Scratch task_scratch;
     const int first = static_cast<int>(task) * WIDTH;
     const int blocks = weight.count() - first < WIDTH ? weight.count() - first : WIDTH;
-    const size_t sums_size = sizeof(Line) * WIDTH * HEIGHT * tiles.count;
-    Line *sums = task_scratch.get<Line>(sums_size + sizeof(UnpackedGroup) * WIDTH * PIECE);
-    auto *unpacked = reinterpret_cast<UnpackedGroup(*)[PIECE]>(sums + WIDTH * HEIGHT * tiles.count);
-    memset(sums, 0, sums_size);
+    using Sums = Line[WIDTH][HEIGHT]; // of a tile of rows
+    Sums *sums = task_scratch.get<Sums>(sizeof(Sums) * tiles.count);
+    memset(sums, 0, sizeof(Sums) * tiles.count);
     configure();
     for (int begin = 0; begin < depth; begin += PIECE) {
+      UnpackedGroup unpacked[WIDTH][PIECE];
       const int some = depth - begin < PIECE ? depth - begin : PIECE;
       for (int b = 0; b < blocks; b++)
         for (int i = 0; i < some; i++) unpack(weight.block_groups(first + b)[begin + i], unpacked[b][i]);
       for (long tile = 0; tile < tiles.count; tile++)
         for (int b = 0; b < blocks; b++)
-          add_up(unpacked[b], some, x + (tile * depth + begin) * HEIGHT, sums + tile * HEIGHT * WIDTH + b);
+          (tiles.size(static_cast<int>(tile)) > HEIGHT / 2 ? add_up<HEIGHT> : add_up<HEIGHT / 2>)(
+              unpacked[b], some, x + tile * depth + begin, sums[tile][b]);
     }
     _tile_release();
     for (int row = 0; row < rows.count; row++)
-      for (int b = 0; b < blocks; b++) each.finish(row, first + b, sums[row * WIDTH + b]);
+      for (int b = 0; b < blocks; b++) each.finish(row, first + b, sums[row / HEIGHT][b][row % HEIGHT]);
   });
 }
 
 // Fewer rows are multiplied by vectors as fast as the weights are read.
-constexpr int MIN_ROWS = 5;
+constexpr int MIN_ROWS = 3;
 
 } // namespace
 

@@ -96,17 +96,21 @@ INLINE HalfCodes high_codes(const Line &line) {
           _mm256_and_si256(_mm256_srli_epi16(halves(line)[1], 4), mask)};
 }
 
-// In 16 bits: a group's 16 products of up to 15 · 127 fit.
+// In 16 bits, in which 16 products of up to 15 · 127 fit, until they are widened.
 struct GroupSums {
   __m256i low, high;
+  __m256i wide_low, wide_high;
 
   INLINE_MEMBER void add_products(const HalfCodes &weights, uint32_t x) {
     low = _mm256_add_epi16(low, _mm256_maddubs_epi16(weights.low, spread_codes(x)));
     high = _mm256_add_epi16(high, _mm256_maddubs_epi16(weights.high, spread_codes(x)));
   }
-  INLINE_MEMBER Floats16 floats() const {
-    return {_mm256_cvtepi32_ps(add_pairs(low)), _mm256_cvtepi32_ps(add_pairs(high))};
+  INLINE_MEMBER void widen() {
+    wide_low = _mm256_add_epi32(wide_low, add_pairs(low));
+    wide_high = _mm256_add_epi32(wide_high, add_pairs(high));
+    low = high = _mm256_setzero_si256();
   }
+  INLINE_MEMBER Floats16 floats() const { return {_mm256_cvtepi32_ps(wide_low), _mm256_cvtepi32_ps(wide_high)}; }
 };
 
 #include "linear.h"

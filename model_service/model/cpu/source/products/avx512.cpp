@@ -74,6 +74,7 @@ struct GroupSums {
   Ints16 sums;
 
   INLINE_MEMBER void add_products(HalfCodes weights, uint32_t x) { sums = ::add_products(sums, weights.codes, x); }
+  INLINE_MEMBER void widen() {}
   INLINE_MEMBER Floats16 floats() const { return _mm512_cvtepi32_ps(sums); }
 };
 

@@ -17,10 +17,9 @@ struct RowTiles {
   int size(int tile) const { return rows - first(tile) < height ? rows - first(tile) : height; }
 };
 
-// Leaves room for `more` units behind the last.
 template <class Unit, class RowsOf>
-static Unit *arrange(RowsOf &rows, const RowTiles &tiles, int depth, Scratch &scratch, int threads, int more = 0) {
-  Unit *units = scratch.get<Unit>(sizeof(Unit) * (tiles.count * tiles.height * static_cast<size_t>(depth) + more));
+static Unit *arrange(RowsOf &rows, const RowTiles &tiles, int depth, Scratch &scratch, int threads) {
+  Unit *units = scratch.get<Unit>(sizeof(Unit) * tiles.count * tiles.height * static_cast<size_t>(depth));
   parallel(tiles.rows > 64 ? threads : 1, tiles.count, [&](long tile) {
     static thread_local Scratch row_scratch;
     Unit *row = row_scratch.get<Unit>(sizeof(Unit) * depth);
@@ -33,15 +32,8 @@ static Unit *arrange(RowsOf &rows, const RowTiles &tiles, int depth, Scratch &sc
   return units;
 }
 
-INLINE Floats read(const Bf16 *p, int count) { return load_some(p, count); }
-INLINE Floats read(const float *p, int count) {
-  Floats result{};
-  memcpy(&result, p, (count < 16 ? count : 16) * sizeof(float));
-  return result;
-}
-
-INLINE void write(Bf16 *p, Floats x, int count) { store_some(p, x, count); }
-INLINE void write(float *p, Floats x, int count) { memcpy(p, &x, (count < 16 ? count : 16) * sizeof(float)); }
+template <class T> INLINE Floats read(const T *p, int count) { return load_some(p, count); }
+template <class T> INLINE void write(T *p, Floats x, int count) { store_some(p, x, count); }
 
 INLINE Floats floats(const Line &sums) { return load(sums.floats); }
 

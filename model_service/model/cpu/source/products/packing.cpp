@@ -50,16 +50,23 @@ template <class T> float quantize_int8(const T *row, int inputs, int8_t *codes) 
 
 // A group's codes as `Int4Weight.quantize` chooses them, in pairs as in `Group`.
 template <class T> void quantize_int4(const T *row, uint8_t *pairs, uint16_t &scale_bits, uint16_t &minimum_bits) {
-  const Floats left = read(row, 16), right = read(row + 16, 16);
-  const float minimum = round_to_bfloat16(smallest(left < right ? left : right));
-  const float scale = round_to_bfloat16((largest(larger(left, right)) - minimum) / INT4_MAX_CODE);
-  const Floats divisor = splat(scale > 0 ? scale : 1.0f), most = splat(INT4_MAX_CODE);
-  const auto codes = [&](Floats x) {
-    const Floats exact = larger((x - splat(minimum)) / divisor, Floats{});
-    return nearest(exact < most ? exact : most);
+  Floats least = read(row, 16), most = least;
+  for (int i = 16; i < GROUP_SIZE; i += 16) {
+    const Floats x = read(row + i, 16);
+    least = x < least ? x : least;
+    most = larger(most, x);
+  }
+  const float minimum = round_to_bfloat16(smallest(least));
+  const float scale = round_to_bfloat16((largest(most) - minimum) / INT4_MAX_CODE);
+  const Floats divisor = splat(scale > 0 ? scale : 1.0f), limit = splat(INT4_MAX_CODE);
+  const auto codes = [&](const T *x) {
+    const Floats exact = larger((read(x, 16) - splat(minimum)) / divisor, Floats{});
+    return nearest(exact < limit ? exact : limit);
   };
-  const Ints both = codes(left) | codes(right) << 4;
-  *reinterpret_cast<SignedBytes *>(pairs) = __builtin_convertvector(both, SignedBytes);
+  for (int i = 0; i < GROUP_SIZE / 2; i += 16) {
+    const Ints both = codes(row + i) | codes(row + i + GROUP_SIZE / 2) << 4;
+    *reinterpret_cast<SignedBytes *>(pairs + i) = __builtin_convertvector(both, SignedBytes);
+  }
   const auto bits = [](float x) {
     uint32_t wide;
     memcpy(&wide, &x, sizeof(wide));

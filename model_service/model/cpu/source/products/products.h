@@ -22,10 +22,10 @@ struct alignas(64) Line {
   };
 };
 
-constexpr int GROUP_SIZE = 32; // inputs of int4 with a scale and a minimum of their own
+constexpr int GROUP_SIZE = 64; // inputs of int4 with a scale and a minimum of their own
 
 // 16 outputs of a group of int4. Line i holds the codes of the inputs 4i to 4i + 3 in the low halves
-// of its bytes, and those of the inputs 16 more in the high ones.
+// of its bytes, and those of the inputs 32 more in the high ones.
 struct Group {
   Line codes[GROUP_SIZE / 8];
   uint16_t scales[16], minima[16]; // bfloat16

@@ -1,0 +1,1 @@
+"""The chat page: static files in `static/`, and how they are served."""
