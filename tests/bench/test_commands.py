@@ -111,7 +111,7 @@ def test_compiled_kernels_become_a_package_in_which_flashinfer_looks(tmp_path: P
 
 
 def test_loading_is_compared_with_reading(tmp_path: Path, work_dir: Path) -> None:
-    formats = ["hf", "Q8_0"]
+    formats = ["Q8_0"]
     folders = ["--work_dir", str(work_dir), "--results", str(tmp_path)]
     loading.main(["--shape", "tiny", "--formats", *formats, "--rounds", "1", *folders])
     rows = result(tmp_path)["rows"]

@@ -199,7 +199,7 @@ def test_hugging_face_files_hold_the_checkpoints_numbers(
     assert len(found) == len(weights)
     expected = weights["layers.0.feed_forward.w3.weight"]
     assert torch.equal(found["model.layers.0.mlp.up_proj.weight"], expected)
-    assert json.loads((hf_folder / "config.json").read_text())["intermediate_size"] == 352
+    assert json.loads((hf_folder / "config.json").read_text())["intermediate_size"] == 384
     assert model_bytes(hf_folder) > 2 * SHAPES["tiny"].parameters
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.docs.loaders import LOADERS
 from tests.docs.markdown import ROOT, Block
-from tests.docs.terminal import Result, Server, Terminal, is_serving, listens
+from tests.docs.terminal import Result, Server, Terminal, is_serving, says_serving
 
 # The things that a block may need and a test does not have, as the mark `needs=…`. With
 # DOCS_HAVE=npm,docker in the environment such blocks are run, too.
@@ -131,7 +131,7 @@ class Reader:
         self._interrupt()
         port = self._port(int(block.marks["serves"]))
         # Health behind TLS cannot be asked for without its certificates.
-        ready = listens if "tls" in block.marks else is_serving
+        ready = says_serving if "tls" in block.marks else is_serving
         self._server = self._terminal.serve(self._here(block.text), port, ready)
 
     def _interrupt(self) -> None:

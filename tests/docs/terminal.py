@@ -67,7 +67,7 @@ class Terminal:
         status = int(answer) if answer else self._bash.wait()
         return Result(status, output.read_text(errors="replace"), errors.read_text())
 
-    def serve(self, text: str, port: int, ready: Callable[[int], bool]) -> Server:
+    def serve(self, text: str, port: int, ready: Callable[[int, Path], bool]) -> Server:
         """Starts a block that runs until Ctrl-C, and waits until it is ready at the port."""
         assert not listens(port)
         script = self._script(text)
@@ -75,7 +75,7 @@ class Terminal:
         pid = int(self._ask(f"( . '{script}' ) < /dev/null > '{log}' 2>&1 & echo $!"))
         self._servers.append(psutil.Process(pid))
         deadline = time.monotonic() + START_SECONDS
-        while not ready(port):
+        while not ready(port, log):
             assert not _has_ended(self._servers[-1]), log.read_text(errors="replace")
             assert time.monotonic() < deadline, log.read_text(errors="replace")
             time.sleep(0.05)
@@ -140,7 +140,12 @@ def listens(port: int) -> bool:
         return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
-def is_serving(port: int) -> bool:
+def says_serving(port: int, log: Path) -> bool:
+    """Whether the server that logs there says that it is healthy."""
+    return "health changed" in log.read_text(errors="replace")
+
+
+def is_serving(port: int, log: Path) -> bool:
     """Whether the health service on the port says SERVING."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)

@@ -53,8 +53,7 @@ class Deployment:
 
 # Meta's answers, the checkpoint that serves them, and on how many shards.
 SERVED = [
-    ("mha", "mha-mp1", 1),
-    ("gqa", "gqa-mp4", 2),
+    ("gqa", "gqa-mp2", 1),
     ("mha-bf16", "mha-mp1-bf16", 1),
 ]
 # Shards take long on two cores: four get all dialogs at once only.

@@ -243,7 +243,7 @@ def test_a_file_that_the_index_names_must_be_there(several: Path) -> None:
     file = json.loads((several / INDEX).read_text())["weight_map"][WQ]
     (several / file).unlink()
     assert refusal(several) == (
-        f"~/{file}: not found, and {INDEX} names it (1 of 10 missing). To fix: download the "
+        f"~/{file}: not found, and {INDEX} names it (1 of 12 missing). To fix: download the "
         "missing files."
     )
 
