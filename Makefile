@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PROTOS := $(wildcard protos/llama/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help env chat test lint format proto sync-client bench bench-baselines up down
+.PHONY: help env chat test test-thorough lint format proto sync-client bench bench-baselines up down
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -29,9 +29,12 @@ chat: env ## start all services on the demonstration checkpoint and talk; ASK="â
 	@$(if $(MODEL),settings="$$($(BIN)/python -m chasqui.published_models '$(MODEL)')" && eval "$$settings" &&) \
 	$(BIN)/chasqui chat --serve $(if $(value ASK),--ask '$(subst ','\'',$(value ASK))')
 
-test: env ## run all tests
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone"
-	$(BIN)/pytest -m alone
+test: env ## run the tests
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone and not thorough"
+	$(BIN)/pytest -m "alone and not thorough"
+
+test-thorough: env ## run those that `make test` leaves out: each further page, path, precision and benchmark
+	$(BIN)/pytest -m thorough
 
 lint: env ## formatting, types, import rules, protos, and the house's rooms and words
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ def result(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
+@pytest.mark.thorough
 def test_services_are_compared_with_the_engine_and_put_under_load(
     tmp_path: Path, work_dir: Path
 ) -> None:
@@ -53,6 +54,7 @@ def test_made_up_pieces_fill_the_vocabulary() -> None:
     assert tokenizer.id_to_piece(1999) == "▁made1999"
 
 
+@pytest.mark.thorough
 def test_speculation_and_quantization_are_measured_on_the_demonstration(tmp_path: Path) -> None:
     sizes = ["--rounds", "1", "--dialogs", "2", "--streams", "2", "--formats", "float32"]
     demonstration.main([*sizes, "--results", str(tmp_path)])
@@ -63,6 +65,7 @@ def test_speculation_and_quantization_are_measured_on_the_demonstration(tmp_path
     assert quantized["values"]["held_out_answered"] > 60
 
 
+@pytest.mark.thorough
 def test_what_the_host_needs_for_a_step_is_told_for_both_kinds_of_steps(
     tmp_path: Path, work_dir: Path
 ) -> None:
@@ -75,6 +78,7 @@ def test_what_the_host_needs_for_a_step_is_told_for_both_kinds_of_steps(
     assert all(0 < row["values"]["launch_ms"] <= row["values"]["step_ms"] for row in found)
 
 
+@pytest.mark.thorough
 def test_a_check_of_a_gpu_runs_its_tests_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
     chosen = "(gqa-mp1-gqa-40 and lookahead) or seed or waits"
     with pytest.raises(SystemExit) as ended:
@@ -110,6 +114,7 @@ def test_compiled_kernels_become_a_package_in_which_flashinfer_looks(tmp_path: P
     assert (Path(found[1]) / "norm" / "norm.so").exists()
 
 
+@pytest.mark.thorough
 def test_loading_is_compared_with_reading(tmp_path: Path, work_dir: Path) -> None:
     formats = ["Q8_0"]
     folders = ["--work_dir", str(work_dir), "--results", str(tmp_path)]

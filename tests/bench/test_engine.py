@@ -25,6 +25,7 @@ def run(folder: Path, work_dir: Path, *arguments: str) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
+@pytest.mark.thorough
 def test_cases_of_a_gpu_run_on_the_cpu(tmp_path: Path, work_dir: Path) -> None:
     cases = ["one_stream", "batch", "prefill", "first_token", "crowd", "profile", "blocks"]
     found = run(tmp_path, work_dir, "--precisions", "float32", "--cases", *cases, "formats")
@@ -36,6 +37,7 @@ def test_cases_of_a_gpu_run_on_the_cpu(tmp_path: Path, work_dir: Path) -> None:
     assert formats == ["float32", "int8", "int4", "fp8", "fp8 cache"]
 
 
+@pytest.mark.thorough
 def test_cases_of_the_cpu_write_a_result(tmp_path: Path, work_dir: Path) -> None:
     cases = ["decode", "context", "load", "dialog", "stall", "kv_cache", "shards"]
     found = run(tmp_path, work_dir, "--precisions", "float32", "--cases", *cases)

@@ -14,6 +14,9 @@ from tests.docs.markdown import Block, all_pages, read_blocks
 from tests.docs.reader import MARKS, NEEDS
 
 PAGES = all_pages()
+# Those that everyone reads first; servers start for each page, which takes long.
+FIRST = {"README.md", "docs/first_steps.md", "docs/clients/python.md", "docs/clients/http.md"}
+EACH = [pytest.param(page, marks=() if page in FIRST else pytest.mark.thorough) for page in PAGES]
 # Servers start for several pages.
 pytestmark = pytest.mark.long
 
@@ -25,7 +28,7 @@ def test_every_block_can_be_run_or_says_what_it_needs(page: str) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", EACH)
 def test_blocks_do_what_the_page_says(page: str, start_reading: StartReading) -> None:
     start_reading(PAGES[page]).read()
 

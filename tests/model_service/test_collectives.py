@@ -37,7 +37,7 @@ def test_a_step_sums_twice_per_layer_and_gathers_logits_only_where_wanted(golden
         assert without == {"allreduce_": 2 * LAYERS, "allgather_": 1}
 
 
-@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("shards", [pytest.param(2, marks=pytest.mark.thorough), 4])
 def test_what_shards_exchange_does_not_depend_on_the_other_rows(shards: int) -> None:
     for line in told(shards, "invariance_ranks.py"):
         assert line["differ"] == []

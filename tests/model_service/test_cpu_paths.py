@@ -48,11 +48,11 @@ def test_the_kernels_of_this_processor_are_covered(
     record_property("cpu_path", own_path())
 
 
-def run_kernel_tests(path: str, *arguments: str) -> None:
+def run_kernel_tests(path: str, *plugins: str) -> None:
     """The tests with the marker `kernels` in a process that takes this path."""
-    options = ["-m", "kernels", "-n", "0", "-p", "no:cacheprovider"]
+    arguments = ["-m", "kernels", "-n", "0", "-p", "no:cacheprovider", *plugins]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *(arguments or [FOLDER])],
+        [sys.executable, "-m", "pytest", *arguments, FOLDER],
         env=os.environ | PATHS.get(path, {}),
         cwd=FOLDER.parents[1],
         capture_output=True,
@@ -64,16 +64,18 @@ def run_kernel_tests(path: str, *arguments: str) -> None:
 
 
 @pytest.mark.timeout(900)  # dozens of tests in one
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path",
+    # Those between share all but a few products with the newest and the oldest.
+    [path if path == "avx2" else pytest.param(path, marks=pytest.mark.thorough) for path in PATHS],
+)
 def test_kernels_pass_their_tests_on_an_older_path(
     path: str, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("cpu_path", path)
     if not is_older(path, own := own_path()):
         pytest.skip(f"this process runs {own}")
-    # Those between share all but a few products with the newest and the oldest.
-    between = [Path(__file__), *(FOLDER / f"test_cpu_{part}.py" for part in ("products", "layers"))]
-    run_kernel_tests(path, *([] if path == "avx2" else map(str, between)))
+    run_kernel_tests(path)
 
 
 @pytest.mark.timeout(900)
@@ -83,5 +85,4 @@ def test_without_a_compiler_the_kernels_of_pytorch_pass_their_tests(
     record_property("cpu_path", NOT_COMPILED)
     if own_path() == NOT_COMPILED:
         pytest.skip("this process runs them")
-    plugin = ("-p", "tests.model_service.without_own_kernels")
-    run_kernel_tests(NOT_COMPILED, *plugin, str(FOLDER))
+    run_kernel_tests(NOT_COMPILED, "-p", "tests.model_service.without_own_kernels")

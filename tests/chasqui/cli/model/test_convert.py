@@ -69,7 +69,7 @@ def test_the_command_writes_a_whole_model_with_its_tokenizer(
     assert all(torch.equal(found[name], value) for name, value in weights(meta_model).items())
 
 
-@pytest.mark.parametrize("form", ["meta", "hf"])
+@pytest.mark.parametrize("form", [pytest.param("meta", marks=pytest.mark.thorough), "hf"])
 def test_an_interrupted_conversion_goes_on(
     form: str, meta_model: Path, tmp_path: Path, run: Run
 ) -> None:
