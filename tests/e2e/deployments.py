@@ -114,6 +114,7 @@ def run_fleet(
     gateways: int = 1,
     context_length: int = CONTEXT_LENGTH,
     model_flags: Mapping[str, object] = MappingProxyType({}),
+    checkpoint: str = "gqa-mp1",
     **gateway_flags: object,
 ) -> Iterator[Fleet]:
     """Replicas of one checkpoint behind gateways, until the block ends."""
@@ -124,7 +125,7 @@ def run_fleet(
             return process
 
         flags = {"max_batch_size": 64, "max_seq_len": context_length, **model_flags}
-        models = [started(start_model("gqa-mp1", shards, **flags)) for _ in range(replicas)]
+        models = [started(start_model(checkpoint, shards, **flags)) for _ in range(replicas)]
         tokenizer = started(start_tokenizer())
         front = [
             started(start_gateway(tokenizer, *models, **gateway_flags)) for _ in range(gateways)
