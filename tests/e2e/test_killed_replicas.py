@@ -7,18 +7,18 @@ last bit. For others, the number of streams that differ is printed at the end of
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
-import grpc
 import pytest
 
 from llama.v1.chat_pb2 import TextCompleteStreamRequest
-from llama.v1.model_pb2 import GetLoadRequest, GetLoadResponse
-from llama.v1.model_pb2_grpc import ModelServiceStub
 from llama.v1.sampling_pb2 import DETERMINISM_BATCH_INVARIANT, SamplingParams, TokenIds
+from tests.e2e.deployments import Fleet
+from tests.e2e.kills import busiest, until_failover
 from tests.e2e.processes import ServiceProcess
-from tests.e2e.streams import Answer, Streams, resumed
+from tests.e2e.streams import Answer, Streams
 
 pytestmark = pytest.mark.alone
 
@@ -79,45 +79,23 @@ def kill(replica: ServiceProcess, shards: int) -> None:
         replica.wait()
 
 
-async def busiest(replicas: list[ServiceProcess], tokens: int) -> int:
-    """Waits until a replica has made so many more tokens; which one runs most sequences then.
-
-    It asks the replicas, because a client may hear of the tokens when all of them are made.
-    """
-    async with AsyncExitStack() as channels:
-        stubs = [
-            ModelServiceStub(
-                await channels.enter_async_context(grpc.aio.insecure_channel(each.address))
-            )
-            for each in replicas
-        ]
-        before = [load.completion_tokens for load in await loads(stubs)]
-        while True:
-            now = await loads(stubs)
-            if any(b.completion_tokens - a >= tokens for a, b in zip(before, now, strict=True)):
-                return max(range(len(now)), key=lambda i: now[i].running_sequences)
-
-
-async def loads(stubs: list[Any]) -> list[GetLoadResponse]:
-    return [await stub.GetLoad(GetLoadRequest()) for stub in stubs]
-
-
 async def with_kills(
-    fleet: Any, back: ExitStack, shards: int, kills: int
+    fleet: Fleet, back: ExitStack, shards: int, kills: int
 ) -> AsyncIterator[list[Answer]]:
     """The answers of a run for each kill of a replica in its middle, which is started again."""
-    replicas = list(fleet.models)
-    for tokens in KILLED_AT[-kills:]:
-        await asyncio.to_thread(fleet.wait_for_replicas, len(replicas))
+
+    async def attempt(tokens: int) -> list[Answer]:
+        await asyncio.to_thread(fleet.wait_for_replicas, len(fleet.models))
         streams = Streams(fleet.gateway.address, requests())
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(streams.run())
-            victim = await busiest(replicas, tokens)
-            await asyncio.to_thread(kill, replicas[victim], shards)
-            if tokens != KILLED_AT[-1]:
-                replicas[victim] = back.enter_context(replicas[victim].again())
-        assert resumed(streams.answers)
-        yield streams.answers
+            victim = await busiest(fleet.models, tokens)
+            await asyncio.to_thread(kill, fleet.models[victim], shards)
+            fleet.models[victim] = back.enter_context(fleet.models[victim].again())
+        return streams.answers
+
+    for tokens in KILLED_AT[:kills]:
+        yield await until_failover(fleet, partial(attempt, tokens))
 
 
 @pytest.mark.parametrize(
