@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model_service.model.attention import rotation_kernel
-from model_service.model.weights import triton_kernels as kernels
+from model_service.model.cuda import rotation_kernel
+from model_service.model.cuda import weight_kernels as kernels
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FP8_SINCE = 89  # compute capability 8.9

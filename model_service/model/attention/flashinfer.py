@@ -24,7 +24,7 @@ from model_service.model.attention.backend import (
 from model_service.model.attention.flashinfer_kernels import decodes_on_tensor_cores
 from model_service.model.attention.page_tables import PageTables, leading_decodes, page_tables
 from model_service.model.attention.rotation import Heads, rotate_and_write
-from model_service.model.pinned_transfer import Fence, pinned
+from model_service.model.cuda.pinned_transfer import Fence, pinned
 
 _MIN_WORKSPACE = 128 * 2**20  # bytes, FlashInfer's recommendation
 _INT_WORKSPACE = 2**20  # bytes; a decode plan of a thousand sequences needs less than 2**16
