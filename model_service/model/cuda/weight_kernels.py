@@ -1,9 +1,9 @@
 """Triton kernels for quantized weights on CUDA: products with few rows, conversions in one pass.
 
 Only PyTorch's CUDA builds include Triton, so only `weights/cuda.py` imports this file, and only if
-Triton is installed. Each function here has a counterpart in plain PyTorch that defines its result. Tiles
-depend on the shape and are not tuned at run time, so that every replica adds up in the same order
-and no first request waits for a tuner.
+Triton is installed. Each function here has a counterpart in plain PyTorch that defines its result.
+Tiles depend on the shape and are not tuned at run time, so that every replica adds up in the same
+order and no first request waits for a tuner.
 """
 
 import os
