@@ -165,7 +165,7 @@ class _Kernels:
         cache = self.cache.layer(layer)
         rotate_and_write(heads, None, cache, step.slots)
         query = heads.query
-        return attend(query.reshape(len(query), -1), cache, step).view(query.shape)
+        return attend(query.flatten(1).contiguous(), cache, step).view(query.shape)
 
     def run_layers(
         self,

@@ -127,6 +127,7 @@ def _launch(
     keys, values = (each.view(torch.uint8) if narrows else each for each in cache)
     _, block_size, kv_heads, head_dim = keys.shape
     shared = query.shape[1] // head_dim // kv_heads
+    at_once, stages = read_ahead(in_float32=query.dtype == torch.float32)
     attend_tile[(launch.tiles, kv_heads, max(launch.splits, 1))](
         query,
         keys,
@@ -146,12 +147,20 @@ def _launch(
         SCALE=_LOG2_E / math.sqrt(head_dim),
         ROWS=_tile_rows(shared),
         DIM=max(16, triton.next_power_of_2(head_dim)),
-        KEYS=64 if query.dtype.itemsize == 2 else 16,
+        KEYS=at_once,
         SPLIT=SPLIT,
         num_warps=4,
-        num_stages=2,
+        num_stages=stages,
         enable_fp_fusion=False,
     )
+
+
+def read_ahead(*, in_float32: bool) -> tuple[int, int]:
+    """Keys that a program reads at once, and how many reads are under way at a time.
+
+    float32 is multiplied without matrix units, for which registers hold whole tiles.
+    """
+    return (16, 1) if in_float32 else (64, 2)
 
 
 def _tile_rows(shared: int) -> int:
