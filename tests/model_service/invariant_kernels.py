@@ -7,27 +7,28 @@ import torch
 from torch.nn import functional as F
 
 from model_service.model.attention.backend import SequenceSpan
+from model_service.model.config import Quantization
 from model_service.model.cuda.tiled_weight import TiledWeight
 from model_service.model.weights.invariant import pack_tiles
+from model_service.model.weights.matrices import PackedWeight
 from model_service.model.weights.quantization import FORMATS
 
 EPS = 1e-5
-FORMAT_NAMES = ("none", *FORMATS)
+FORMAT_NAMES: tuple[Quantization, ...] = ("none", *FORMATS)
 
 
-def tiled(weight: torch.Tensor, quantization: str, dtype: torch.dtype) -> TiledWeight:
-    packed = pack_tiles(quantization, dtype)(weight)  # type: ignore[arg-type]
-    assert isinstance(packed, object)
-    blocks = packed.blocks  # type: ignore[union-attr]
-    assert isinstance(blocks, TiledWeight)
-    return blocks
+def tiled(weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> TiledWeight:
+    packed = pack_tiles(quantization, dtype)(weight)
+    assert isinstance(packed, PackedWeight)
+    assert isinstance(packed.blocks, TiledWeight)
+    return packed.blocks
 
 
-def exact(weight: torch.Tensor, quantization: str, dtype: torch.dtype) -> torch.Tensor:
+def exact(weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
     """The numbers [outputs, inputs] float32 by which a kernel multiplies."""
     if quantization == "none":
         return weight.to(dtype).float()
-    held = FORMATS[quantization].quantize(weight)  # type: ignore[index]
+    held = FORMATS[quantization].quantize(weight)
     whole = held.narrow(0, 0, len(weight))
     # 4-bit codes become numbers of the activations' type, 8-bit ones are exact in it.
     return whole.to(dtype).float() if quantization == "int4" else whole

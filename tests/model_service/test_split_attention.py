@@ -83,7 +83,8 @@ def test_an_engine_in_this_mode_gives_metas_answers_alone_and_in_a_crowd(
     precision = Precision("cpu", FLOAT32, "none", FLOAT32, batch_invariant=True)
     assert precision.determinism is Determinism.BATCH_INVARIANT
     monkeypatch.setattr(load_replica, "choose_precision", lambda *_, **__: precision)
-    chosen = sorted(cases("gqa"), key=lambda case: len(case["prompt_ids"]))
+    answered = [case for case in cases("gqa") if not case["args"].get("echo")]
+    chosen = sorted(answered, key=lambda case: len(case["prompt_ids"]))
     chosen = [case for case in chosen if len(case["ids"]) > 3][:3]
     requests = [
         GenerationRequest(
