@@ -32,7 +32,7 @@ def compile_kernel(
     warps: int,
     **options: Any,
 ) -> dict[str, Any]:
-    """What a variant takes, and in which instructions and layouts it multiplies."""
+    """The resources of a variant, and the instructions and layouts in which it multiplies."""
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,

@@ -2,7 +2,7 @@
 computes what the CPU computes, in six kernels a layer that read each weight, key and value once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from tests.model_service.test_launches import Launches
 triton: Any = pytest.importorskip("triton", reason="Triton is not installed")
 interpreter: Any = pytest.importorskip("triton.runtime.interpreter")
 attention: Any = pytest.importorskip("model_service.model.cuda.attention")
+split_attention: Any = pytest.importorskip("model_service.model.attention.split_attention")
 layers: Any = pytest.importorskip("model_service.model.cuda.layers")
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
@@ -94,7 +95,7 @@ class Loads:
         self._addresses.append((addresses, width))
 
     def within(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Of some tensors."""
+        """The bytes in some tensors."""
         total = 0
         for tensor in tensors:
             begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -103,13 +104,24 @@ class Loads:
         return total
 
     def distinct(self) -> int:
-        """Of all tensors, each address once: what comes from the memory of a card."""
+        """The bytes in all tensors, each once, as the memory of a card delivers them."""
         widths = {width for _, width in self._addresses}
         groups = [[each for each, own in self._addresses if own == width] for width in widths]
         return sum(
             width * len(np.unique(np.concatenate(group)))
             for width, group in zip(widths, groups, strict=True)
         )
+
+
+def test_the_kernels_of_layers_compute_what_the_layers_themselves_do(golden: Path) -> None:
+    network, shape, heads = network_of(golden, batch_invariant=True)
+    found = []
+    for compiled in (network.compiled_layers, None):
+        network.compiled_layers = compiled
+        backend = split_attention.SplitAttention(shape, CPU, torch.float32, heads=heads)
+        backend.plan(spread([2], [2], shape, seed=1))
+        found.append(network(TOKENS[:2], torch.arange(2), None, backend))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 
 
 @dataclass(frozen=True)
@@ -147,9 +159,13 @@ class OneLayer:
         weights = layers.LayerWeights(**matrices, **norms)
         return cls(weights, (keys, values), step, torch.randn(1, dim).half(), rotation)
 
-    def run(self) -> None:
-        network = layers.InvariantLayers([self.weights], 1e-5, None)
-        network.run(self.stream, self.rotation, [self.cache], self.step)
+    def run(self, add: Callable[[torch.Tensor], object] | None = None) -> torch.Tensor:
+        """The stream behind the layer; `add` sums over shards."""
+        network = layers.InvariantLayers([self.weights], 1e-5, add)
+        stream: torch.Tensor = network.run(
+            self.stream.clone(), self.rotation, [self.cache], self.step
+        )
+        return stream
 
 
 def test_a_layer_of_a_decode_step_launches_six_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +180,19 @@ def test_a_layer_of_a_decode_step_launches_six_kernels(monkeypatch: pytest.Monke
     layer = OneLayer.random(64)
     with torch.inference_mode(), launches:
         layer.run()
-    # The first is of the step and not of the layer: it sums the squares of the embeddings.
+    # The first two are of the test, and of the step: the sums of squares of the embeddings.
     heads, rest = ["multiply_tile", "attend_tile", "join_splits"], ["multiply_tile"] * 3
-    assert launches.names == ["_add", *heads, *rest]
+    assert launches.names == ["clone", "_add", *heads, *rest]
+
+
+def test_both_products_of_a_layer_are_summed_over_shards_before_they_are_added() -> None:
+    layer = OneLayer.random(64)
+    parts: list[torch.Size] = []
+    summed = layer.run(lambda part: parts.append(part.shape))
+    assert parts == [layer.stream.shape] * 2
+    torch.testing.assert_close(summed, layer.run(), rtol=2**-8, atol=2**-8)
+    changed = layer.run(lambda part: part.mul_(2))
+    assert not torch.allclose(changed, summed, rtol=0, atol=0.01)
 
 
 def test_a_decode_step_reads_each_weight_key_and_value_once(

@@ -29,6 +29,30 @@ def attend_tile(
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
+    """Attention of a tile of tokens over one head of keys, and the queries that share it.
+
+    Args:
+        query: [tokens, heads, HEAD_DIM].
+        keys: of the cache, [slots, KV_HEADS, HEAD_DIM]; uint8 codes if NARROWED.
+        values: likewise.
+        output: [tokens, heads, HEAD_DIM], of joined splits.
+        parts: [tokens, heads, splits, HEAD_DIM] float32, sums of splits apart.
+        scales: [tokens, heads, splits, 2] float32, the largest score and the sum of each.
+        tiles: as `AttentionStep.tiles`, from `first_tile` on.
+        pages: as `AttentionStep.pages`.
+        first_tile: of the launch.
+        splits: how many of a tile are computed apart, one in a program; 0 if they are joined.
+        KV_HEADS: heads of keys.
+        SHARED: queries that share one.
+        HEAD_DIM: features of a head.
+        BLOCK_SIZE: tokens of a block of the cache.
+        NARROWED: whether the cache holds e4m3.
+        SCALE: of scores, so that weights are powers of two.
+        ROWS: queries of a tile, at least SHARED.
+        DIM: HEAD_DIM or the next power of two.
+        KEYS: that are read at once.
+        SPLIT: tokens of a split.
+    """
     tile = tiles + (first_tile + tl.program_id(0)) * 4
     first_token, count = tl.load(tile), tl.load(tile + 1)
     visible, own_pages = tl.load(tile + 2), pages + tl.load(tile + 3)
@@ -101,6 +125,7 @@ def join_splits(
     DIM: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
+    """Joins the splits of one token and head, in their order; arguments as of `attend_tile`."""
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     feature = tl.arange(0, DIM)[None, :]
     one = tl.arange(0, 1)

@@ -1,9 +1,9 @@
 """The Triton kernel of `products.py`: a tile of rows and outputs over all inputs.
 
-What a layer does before and after a product happens in the same kernel: the norm of the residual
-stream before it; behind it rotation and the write to the cache, SwiGLU, or the addition to the
-stream. Sums stay float32 until then and are rounded once. Fused multiply-adds are off, because the
-compiler might choose others for another tile.
+The same kernel does the rest of a layer around a product: the norm of the residual stream before
+it; behind it rotation and the write to the cache, SwiGLU, or the addition to the stream. Sums stay
+float32 until then and are rounded once. Fused multiply-adds are off, because the compiler might
+choose others for another tile.
 """
 
 import triton
@@ -47,6 +47,36 @@ def multiply_tile(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ) -> None:
+    """A tile of the product x · weightᵀ, and of what follows it.
+
+    Args:
+        x: [rows, inputs].
+        norm_weight: [inputs], if the rows are normed.
+        squares: [rows, dim / SQUARED] float32: read if the rows are normed, else written.
+        codes: as `TiledWeight.codes`; for SwiGLU of 2 × outputs, gates first.
+        scales: as `TiledWeight.scales`.
+        product: [rows, outputs]; for heads [rows, QUERIES].
+        angles: as `products.Heads` has them, likewise `keys`, `values` and `slots`.
+        keys: of the cache.
+        values: of the cache.
+        slots: of the rows.
+        rows: of x.
+        outputs: of a row.
+        inputs: of the weight.
+        EPS: of the norm.
+        NORMS: whether rows are normed.
+        SCALES: whether codes have a scale for each output.
+        FOUR_BITS: whether codes have 4 bits.
+        ADDS: whether the product is added to what is there.
+        GATES: whether outputs are gated by SwiGLU.
+        QUERIES: outputs that are queries.
+        KEYS: outputs that are keys, and as many that are values.
+        PAIRS: pairs of features of a head; 0 if the outputs are no heads.
+        NARROWS: whether the cache holds e4m3.
+        ROWS: of a tile.
+        OUTPUTS: of a tile.
+        INPUTS: of a tile.
+    """
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     # Without a mask, loads of rows that do not exist would fill a tile of few rows.

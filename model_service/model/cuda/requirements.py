@@ -1,4 +1,4 @@
-"""What the kernels need that are batch-invariant on CUDA. Imports no Triton."""
+"""Requirements of the kernels that are batch-invariant on CUDA. Imports no Triton."""
 
 import importlib.util
 from collections.abc import Mapping
