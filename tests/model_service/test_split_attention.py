@@ -2,6 +2,7 @@
 PyTorch's attention: what a step's vectors tell the kernels, also at a fixed batch size.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from model_service.model.cuda_graphs import PADDING, FixedBatchAttention
 from tests.model_service.conftest import CPU, spread
 
 triton: Any = pytest.importorskip("triton", reason="Triton is not installed")
+interpreter: Any = pytest.importorskip("triton.runtime.interpreter")
 split_attention: Any = pytest.importorskip("model_service.model.attention.split_attention")
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
@@ -50,7 +52,17 @@ def prompts_written(attention: Any, spans: list[SequenceSpan]) -> None:
     attention.attend(1, *heads_of(sum(span.query_length for span in before), seed=1))
 
 
-def test_a_mixed_step_attends_as_pytorch_does() -> None:
+def test_a_mixed_step_attends_as_pytorch_does_by_one_compiled_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    types: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+    launch = interpreter.GridExecutor.__call__
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
+        types[self.fn.__name__].append(tuple(getattr(each, "dtype", type(each)) for each in args))
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", recorded)
     lengths, queries = [140, 5, 30], [1, 1, 9]
     found = []
     for attention in backends():
@@ -59,6 +71,8 @@ def test_a_mixed_step_attends_as_pytorch_does() -> None:
         attention.plan(spans)
         found.append(attention.attend(1, *heads_of(11, seed=2)))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert len(types["attend_tile"]) == 3  # of the prompts, and of this step both kinds
+    assert len({*types["attend_tile"]}) == 1
 
 
 def test_decode_at_a_fixed_size_gives_the_same_bits_with_padding() -> None:

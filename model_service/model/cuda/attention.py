@@ -87,7 +87,9 @@ def attend(
     if step.decodes:
         _attend_in_splits(query, cache, step, output)
     if prompts:
-        joined = _Launch(step.decodes, prompts, 0, output, output, output)
+        # Of the type of parts, because another would be another compiled kernel.
+        nothing = query.new_empty(0, dtype=torch.float32)
+        joined = _Launch(step.decodes, prompts, 0, output, nothing, nothing)
         _launch(query, cache, step, joined)
     return output
 
