@@ -92,14 +92,7 @@ def _invariant_layers(network: Transformer) -> object:
     """All layers by the Triton kernels that are batch-invariant."""
     from model_service.model.cuda import layers  # noqa: PLC0415  # needs Triton
 
-    weights = [
-        layers.LayerWeights(
-            attention_norm=layer.attention_norm.weight,
-            ffn_norm=layer.ffn_norm.weight,
-            **_blocks(layer),
-        )
-        for layer in network.layers
-    ]
+    weights = [layers.LayerWeights(**_parts(layer)) for layer in network.layers]
     is_sharded = get_model_parallel_world_size() > 1
     return layers.InvariantLayers(weights, network.norm.eps, _sum_in_order if is_sharded else None)
 
@@ -109,24 +102,24 @@ def _sum_in_order(x: torch.Tensor) -> None:
     shard_sum.sum_over_shards(x, get_model_parallel_group())
 
 
-def _layer_weights(layer: Any) -> LayerWeights | None:  # noqa: ANN401  # nn.Module knows no attributes
-    blocks = _blocks(layer)
-    if None in blocks.values():
-        return None
-    return LayerWeights(
-        attention_norm=layer.attention_norm.weight, ffn_norm=layer.ffn_norm.weight, **blocks
-    )
+def _layer_weights(layer: nn.Module) -> LayerWeights | None:
+    parts = _parts(layer)
+    return None if None in parts.values() else LayerWeights(**parts)
 
 
-def _blocks(layer: Any) -> dict[str, Any]:  # noqa: ANN401  # nn.Module knows no attributes
-    """A layer's packed matrices, each None where no kernel of whole layers reads its form."""
+def _parts(layer: Any) -> dict[str, Any]:  # noqa: ANN401  # nn.Module knows no attributes
+    """A layer's norms, and its matrices, each None where no kernel of whole layers reads it."""
     matrices = {
         "wqkv": layer.attention.wqkv.weight,
         "wo": layer.attention.wo.weight,
         "w13": layer.feed_forward.w13.weight,
         "w2": layer.feed_forward.w2.weight,
     }
-    return {name: getattr(weight, "blocks", None) for name, weight in matrices.items()}
+    return {
+        "attention_norm": layer.attention_norm.weight,
+        "ffn_norm": layer.ffn_norm.weight,
+        **{name: getattr(weight, "blocks", None) for name, weight in matrices.items()},
+    }
 
 
 def _join(

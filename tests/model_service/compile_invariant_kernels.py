@@ -29,7 +29,7 @@ ROLES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "add": (4096, 11008, {"ADDS": True}),
     "output": (32000, 4096, {}),
 }
-OFF = dict.fromkeys(("NORMS", "ADDS", "GATES", "NARROWS"), False)
+OFF: dict[str, Any] = dict.fromkeys(("NORMS", "ADDS", "GATES", "NARROWS"), False)
 OFF |= dict.fromkeys(("QUERIES", "KEYS", "PAIRS"), 0)
 
 
@@ -70,7 +70,7 @@ def attend(capability: int, x: str, keys: str, shared: int) -> dict[str, Any]:
 def others(capability: int) -> list[dict[str, Any]]:
     """The joining of splits, and the two kernels of norms."""
     types = dict.fromkeys(("parts", "scales"), "*fp32") | {"output": "*bf16", "tiles": "*i32"}
-    sizes = {"HEAD_DIM": 128, "DIM": 128, "SPLIT": attention.SPLIT}
+    sizes: dict[str, Any] = {"HEAD_DIM": 128, "DIM": 128, "SPLIT": attention.SPLIT}
     join = compile_kernel(
         attention_kernel.join_splits, capability, types | {"splits": "i32"}, sizes, warps=1
     )

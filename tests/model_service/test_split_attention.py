@@ -38,8 +38,7 @@ def backends() -> tuple[Any, Any]:
 
 def heads_of(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     made = torch.randn(tokens, HEADS + 4, 8, generator=torch.Generator().manual_seed(seed))
-    query, key, value = made.split([HEADS, 2, 2], dim=1)
-    return query, key, value
+    return made[:, :HEADS], made[:, HEADS:-2], made[:, -2:]
 
 
 def prompts_written(attention: Any, spans: list[SequenceSpan]) -> None:
