@@ -87,7 +87,7 @@ def attend(
     if step.decodes:
         _attend_in_splits(query, cache, step, output)
     if prompts:
-        # Of the type of parts, because another would be another compiled kernel.
+        # With the type of parts: a pointer of another would compile another kernel.
         nothing = query.new_empty(0, dtype=torch.float32)
         joined = _Launch(step.decodes, prompts, 0, output, nothing, nothing)
         _launch(query, cache, step, joined)
