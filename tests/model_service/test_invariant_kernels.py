@@ -118,7 +118,7 @@ def test_heads_are_rotated_and_keys_and_values_written_where_they_belong(
         assert not cache.float()[others].any()
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     kind=st.sampled_from(KINDS),
     rows=st.integers(2, 36),
@@ -205,7 +205,7 @@ def test_attention_equals_its_definition(dtype: torch.dtype, kv_dtype: torch.dty
     assert_near(contexts.attend(parts), definitions.attention(query, contexts.cache, spans))
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     dtype=st.sampled_from([HALF, torch.float32]),
     ends=st.tuples(*(st.integers(1, length) for length in CONTEXTS)),
