@@ -63,6 +63,8 @@ class Llama:
         max_batch_size: int,
         model_parallel_size: int | None = None,
         seed: int = 1,
+        *,
+        batch_invariant: bool = False,
     ) -> "Llama":
         """Loads a checkpoint, on CUDA where there is one and else on the CPU.
 
@@ -77,6 +79,8 @@ class Llama:
                 wait.
             model_parallel_size: number of shards, equal to the number of processes (the default).
             seed: makes the samplings of this object repeatable; must be equal on all ranks.
+            batch_invariant: on CUDA, computes by kernels whose results for a prompt do not depend
+                on the other prompts of a call; on the CPU that is always so.
 
         Raises:
             ValueError: max_seq_len or max_batch_size is out of range, or tokenizer_path is not a
@@ -109,7 +113,10 @@ class Llama:
         except PromptFormatError as error:
             raise StartError(f"{error}, of a gateway that Llama.connect calls") from error
         options = ReplicaOptions(
-            Path(ckpt_dir), max_seq_len=max_seq_len, max_batch_size=max_batch_size
+            Path(ckpt_dir),
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            batch_invariant=batch_invariant,
         )
         replica = load_replica(options)
         if not embedding_fits(replica.info.vocab_size, tokenizer.n_words):

@@ -120,6 +120,13 @@ class ModelSettings(ServerSettings):
             "half or a quarter of the memory and rounds them"
         ),
     ] = ReplicaOptions.kv_cache_dtype
+    batch_invariant: Annotated[
+        bool,
+        Field(
+            description="on CUDA, compute by kernels whose results depend neither on other "
+            "requests nor on chunks of a prompt; the CPU's always do so"
+        ),
+    ] = ReplicaOptions.batch_invariant
     device: Annotated[
         Device, Field(description="auto is cuda if PyTorch finds a CUDA device, else cpu")
     ] = ReplicaOptions.device

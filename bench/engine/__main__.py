@@ -79,11 +79,14 @@ SHARED: dict[str, Callable[[Sizes], list[Load]]] = {
     "crowd": lambda sizes: [Load(*sizes.crowd)],
     "host": lambda sizes: [Load(sizes.batch, sizes.prompt, 2 * sizes.answer)],
 }
-ALONE = ("load", "dialog", "stall", "kv_cache", "shards", "formats", "blocks")
+ALONE = ("load", "dialog", "stall", "kv_cache", "shards", "invariance", "formats", "blocks")
 ON_CPU = ("load", "prefill", "decode", "context", "dialog", "stall", "kv_cache", "shards")
 ALL_FORMATS = ("formats", "blocks")  # each has all formats by itself
 # Cases with a profiler come after others of the same engine, because it may slow those down.
-ON_GPU = ("one_stream", "batch", "prefill", "first_token", "host", "crowd", "profile", *ALL_FORMATS)
+ON_GPU = (
+    *("one_stream", "batch", "prefill", "first_token", "host", "crowd", "profile", "invariance"),
+    *ALL_FORMATS,
+)
 SIZE_FLAGS = ("rounds", "steps", "streams", "contexts")  # fields of Sizes
 
 
@@ -167,12 +170,17 @@ class Bench:
             possible = job.shape.config.shard_counts()
             counts = [n for n in (1, 2, 4) if n <= cores() and n in possible]
             return shards(job, counts, Load(8, sizes.short_prompt, sizes.steps + 1))
-        wide = dataclasses.replace(job, precision=None, step_tokens=sizes.step_tokens or 2048)
-        blocks = case == "blocks"
+        job = dataclasses.replace(job, step_tokens=sizes.step_tokens or 2048)
+        wide = dataclasses.replace(job, precision=None)
+        one, batch = (Load(n, sizes.short_prompt, sizes.answer) for n in (1, sizes.batch))
+        compared = {
+            "invariance": (variants.invariance(job), [one, batch]),
+            "formats": (variants.formats(wide), [one]),
+            "blocks": (variants.block_sizes(wide), [batch]),
+        }
         return variants.side_by_side(
             case,
-            variants.block_sizes(wide) if blocks else variants.formats(wide),
-            Load(sizes.batch if blocks else 1, sizes.short_prompt, sizes.answer),
+            *compared[case],
             long_prompt=sizes.prefill,
             rounds=sizes.rounds,
             rates=self.rates(),

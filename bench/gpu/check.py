@@ -16,6 +16,8 @@ TESTS = (
     _ENGINES + "test_a_seed_draws_the_same_tokens_as_on_the_cpu",
     _ENGINES + "test_no_call_waits_for_the_device_between_launch_and_reading",
     _ENGINES + "test_answers_in_half_precision_take_nearly_the_best_tokens",
+    _ENGINES + "test_golden_cases_are_exact_by_the_invariant_kernels",
+    _ENGINES + "test_a_batch_invariant_answer_has_the_same_bits_alone_and_in_a_crowd",
     "tests/model_service/test_flashinfer.py",
 )
 

@@ -97,6 +97,7 @@ class Layout:
             self.device,
             self.precision.kv_dtype,
             heads=self.config.n_heads // self.shards,
+            batch_invariant=self.precision.batch_invariant,
         )
 
     def attention(self, blocks: int) -> CachedAttention:
@@ -108,6 +109,7 @@ class Layout:
             self.precision.kv_dtype,
             heads=self.config.n_heads // self.shards,
             max_batch_size=self.options.max_batch_size,
+            batch_invariant=self.precision.batch_invariant,
         )
 
     def _cache(self, blocks: int, block_size: int) -> CacheShape:

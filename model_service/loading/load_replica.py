@@ -62,7 +62,12 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
     small = shard_parameters(source.config, shards) < SMALL_MODEL
     quantize = config.quantization if options.quantize == "auto" else options.quantize
     precision = choose_precision(
-        device, options.dtype, quantize, options.kv_cache_dtype, small=small
+        device,
+        options.dtype,
+        quantize,
+        options.kv_cache_dtype,
+        small=small,
+        batch_invariant=options.batch_invariant,
     )
     precision.check(config, shards)
     distributed.use_threads(options.threads or (1 if small else None))
@@ -90,9 +95,15 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
         config,
         limits.context_length,
         read,
-        pack=packing(precision.quantization, precision.dtype, device),
+        pack=packing(
+            precision.quantization,
+            precision.dtype,
+            device,
+            batch_invariant=precision.batch_invariant,
+        ),
         dtype=precision.dtype,
         device=device,
+        batch_invariant=precision.batch_invariant,
     )
 
     if device.type == "cuda":

@@ -32,6 +32,7 @@ class ReplicaOptions:
     dtype: Dtype = "auto"
     quantize: Quantize = "auto"
     kv_cache_dtype: CacheDtype = "auto"
+    batch_invariant: bool = False
     device: Device = "auto"
     threads: int | None = None
     verify_checkpoint: bool = True

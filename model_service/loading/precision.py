@@ -7,7 +7,8 @@ import torch
 
 from model_service.model.config import ModelConfig, Quantization
 from model_service.model.cpu.instructions import computes_in_bfloat16
-from model_service.model.cpu.kernels import kernels_for
+from model_service.model.cpu.kernels import kernels_for, without_kernels
+from model_service.model.cuda.requirements import require_kernels, require_whole_tiles
 from model_service.model.weight_sizes import weight_bytes
 from model_service.model.weights.packing import shares_tied_output
 from model_service.model.weights.partition import shard_parameters
@@ -53,20 +54,22 @@ class Determinism(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The dtype of activations, how the linear layers hold their weights, and how the cache its
-    keys and values.
+    """The dtype of activations, how the linear layers hold their weights, how the cache its keys
+    and values, and whether CUDA computes by the kernels that are batch-invariant.
     """
 
     device_type: str
     dtype: torch.dtype
     quantization: Quantization
     kv_dtype: torch.dtype
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
-        cache = "" if self.kv_dtype == self.dtype else ", fp8 cache"
+        more = "" if self.kv_dtype == self.dtype else ", fp8 cache"
+        more += ", batch-invariant" if self.batch_invariant else ""
         if self.quantization == "none":
-            return self.dtype_name + cache
-        return f"{self.quantization} ({self.dtype_name}{cache})"
+            return self.dtype_name + more
+        return f"{self.quantization} ({self.dtype_name}{more})"
 
     @property
     def dtype_name(self) -> str:
@@ -88,11 +91,12 @@ class Precision:
     def determinism(self) -> Determinism:
         """BATCH_INVARIANT where all kernels sum in one order for any number of rows.
 
-        PyTorch's do so in no type. float32 logits differ by some 1e-6, which moves the borders
-        between tokens by as little, so a replay differs in one token of many thousands; it is no
-        guarantee. The number of shards does not matter (`cpu/shard_sum.py`).
+        PyTorch's do so in no type, FlashInfer's neither. float32 logits differ by some 1e-6, which
+        moves the borders between tokens by as little, so a replay differs in one token of many
+        thousands; it is no guarantee. The number of shards does not matter (`cpu/shard_sum.py`).
         """
-        return Determinism.BATCH_INVARIANT if self.uses_own_kernels else Determinism.SEEDED
+        invariant = self.uses_own_kernels or self.batch_invariant
+        return Determinism.BATCH_INVARIANT if invariant else Determinism.SEEDED
 
     @property
     def uses_own_kernels(self) -> bool:
@@ -104,7 +108,9 @@ class Precision:
         linear = shard_parameters(source.config, shards, linear=True)
         others = shard_parameters(source.config, shards, linear=False)
         config, kind = source.config, self.device_type
-        if shares_tied_output(config, shards, self.quantization, self.dtype, kind):
+        if not self.batch_invariant and shares_tied_output(
+            config, shards, self.quantization, self.dtype, kind
+        ):
             linear -= config.vocab_size * config.dim
         of_linear = weight_bytes(self.quantization, self.dtype.itemsize, self.device_type)
         return round(linear * of_linear + others * self.dtype.itemsize)
@@ -127,6 +133,8 @@ class Precision:
                 f"int4 weights share a scale among {GROUP_SIZE} neighbours of a row, which does "
                 f"not divide {', '.join(uneven)} of a shard: use --quantize int8, or fewer shards"
             )
+        if self.batch_invariant:
+            require_whole_tiles(inputs)
         uneven += [f"{name} {length}" for name, length in outputs.items() if length % of_outputs]
         if uneven:
             raise StartError(
@@ -152,7 +160,13 @@ def choose_device(device: str) -> str:
 
 
 def choose_precision(
-    device: torch.device, dtype: str, quantization: str, kv_cache_dtype: str, *, small: bool
+    device: torch.device,
+    dtype: str,
+    quantization: str,
+    kv_cache_dtype: str,
+    *,
+    small: bool,
+    batch_invariant: bool = False,
 ) -> Precision:
     """`auto` resolved for `device`; a `small` model gains nothing by bfloat16 on the CPU.
 
@@ -166,7 +180,27 @@ def choose_precision(
     else:
         name = _cpu_dtype(dtype, chosen, small=small)
     own = DTYPES[name]
-    return Precision(device.type, own, chosen, FP8 if kv_cache_dtype == "fp8" else own)
+    if batch_invariant:
+        _check_batch_invariance(device, own)
+    return Precision(
+        device.type,
+        own,
+        chosen,
+        FP8 if kv_cache_dtype == "fp8" else own,
+        batch_invariant=batch_invariant and device.type == "cuda",
+    )
+
+
+def _check_batch_invariance(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises StartError if no kernels here are batch-invariant in `dtype`."""
+    if device.type == "cuda":
+        require_kernels(torch.cuda.get_device_capability(device))
+    elif kernels_for(dtype, device) is None:
+        raise StartError(
+            "--batch_invariant: only the kernels that are compiled when this package is installed "
+            f"are batch-invariant on the CPU, and they do not serve here: {without_kernels()}. To "
+            "fix: install the package where there is a C++ compiler, or leave the flag out"
+        )
 
 
 def cuda_dtype(dtype: str, quantization: Quantization, capability: tuple[int, int]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 
@@ -13,6 +14,7 @@ from model_service.loading.precision import Determinism, Precision
 from model_service.model.config import Quantization
 from model_service.model.cpu.instructions import instructions
 from model_service.model.cpu.library import INTERFACE
+from model_service.model.cuda import ARITHMETIC
 from model_service.model.weights.source import WeightSource
 
 
@@ -89,5 +91,7 @@ def _fingerprint(
 ) -> str:
     kernels = f"{_device_name(device)} {torch.__version__}"
     kernels += f" own kernels {INTERFACE}" if precision.uses_own_kernels else ""
+    if precision.batch_invariant:
+        kernels += f" invariant kernels {ARITHMETIC} of Triton {version('triton')}"
     identity = f"{source.fingerprint()} {shards} {precision} {kernels}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -4,11 +4,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
+from fairscale.nn.model_parallel.initialize import (
+    get_model_parallel_group,
+    get_model_parallel_world_size,
+)
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 from model_service.model.config import ModelConfig
+from model_service.model.cpu import shard_sum
 from model_service.model.cpu.kernels import Kernels, kernels_for
 from model_service.model.cpu.layers import CompiledLayers, LayerWeights
 from model_service.model.network import Transformer, sum_over_shards
@@ -35,6 +39,7 @@ def load_network(
     pack: Pack,
     dtype: torch.dtype,
     device: torch.device,
+    batch_invariant: bool = False,
 ) -> Transformer:
     """The network with its weights in place, ready for `forward`.
 
@@ -45,8 +50,12 @@ def load_network(
         pack: converts the weight of a linear layer to the form that its kernel reads.
         dtype: of all other weights.
         device: of this rank.
+        batch_invariant: whether the kernels of `model/cuda/` compute it; `pack` is then theirs.
     """
-    network = Transformer(config, make_operations(config, context_length, dtype, device))
+    operations = make_operations(
+        config, context_length, dtype, device, batch_invariant=batch_invariant
+    )
+    network = Transformer(config, operations)
     memory = _MatrixMemory(network)
     for name, weight in _join(memory, read(memory.allocate)):
         layer = network.get_submodule(name)
@@ -60,7 +69,9 @@ def load_network(
             layer.weight = memory.hand_over() if packed is weight else packed
         else:
             layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if kernels := kernels_for(dtype, device):
+    if batch_invariant:
+        network.compiled_layers = _invariant_layers(network)
+    elif kernels := kernels_for(dtype, device):
         network.compiled_layers = _compiled_layers(network, kernels)
     return network.eval().to(device)
 
@@ -77,21 +88,38 @@ def _compiled_layers(network: Transformer, kernels: Kernels) -> CompiledLayers |
     return CompiledLayers(kernels, packed, layer.attention.heads, network.norm.eps, add)
 
 
-def _layer_weights(layer: Any) -> LayerWeights | None:  # noqa: ANN401  # nn.Module knows no attributes
+def _invariant_layers(network: Transformer) -> object:
+    """All layers by the Triton kernels that are batch-invariant."""
+    from model_service.model.cuda import layers  # noqa: PLC0415  # needs Triton
+
+    weights = [layers.LayerWeights(**_parts(layer)) for layer in network.layers]
+    is_sharded = get_model_parallel_world_size() > 1
+    return layers.InvariantLayers(weights, network.norm.eps, _sum_in_order if is_sharded else None)
+
+
+def _sum_in_order(x: torch.Tensor) -> None:
+    """Adds up, in place, the parts of a product on all ranks, in the order of the ranks."""
+    shard_sum.sum_over_shards(x, get_model_parallel_group())
+
+
+def _layer_weights(layer: nn.Module) -> LayerWeights | None:
+    parts = _parts(layer)
+    return None if None in parts.values() else LayerWeights(**parts)
+
+
+def _parts(layer: Any) -> dict[str, Any]:  # noqa: ANN401  # nn.Module knows no attributes
+    """A layer's norms, and its matrices, each None where no kernel of whole layers reads it."""
     matrices = {
         "wqkv": layer.attention.wqkv.weight,
         "wo": layer.attention.wo.weight,
         "w13": layer.feed_forward.w13.weight,
         "w2": layer.feed_forward.w2.weight,
     }
-    blocks: dict[str, Any] = {
-        name: getattr(weight, "blocks", None) for name, weight in matrices.items()
+    return {
+        "attention_norm": layer.attention_norm.weight,
+        "ffn_norm": layer.ffn_norm.weight,
+        **{name: getattr(weight, "blocks", None) for name, weight in matrices.items()},
     }
-    if None in blocks.values():
-        return None
-    return LayerWeights(
-        attention_norm=layer.attention_norm.weight, ffn_norm=layer.ffn_norm.weight, **blocks
-    )
 
 
 def _join(

@@ -22,12 +22,10 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import nn
 from torch.nn import functional as F
 
-from model_service.model.attention.backend import AttentionBackend
-from model_service.model.attention.fixed_tiles import FixedTileAttention
+from model_service.model.attention.backend import AttentionBackend, RunsLayers
 from model_service.model.attention.rotation import Rotary, attend_rotated
 from model_service.model.config import ModelConfig
 from model_service.model.cpu import shard_sum
-from model_service.model.cpu.layers import CompiledLayers
 from model_service.model.operations import Operations
 
 
@@ -150,7 +148,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
         self._operations = operations
-        self.compiled_layers: CompiledLayers | None = None
+        self.compiled_layers: object | None = None  # which the backend runs, if there are any
         self.vocab_size = config.vocab_size
         one_shard = get_model_parallel_world_size() == 1
         self._gather = _unchanged if one_shard else gather_from_model_parallel_region
@@ -190,8 +188,8 @@ class Transformer(nn.Module):
         step = Step(Rotary(self._operations.rotate, rotation), self._operations, backend)
         x = self._gather(F.embedding(tokens, self.tok_embeddings.weight))  # type: ignore[arg-type]
         residual: torch.Tensor | None = None
-        if self.compiled_layers is not None and isinstance(backend, FixedTileAttention):
-            x, residual = self.compiled_layers.run(x, rotation, backend.caches, backend.spans)
+        if self.compiled_layers is not None and isinstance(backend, RunsLayers):
+            x, residual = backend.run_layers(self.compiled_layers, x, rotation)
         else:
             for layer in self.layers:
                 x, residual = layer(x, residual, step)

@@ -2,7 +2,8 @@
 
 `PlainOperations` is Meta's arithmetic in PyTorch and runs everywhere. `FusedOperations` computes
 each in one FlashInfer kernel, in float32 inside, and overwrites its inputs; `RowOperations` does so
-on the CPU, where a row has the same bits in any batch. The network does not know which it has.
+on the CPU, where a row has the same bits in any batch, and `InvariantOperations` has them on CUDA.
+The network does not know which it has.
 """
 
 import math
@@ -40,9 +41,17 @@ class Operations(Protocol):
 
 
 def make_operations(
-    config: ModelConfig, context_length: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    context_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch_invariant: bool = False,
 ) -> Operations:
-    """The fastest operations in `dtype` on `device`, for positions below `context_length`."""
+    """The fastest operations in `dtype` on `device`, for positions below `context_length`.
+
+    With `batch_invariant`, those that go with the kernels of `model/cuda/`.
+    """
     if dtype == torch.float32:
         # float32 stands for the results of Meta's code. So no product may round its factors to
         # TF32, which keeps 10 bits of 23, even if other code in this process has allowed it.
@@ -50,6 +59,8 @@ def make_operations(
     rotary = rotary_frequencies(
         config.head_dim, context_length, config.rope_theta, config.rope_scaling
     )
+    if batch_invariant:
+        return InvariantOperations(rotary.to(device))
     if can_use_flashinfer(dtype, device, config.head_dim):
         return FusedOperations(rotary.to(device))
     if kernels := kernels_for(dtype, device):
@@ -145,6 +156,38 @@ class FusedOperations:
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         gated: torch.Tensor = self._kernels.silu_and_mul(x)
         return gated
+
+
+class InvariantOperations:
+    """On CUDA, a row's bits depend on that row alone.
+
+    The layers' kernels (`cuda/layers.py`) compute all of it but the last norm.
+    """
+
+    def __init__(self, rotary: torch.Tensor) -> None:
+        from model_service.model.cuda.norm_kernel import norm  # noqa: PLC0415  # needs Triton
+
+        self._norm = norm
+        self._rotary = rotary
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(x, weight, eps)
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = residual + x
+        return self.norm(total, weight, eps), total
+
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        return self._rotary[positions]
+
+    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # FusedOperations needs it
+        return apply_rotary(heads, rotation)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(x.dtype)
 
 
 class RowOperations:

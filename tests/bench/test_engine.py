@@ -27,12 +27,16 @@ def run(folder: Path, work_dir: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.thorough
 def test_cases_of_a_gpu_run_on_the_cpu(tmp_path: Path, work_dir: Path) -> None:
-    cases = ["one_stream", "batch", "prefill", "first_token", "crowd", "profile", "blocks"]
-    found = run(tmp_path, work_dir, "--precisions", "float32", "--cases", *cases, "formats")
+    cases = ["one_stream", "batch", "prefill", "first_token", "crowd", "profile"]
+    pairs = ["invariance", "formats", "blocks"]
+    found = run(tmp_path, work_dir, "--precisions", "float32", "--cases", *cases, *pairs)
     assert found["notes"] == []
     names = dict.fromkeys(row["case"] for row in found["rows"])
     traced = ["device idle", "kernels", "gaps"]
-    assert list(names) == [*cases[:4], "crowd", *traced, "device", "formats", "blocks"]
+    assert list(names) == [*cases[:4], "crowd", *traced, "device", *pairs]
+    modes = [row["settings"] for row in found["rows"] if row["case"] == "invariance"]
+    asked = [(1, "default"), (1, "batch_invariant"), (3, "default"), (3, "batch_invariant")]
+    assert [(each["streams"], each["variant"]) for each in modes] == asked
     formats = [row["settings"]["variant"] for row in found["rows"] if row["case"] == "formats"]
     assert formats == ["float32", "int8", "int4", "fp8", "fp8 cache"]
 

@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model_service.model.attention import rotation_kernel
-from model_service.model.weights import triton_kernels as kernels
+from model_service.model.cuda import rotation_kernel
+from model_service.model.cuda import weight_kernels as kernels
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FP8_SINCE = 89  # compute capability 8.9
@@ -25,8 +25,14 @@ WEIGHTS = [(4096, 11008), (22016, 4096)]
 
 
 def compile_kernel(
-    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, int], warps: int
-) -> dict[str, int]:
+    kernel: Any,
+    capability: int,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """The resources of a variant, and the instructions and layouts in which it multiplies."""
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
@@ -34,7 +40,7 @@ def compile_kernel(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types if name != "rows"},
     )
-    options = {"num_warps": warps, "num_stages": 4}
+    options = {"num_warps": warps, "num_stages": 4} | options
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -49,7 +55,20 @@ def compile_kernel(
         "spilled": int(stack),
         "matrix_units": len(re.findall(r"\b(?:wg)?mma\.", made.asm["ptx"])),
         "copies_ahead": made.asm["ptx"].count("cp.async.cg"),
+        "instructions": sorted(set(re.findall(r"\b(?:wg)?mma\.[\w.]*\.m\w+", made.asm["ptx"]))),
+        "steps_of_a_sum": longest_sum(made.asm["ptx"]),
+        "order_in_lanes": sorted(set(re.findall(r"kWidth = (\d+)", made.asm["ttgir"]))),
     }
+
+
+def longest_sum(ptx: str) -> int:
+    """The most matrix instructions that add to one register, one after the other."""
+    steps: dict[str, int] = {}
+    for registers in re.findall(r"\bmma\.sync[^{]*\{([^;]*);", ptx):
+        parts = [re.findall(r"%\w+", part) for part in registers.split("{")]
+        for result, added in zip(parts[0], parts[-1], strict=True):
+            steps[result] = steps.get(added, 0) + 1
+    return max(steps.values(), default=0)
 
 
 def products(capability: int, x: str, codes: str) -> list[dict[str, int]]:

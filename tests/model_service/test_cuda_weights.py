@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
-from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.cuda.pinned_transfer import WeightUpload
 from model_service.model.weights import cuda as weights_cuda
 from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 from model_service.model.weights.packing import packing
@@ -35,7 +35,7 @@ SHAPES = [(4096, 512), (12288, 256), (272, 1376), (128, 11008)]
 @pytest.fixture
 def kernels() -> Any:
     """Only there where Triton is."""
-    return importlib.import_module("model_service.model.weights.triton_kernels")
+    return importlib.import_module("model_service.model.cuda.weight_kernels")
 
 
 def random_matrix(*size: int, seed: int = 1) -> torch.Tensor:

@@ -20,7 +20,7 @@ from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow
 from model_service.loading.first_steps.warm_up import warm_up_sampling
-from model_service.model.pinned_transfer import upload_packed
+from model_service.model.cuda.pinned_transfer import upload_packed
 
 CPU = torch.device("cpu")
 VOCABS = 5, 300, 1040, 9001

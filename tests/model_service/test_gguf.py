@@ -16,9 +16,9 @@ from gguf import GGMLQuantizationType
 from model_service.engine.sequence import GenerationRequest, SamplingParams
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
-from model_service.model import pinned_transfer
 from model_service.model.config import RopeScaling
-from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.cuda import pinned_transfer
+from model_service.model.cuda.pinned_transfer import WeightUpload
 from model_service.model.weights.conversion.write_meta import write_meta
 from model_service.model.weights.files import read_parts
 from model_service.model.weights.files.gguf.dequantize import dequantize

@@ -20,8 +20,8 @@ from model_service.model.weights import cuda as weights_cuda
 from model_service.model.weights.quantization import GROUP_SIZE, Fp8Weight, Int8Weight, fp8_rows
 
 triton: Any = pytest.importorskip("triton", reason="Triton is not installed")
-kernels: Any = pytest.importorskip("model_service.model.weights.triton_kernels")
-rotation_kernel: Any = pytest.importorskip("model_service.model.attention.rotation_kernel")
+kernels: Any = pytest.importorskip("model_service.model.cuda.weight_kernels")
+rotation_kernel: Any = pytest.importorskip("model_service.model.cuda.rotation_kernel")
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
     reason="kernels run on the GPU here, or the interpreter is older than NumPy's newest",

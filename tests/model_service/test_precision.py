@@ -1,10 +1,17 @@
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from model_service.loading.precision import Precision, choose_precision, cuda_dtype
+from model_service.loading.precision import (
+    Determinism,
+    Precision,
+    choose_precision,
+    cuda_dtype,
+)
 from model_service.model.config import ModelConfig
+from model_service.model.cuda.requirements import require_kernels
 from model_service.model.weight_sizes import weight_bytes
 from serving.errors import StartError
 
@@ -67,3 +74,39 @@ def test_a_cache_in_fp8_is_another_arithmetic() -> None:
     assert str(own) == "int8 (float32)"
     assert str(narrow) == "int8 (float32, fp8 cache)"
     assert narrow.kv_dtype.itemsize == 1
+
+
+def test_batch_invariance_changes_nothing_on_the_cpu_whose_kernels_have_it() -> None:
+    arguments: tuple[Any, ...] = (torch.device("cpu"), "float32", "none", "auto")
+    plain, asked = (
+        choose_precision(*arguments, small=False, batch_invariant=each) for each in (False, True)
+    )
+    if plain.uses_own_kernels:
+        assert asked == plain
+    assert plain.determinism is Determinism.BATCH_INVARIANT
+
+
+def test_batch_invariance_is_refused_where_pytorchs_kernels_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("model_service.loading.precision.kernels_for", lambda *_: None)
+    with pytest.raises(StartError, match=r"--batch_invariant.*C\+\+ compiler, or leave"):
+        choose_precision(
+            torch.device("cpu"), "float32", "none", "auto", small=False, batch_invariant=True
+        )
+
+
+def test_batch_invariance_on_cuda_is_said_and_needs_whole_tiles() -> None:
+    precision = dataclasses.replace(on_cuda("none"), batch_invariant=True)
+    assert on_cuda("none").determinism is Determinism.SEEDED
+    assert precision.determinism is Determinism.BATCH_INVARIANT
+    assert str(precision) == "bfloat16, batch-invariant"
+    precision.check(LLAMA_7B, 2)
+    config = ModelConfig(dim=48, n_heads=4, multiple_of=32, vocab_size=1000)
+    with pytest.raises(StartError, match=r"tiles of 32 inputs do not divide dim 48, heads 48"):
+        precision.check(config, 1)
+
+
+def test_batch_invariance_needs_a_gpu_that_its_kernels_know() -> None:
+    with pytest.raises(StartError, match=r"8\.0 or newer, this one has 7\.5: leave the flag out"):
+        require_kernels(T4)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.model import pinned_transfer
-from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.cuda import pinned_transfer
+from model_service.model.cuda.pinned_transfer import WeightUpload
 from model_service.model.weights.files import read_parts
 from model_service.model.weights.files.meta.checkpoint import open_checkpoint
 from model_service.model.weights.source import Shard

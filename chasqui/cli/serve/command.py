@@ -51,6 +51,12 @@ PATIENCE = 5.0
 @setting("quantize", help="Quantization of the weights: auto, none, int8, int4 or fp8.")
 @setting("device", help="Device of the model: auto, cpu or cuda.")
 @setting(
+    "batch_invariant",
+    is_flag=True,
+    default=None,
+    help="On CUDA, compute each request the same alone and beside others; the CPU always does.",
+)
+@setting(
     "draft_ckpt_dir",
     type=click.Path(exists=True, path_type=Path),
     help="Weights of a smaller model with the same vocabulary, which guesses tokens ahead where "

@@ -9,7 +9,7 @@ import torch
 
 from model_service.engine.sampling.columns import PenaltyColumns
 from model_service.engine.sequence import Sequence
-from model_service.model.pinned_transfer import upload
+from model_service.model.cuda.pinned_transfer import upload
 
 _LARGEST = torch.finfo(torch.float32).max
 _FIRST_SLOTS = 8

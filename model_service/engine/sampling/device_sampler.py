@@ -27,7 +27,7 @@ from model_service.engine.sampling.host_truncation import in_highest_blocks
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow
-from model_service.model.pinned_transfer import Download, upload
+from model_service.model.cuda.pinned_transfer import Download, upload
 
 _LARGEST = torch.finfo(torch.float32).max
 _ROWS_SCORED_AT_ONCE = 256  # a whole prompt's logprobs would double the memory of its logits

@@ -12,9 +12,9 @@ from model_service.engine.pending_token import resolve_pending
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.model.attention.backend import PROBE_BLOCK, CachedAttention, SequenceSpan
+from model_service.model.cuda.pinned_transfer import upload
 from model_service.model.cuda_graphs import DecodeGraphs
 from model_service.model.network import Transformer
-from model_service.model.pinned_transfer import upload
 
 PROBE = StepPlan(
     spans=(SequenceSpan(1, 1, (PROBE_BLOCK,)),),

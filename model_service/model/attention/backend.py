@@ -6,7 +6,7 @@ then `attend` once per layer, which writes the new keys and values and attends o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -68,6 +68,29 @@ class AttentionBackend(Protocol):
         """
 
 
+@runtime_checkable
+class RunsLayers(Protocol):
+    """A backend whose kernels compute whole layers, attention included."""
+
+    def run_layers(
+        self,
+        layers: Any,  # noqa: ANN401  # of the backend's own device
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All layers of a step.
+
+        Args:
+            layers: the network's, as `load_network` has made them for this backend.
+            x: embeddings [tokens, dim], contiguous; overwritten.
+            rotation: complex64 [tokens, head_dim / 2].
+
+        Returns:
+            The last layer's output [tokens, dim], and the residual stream to which it is still to
+            be added; None if it has been.
+        """
+
+
 class CachedAttention(AttentionBackend, Protocol):
     """A backend that owns its cache."""
 
@@ -79,6 +102,21 @@ def copy_blocks(cache: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
     """Copies blocks of keys or values [layers, blocks, ...], one after the other."""
     for source, destination in copies:
         cache[:, destination] = cache[:, source]
+
+
+class PagedCache:
+    """Keys and values of all layers [layers, blocks, block_size, kv_heads, head_dim]."""
+
+    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
+        size = (shape.layers, shape.blocks, shape.block_size, shape.kv_heads, shape.head_dim)
+        self._keys, self._values = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        for cache in (self._keys, self._values):
+            copy_blocks(cache, copies)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._keys[layer], self._values[layer]
 
 
 def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,7 @@ from model_service.model.attention.backend import (
     copy_blocks,
 )
 from model_service.model.cpu.kernels import AttentionCache, AttentionSpan, Kernels
+from model_service.model.cpu.layers import CompiledLayers
 
 
 class FixedTileAttention:
@@ -65,3 +66,9 @@ class FixedTileAttention:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         return self._kernels.attend(self.caches[layer], self.spans, query, key, value)
+
+    def run_layers(
+        self, layers: CompiledLayers, x: torch.Tensor, rotation: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `RunsLayers`."""
+        return layers.run(x, rotation, self.caches, self.spans)

@@ -18,13 +18,13 @@ from model_service.model.attention.backend import (
     AttentionBackend,
     BlockCopy,
     CacheShape,
+    PagedCache,
     SequenceSpan,
-    copy_blocks,
 )
 from model_service.model.attention.flashinfer_kernels import decodes_on_tensor_cores
 from model_service.model.attention.page_tables import PageTables, leading_decodes, page_tables
 from model_service.model.attention.rotation import Heads, rotate_and_write
-from model_service.model.pinned_transfer import Fence, pinned
+from model_service.model.cuda.pinned_transfer import Fence, pinned
 
 _MIN_WORKSPACE = 128 * 2**20  # bytes, FlashInfer's recommendation
 _INT_WORKSPACE = 2**20  # bytes; a decode plan of a thousand sequences needs less than 2**16
@@ -48,21 +48,6 @@ class _Heads:
     @property
     def for_plan(self) -> tuple[int, int, int, int]:
         return self.query, self.key, self.head_dim, self.block_size
-
-
-class _PagedCache:
-    """Keys and values of all layers [layers, blocks, block_size, kv_heads, head_dim]."""
-
-    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
-        size = (shape.layers, shape.blocks, shape.block_size, shape.kv_heads, shape.head_dim)
-        self._keys, self._values = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
-
-    def copy(self, copies: Sequence[BlockCopy]) -> None:
-        for cache in (self._keys, self._values):
-            copy_blocks(cache, copies)
-
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._keys[layer], self._values[layer]
 
 
 class FlashInferAttention:
@@ -91,7 +76,7 @@ class FlashInferAttention:
         self._heads = _Heads(
             heads, shape.kv_heads, shape.head_dim, shape.block_size, dtype, kv_dtype
         )
-        self._cache = _PagedCache(shape, kv_dtype, device)
+        self._cache = PagedCache(shape, kv_dtype, device)
         # Plans copy from page-locked memory of FlashInfer's own, which the next plan overwrites.
         self._planned = Fence(device)
         size = workspace_bytes(heads, shape, max_batch_size, _multiprocessors(device))
@@ -209,7 +194,7 @@ class _FixedDecode:
     def __init__(
         self,
         heads: _Heads,
-        cache: _PagedCache,
+        cache: PagedCache,
         planned: Fence,
         buffers: _FixedBuffers,
         wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper,

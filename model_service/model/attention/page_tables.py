@@ -58,6 +58,28 @@ def leading_decodes(spans: Sequence[SequenceSpan]) -> int:
     return len(spans)
 
 
+def query_tiles(tables: PageTables, tokens: int) -> Indices:
+    """The spans cut into tiles of at most `tokens` tokens, [tiles, 4].
+
+    Each tile's first token in the flat batch, its tokens, the tokens of the context that the first
+    one sees, and where the span's blocks begin in `pages`.
+    """
+    lengths = np.diff(tables.query_starts)
+    counts = -(-lengths // tokens)
+    ends = np.cumsum(counts, dtype=np.int32)
+    span = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
+    before = (np.arange(len(span), dtype=np.int32) - (ends - counts)[span]) * tokens
+    return np.stack(
+        (
+            tables.query_starts[:-1][span] + before,
+            np.minimum(lengths[span] - before, tokens),
+            (tables.context_lengths - lengths)[span] + before + 1,
+            tables.page_starts[:-1][span],
+        ),
+        axis=1,
+    ).astype(np.int32)
+
+
 def _starts(lengths: Indices) -> Indices:
     """The offsets of parts of these lengths in a row, and the end of the last one."""
     starts = np.zeros(len(lengths) + 1, dtype=np.int32)

@@ -78,7 +78,7 @@ def rotate_and_write(
 ) -> None:
     """Rotates queries in place, and writes rotated keys and values to the cache of a layer.
 
-    On CUDA this is one kernel (`rotation_kernel.py`); what follows defines its result.
+    On CUDA this is one kernel (`cuda/rotation_kernel.py`); what follows defines its result.
 
     Args:
         heads: of the step's tokens.
@@ -88,7 +88,7 @@ def rotate_and_write(
     """
     query, key, value = heads
     if query.is_cuda:
-        from model_service.model.attention import rotation_kernel  # noqa: PLC0415  # needs Triton
+        from model_service.model.cuda import rotation_kernel  # noqa: PLC0415  # needs Triton
 
         rotation_kernel.rotate_and_write(heads, rotation, cache, slots)
         return

@@ -30,6 +30,7 @@ def make_attention(
     *,
     heads: int,
     max_batch_size: int,
+    batch_invariant: bool = False,
 ) -> CachedAttention:
     """The fastest backend for these arguments, with its cache allocated.
 
@@ -40,7 +41,15 @@ def make_attention(
         kv_dtype: of keys and values in the cache: `dtype`, or torch.float8_e4m3fn.
         heads: query heads of this rank.
         max_batch_size: most sequences that run at once.
+        batch_invariant: whether the kernels of `model/cuda/` compute the network.
     """
+    if batch_invariant:
+        from model_service.model.attention.split_attention import (  # noqa: PLC0415  # needs Triton
+            SplitAttention,
+        )
+
+        _log.info("attention: splits of the context, batch-invariant (the kernels of this package)")
+        return SplitAttention(shape, device, kv_dtype, heads=heads)
     if kernels := kernels_for(dtype, device):
         _log.info("attention: fixed tiles of the context (the kernels of this package)")
         return FixedTileAttention(kernels, shape, kv_dtype)
@@ -65,13 +74,16 @@ def prepare_attention(
     kv_dtype: torch.dtype,
     *,
     heads: int,
+    batch_invariant: bool = False,
 ) -> None:
     """Compiles what `make_attention` and the operations need and is not compiled yet.
 
     Raises:
         StartError: this machine cannot compile it.
     """
-    if can_use_flashinfer(dtype, device, shape.head_dim):
+    if batch_invariant:
+        require_c_compiler()  # Triton compiles at the first steps
+    elif can_use_flashinfer(dtype, device, shape.head_dim):
         require_c_compiler()
         on_tensor_cores = decodes_on_tensor_cores(heads, shape.kv_heads)
         types = KernelTypes(dtype, kv_dtype, shape.head_dim, on_tensor_cores)

@@ -1,8 +1,9 @@
-"""The sum over shards on the CPU, in the order of the ranks for every element.
+"""The sum over shards in the order of the ranks for every element.
 
-The ring of gloo's all-reduce begins at another rank for each part of a tensor, so the last bits of
-an element depend on its place, and a token's on the tokens before it in the step. Two terms have
-but one sum in either order, so two ranks keep the all-reduce, which is the fastest there.
+The CPU always takes it, CUDA in the mode that is batch-invariant. The ring of an all-reduce begins
+at another rank for each part of a tensor, so the last bits of an element depend on its place, and a
+token's on the tokens before it in the step. Two terms have but one sum in either order, so two
+ranks keep the all-reduce, which is the fastest there.
 """
 
 from collections.abc import Sequence

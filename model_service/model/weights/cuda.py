@@ -26,7 +26,7 @@ from model_service.model.weights.quantization import (
 # PyTorch's CUDA builds include Triton; its CPU builds, which take the other paths, do not.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 if _HAS_TRITON:
-    from model_service.model.weights import triton_kernels as kernels
+    from model_service.model.cuda import weight_kernels as kernels
 
 # The most rows for the kernels that dequantize as they read.
 _MAX_INT8_ROWS = 256  # above, cuBLAS makes up for the time that writing plain weights costs

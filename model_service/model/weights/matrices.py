@@ -3,7 +3,7 @@
 A layer keeps its weight in an attribute and multiplies by it with `F.linear`. If the attribute is a
 `PackedWeight`, PyTorch passes the call on to it (the `__torch_function__` protocol), so no layer
 knows the form of its weights. Each format is one function that packs one weight: for the CPU here,
-for the GPU in `cuda.py`. `packing.py` chooses.
+for the GPU in `cuda.py` and `invariant.py`. `packing.py` chooses.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch
 
 from model_service.model.cpu.instructions import adds_products_exactly
 from model_service.model.cpu.products import Form, PackedBlocks, Products
+from model_service.model.cuda.tiled_weight import TiledWeight
 from model_service.model.weights.quantization import Fp8Weight, Int4Weight, Int8Weight, fp8_rows
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -30,11 +31,11 @@ class PackedWeight:
 
     Attributes:
         multiply: computes x · weightᵀ [rows, outputs] from x [rows, inputs], in x's dtype.
-        blocks: the weight, if it has the form of the compiled library.
+        blocks: the weight, if kernels that compute whole layers read its form.
     """
 
     multiply: Multiply
-    blocks: PackedBlocks | None = None
+    blocks: PackedBlocks | TiledWeight | None = None
 
     @classmethod
     def __torch_function__(

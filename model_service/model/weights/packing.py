@@ -10,10 +10,27 @@ from model_service.model.weights import matrices
 from model_service.model.weights.matrices import Pack
 
 
-def packing(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Pack:
-    """The function that packs a weight on `device` for activations of `dtype`."""
-    if quantization != "none" and device.type == "cuda":
+def packing(
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch_invariant: bool = False,
+) -> Pack:
+    """The function that packs a weight on `device` for activations of `dtype`.
+
+    Args:
+        quantization: the form of the weights.
+        dtype: of the activations.
+        device: of this rank.
+        batch_invariant: whether the kernels of `model/cuda/` compute the network.
+    """
+    if batch_invariant:
         # Importing Triton takes seconds.
+        from model_service.model.weights.invariant import pack_tiles  # noqa: PLC0415
+
+        return pack_tiles(quantization, dtype)
+    if quantization != "none" and device.type == "cuda":
         from model_service.model.weights import cuda  # noqa: PLC0415
 
         pack = cuda.PACK[quantization]

@@ -52,6 +52,62 @@ def test_golden_cases_are_exact_in_float32(
     assert differences(answers, cases(name)) == []
 
 
+@pytest.mark.parametrize("lookahead", [False, True], ids=["read at once", "lookahead"])
+def test_golden_cases_are_exact_by_the_invariant_kernels(
+    cuda_engine: Any, cases: Cases, request_for: Any, run: Any, differences: Any, lookahead: bool
+) -> None:
+    engine = cuda_engine(max_batch_size=40, lookahead=lookahead, batch_invariant=True)
+    answers = run(engine, [request_for(case) for case in cases("gqa")])
+    assert differences(answers, cases("gqa")) == []
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+        {"quantize": "int8"},
+        {"quantize": "int4"},
+        {"quantize": "fp8"},
+    ],
+    ids=lambda each: " ".join(each.values()),
+)
+def test_a_batch_invariant_answer_has_the_same_bits_alone_and_in_a_crowd(
+    cuda_engine: Any, wide_heads: Path, golden: Path, run: Any, precision: dict[str, str]
+) -> None:
+    # Groups of int4 divide the rows of this one.
+    folder = golden / "checkpoints" / "mha-mp1" if "int4" in precision.values() else wide_heads
+    settings = {"dtype": "auto", "batch_invariant": True, "prefix_cache": False, **precision}
+    requests = [
+        GenerationRequest(
+            n,
+            tuple((n * n + 7 * i) % 199 + 3 for i in range(1 + 11 * n)),
+            24,
+            SamplingParams(temperature=0.0),
+            logprobs=True,
+        )
+        for n in range(20)
+    ]
+
+    def engine(max_batch_size: int, max_step_tokens: int) -> Any:
+        return cuda_engine(
+            folder.name,
+            folder=folder.parent,
+            max_batch_size=max_batch_size,
+            max_step_tokens=max_step_tokens,
+            lookahead=True,
+            **settings,
+        )
+
+    # Steps of more rows than the tile of few rows has, and prompts in chunks of all lengths.
+    crowd, alone = run(engine(20, 57), requests), engine(1, 512)
+    for request in requests:
+        (own,) = run(alone, [request]).values()
+        assert own.ids == crowd[request.request_id].ids
+        assert own.logprobs == crowd[request.request_id].logprobs
+
+
 @pytest.mark.parametrize(("checkpoint", "name"), GOLDEN)
 def test_bfloat16_stays_near_the_golden_logprobs(
     cuda_engine: Any, cases: Cases, scoring_request: Any, run: Any, checkpoint: str, name: str

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from model_service.model.config import ModelConfig
+from model_service.model.cuda.pinned_transfer import WeightUpload
 from model_service.model.errors import CheckpointError, shown_names, shown_shape
-from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.digest import digest
 from model_service.model.weights.files.hugging_face_config import read_config
 from model_service.model.weights.files.read_parts import read_parts

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from model_service.model.config import ModelConfig
-from model_service.model.pinned_transfer import WeightUpload
+from model_service.model.cuda.pinned_transfer import WeightUpload
 from model_service.model.weights.finite import check_finite, extremes
 from model_service.model.weights.partition import part_shape, split_dimension
 from model_service.model.weights.source import Allocate, Shard

@@ -15,8 +15,8 @@ import gguf
 import torch
 
 from model_service.model.config import ModelConfig
+from model_service.model.cuda.pinned_transfer import WeightUpload
 from model_service.model.errors import CheckpointError, shown_names, shown_shape
-from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.digest import digest
 from model_service.model.weights.files.gguf.config import EMBEDDING, read_config
 from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, map_file, read_header

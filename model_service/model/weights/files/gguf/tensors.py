@@ -17,8 +17,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from llama.gguf_header import TensorEntry
+from model_service.model.cuda.pinned_transfer import WeightUpload
 from model_service.model.errors import FETCH_AGAIN, CheckpointError, shown_shape
-from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.gguf.dequantize import dequantize
 from model_service.model.weights.files.gguf.header import CONVERT_AGAIN, tensor_bytes, type_name
 

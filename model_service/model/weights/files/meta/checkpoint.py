@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from model_service.model.config import VOCAB_SIZE_FROM_EMBEDDING, ModelConfig
+from model_service.model.cuda.pinned_transfer import WeightUpload
 from model_service.model.errors import CheckpointError
-from model_service.model.pinned_transfer import WeightUpload
 from model_service.model.weights.files.meta.checks import (
     ONE_CHECKPOINT,
     check_copies,

@@ -88,10 +88,10 @@ def _rotate_and_write(
             x = tl.load(key + token * key_stride + place, mask=exists, other=0.0)
             if ROTATES:
                 x = _rotated(x, angles, token, HEADS, PAIRS)
-            tl.store(keys + slot + place, _narrowed(x) if NARROWS else x, mask=exists)
+            tl.store(keys + slot + place, narrowed(x) if NARROWS else x, mask=exists)
         else:
             x = tl.load(value + token * value_stride + place, mask=exists, other=0.0)
-            tl.store(values + slot + place, _narrowed(x) if NARROWS else x, mask=exists)
+            tl.store(values + slot + place, narrowed(x) if NARROWS else x, mask=exists)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _rotated(
 
 
 @triton.jit
-def _narrowed(x: tl.tensor) -> tl.tensor:
+def narrowed(x: tl.tensor) -> tl.tensor:
     """The bits of e4m3, rounded to the nearest, ties to even, at most ±448."""
     bits = x.to(tl.float32).to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
@@ -122,3 +122,15 @@ def _narrowed(x: tl.tensor) -> tl.tensor:
     code = tl.where(size < 0x3C800000, small, normal)
     code = tl.where(is_nan, 0x7F, code)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def widened(codes: tl.tensor) -> tl.tensor:
+    """The float32 numbers of e4m3's bits, without a type that some cards lack."""
+    bits = codes.to(tl.int32)
+    size = bits & 0x7F
+    # The exponent's bias in float32 is larger by 120. A product by a power of two makes up for it,
+    # and for the numbers that have no leading one.
+    value = (size << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2¹²⁰
+    value = tl.where(size == 0x7F, float("nan"), value)
+    return tl.where(bits > 0x7F, -value, value)

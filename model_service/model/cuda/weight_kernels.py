@@ -1,9 +1,9 @@
 """Triton kernels for quantized weights on CUDA: products with few rows, conversions in one pass.
 
-Only PyTorch's CUDA builds include Triton, so only `cuda.py` imports this file, and only if Triton
-is installed. Each function here has a counterpart in plain PyTorch that defines its result. Tiles
-depend on the shape and are not tuned at run time, so that every replica adds up in the same order
-and no first request waits for a tuner.
+Only PyTorch's CUDA builds include Triton, so only `weights/cuda.py` imports this file, and only if
+Triton is installed. Each function here has a counterpart in plain PyTorch that defines its result.
+Tiles depend on the shape and are not tuned at run time, so that every replica adds up in the same
+order and no first request waits for a tuner.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from model_service.model.weights.quantization import FP8, GROUP_SIZE
+from model_service.model.weight_sizes import GROUP_SIZE
 from serving.errors import StartError
 
 _FP8_MAX = tl.constexpr(448.0)
@@ -139,7 +139,7 @@ def fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantization.fp8_rows` in one kernel: codes [rows, columns], scales [rows]."""
     x = x.contiguous()
     rows, columns = x.shape
-    codes = torch.empty(x.shape, dtype=FP8, device=x.device)
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     _fp8_rows[(rows,)](x, codes, scales, columns, BLOCK=_ROW_BLOCK, num_warps=8)
     return codes, scales
