@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from llama.v1.chat_pb2 import (
     ChatCompleteRequest,
@@ -99,7 +99,10 @@ async def work_while_refused(stack: Stack, chat: Any) -> tuple[Counter[str], lis
 
 def parse_seconds() -> float:
     """The processor time of parsing the costliest of the requests."""
-    kinds = {"TextComplete": TextCompleteRequest, "ChatComplete": ChatCompleteRequest}
+    kinds: dict[str, type[Message]] = {
+        "TextComplete": TextCompleteRequest,
+        "ChatComplete": ChatCompleteRequest,
+    }
     seconds = []
     for method, request in shapes():
         if kind := kinds.get(method.rpartition("/")[2]):
