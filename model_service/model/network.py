@@ -18,6 +18,7 @@ from fairscale.nn.model_parallel.layers import (
     ParallelEmbedding,
     RowParallelLinear,
 )
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,20 +29,20 @@ from model_service.model.cpu import shard_sum
 from model_service.model.operations import Operations
 
 
-def _uninitialized(weight: torch.Tensor) -> torch.Tensor:
-    return weight
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
-def _column_parallel(inputs: int, outputs: int, *, gather_output: bool = False) -> nn.Module:
+def _column_parallel(inputs: int, outputs: int) -> nn.Module:
     layer: nn.Module = ColumnParallelLinear(
-        inputs, outputs, bias=False, gather_output=gather_output, init_method=_uninitialized
+        inputs, outputs, bias=False, gather_output=False, init_method=_unchanged
     )
     return layer
 
 
 def _row_parallel(inputs: int, outputs: int) -> nn.Module:
     layer: nn.Module = RowParallelLinear(
-        inputs, outputs, bias=False, input_is_parallel=True, init_method=_uninitialized
+        inputs, outputs, bias=False, input_is_parallel=True, init_method=_unchanged
     )
     return layer
 
@@ -149,14 +150,16 @@ class Transformer(nn.Module):
         self._operations = operations
         self.compiled_layers: object | None = None  # which the backend runs, if there are any
         self.vocab_size = config.vocab_size
+        one_shard = get_model_parallel_world_size() == 1
+        self._gather = _unchanged if one_shard else gather_from_model_parallel_region
         self.tok_embeddings = _on_meta(
-            ParallelEmbedding(config.vocab_size, config.dim, init_method=_uninitialized)
+            ParallelEmbedding(config.vocab_size, config.dim, init_method=_unchanged)
         )
         self.layers = nn.ModuleList(
             _on_meta(TransformerBlock(config, layer)) for layer in range(config.n_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = _on_meta(_column_parallel(config.dim, config.vocab_size, gather_output=True))
+        self.output = _on_meta(_column_parallel(config.dim, config.vocab_size))
 
     @torch.inference_mode()
     def forward(
@@ -173,8 +176,8 @@ class Transformer(nn.Module):
         Args:
             tokens: token ids [num_tokens], sequence after sequence.
             positions: position of each token in its own sequence [num_tokens].
-            logit_rows: indices into the batch of the tokens whose logits are wanted [num_logits],
-                or None for all.
+            logit_rows: ascending indices into the batch of the tokens whose logits are wanted
+                [num_logits], or None for all.
             backend: holds the cache and the plan of this step.
             out: receives the logits, instead of new memory.
 
@@ -183,19 +186,19 @@ class Transformer(nn.Module):
         """
         rotation = self._operations.rotation(positions)
         step = Step(Rotary(self._operations.rotate, rotation), self._operations, backend)
-        x = self.tok_embeddings(tokens)  # [num_tokens, dim]
+        x = self._gather(F.embedding(tokens, self.tok_embeddings.weight))  # type: ignore[arg-type]
         residual: torch.Tensor | None = None
         if self.compiled_layers is not None and isinstance(backend, RunsLayers):
             x, residual = backend.run_layers(self.compiled_layers, x, rotation)
         else:
             for layer in self.layers:
                 x, residual = layer(x, residual, step)
-        if logit_rows is not None:
+        if logit_rows is not None and len(logit_rows) < len(tokens):
             if not len(logit_rows):  # shards have nothing to gather
                 return torch.empty(0, self.vocab_size, device=x.device)
             x, residual = x[logit_rows], None if residual is None else residual[logit_rows]
         x, _ = _normed(self.norm, x, residual, step)
-        logits: torch.Tensor = self.output(x)
+        logits = self._gather(_multiply(x, self.output))
         return logits.float() if out is None else out.copy_(logits)
 
 

@@ -20,7 +20,7 @@ longer than its launch.
 """
 
 from bisect import bisect_left
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from itertools import accumulate
 from statistics import median
@@ -80,7 +80,7 @@ class PrefillBudget:
         self._floor = min(FLOOR, ceiling)
         self._first = first
         self._ceiling = ceiling
-        self._regimes: dict[int, _Regime] = {}
+        self._regimes: defaultdict[int, _Regime] = defaultdict(_Regime)
 
     def record(
         self, decode_rows: int, prompt_tokens: int, seconds: float, launch: float = 0.0
@@ -134,7 +134,7 @@ class PrefillBudget:
         return 0 if regime.since_contrast >= CONTRAST_EVERY else self._usual(regime)
 
     def _regime(self, decode_rows: int) -> _Regime:
-        return self._regimes.setdefault(decode_rows.bit_length(), _Regime())
+        return self._regimes[decode_rows.bit_length()]
 
     def _usual(self, regime: _Regime) -> int:
         """The budget that the stall allows, at most twice the largest of the last steps."""

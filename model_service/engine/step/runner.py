@@ -93,5 +93,4 @@ class ModelRunner:
             if replayed is not None:
                 return replayed
         self._attention.plan(plan.spans)
-        logits: torch.Tensor = self._network(tokens, positions, logit_rows, self._attention)
-        return logits
+        return self._network.forward(tokens, positions, logit_rows, self._attention)

@@ -50,12 +50,13 @@ class DraftCosts:
             most: drafts.
             by_model: whether the model makes them.
         """
+        cost = self.row * self.rows
+        round_cost = self.round if by_model else 0.0
+        without = Rate(1.0, 1.0)
+        if chance <= cost + round_cost:  # the first draft is worth most
+            return 0, without
         (length,), rate = draft_lengths(
-            [chance],
-            [most],
-            Rate(1.0, 1.0),
-            row_cost=self.row * self.rows,
-            round_cost=self.round if by_model else 0.0,
+            [chance], [most], without, row_cost=cost, round_cost=round_cost
         )
         return length, rate
 
