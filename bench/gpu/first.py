@@ -1,4 +1,4 @@
-"""python -m bench.gpu first: the most important facts about a new GPU, in at most 500 seconds.
+"""python -m bench.gpu first: the most important facts about a new GPU, in at most 400 seconds.
 
 Each part is a process of its own with its own bound, so that the failure of one costs the others
 nothing. It prints as it goes, and its output is also kept in a file.
@@ -14,7 +14,7 @@ from pathlib import Path
 from bench.gpu.check import ROOT
 from bench.report import RESULTS, versions
 
-SECONDS = 500
+SECONDS = 400
 _PYTHON = (sys.executable, "-m")
 _ENGINE = (*_PYTHON, "bench.gpu", "--rounds", "2")
 # Name, seconds at most, command; in the order of weight. The benchmark's own limit, after which it
@@ -23,7 +23,6 @@ PARTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("machine", 15, ("nvidia-smi",)),
     ("check", 140, (*_PYTHON, "bench.gpu", "check", "-k", "not fp8")),
     ("one_stream", 90, (*_ENGINE, "--cases", "one_stream", "profile")),
-    ("invariance", 100, (*_ENGINE, "--cases", "invariance")),
     ("engine", 155, (*_ENGINE, "--cases", "batch", "prefill", "first_token", "--seconds", "110")),
 )
 
