@@ -14,7 +14,7 @@ import argparse
 import asyncio
 import itertools
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import httpx2
@@ -152,17 +152,22 @@ async def _compare_protocols(
     return Row("protocols", settings, _per_token_and_request(costs, args.answer))
 
 
-def _per_token_and_request(costs: dict[tuple[str, int], float], length: int) -> dict[str, float]:
-    """From the costs of requests by protocol and length of answer: one token, and `length`."""
-    values = {}
+def _per_token_and_request(
+    costs: Mapping[tuple[str, int], float], length: int
+) -> dict[str, float | None]:
+    """From the costs of requests by protocol and length of answer: one token, and `length`.
+
+    A ratio is None where the run was too short for the process clock, which counts in 10 ms.
+    """
+    values, ratios = {}, dict[str, float | None]()
     for protocol in ("grpc", "http"):
         per_token = (costs[protocol, length] - costs[protocol, 1]) / (length - 1)
         values[f"{protocol}_cpu_us_per_token"] = per_token
         values[f"{protocol}_cpu_us_per_request"] = costs[protocol, 1] - per_token
     for each in ("token", "request"):
         http, grpc = (values[f"{protocol}_cpu_us_per_{each}"] for protocol in ("http", "grpc"))
-        values[f"ratio_per_{each}"] = http / grpc
-    return values
+        ratios[f"ratio_per_{each}"] = http / grpc if grpc > 0 else None
+    return {**values, **ratios}
 
 
 async def _read(http: httpx2.AsyncClient, prompt: Sequence[int], answer: int) -> None:

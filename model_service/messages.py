@@ -72,16 +72,17 @@ def _stop_ids(start: model_pb2.StartSequence) -> frozenset[int]:
 
 def token_event(sequence_id: str, output: SequenceOutput) -> model_pb2.TokenEvent:
     """The wire's event for the output of a step."""
+    entries = output.logprobs
+    if output.stop_logprobs is not None:
+        entries += (output.stop_logprobs,)
     event = model_pb2.TokenEvent(
         sequence_id=sequence_id,
         ids=output.ids,
         cached_prompt_tokens=output.cached_prompt_tokens,
-        logprobs=[entry.logprob for entry in output.logprobs],
-        ranks=[entry.rank for entry in output.logprobs],
-        top=[_top(entry) for entry in output.logprobs]
-        if any(e.top for e in output.logprobs)
-        else (),
-        requested_logprobs=_requested(output.logprobs),
+        logprobs=[entry.logprob for entry in entries],
+        ranks=[entry.rank for entry in entries],
+        top=[_top(entry) for entry in entries] if any(e.top for e in entries) else (),
+        requested_logprobs=_requested(entries),
         stop_token_id=output.stop_token_id,
     )
     if output.timings is not None:

@@ -3,22 +3,13 @@ details. Does no input or output, so that it can be tested without a server.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from gateway.generation.events import Delta
 from gateway.request.options import Options
 from gateway.text.detokenizer import Detokenizer
 from gateway.text.stop_strings import StopFilter
 from gateway.text.vocabulary import Vocabulary
 from llama.v1 import chat_pb2, model_pb2
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """The next piece of an answer."""
-
-    text: str
-    tokens: list[chat_pb2.Token]
-    completion_tokens: int = 0  # of the answer so far, this delta included
 
 
 class Answer:
@@ -65,7 +56,7 @@ class Answer:
                 break
             text.append(self._push(token_id))
             if self._options.logprobs:
-                tokens.append(self._token(event, position))
+                tokens.append(self._token(event, position, token_id))
         if event.finish_reason and not self.stopped:
             text.append(self._stop.push(self._detokenizer.finish()))
             text.append(self._stop.finish())
@@ -81,8 +72,14 @@ class Answer:
             return text
         return self._stop.push(text)
 
-    def _token(self, event: model_pb2.TokenEvent, position: int) -> chat_pb2.Token:
-        token_id, wanted = event.ids[position], self._options.logprob_token_ids
+    def stop_token(self, event: model_pb2.TokenEvent) -> chat_pb2.Token | None:
+        """The token that ended the answer with the last event; None if its logprob is unknown."""
+        position = len(event.ids)
+        known = event.HasField("stop_token_id") and len(event.logprobs) > position
+        return self._token(event, position, event.stop_token_id) if known else None
+
+    def _token(self, event: model_pb2.TokenEvent, position: int, token_id: int) -> chat_pb2.Token:
+        wanted = self._options.logprob_token_ids
         rank = event.ranks[position] if event.ranks else 0
         # The first token of a prompt has no prediction, so an event may hold no alternatives.
         top = event.top[position] if event.top else model_pb2.TopLogprobs()

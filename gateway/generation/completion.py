@@ -15,9 +15,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.admission.admission import Admitted
-from gateway.generation.answer import Answer, Delta
+from gateway.generation.answer import Answer
 from gateway.generation.answer_requests import AnswerRequest, answer_requests, size, start_message
-from gateway.generation.events import AnswerKey, Event, Finished, KeyedEvent, Refusal, Started
+from gateway.generation.events import AnswerKey, Delta, Finished, KeyedEvent, Refusal, Started
 from gateway.generation.generation import Generation, Outcome
 from gateway.generation.send_buffer import SendBuffer
 from gateway.replicas.pool import ReplicaPool
@@ -146,7 +146,7 @@ def _started(
 
 def _first_events(
     request: AnswerRequest, generation: Generation | None, arrived: float
-) -> Iterator[Event]:
+) -> Iterator[Delta | Finished]:
     """The events that do not depend on the model's output."""
     if isinstance(refusal := request.prompt, Refusal):
         if refusal.text:
@@ -172,11 +172,11 @@ def _finished(
         compute_time=last.timings.compute,
         total_time=_since(arrived),
     )
-    reason, stop_token_id = last.finish_reason, None
+    reason, stop_token_id, stop_token = last.finish_reason, None, None
     if generation.answer.stopped:
         reason = FINISH_REASON_STOP_STRING
     elif last.HasField("stop_token_id"):
-        stop_token_id = last.stop_token_id
+        stop_token_id, stop_token = last.stop_token_id, generation.answer.stop_token(last)
     elif reason == FINISH_REASON_LENGTH and generation.max_gen_len < options.sampling.max_gen_len:
         reason = FINISH_REASON_CONTEXT_LENGTH  # max_gen_len was reduced to the context's room
     return Finished(
@@ -184,6 +184,7 @@ def _finished(
         usage,
         generation.failovers,
         stop_token_id=stop_token_id,
+        stop_token=stop_token,
         stop_string=generation.answer.stop_string,
     )
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from gateway.generation.answer import Delta
 from llama.prompt_format.dialog import UNSAFE_ERROR
 from llama.v1 import chat_pb2
 from llama.v1.sampling_pb2 import (
@@ -39,6 +38,15 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of an answer."""
+
+    text: str
+    tokens: list[chat_pb2.Token]
+    completion_tokens: int = 0  # of the answer so far, this delta included
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """An answer is complete."""
 
@@ -46,6 +54,7 @@ class Finished:
     usage: chat_pb2.Usage
     failovers: int = 0  # how often it continued at another replica
     stop_token_id: int | None = None
+    stop_token: chat_pb2.Token | None = None  # the same with its logprob, if that was asked for
     stop_string: str = ""
     safety_categories: tuple[str, ...] = ()
 

@@ -1,7 +1,8 @@
 """Chunks of a stream as server-sent events.
 
-The first event of an answer is a comment, which is sent as soon as the request is accepted: so the
-headers arrive before the first token, and no client takes the comment for a token.
+The headers are sent as soon as the request is accepted, before the first token. In a named stream
+a comment goes with them, from which a client without any token can resume. Other streams have none,
+because some clients, such as `vllm bench serve`, misread what follows a comment.
 """
 
 from collections.abc import AsyncGenerator, Iterator
@@ -10,8 +11,7 @@ from typing import Any, Protocol
 
 from pydantic_core import to_json
 
-from gateway.generation.answer import Delta
-from gateway.generation.events import AnswerKey, Event, Finished, KeyedEvent, Started
+from gateway.generation.events import AnswerKey, Delta, Event, Finished, KeyedEvent, Started
 from gateway.http.openai.answers import UsageSum
 from gateway.http.openai.fields import StreamOptions
 
@@ -77,7 +77,7 @@ class EventWriter:
             "model": started.model,
             "system_fingerprint": started.fingerprint,
         }
-        return self._event(b": accepted")
+        return self._event(b": accepted") if self._numbered else b""
 
     def _event(self, line: bytes) -> bytes:
         if not self._numbered:
@@ -92,7 +92,7 @@ async def server_sent_events(
     """The events of a request's answers as they are sent; closes `events`."""
     async with aclosing(events):
         async for key, event in events:
-            if sent := writer.write(key, event):
+            if (sent := writer.write(key, event)) is not None:
                 yield sent
     for sent in writer.end():
         yield sent

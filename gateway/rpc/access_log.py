@@ -14,8 +14,7 @@ from typing import Protocol
 import grpc
 import structlog
 
-from gateway.generation.answer import Delta
-from gateway.generation.events import AnswerKey, Finished, Started
+from gateway.generation.events import AnswerKey, Delta, Finished, Started
 from gateway.request.options import ModelRequest, TextRequest
 from gateway.rpc.metrics import RequestMetrics
 from llama.v1 import chat_pb2

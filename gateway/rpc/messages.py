@@ -2,8 +2,7 @@
 
 from typing import TypedDict
 
-from gateway.generation.answer import Delta
-from gateway.generation.events import AnswerKey, Event, Finished, Started
+from gateway.generation.events import AnswerKey, Delta, Event, Finished, Started
 from llama.prompt_format.formats import PromptFormat
 from llama.v1 import chat_pb2
 

@@ -14,8 +14,15 @@ from typing import TypedDict, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from gateway.generation.answer import Delta
-from gateway.generation.events import AnswerKey, Event, Finished, KeyedEvent, Prediction, Started
+from gateway.generation.events import (
+    AnswerKey,
+    Delta,
+    Event,
+    Finished,
+    KeyedEvent,
+    Prediction,
+    Started,
+)
 from gateway.request.draft import Prompt
 from gateway.request.options import Options
 from gateway.request.window import Window

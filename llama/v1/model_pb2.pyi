@@ -222,7 +222,9 @@ class TokenEvent(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One per id, if asked for."""
+        """One per id, if asked for, and behind them that of the token that ended the sequence, if one did.
+        The same holds for the next three fields.
+        """
 
     @_builtins.property
     def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

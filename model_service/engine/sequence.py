@@ -118,6 +118,7 @@ class SequenceOutput(NamedTuple):  # one per sequence and step: a dataclass is s
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per id, if asked for
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # with STOP
+    stop_logprobs: TokenLogprobs | None = None  # of the stop token, if asked for
     timings: Timings | None = None  # with finish_reason
     # With the first ids and with finish_reason: found in the cache at the first start.
     cached_prompt_tokens: int = 0

@@ -1,5 +1,6 @@
 """The other commands, on real services, the demonstration checkpoint and the tiny shape."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import demonstration, service
+from bench import demonstration, gateway, service
 from bench.baselines import loading
 from bench.gpu import check, first, kernels
 from bench.service import Answer, made_up_tokenizer, rates
@@ -63,6 +64,35 @@ def test_speculation_and_quantization_are_measured_on_the_demonstration(tmp_path
     assert new["settings"]["text"] == "new"
     assert 1.6 < float(quantized["values"]["perplexity"]) < 1.8
     assert quantized["values"]["held_out_answered"] > 60
+
+
+@pytest.mark.thorough
+def test_the_gateways_cost_is_told_for_both_protocols(tmp_path: Path) -> None:
+    sizes = ["--streams", "2", "--prompt", "4", "--answer", "8", "--requests", "4", "--rounds", "1"]
+    gateway.main([*sizes, "--results", str(tmp_path)])
+    latency, cost = result(tmp_path)["rows"]
+    assert (latency["case"], cost["case"]) == ("gateway", "protocols")
+    assert latency["values"]["tokens_per_message"] >= 1
+    assert latency["values"]["first_token_direct_ms_p50"] > 0
+    parts = {f"{protocol}_cpu_us_per_{part}" for protocol, part in PARTS_OF_COST}
+    assert cost["values"].keys() == {*parts, "ratio_per_token", "ratio_per_request"}
+
+
+PARTS_OF_COST = list(itertools.product(("grpc", "http"), ("token", "request")))
+
+
+def test_the_cost_of_a_token_is_that_of_longer_answers() -> None:
+    costs = {("grpc", 1): 12.0, ("grpc", 11): 32.0, ("http", 1): 14.0, ("http", 11): 54.0}
+    told = gateway._per_token_and_request(costs, 11)
+    assert [told[f"{protocol}_cpu_us_per_{part}"] for protocol, part in PARTS_OF_COST] == [
+        *(2, 10),
+        *(4, 10),
+    ]
+    assert (told["ratio_per_token"], told["ratio_per_request"]) == (2, 1)
+    # Fewer than the clock's 10 ms look like none.
+    assert (
+        gateway._per_token_and_request({**costs, ("grpc", 11): 12.0}, 11)["ratio_per_token"] is None
+    )
 
 
 @pytest.mark.thorough

@@ -72,12 +72,31 @@ def test_continued_text_is_metas(
     begins = case["args"]["echo"]  # with the token that nothing predicts
     logprobs = choice.logprobs
     joined = [x for each in streamed if each.logprobs for x in each.logprobs.token_logprobs]
+    count = len(case["logprobs"])
     for told in (logprobs.token_logprobs, joined):
         assert (told[0] is None) is begins
-        assert told[begins:] == pytest.approx(case["logprobs"][begins:], abs=1e-4)
+        assert told[begins:count] == pytest.approx(case["logprobs"][begins:], abs=1e-4)
+        assert len(told) == count + (choice.finish_reason == "stop")  # the end of sequence
     for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
         if "\ufffd" not in choice.text and offset:
             assert choice.text[offset : offset + len(token)] == token
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_the_token_that_ends_an_answer_has_a_logprob_and_no_text(
+    client: openai.OpenAI, fields: Any, echo: bool
+) -> None:
+    case = CASES["text_0"]
+    asked = {**fields, "prompt": case["prompt_ids"], "max_tokens": 1, "logprobs": 1, "echo": echo}
+    [free] = client.completions.create(**asked).choices
+    stops = {"stop_token_ids": case["ids"][:1]}
+    [ended] = client.completions.create(**asked, extra_body=stops).choices
+    assert (free.finish_reason, ended.finish_reason) == ("length", "stop")
+    assert free.text == ended.text + case["tokens"][0]
+    # Programs that score a prompt cut off the last entry, whether the token is an end or not.
+    for told in (free.logprobs, ended.logprobs):
+        assert told.token_logprobs[-1] == pytest.approx(case["logprobs"][0], abs=1e-4)
+    assert ended.logprobs == free.logprobs
 
 
 def test_several_prompts_and_answers_come_in_the_order_of_the_prompts(

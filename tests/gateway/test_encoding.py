@@ -18,8 +18,9 @@ from llama.v1.chat_pb2 import (
 from llama.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
 from llama.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
 from serving.server import Service
+from tests.error_details import details
 from tests.gateway.conftest import ScriptedModel, StartGateway, StartServer
-from tests.gateway.messages import details, dialog
+from tests.gateway.messages import dialog
 from tokenizer_service.server import TokenizerServicer, tokenizer_service
 from tokenizer_service.tokenizer import Tokenizer
 
@@ -103,7 +104,7 @@ async def test_prompt_above_the_tokenizer_services_limit_is_refused(
     with pytest.raises(grpc.aio.AioRpcError, match="too large for the tokenizer") as refused:
         await gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog("x" * 1000)]))
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    [quota] = details(refused)  # and no time after which it would go better
+    [quota] = details(refused.value)  # and no time after which it would go better
     assert quota.violations[0].subject == "max_request_bytes"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from llama.v1.chat_pb2 import TextCompleteRequest
 from llama.v1.model_pb2 import TopLogprobs
 from llama.v1.sampling_pb2 import FINISH_REASON_STOP
 from tests.gateway.conftest import Log, RunningGateway, ScriptedModel, StartGateway, StartServer
@@ -141,6 +142,35 @@ async def test_n_streamed_answers_are_told_apart_and_their_usage_is_summed(
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 4
     assert last["usage"]["prompt_tokens"] == len(start.prompt_ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_only_text_completions_list_the_token_that_ends_an_answer(
+    gateway: RunningGateway, http: httpx2.AsyncClient, model: ScriptedModel, stream: bool
+) -> None:
+    end: Any = {"stop_token_id": 2, "finish_reason": FINISH_REASON_STOP}
+    end |= {"ids": [300], "logprobs": [-1.0, -0.5], "ranks": [1, 2]}
+    body = {"prompt": "Once", "logprobs": 0, "stream": stream}
+    sent = asyncio.create_task(http.post(TEXT, json=body))
+    model.tell((await model.starts.get()).sequence_id, **end)
+    answers = chunks((await sent).text) if stream else [(await sent).json()]
+    told = [answer["choices"][0]["logprobs"] for answer in answers]
+    assert [x for each in told if each for x in each["token_logprobs"]] == [-1.0, -0.5]
+    assert [x for each in told if each for x in each["tokens"]][-1] == ""
+    call = gateway.stub.TextComplete(TextCompleteRequest(prompts=["Once"], logprobs=True))
+    model.tell((await model.starts.get()).sequence_id, **end)
+    [prediction] = (await call).predictions
+    assert [token.logprob for token in prediction.tokens] == [-1.0]
+    assert prediction.stop_token_id == 2
+
+
+async def test_headers_come_before_the_first_token_and_chunks_alone_behind_them(
+    http: httpx2.AsyncClient, model: ScriptedModel
+) -> None:
+    async with http.stream("POST", TEXT, json={"prompt": "Once", "stream": True}) as response:
+        assert response.status_code == 200
+        model.tell((await model.starts.get()).sequence_id, ids=[300])
+        assert (await anext(response.aiter_text())).startswith("data: ")
 
 
 async def test_error_in_a_stream_is_its_last_event(

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.generation.answer import Delta
-from gateway.generation.events import Event, Finished
+from gateway.generation.events import Delta, Event, Finished
 from gateway.generation.safety.classifier import SAFE, Judgement
 from gateway.generation.safety.moderation_buffer import ModerationBuffer
 from llama.prompt_format.dialog import ASSISTANT, USER, Message

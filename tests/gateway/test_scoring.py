@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import BadRequest
-from grpc_status.rpc_status import from_call
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +19,7 @@ from llama.v1.chat_pb2 import (
     ScoreRequest,
 )
 from serving.errors import RequestError
+from tests.error_details import violations
 from tests.gateway.conftest import (
     CONTEXT_LENGTH,
     RunningGateway,
@@ -199,14 +198,10 @@ WRONG: dict[str, tuple[ScoreRequest, list[tuple[str, str]]]] = {
 async def test_wrong_requests_are_told_fields_and_rules(
     gateway: RunningGateway, model: ScriptedModel, name: str
 ) -> None:
-    request, violations = WRONG[name]
+    request, told = WRONG[name]
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await gateway.stub.Score(request)
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    status, found = from_call(refused.value), BadRequest()  # type: ignore[arg-type]
-    assert status is not None
-    status.details[0].Unpack(found)
-    assert [(each.field, each.description) for each in found.field_violations] == violations
+    assert violations(refused.value) == told
     assert model.starts.empty()
 
 

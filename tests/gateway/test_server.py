@@ -24,7 +24,8 @@ from llama.v1.sampling_pb2 import (
     FINISH_REASON_STOP_STRING,
     SamplingParams,
 )
-from tests.gateway.messages import details, dialog
+from tests.error_details import details
+from tests.gateway.messages import dialog
 from tokenizer_service.server import tokenizer_service
 from tokenizer_service.tokenizer import Tokenizer
 
@@ -181,7 +182,7 @@ async def test_full_queue_refuses_at_once_and_takes_again_after_an_end(
         ids.append((await model.starts.get()).sequence_id)
     with pytest.raises(grpc.aio.AioRpcError, match="the queue is full: 2 of 2") as refused:
         await gateway.stub.ChatComplete(request)
-    retry, quota = details(refused)
+    retry, quota = details(refused.value)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert retry.retry_delay.ToMilliseconds() == 1000
     assert quota.violations[0].subject == "max_queued_sequences"
@@ -205,7 +206,7 @@ async def test_nothing_is_served_until_tokenizer_and_replica_are_there(
     with pytest.raises(grpc.aio.AioRpcError, match="available") as refused:
         await gateway.stub.ChatComplete(ChatCompleteRequest(dialogs=[dialog()]))
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert isinstance(details(refused)[0], RetryInfo)
+    assert isinstance(details(refused.value)[0], RetryInfo)
     await start_server(services[missing], port=int(address.rpartition(":")[2]))
     await gateway.until(serving=True)
 

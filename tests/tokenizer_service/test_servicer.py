@@ -6,13 +6,11 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import BadRequest
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from grpc_status import rpc_status
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
@@ -25,21 +23,13 @@ from llama.v1.tokenizer_pb2 import (
     Segment,
 )
 from llama.v1.tokenizer_pb2_grpc import TokenizerServiceStub
+from tests.error_details import violations
 from tests.tokenizer_service.forms import llama_gguf, llama_tokenizer_json
 from tokenizer_service.open_tokenizer import open_tokenizer
 from tokenizer_service.server import MAX_BYTES_AT_ONCE, TokenizerServicer
 from tokenizer_service.tokenizer import Tokenizer
 
 SERVICE = "llama.v1.TokenizerService"
-
-
-def violations(error: grpc.RpcError) -> dict[str, str]:
-    """The fields that a refused call names, with the rule that each breaks."""
-    status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]  # client errors are calls
-    bad_request = BadRequest()
-    assert status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
-    assert status.details[0].Unpack(bad_request)
-    return {each.field: each.description for each in bad_request.field_violations}
 
 
 @given(st.lists(st.tuples(st.text(), st.booleans(), st.booleans()), max_size=20))
@@ -97,7 +87,7 @@ def test_every_unknown_control_token_is_named(stub: TokenizerServiceStub) -> Non
     segments = [Segment(text="a", control_token=name) for name in names]
     with pytest.raises(grpc.RpcError) as error:
         stub.Encode(EncodeRequest(segments=segments))
-    assert violations(error.value) == {
+    assert dict(violations(error.value)) == {
         f"segments[{index}].control_token": (
             f"the model's vocabulary has no control token {names[index]!r}"
         )
@@ -124,7 +114,7 @@ def test_every_sequence_with_an_unknown_id_is_named(stub: TokenizerServiceStub) 
     sequences = [TokenIds(ids=ids) for ids in ([1, 2], [5, 6, 7, 560], [], [2**32 - 1])]
     with pytest.raises(grpc.RpcError) as error:
         stub.Decode(DecodeRequest(sequences=sequences))
-    assert violations(error.value) == {
+    assert dict(violations(error.value)) == {
         "sequences[1].ids[3]": "must be from 0 to 559, got 560",
         "sequences[3].ids[0]": "must be from 0 to 559, got 4294967295",
     }
@@ -136,13 +126,13 @@ def test_4096_segments_are_the_most(stub: TokenizerServiceStub) -> None:
     request.segments.add(text="a")
     with pytest.raises(grpc.RpcError) as error:
         stub.Encode(request)
-    assert violations(error.value) == {"segments": "at most 4096 a call, got 4097"}
+    assert dict(violations(error.value)) == {"segments": "at most 4096 a call, got 4097"}
 
 
 def test_4096_sequences_are_the_most(stub: TokenizerServiceStub) -> None:
     with pytest.raises(grpc.RpcError) as error:
         stub.Decode(DecodeRequest(sequences=[TokenIds()] * 4097))
-    assert violations(error.value) == {"sequences": "at most 4096 a call, got 4097"}
+    assert dict(violations(error.value)) == {"sequences": "at most 4096 a call, got 4097"}
 
 
 def test_lone_surrogate_on_the_wire_is_the_callers_fault(channel: grpc.Channel) -> None:

@@ -11,7 +11,7 @@ from chasqui.cli.doctor.finding import Finding, Verdict
 from chasqui.cli.doctor.machine import MachineProbe
 from chasqui.cli.doctor.packages import check_extras, check_python
 from chasqui.cli.doctor.ports import check_ports
-from chasqui.cli.serve.deployment import demonstration
+from chasqui.cli.serve.deployment import DEFAULT_HTTP_PORT, demonstration
 from chasqui.flags import one_line_errors, setting
 
 
@@ -34,15 +34,24 @@ from chasqui.flags import one_line_errors, setting
     show_default=True,
     help="Port of the gateway.",
 )
+@setting(
+    "http_port",
+    type=click.IntRange(0, 65535),
+    default=DEFAULT_HTTP_PORT,
+    show_default=True,
+    help="Port of the gateway for OpenAI's API over HTTP; 0: none.",
+)
 @one_line_errors()
-def doctor(*, ckpt_dir: Path | None, tokenizer_path: Path | None, host: str, port: int) -> None:
+def doctor(
+    *, ckpt_dir: Path | None, tokenizer_path: Path | None, host: str, port: int, http_port: int
+) -> None:
     """Check whether this machine can serve the model, and say what to do if not.
 
     Looks at Python, packages, processor, CUDA, memory, ports and the model's files. Exit status: 1
     if something is wrong.
     """
     status = 0
-    for finding in _findings(ckpt_dir, tokenizer_path, host, port):
+    for finding in _findings(ckpt_dir, tokenizer_path, check_ports(host, port, http_port)):
         colour = {Verdict.FINE: None, Verdict.NOTE: "yellow", Verdict.WRONG: "red"}
         click.secho(str(finding), fg=colour[finding.verdict])
         status |= finding.verdict is Verdict.WRONG
@@ -50,13 +59,13 @@ def doctor(*, ckpt_dir: Path | None, tokenizer_path: Path | None, host: str, por
 
 
 def _findings(
-    ckpt_dir: Path | None, tokenizer_path: Path | None, host: str, port: int
+    ckpt_dir: Path | None, tokenizer_path: Path | None, ports: Iterator[Finding]
 ) -> Iterator[Finding]:
     # Both processes start first, and run beside the quick checks.
     machine = MachineProbe()
     model = ModelProbe(ckpt_dir or demonstration().ckpt_dir, tokenizer_path)
     yield check_python()
     yield from check_extras()
-    yield from check_ports(host, port)
+    yield from ports
     yield from machine.findings()
     yield from model.findings()

@@ -11,19 +11,20 @@ from chasqui.cli.serve.listening import why_taken
 SINGLE_SERVICES = {50052: "tokenizer service", 50053: "model service", 50054: "safety service"}
 
 
-def check_ports(host: str, port: int) -> Iterator[Finding]:
-    """The gateway's port, and those of services that are started one by one."""
-    reason = why_taken(host, port)
-    if reason is None:
-        yield fine("port", f"{port} is free (gateway)")
-    else:
-        yield wrong(
-            "port",
-            f"{port} (gateway): {reason}{_holder(port)}",
-            f"stop that process, or choose another port: chasqui serve --port {_free_port(host)}",
-        )
+def check_ports(host: str, port: int, http_port: int) -> Iterator[Finding]:
+    """The gateway's two ports, and those of services that are started one by one.
+
+    With `http_port` 0 the gateway has no port for HTTP.
+    """
+    yield _gateway_port(host, port, "gateway", "--port")
+    if http_port == port:
+        free = _free_port(host)
+        text = f"{port} is named twice, for gRPC (--port) and for HTTP (--http_port)"
+        yield wrong("port", text, f"choose another one for HTTP: chasqui serve --http_port {free}")
+    elif http_port:
+        yield _gateway_port(host, http_port, "gateway, HTTP", "--http_port", "none: --http_port 0")
     for single, service in SINGLE_SERVICES.items():
-        if single == port:
+        if single in {port, http_port}:
             continue
         reason = why_taken(host, single)
         if reason is None:
@@ -31,6 +32,15 @@ def check_ports(host: str, port: int) -> Iterator[Finding]:
         else:
             text = f"{single} ({service}): {reason}{_holder(single)}"
             yield remark("port", f"{text}; chasqui serve does not need it")
+
+
+def _gateway_port(host: str, port: int, use: str, flag: str, *others: str) -> Finding:
+    """Whether the gateway can listen there; `flag` names another port, `others` do without."""
+    reason = why_taken(host, port)
+    if reason is None:
+        return fine("port", f"{port} is free ({use})")
+    ways = ["stop that process", f"choose another port: chasqui serve {flag} {_free_port(host)}"]
+    return wrong("port", f"{port} ({use}): {reason}{_holder(port)}", ", or ".join([*ways, *others]))
 
 
 def _free_port(host: str) -> int:

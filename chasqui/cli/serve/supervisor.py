@@ -89,6 +89,11 @@ class Supervisor:
         deployment = self._deployment
         _refuse_unusable_address(deployment.host, deployment.port, "--port")
         if deployment.http_port:
+            if deployment.http_port == deployment.port:
+                raise SupervisorError(
+                    f"--port and --http_port are both {deployment.port}; choose another port for "
+                    "HTTP with --http_port, or none with --http_port 0"
+                )
             _refuse_unusable_address(deployment.host, deployment.http_port, "--http_port")
         self._guard = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", GUARD, stdin=PIPE, process_group=0

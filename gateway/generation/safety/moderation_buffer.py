@@ -7,8 +7,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gateway.generation.answer import Delta
-from gateway.generation.events import Event, Finished
+from gateway.generation.events import Delta, Event, Finished
 from gateway.generation.safety.classifier import Judgement, Subject
 from llama.prompt_format.dialog import ASSISTANT, Message
 from llama.v1.sampling_pb2 import FINISH_REASON_SAFETY

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from gateway.generation.events import KeyedEvent
 from gateway.http.exchange import Exchange
 from gateway.http.openai.chat import ChatChoices, chat_completion
 from gateway.http.openai.fields import ChatCompletionBody, CompletionBody, TextCompletionBody
@@ -19,7 +20,7 @@ from gateway.http.openai.requests import (
     chat_request,
     text_request,
 )
-from gateway.http.openai.text import TextChoices, text_completion
+from gateway.http.openai.text import TextChoices, text_completion, with_stop_tokens
 from gateway.http.sse import Choices, EventWriter, server_sent_events
 from gateway.request.options import ChatRequest, TextRequest, choices
 from gateway.rpc.named_streams import NamedStreams
@@ -75,10 +76,14 @@ class Completions:
                 del request
                 await exchange.stream(events)
                 return
-            logprobs, answers = request.logprobs, self._pipeline.run(request, exchange)
+            logprobs, answers = request.logprobs, self._run(request, exchange)
             del request
             response = await unary_response(kind.response_type, answers)
             await exchange.answer(await kind.answer(response, logprobs=logprobs))
+
+    def _run(self, request: Request, exchange: Exchange) -> AsyncGenerator[KeyedEvent, None]:
+        events = self._pipeline.run(request, exchange)
+        return with_stop_tokens(events) if isinstance(request, TextRequest) else events
 
     def _events(
         self, exchange: Exchange, request: Request, writer: EventWriter
@@ -92,12 +97,12 @@ class Completions:
         if key is None:
             if after is not None:
                 raise invalid_argument([Violation(LAST_EVENT_ID, f"needs {IDEMPOTENCY_KEY}")])
-            return server_sent_events(self._pipeline.run(request, exchange), writer)
+            return server_sent_events(self._run(request, exchange), writer)
         serialized = request.SerializeToString(deterministic=True)
         name = f"{key}:{hashlib.sha256(serialized).hexdigest()}"
         if after is not None:
             return self._streams.resume(name, _event_number(after))
-        responses = server_sent_events(self._pipeline.run(request, exchange), writer)
+        responses = server_sent_events(self._run(request, exchange), writer)
         try:
             return self._streams.open(name, responses, exchange.time_remaining())
         except RequestError as error:

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from gateway.generation.answer import Delta
-from gateway.generation.events import AnswerKey, Finished
+from gateway.generation.events import AnswerKey, Delta, Finished
 from gateway.http.openai.answers import finish_reason, logprob_json, usage_of
 from llama.v1 import chat_pb2
 from serving.intake.time_slice import TimeSlice

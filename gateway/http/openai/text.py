@@ -1,11 +1,11 @@
 """Answers to text completions as OpenAI's API has them, complete or in chunks."""
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from typing import Any
 
-from gateway.generation.answer import Delta
-from gateway.generation.events import AnswerKey, Finished
+from gateway.generation.events import AnswerKey, Delta, Finished, KeyedEvent
 from gateway.http.openai.answers import finish_reason, logprob_json, usage_of
 from llama.v1 import chat_pb2
 from serving.intake.time_slice import TimeSlice
@@ -42,6 +42,21 @@ async def text_completion(
         "usage": usage_of(response.predictions),
         "system_fingerprint": response.predictions[0].fingerprint,
     }
+
+
+async def with_stop_tokens(
+    events: AsyncGenerator[KeyedEvent, None],
+) -> AsyncGenerator[KeyedEvent, None]:
+    """The events, in which the token that ends an answer is the last one of its logprobs.
+
+    Programs that score a prompt with `echo` and one token more, as lm-evaluation-harness does,
+    count on an entry for that token, whatever it is, and drop it.
+    """
+    async with aclosing(events):
+        async for key, event in events:
+            if isinstance(event, Finished) and event.stop_token is not None:
+                yield key, Delta("", [event.stop_token], event.usage.completion_tokens)
+            yield key, event
 
 
 class TextChoices:

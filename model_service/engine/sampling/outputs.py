@@ -27,19 +27,19 @@ def step_output(
     if request.prompt_logprobs and first:
         ids, logprobs = prompt_output(sequence)
     reason: FinishReason | None = None
-    stop: int | None = None
+    stop: SampledToken | None = None
     if not made or end + 1 == sequence.limit:
         reason = sequence.length_reason
     if made:
         sequence.last_token_at = now
         sequence.first_token_at = sequence.first_token_at or now
         if made[-1].id in request.stop_ids:
-            reason, stop = FinishReason.STOP, made[-1].id
+            reason, stop = FinishReason.STOP, made[-1]
             made = made[:-1]
     ids += tuple([token.id for token in made])
     logprobs += tuple([token.logprobs for token in made if token.logprobs is not None])
     if reason is not None:
-        return final_output(sequence, reason, ids, logprobs, stop_token_id=stop)
+        return final_output(sequence, reason, ids, logprobs, stop=stop)
     cached = sequence.cached_prompt_tokens if first else 0
     return SequenceOutput(request.request_id, ids, logprobs, cached_prompt_tokens=cached)
 
@@ -56,7 +56,7 @@ def final_output(
     ids: tuple[int, ...] = (),
     logprobs: tuple[TokenLogprobs, ...] = (),
     *,
-    stop_token_id: int | None = None,
+    stop: SampledToken | None = None,
     error: str = "",
 ) -> SequenceOutput:
     """A sequence's last output, with its timings."""
@@ -65,7 +65,8 @@ def final_output(
         ids,
         logprobs,
         reason,
-        stop_token_id,
+        stop_token_id=None if stop is None else stop.id,
+        stop_logprobs=None if stop is None else stop.logprobs,
         error=error,
         timings=sequence.timings(),
         cached_prompt_tokens=sequence.cached_prompt_tokens,

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,38 +24,79 @@ def wrong(findings: list[Finding]) -> list[str]:
     return [str(each) for each in findings if each.verdict is Verdict.WRONG]
 
 
+@dataclass(frozen=True)
+class FreePorts:
+    """Two ports that are free now, one for each protocol."""
+
+    grpc: int
+    http: int
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return "--port", str(self.grpc), "--http_port", str(self.http)
+
+    def are_fine_in(self, report: str) -> bool:
+        lines = f"{self.grpc} is free (gateway)\n", f"{self.http} is free (gateway, HTTP)\n"
+        return all(line in report for line in lines)
+
+
 @pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports() -> FreePorts:
+    with socket.socket() as grpc, socket.socket() as http:
+        for each in (grpc, http):
+            each.bind(("127.0.0.1", 0))
+        return FreePorts(grpc.getsockname()[1], http.getsockname()[1])
 
 
-def test_each_part_of_a_good_set_up_is_fine(free_port: int, run: Run) -> None:
-    done = run("doctor", "--port", str(free_port))
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port on which this process listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_each_part_of_a_good_set_up_is_fine(free_ports: FreePorts, run: Run) -> None:
+    done = run("doctor", *free_ports.flags)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     subjects = {line.split()[1] for line in lines if line.startswith("fine")}
     assert {"Python", "[model]", "[tokenizer]", "[serving]", "port"} <= subjects
     assert any(line.split()[1] == "processor" for line in lines)  # a note without a compiler
     assert {"CUDA", "memory", "model", "tokenizer"} <= subjects
-    assert f"{free_port} is free" in done.stdout
+    assert free_ports.are_fine_in(done.stdout)
 
 
-def test_a_fault_makes_the_status_1(free_port: int, tmp_path: Path, run: Run) -> None:
-    done = run("doctor", "--port", str(free_port), "--ckpt_dir", str(tmp_path / "none"))
+def test_a_fault_makes_the_status_1(free_ports: FreePorts, tmp_path: Path, run: Run) -> None:
+    done = run("doctor", *free_ports.flags, "--ckpt_dir", str(tmp_path / "none"))
     assert done.returncode == 1
     [line] = [line for line in done.stdout.splitlines() if line.startswith("wrong")]
     assert f"{tmp_path / 'none'}: not found. To fix: name a folder" in line
 
 
-def test_a_taken_port_is_named_with_its_holder_and_another_port() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        [line] = wrong([*check_ports("127.0.0.1", port)])
-    assert f"{port} (gateway): Address already in use" in line
+def test_a_taken_port_is_named_with_its_holder_and_another_port(
+    taken_port: int, free_ports: FreePorts
+) -> None:
+    [line] = wrong([*check_ports("127.0.0.1", taken_port, free_ports.http)])
+    assert f"{taken_port} (gateway): Address already in use" in line
     assert f"by process {os.getpid()}" in line
     assert "chasqui serve --port" in line
+
+
+def test_a_taken_port_for_http_can_be_changed_or_done_without(
+    taken_port: int, free_ports: FreePorts
+) -> None:
+    [line] = wrong([*check_ports("127.0.0.1", free_ports.grpc, taken_port)])
+    assert f"{taken_port} (gateway, HTTP): Address already in use" in line
+    assert f"by process {os.getpid()}" in line
+    assert "chasqui serve --http_port" in line
+    assert line.endswith(", or none: --http_port 0")
+    assert not wrong([*check_ports("127.0.0.1", free_ports.grpc, 0)])
+
+
+def test_one_port_for_both_protocols_is_wrong(free_ports: FreePorts) -> None:
+    [line] = wrong([*check_ports("127.0.0.1", free_ports.grpc, free_ports.grpc)])
+    assert f"{free_ports.grpc} is named twice" in line
+    assert "chasqui serve --http_port" in line
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +118,11 @@ def test_a_package_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert any("torch 0.1 is not ==2.13.0" in line for line in lines)
 
 
-def test_it_runs_where_no_extra_is_installed(tmp_path: Path, free_port: int) -> None:
+def test_it_runs_where_no_extra_is_installed(tmp_path: Path, free_ports: FreePorts) -> None:
     command = "from chasqui.cli.main import main; main()"
     done = subprocess.run(
         # -S: without the packages of this environment.
-        [sys.executable, "-S", "-c", command, "doctor", "--port", str(free_port)],
+        [sys.executable, "-S", "-c", command, "doctor", *free_ports.flags],
         capture_output=True,
         text=True,
         check=False,
@@ -90,7 +133,7 @@ def test_it_runs_where_no_extra_is_installed(tmp_path: Path, free_port: int) -> 
     assert "[model]      not installed:" in done.stdout
     assert "torch" in done.stdout
     assert "kernels are unknown without PyTorch" in done.stdout
-    assert f"{free_port} is free" in done.stdout
+    assert free_ports.are_fine_in(done.stdout)
 
 
 def client_environment(folder: Path) -> Path:

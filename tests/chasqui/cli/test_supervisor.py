@@ -108,17 +108,32 @@ def test_log_file_that_cannot_be_written_is_named_with_its_flag(run: Run, tmp_pa
     assert done.stderr == (f"Error: cannot write to --log_file {file}: No such file or directory\n")
 
 
-def test_port_that_is_taken_is_refused_before_any_service_starts(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("flag", "others"), [("--port", []), ("--http_port", ["--port=0"])])
+def test_port_that_is_taken_is_refused_before_any_service_starts(
+    run: Run, tmp_path: Path, flag: str, others: list[str]
+) -> None:
     log = tmp_path / "log"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run("serve", f"--port={port}", f"--log_file={log}")
+        done = run("serve", f"{flag}={port}", *others, f"--log_file={log}")
 
     assert done.returncode == 1
     assert done.stderr == (
         f"Error: cannot listen on 127.0.0.1:{port}: Address already in use; "
-        "choose another address with --host or another port with --port\n"
+        f"choose another address with --host or another port with {flag}\n"
     )
+    assert not log.read_text()
+
+
+def test_one_port_for_both_protocols_is_refused_before_any_service_starts(
+    run: Run, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    done = run("serve", f"--port={port}", f"--http_port={port}", f"--log_file={log}")
+    assert done.returncode == 1
+    assert f"Error: --port and --http_port are both {port}; choose another port" in done.stderr
     assert not log.read_text()
 
 
