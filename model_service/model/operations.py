@@ -158,7 +158,7 @@ class FusedOperations:
         return gated
 
 
-class InvariantOperations:
+class InvariantOperations(PlainOperations):
     """On CUDA, a row's bits depend on that row alone.
 
     The layers' kernels (`cuda/layers.py`) compute all of it but the last norm.
@@ -167,23 +167,11 @@ class InvariantOperations:
     def __init__(self, rotary: torch.Tensor) -> None:
         from model_service.model.cuda.norm_kernel import norm  # noqa: PLC0415  # needs Triton
 
+        super().__init__(rotary)
         self._norm = norm
-        self._rotary = rotary
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._norm(x, weight, eps)
-
-    def add_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        total = residual + x
-        return self.norm(total, weight, eps), total
-
-    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        return self._rotary[positions]
-
-    def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # FusedOperations needs it
-        return apply_rotary(heads, rotation)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = x.float().chunk(2, dim=-1)

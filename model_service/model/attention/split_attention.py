@@ -29,7 +29,25 @@ _TILE = 4  # numbers of a tile
 _ALIGNED = 4  # numbers of 32 bits, so that each part of a vector begins at 16 bytes
 
 
-class SplitAttention:
+class _PlannedStep:
+    """A backend's part that is the same for every kind of plan."""
+
+    _kernels: "_Kernels"
+    _step: AttentionStep
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        return self._kernels.attend(layer, Heads(query, key, value), self._step)
+
+    def run_layers(
+        self, layers: InvariantLayers, x: torch.Tensor, rotation: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """See `RunsLayers`."""
+        return self._kernels.run_layers(layers, x, rotation, self._step), None
+
+
+class SplitAttention(_PlannedStep):
     """Prefill and decode of any mixture; a token's result depends on its own context alone."""
 
     def __init__(
@@ -69,17 +87,6 @@ class SplitAttention:
         longest = max((span.context_length for span in spans[:decodes]), default=0)
         self._step = self._kernels.step(vector, sizes, decodes, longest)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        return self._kernels.attend(layer, Heads(query, key, value), self._step)
-
-    def run_layers(
-        self, layers: InvariantLayers, x: torch.Tensor, rotation: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        """See `RunsLayers`."""
-        return self._kernels.run_layers(layers, x, rotation, self._step), None
-
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         self._kernels.cache.copy(copies)
 
@@ -100,7 +107,7 @@ class SplitAttention:
         }
 
 
-class _FixedDecode:
+class _FixedDecode(_PlannedStep):
     """Decode of a fixed number of sequences, from a vector with a fixed address."""
 
     def __init__(
@@ -127,17 +134,6 @@ class _FixedDecode:
         image = _image(parts, [*self._lengths, len(tables.pages)])
         (packed,) = pinned(self._vector.device, (image,))
         self._vector[: len(packed)].copy_(packed, non_blocking=True)
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        return self._kernels.attend(layer, Heads(query, key, value), self._step)
-
-    def run_layers(
-        self, layers: InvariantLayers, x: torch.Tensor, rotation: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        """See `RunsLayers`."""
-        return self._kernels.run_layers(layers, x, rotation, self._step), None
 
 
 @dataclass(frozen=True, slots=True)
