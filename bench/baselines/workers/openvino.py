@@ -37,9 +37,12 @@ class OpenVinoWorker:
 
     def prefill(self, prompt: list[int]) -> list[float]:
         started = time.perf_counter()
-        self._add(prompt, 1)
+        handle = self._add(prompt, 1)
         self._finish()
-        return [time.perf_counter() - started]
+        seconds = time.perf_counter() - started
+        if (made := new_tokens(handle)) != 1:
+            raise RuntimeError(f"the prompt made {made} tokens ({handle.get_status()})")
+        return [seconds]
 
     def decode(self, prompts: list[list[int]], steps: int) -> list[float]:
         handles = [self._add(prompt, steps + len(prompts) + 2) for prompt in prompts]
