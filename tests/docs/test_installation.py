@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DISTRIBUTION = "chasqui-llama"
-# Built, installed and generated files are not checked.
+# Built, installed and generated files are not checked, nor what tools keep from run to run.
 NOT_TEXTS = {".git", ".venv", "build", "dist", "node_modules", "results"}
+NOT_TEXTS |= {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
 SUFFIXES = {"", ".md", ".proto", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
 # An option of pip's, such as --quiet, may stand in front of the name.
 FROM_AN_INDEX = re.compile(r"""\bpip3? (?:install|download)(?: -\S+)* ["']?chasqui""")
