@@ -83,7 +83,8 @@ class Completions:
 
     def _run(self, request: Request, exchange: Exchange) -> AsyncGenerator[KeyedEvent, None]:
         events = self._pipeline.run(request, exchange)
-        return with_stop_tokens(events) if isinstance(request, TextRequest) else events
+        has_logprobs = isinstance(request, TextRequest) and request.logprobs
+        return with_stop_tokens(events) if has_logprobs else events
 
     def _events(
         self, exchange: Exchange, request: Request, writer: EventWriter
