@@ -211,3 +211,17 @@ def test_weights_take_the_memory_that_is_planned(
     packed = products.pack(torch.ones(64, 4096), form)
     planned = 64 * 4096 * weight_bytes(quantization, 4, "cpu")
     assert packed.memory.nbytes == pytest.approx(planned, rel=0.01)
+
+
+@pytest.mark.parametrize("exponent", [-130, -64, -40])
+def test_the_smallest_numbers_are_summed_alike_in_few_rows_and_many(
+    products: Products, exponent: int
+) -> None:
+    # Products of 2^-128 and inputs below 2^-126 are zeros to some instructions.
+    x = (numbers(20, 96, torch.float32, seed=1) * 2.0**exponent).bfloat16()
+    weight = numbers(40, 96, torch.float32, seed=2)
+    weight[:, ::3] *= 2.0**-64
+    packed = products.pack(weight.bfloat16(), Form.BFLOAT16)
+    together = products.multiply(x, packed)
+    for row in range(len(x)):
+        assert torch.equal(products.multiply(x[row : row + 1], packed)[0], together[row])

@@ -31,6 +31,26 @@ template <class Body> static void parallel(int threads, long tasks, const Body &
       &work, static_cast<unsigned>(threads), 0);
 }
 
+// Calls body(first, end) for ranges that together are 0 to count; all but the last are multiples of
+// `least`. A thread takes half of its share of what is left (guided self-scheduling, Polychronopoulos
+// and Kuck, 1987): so it reads long stretches of memory, which is a tenth faster than short ones, and
+// yet all threads end at about the same time.
+template <class Body> static void parallel_ranges(int threads, int count, int least, const Body &body) {
+  const int most = (count + least - 1) / least;
+  int next = 0;
+  parallel(threads, threads < most ? threads : most, [&](long) {
+    int first = __atomic_load_n(&next, __ATOMIC_RELAXED);
+    while (first < count) {
+      const int half = (count - first) / (2 * threads) / least * least;
+      const int wanted = first + (half > least ? half : least);
+      const int end = wanted < count ? wanted : count;
+      if (!__atomic_compare_exchange_n(&next, &first, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+      body(first, end);
+      first = __atomic_load_n(&next, __ATOMIC_RELAXED);
+    }
+  });
+}
+
 // The threads that are worth waking for so many elements.
 static inline int threads_for(long elements, int threads) {
   constexpr long MIN_ELEMENTS = 8192; // of a thread: below, waking it takes longer than the work

@@ -114,28 +114,32 @@ INLINE Floats first_lanes(Floats x, int count, float other) {
   return lanes < count ? x : splat(other);
 }
 
-typedef float EightFloats __attribute__((vector_size(32), aligned(4)));
-typedef float FourFloats __attribute__((vector_size(16), aligned(4)));
-
 // Combines the halves until one number is left, always in the same order.
-template <class Combine> INLINE float reduce(Floats x, const Combine &combine) {
-  EightFloats eight[2];
+template <class Number, class Sixteen, class Combine> INLINE Number reduce(Sixteen x, const Combine &combine) {
+  typedef Number Eight __attribute__((vector_size(32), aligned(4)));
+  typedef Number Four __attribute__((vector_size(16), aligned(4)));
+  Eight eight[2];
   memcpy(eight, &x, sizeof(x));
   eight[0] = combine(eight[0], eight[1]);
-  FourFloats four[2];
+  Four four[2];
   memcpy(four, eight, sizeof(four));
   four[0] = combine(four[0], four[1]);
-  four[0] = combine(four[0], FourFloats{four[0][2], four[0][3], 0, 0});
-  return combine(four[0], FourFloats{four[0][1], 0, 0, 0})[0];
+  four[0] = combine(four[0], Four{four[0][2], four[0][3], 0, 0});
+  return combine(four[0], Four{four[0][1], 0, 0, 0})[0];
 }
 
-INLINE float sum(Floats x) {
-  return reduce(x, [](auto a, auto b) { return a + b; });
+template <class Number, class Sixteen> INLINE Number sum_of(Sixteen x) {
+  return reduce<Number>(x, [](auto a, auto b) { return a + b; });
 }
 
-INLINE float largest(Floats x) {
-  return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
+template <class Number, class Sixteen> INLINE Number largest_of(Sixteen x) {
+  return reduce<Number>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
+
+INLINE float sum(Floats x) { return sum_of<float>(x); }
+INLINE float largest(Floats x) { return largest_of<float>(x); }
+INLINE int32_t sum(Ints x) { return sum_of<int32_t>(x); }
+INLINE int32_t largest(Ints x) { return largest_of<int32_t>(x); }
 
 // e^x to some 2 units in the last place; 1 for 0, and 0 below -87. A NaN stays one.
 INLINE Floats exponential(Floats x) {

@@ -175,11 +175,20 @@ template <Form FORM, class RowsOf> void multiply(const Weight &weight, const Row
   const Tile *x = reinterpret_cast<const Tile *>(lines);
   constexpr int MAX_ROWS = 512; // of one task: a piece of their inputs fits the second cache
   const int few = rows.count % (2 * HEIGHT) <= HEIGHT ? rows.count % (2 * HEIGHT) : 0; // rows of a single tile
-  const int many = rows.count - few, chunks = (many + MAX_ROWS - 1) / MAX_ROWS;
-  // Blocks of a task: for many rows as many as leave some tasks to each thread.
+  const int many = rows.count - few;
+  constexpr int FEW_BLOCKS = 4; // side by side
+  if (!many) {
+    parallel_ranges(threads, weight.count(), FEW_BLOCKS, [&](int first, int end) {
+      multiply_few<FORM>(weight, first, end, x, each, 0, few);
+      _tile_release();
+    });
+    return;
+  }
+  const int parts = (many + MAX_ROWS - 1) / MAX_ROWS + (few ? 1 : 0);
+  // Blocks of a task: as many as leave some tasks to each thread.
   int group = weight.count() / (4 * threads) / 4 * 4;
-  group = group < 4 || !many ? 4 : group > 16 ? 16 : group;
-  const int group_count = (weight.count() + group - 1) / group, parts = chunks + (few ? 1 : 0);
+  group = group < FEW_BLOCKS ? FEW_BLOCKS : group > 16 ? 16 : group;
+  const int group_count = (weight.count() + group - 1) / group;
   parallel(threads, static_cast<long>(group_count) * parts, [&](long task) {
     const int first = static_cast<int>(task / parts) * group;
     const int end = first + group < weight.count() ? first + group : weight.count();
@@ -193,15 +202,31 @@ template <Form FORM, class RowsOf> void multiply(const Weight &weight, const Row
   });
 }
 
+void multiply_bfloat16(const Weight &weight, const Rows &rows, int threads) {
+  if (rows.count < MIN_TILE_ROWS)
+    multiply_few_rows_like_tiles(weight, rows, threads);
+  else
+    multiply<Form::BFLOAT16, PlainRows<Bf16>>(weight, rows, threads);
+}
+
 void multiply_int8(const Weight &weight, const Rows &rows, int threads) {
-  if (rows.type == Type::FLOAT32)
+  if (rows.count < MIN_TILE_ROWS)
+    AVX512_PRODUCTS.multiply[static_cast<int>(Form::INT8)](weight, rows, threads);
+  else if (rows.type == Type::FLOAT32)
     multiply<Form::INT8, Int8Rows<float, 0>>(weight, rows, threads);
   else
     multiply<Form::INT8, Int8Rows<Bf16, 0>>(weight, rows, threads);
 }
+
+void multiply_int4(const Weight &weight, const Rows &rows, int threads) {
+  if (rows.count < MIN_TILE_ROWS)
+    AVX512_PRODUCTS.multiply[static_cast<int>(Form::INT4)](weight, rows, threads);
+  else
+    multiply_int4_on_tiles(weight, rows, threads);
+}
 } // namespace
 
-const Products AMX_PRODUCTS = {{multiply<Form::BFLOAT16, PlainRows<Bf16>>, nullptr, multiply_int8, multiply_int4_on_amx}};
+const Products AMX_PRODUCTS = {{multiply_bfloat16, nullptr, multiply_int8, multiply_int4}};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -57,11 +57,20 @@ INLINE __m512 widen_sixteen(const uint16_t *x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+// Asks for a third of the lines of the group that is PIECE groups further on. Each group's work has three
+// parts: requests that are spread over all of it wait for no others.
+template <int PART> INLINE void ask_ahead(const Group &group) {
+  const Line *lines = (&group + PIECE)->codes;
+  constexpr int COUNT = sizeof(Group) / sizeof(Line) / 3, SECOND_CACHE = 2;
+#pragma GCC unroll 3
+  for (int line = PART * COUNT; line < (PART + 1) * COUNT; line++) __builtin_prefetch(lines + line, 0, SECOND_CACHE);
+}
+
 void unpack(const Group &group, UnpackedGroup &to) {
   const __m512i mask = _mm512_set1_epi8(15);
+  ask_ahead<0>(group);
   for (int line = 0; line < GROUP_SIZE / 8; line++) {
     const __m512i codes = _mm512_load_si512(&group.codes[line]);
-    __builtin_prefetch(&group.codes[line] + PIECE * (sizeof(Group) / sizeof(Line)));
     _mm512_store_si512(&to.quadruples[line], _mm512_and_si512(codes, mask));
     _mm512_store_si512(&to.quadruples[line + GROUP_SIZE / 8], _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
   }
@@ -73,14 +82,15 @@ void unpack(const Group &group, UnpackedGroup &to) {
 #define MULTIPLY(sums, x_tile, weights_tile, index)                                                                    \
   _tile_zero(sums);                                                                                                    \
   _tile_loadd(x_tile, x[index].codes, sizeof(Line));                                                                   \
-  _tile_loadd(weights_tile, groups[index].quadruples, sizeof(Line));                                                   \
+  _tile_loadd(weights_tile, unpacked[index].quadruples, sizeof(Line));                                                 \
+  ask_ahead<1>(groups[index]);                                                                                         \
   _tile_dpbssd(sums, x_tile, weights_tile);                                                                            \
   _tile_stored(sums, exact[index], sizeof(Line))
 
 using Exact = Line[PIECE][HEIGHT];
 
 // Exact sums of a piece's groups.
-INLINE void multiply_groups(const UnpackedGroup *groups, const TileInputs *x, Exact &exact) {
+INLINE void multiply_groups(const Group *groups, const UnpackedGroup *unpacked, const TileInputs *x, Exact &exact) {
   MULTIPLY(0, 4, 6, 0);
   MULTIPLY(1, 5, 7, 1);
   MULTIPLY(2, 4, 6, 2);
@@ -89,14 +99,16 @@ INLINE void multiply_groups(const UnpackedGroup *groups, const TileInputs *x, Ex
 
 // Adds up to PIECE groups to the sums of the first ROWS rows of a tile with one block. Groups that a last
 // piece lacks are multiplied from whatever lies there, and not added.
-template <int ROWS> void add_up(const UnpackedGroup *groups, int count, const TileInputs *x, Line *sums) {
+template <int ROWS>
+void add_up(const Group *groups, const UnpackedGroup *unpacked, int count, const TileInputs *x, Line *sums) {
   alignas(64) Exact exact;
-  multiply_groups(groups, x, exact);
+  multiply_groups(groups, unpacked, x, exact);
   __m512 totals[ROWS];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; row++) totals[row] = _mm512_load_ps(sums[row].floats);
   for (int i = 0; i < count; i++) {
-    const __m512 scales = groups[i].scales, minima = groups[i].minima;
+    const __m512 scales = unpacked[i].scales, minima = unpacked[i].minima;
+    ask_ahead<2>(groups[i]);
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; row++) {
       const __m512 products = _mm512_cvtepi32_ps(_mm512_load_si512(&exact[i][row]));
@@ -133,45 +145,48 @@ const TileInputs *arrange_tiles(RowsOf &rows, const RowTiles &tiles, int depth, 
   return inputs;
 }
 
+// Blocks `first` to `end`, at most WIDTH, for all rows.
+template <class RowsOf>
+void multiply_blocks(const Weight &weight, int first, int end, const TileInputs *x, const RowTiles &tiles,
+                     const RowsOf &rows) {
+  static thread_local Scratch scratch;
+  const int depth = weight.groups(), blocks = end - first;
+  using Sums = Line[WIDTH][HEIGHT]; // of a tile of rows
+  Sums *sums = scratch.get<Sums>(sizeof(Sums) * tiles.count);
+  memset(sums, 0, sizeof(Sums) * tiles.count);
+  for (int begin = 0; begin < depth; begin += PIECE) {
+    UnpackedGroup unpacked[WIDTH][PIECE];
+    const int some = depth - begin < PIECE ? depth - begin : PIECE;
+    const Group *groups[WIDTH];
+    for (int b = 0; b < blocks; b++) {
+      groups[b] = weight.block_groups(first + b) + begin;
+      for (int i = 0; i < some; i++) unpack(groups[b][i], unpacked[b][i]);
+    }
+    for (int tile = 0; tile < tiles.count; tile++)
+      for (int b = 0; b < blocks; b++)
+        (tiles.size(tile) > HEIGHT / 2 ? add_up<HEIGHT> : add_up<HEIGHT / 2>)(
+            groups[b], unpacked[b], some, x + static_cast<long>(tile) * depth + begin, sums[tile][b]);
+  }
+  for (int row = 0; row < tiles.rows; row++)
+    for (int b = 0; b < blocks; b++) rows.finish(row, first + b, sums[row / HEIGHT][b][row % HEIGHT]);
+}
+
 template <class RowsOf> void multiply(const Weight &weight, const Rows &rows, int threads) {
   static thread_local Scratch scratch;
   RowsOf each(weight, rows);
   const RowTiles tiles(rows.count, HEIGHT, true);
-  const int depth = weight.groups();
-  const TileInputs *x = arrange_tiles(each, tiles, depth, scratch, threads);
-  parallel(threads, (weight.count() + WIDTH - 1) / WIDTH, [&](long task) {
-    static thread_local Scratch task_scratch;
-    const int first = static_cast<int>(task) * WIDTH;
-    const int blocks = weight.count() - first < WIDTH ? weight.count() - first : WIDTH;
-    using Sums = Line[WIDTH][HEIGHT]; // of a tile of rows
-    Sums *sums = task_scratch.get<Sums>(sizeof(Sums) * tiles.count);
-    memset(sums, 0, sizeof(Sums) * tiles.count);
+  const TileInputs *x = arrange_tiles(each, tiles, weight.groups(), scratch, threads);
+  parallel_ranges(threads, weight.count(), WIDTH, [&](int begin, int end) {
     configure();
-    for (int begin = 0; begin < depth; begin += PIECE) {
-      UnpackedGroup unpacked[WIDTH][PIECE];
-      const int some = depth - begin < PIECE ? depth - begin : PIECE;
-      for (int b = 0; b < blocks; b++)
-        for (int i = 0; i < some; i++) unpack(weight.block_groups(first + b)[begin + i], unpacked[b][i]);
-      for (long tile = 0; tile < tiles.count; tile++)
-        for (int b = 0; b < blocks; b++)
-          (tiles.size(static_cast<int>(tile)) > HEIGHT / 2 ? add_up<HEIGHT> : add_up<HEIGHT / 2>)(
-              unpacked[b], some, x + tile * depth + begin, sums[tile][b]);
-    }
+    for (int first = begin; first < end; first += WIDTH)
+      multiply_blocks(weight, first, first + WIDTH < end ? first + WIDTH : end, x, tiles, each);
     _tile_release();
-    for (int row = 0; row < rows.count; row++)
-      for (int b = 0; b < blocks; b++) each.finish(row, first + b, sums[row / HEIGHT][b][row % HEIGHT]);
   });
 }
-
-// Fewer rows are multiplied by vectors as fast as the weights are read.
-constexpr int MIN_ROWS = 3;
-
 } // namespace
 
-void multiply_int4_on_amx(const Weight &weight, const Rows &rows, int threads) {
-  if (rows.count < MIN_ROWS)
-    AVX512_PRODUCTS.multiply[static_cast<int>(Form::INT4)](weight, rows, threads);
-  else if (rows.type == Type::FLOAT32)
+void multiply_int4_on_tiles(const Weight &weight, const Rows &rows, int threads) {
+  if (rows.type == Type::FLOAT32)
     multiply<Int4Rows<float>>(weight, rows, threads);
   else
     multiply<Int4Rows<Bf16>>(weight, rows, threads);

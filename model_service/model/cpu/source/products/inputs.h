@@ -94,8 +94,7 @@ template <class T> INLINE Quantized quantize(const T *x, int count, int8_t *code
     const Ints magnitude = reinterpret_cast<Ints>(read(x + i, count - i)) & 0x7fffffff;
     peaks = magnitude > peaks ? magnitude : peaks; // as integers: NaN is larger than an infinity
   }
-  int32_t bits = 0;
-  for (int i = 0; i < 16; i++) bits = peaks[i] > bits ? peaks[i] : bits;
+  const int32_t bits = largest(peaks);
   float peak;
   memcpy(&peak, &bits, sizeof(peak));
   const bool usable = peak >= 0x1p-119f && bits < 0x7f800000;
@@ -108,9 +107,7 @@ template <class T> INLINE Quantized quantize(const T *x, int count, int8_t *code
     sums += values;
     *reinterpret_cast<SignedBytes *>(codes + i) = __builtin_convertvector(values, SignedBytes);
   }
-  int32_t sum = 0;
-  for (int i = 0; i < 16; i++) sum += sums[i];
-  return {usable ? peak / 127.0f : bits >= 0x7f800000 ? __builtin_nanf("") : 0.0f, sum};
+  return {usable ? peak / 127.0f : bits >= 0x7f800000 ? __builtin_nanf("") : 0.0f, sum(sums)};
 }
 
 // Rows in 8 bits, a scale for each. Codes are added exactly, so their order does not matter.

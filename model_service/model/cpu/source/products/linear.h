@@ -15,10 +15,16 @@ template <int MAX, class Body> INLINE void with_constant(int rows, const Body &b
   body(Constant<MAX>());
 }
 
-// Sums of blocks that are read line by line.
-template <class Block> struct LineTile {
+// How the processor treats numbers while an object of this type lives: here, as usual.
+struct UsualMode {
+  UsualMode() {} // without it, a compiler takes the object for a forgotten one
+};
+
+// Sums of blocks that are read line by line, in pieces of so many lines: those of all blocks of a tile
+// stay in the first cache.
+template <class Block, int LINES = 128> struct LineTile {
   using Unit = typename Block::Unit;
-  static constexpr int PIECE = 128; // lines; those of all blocks of a tile stay in the first cache
+  static constexpr int PIECE = LINES, AHEAD = 16; // lines; these are read from memory before they are needed
   static constexpr int TALLEST = Block::TALLEST, WIDE = Block::WIDE, WIDEST = Block::WIDEST;
 
   static int depth(const Weight &weight) { return weight.depth(); }
@@ -31,6 +37,7 @@ template <class Block> struct LineTile {
       for (int b = 0; b < BLOCKS; b++) block[row][b].begin(sums[row * width + b]);
     for (int at = begin; at < end; at++, units += height) {
       typename Block::Weights weights[BLOCKS];
+      for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(blocks[b] + at + AHEAD);
       for (int b = 0; b < BLOCKS; b++) weights[b] = Block::read(blocks[b][at]);
       for (int row = 0; row < ROWS; row++)
         for (int b = 0; b < BLOCKS; b++) block[row][b].add_products(weights[b], units[row]);
@@ -62,26 +69,29 @@ static void add_up(const Weight &weight, int first, int end, const RowTiles &til
     }
 }
 
-template <class Tile, class RowsOf> static void multiply(const Weight &weight, const Rows &rows, int threads) {
+template <class Tile, class RowsOf, class Mode = UsualMode>
+static void multiply(const Weight &weight, const Rows &rows, int threads) {
   static thread_local Scratch scratch;
   RowsOf each(weight, rows);
   const RowTiles tiles(rows.count, Tile::TALLEST);
   const auto *units = arrange<typename Tile::Unit>(each, tiles, Tile::depth(weight), scratch, threads);
-  // A task's blocks are read side by side if there is one row, and then lie in a core's cache.
+  // Blocks that are read side by side if there is one row, and then lie in a core's cache.
   const int group = weight.count() >= 4 * threads * Tile::WIDEST ? Tile::WIDEST : Tile::WIDE;
-  parallel(threads, (weight.count() + group - 1) / group, [&](long task) {
+  parallel_ranges(threads, weight.count(), group, [&](int begin, int end) {
     static thread_local Scratch sums_scratch;
-    const int first = static_cast<int>(task) * group;
-    const int end = first + group < weight.count() ? first + group : weight.count();
     Line *sums = sums_scratch.get<Line>(sizeof(Line) * rows.count * group);
-    for (int row = 0; row < rows.count; row++)
-      for (int b = 0; b < group; b++)
-        for (int32_t &sum : sums[row * group + b].ints) sum = each.start(row);
-    if (rows.count == 1 && group == Tile::WIDEST)
-      add_up<Tile, 1, Tile::WIDEST>(weight, first, end, tiles, units, sums, group);
-    else
-      add_up<Tile, Tile::TALLEST, Tile::WIDE>(weight, first, end, tiles, units, sums, group);
-    for (int row = 0; row < rows.count; row++)
-      for (int block = first; block < end; block++) each.finish(row, block, sums[row * group + block - first]);
+    const Mode mode;
+    for (int first = begin; first < end; first += group) {
+      const int last = first + group < end ? first + group : end;
+      for (int row = 0; row < rows.count; row++)
+        for (int b = 0; b < group; b++)
+          for (int32_t &sum : sums[row * group + b].ints) sum = each.start(row);
+      if (rows.count == 1 && group == Tile::WIDEST)
+        add_up<Tile, 1, Tile::WIDEST>(weight, first, last, tiles, units, sums, group);
+      else
+        add_up<Tile, Tile::TALLEST, Tile::WIDE>(weight, first, last, tiles, units, sums, group);
+      for (int row = 0; row < rows.count; row++)
+        for (int block = first; block < last; block++) each.finish(row, block, sums[row * group + block - first]);
+    }
   });
 }

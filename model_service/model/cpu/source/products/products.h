@@ -71,7 +71,11 @@ struct Products {
 
 extern const Products AVX2_PRODUCTS, AVX512_PRODUCTS;
 extern const Products AVX512_BF16_PRODUCTS, AMX_PRODUCTS; // null where the smaller set's are as good
-void multiply_int4_on_amx(const Weight &weight, const Rows &rows, int threads); // a part of AMX_PRODUCTS
+
+// Parts of AMX_PRODUCTS.
+constexpr int MIN_TILE_ROWS = 5; // vectors multiply fewer as fast as the weights are read
+void multiply_few_rows_like_tiles(const Weight &weight, const Rows &rows, int threads); // bfloat16
+void multiply_int4_on_tiles(const Weight &weight, const Rows &rows, int threads);
 
 // Multiplies with the chosen instructions.
 void multiply_rows(const Weight &weight, const Rows &rows, int threads);
