@@ -22,7 +22,7 @@ from model_service.model.attention.backend import CacheShape
 from model_service.model.attention.select import make_attention
 from model_service.model.config import ModelConfig
 from model_service.model.cpu.kernels import without_kernels
-from model_service.model.cuda_graphs import record_decode
+from model_service.model.graphs.decode_graphs import record_decode
 from model_service.model.load_network import load_network
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing

@@ -25,7 +25,7 @@ from model_service.loading.replica import ModelInfo, Replica
 from model_service.model.config import ModelConfig
 from model_service.model.cpu.instructions import instructions
 from model_service.model.cpu.kernels import without_kernels
-from model_service.model.cuda_graphs import record_decode
+from model_service.model.graphs.decode_graphs import record_decode
 from model_service.model.load_network import load_network
 from model_service.model.network import Transformer
 from model_service.model.weights.files.hugging_face import HuggingFaceCheckpoint

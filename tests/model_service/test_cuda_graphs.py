@@ -16,7 +16,7 @@ from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.replica import Replica
 from model_service.model.attention.backend import CacheShape
-from model_service.model.cuda_graphs import DecodeGraphs, bucket_sizes
+from model_service.model.graphs.decode_graphs import DecodeGraphs, bucket_sizes
 from model_service.model.operations import FusedOperations, rotary_frequencies
 from tests.model_service.conftest import CONTEXT, CPU, GOLDEN, spread
 

@@ -11,7 +11,8 @@ from model_service.model.attention.backend import CacheShape
 from model_service.model.attention.rotation import Rotary, attend_rotated
 from model_service.model.attention.sdpa import SdpaAttention
 from model_service.model.attention.select import make_attention
-from model_service.model.cuda_graphs import PADDING, FixedBatchAttention, GraphRecorder
+from model_service.model.graphs.decode_graphs import PADDING, FixedBatchAttention
+from model_service.model.graphs.recorder import GraphRecorder
 from model_service.model.operations import FusedOperations, PlainOperations, rotary_frequencies
 from tests.model_service.conftest import spread
 

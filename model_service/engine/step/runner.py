@@ -13,7 +13,7 @@ from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.model.attention.backend import PROBE_BLOCK, CachedAttention, SequenceSpan
 from model_service.model.cuda.pinned_transfer import upload
-from model_service.model.cuda_graphs import DecodeGraphs
+from model_service.model.graphs.decode_graphs import DecodeGraphs
 from model_service.model.network import Transformer
 
 PROBE = StepPlan(
