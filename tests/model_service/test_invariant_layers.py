@@ -164,7 +164,11 @@ class OneLayer:
         """The stream behind the layer; `add` sums over shards."""
         network = layers.InvariantLayers([self.weights], 1e-5, add)
         stream: torch.Tensor = network.run(
-            self.stream.clone(), self.rotation, [self.cache], self.step
+            self.stream.clone(),
+            self.rotation,
+            [self.cache],
+            self.step.slots,
+            lambda _, query: attention.attend(query, self.cache, self.step),
         )
         return stream
 

@@ -20,7 +20,7 @@ from model_service.model.attention.backend import (
     SequenceSpan,
 )
 from model_service.model.attention.page_tables import leading_decodes, page_tables, query_tiles
-from model_service.model.attention.rotation import Heads, rotate_and_write
+from model_service.model.attention.rotation import Cache, Heads, rotate_and_write
 from model_service.model.cuda.attention import SPLIT, AttentionStep, attend, tokens_per_tile
 from model_service.model.cuda.layers import InvariantLayers
 from model_service.model.cuda.pinned_transfer import pinned
@@ -89,6 +89,20 @@ class SplitAttention(_PlannedStep):
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         self._kernels.cache.copy(copies)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int32 [tokens], where each token of the planned step lies in the cache."""
+        return self._step.slots
+
+    def layer_cache(self, layer: int) -> Cache:
+        return self._kernels.cache.layer(layer)
+
+    def attend_written(self, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
+        """See `graphs.SeparableAttention`."""
+        tokens = len(self.slots)
+        query, output = (each[:tokens].flatten(1) for each in (query, output))
+        attend(query, self.layer_cache(layer), self._step, output)
 
     def fixed_batches(
         self, sizes: Sequence[int], context_length: int
@@ -171,7 +185,11 @@ class _Kernels:
         step: AttentionStep,
     ) -> torch.Tensor:
         caches = [self.cache.layer(layer) for layer in range(self.layers)]
-        return layers.run(x, rotation, caches, step)
+
+        def attended(layer: int, query: torch.Tensor) -> torch.Tensor:
+            return attend(query, caches[layer], step)
+
+        return layers.run(x, rotation, caches, step.slots, attended)
 
 
 def _splits(context_length: int) -> int:
