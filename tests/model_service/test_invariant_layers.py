@@ -166,7 +166,7 @@ class OneLayer:
         stream: torch.Tensor = network.run(
             self.stream.clone(),
             self.rotation,
-            [self.cache],
+            lambda _: self.cache,
             self.step.slots,
             lambda _, query: attention.attend(query, self.cache, self.step),
         )

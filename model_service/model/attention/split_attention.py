@@ -68,7 +68,6 @@ class SplitAttention(_PlannedStep):
         """
         self._kernels = _Kernels(
             PagedCache(shape, kv_dtype, device),
-            shape.layers,
             shape.block_size,
             tokens_per_tile(heads, shape.kv_heads),
         )
@@ -155,7 +154,6 @@ class _Kernels:
     """The kernels over a cache, for any step."""
 
     cache: PagedCache
-    layers: int
     block_size: int
     tokens_per_tile: int
 
@@ -184,12 +182,10 @@ class _Kernels:
         rotation: torch.Tensor,
         step: AttentionStep,
     ) -> torch.Tensor:
-        caches = [self.cache.layer(layer) for layer in range(self.layers)]
-
         def attended(layer: int, query: torch.Tensor) -> torch.Tensor:
-            return attend(query, caches[layer], step)
+            return attend(query, self.cache.layer(layer), step)
 
-        return layers.run(x, rotation, caches, step.slots, attended)
+        return layers.run(x, rotation, self.cache.layer, step.slots, attended)
 
 
 def _splits(context_length: int) -> int:

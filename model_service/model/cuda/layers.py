@@ -65,7 +65,7 @@ class InvariantLayers:
         self,
         stream: torch.Tensor,
         rotation: torch.Tensor,
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        cache: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
         slots: torch.Tensor,
         attend: Callable[[int, torch.Tensor], torch.Tensor],
         *,
@@ -76,7 +76,8 @@ class InvariantLayers:
         Args:
             stream: embeddings [tokens, dim], contiguous; overwritten.
             rotation: complex64 [tokens, head_dim / 2].
-            caches: of each layer, keys and values [blocks, block_size, kv_heads, head_dim].
+            cache: of a layer by its number, keys and values [blocks, block_size, kv_heads,
+                head_dim].
             slots: int32 [tokens], where each token lies in the cache.
             attend: attention of a layer: its number, and rotated queries [tokens, heads ×
                 head_dim]; returns as many numbers.
@@ -87,9 +88,9 @@ class InvariantLayers:
         """
         angles = torch.view_as_real(rotation)
         squares = add(stream, None)
-        for layer, (weights, cache) in enumerate(zip(self._weights, caches, strict=True)):
+        for layer, weights in enumerate(self._weights):
             x = Normed(stream, squares, weights.attention_norm, self._eps)
-            rotated = write_heads(x, weights.wqkv, Heads(angles, *cache, slots), query)
+            rotated = write_heads(x, weights.wqkv, Heads(angles, *cache(layer), slots), query)
             squares = self._add(attend(layer, rotated), weights.wo, stream)
             x = Normed(stream, squares, weights.ffn_norm, self._eps)
             squares = self._add(multiply_gated(x, weights.w13), weights.w2, stream)
