@@ -43,11 +43,12 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no 
             self._operations.append((func, args, kwargs or {}, made))
         return made
 
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Calls a function that overwrites its arguments, and records it as one operation."""
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a function, and records it as one operation."""
         with self._one():
-            function(*args, **kwargs)
-        self._operations.append((function, args, kwargs, None))
+            made = function(*args, **kwargs)
+        self._operations.append((function, args, kwargs, made))
+        return made
 
     @contextmanager
     def _one(self) -> Iterator[None]:
@@ -99,6 +100,10 @@ class TapeRecorder:
         self._capture.close()
         self._parts.append(call)
         self._begin(self._parts)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a function of which PyTorch does not know, and records it as one operation."""
+        return self.tape.call(function, *args, **kwargs) if self.tape else function(*args, **kwargs)
 
     def _begin(self, parts: list[Run]) -> None:
         self.tape = Tape()

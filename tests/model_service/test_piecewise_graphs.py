@@ -3,7 +3,9 @@ without the code that called them.
 """
 
 import importlib
-from functools import partial
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,7 +18,6 @@ from hypothesis import strategies as st
 from model_service.engine.engine import Engine
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.engine.step.runner import ModelRunner
-from model_service.loading import distributed
 from model_service.loading.first_steps.warm_up import warm_up
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
@@ -25,13 +26,9 @@ from model_service.model.graphs.decode_graphs import DecodeGraphs
 from model_service.model.graphs.piecewise_attention import SeparableAttention
 from model_service.model.graphs.piecewise_graphs import SIZES, PiecewiseGraphs, sizes_up_to
 from model_service.model.graphs.step_graphs import StepGraphs
-from model_service.model.load_network import load_network
 from model_service.model.network import Transformer
-from model_service.model.operations import FusedOperations, rotary_frequencies
-from model_service.model.weights.open_weights import open_weights
-from model_service.model.weights.packing import plain
-from model_service.model.weights.source import Shard
 from tests.model_service.conftest import CONTEXT, CPU, GOLDEN, spread
+from tests.model_service.piecewise_ranks import network_by_pytorch
 from tests.model_service.recorders import Rerun, Tape, TapeRecorder
 from tests.model_service.test_launches import Launches
 
@@ -43,20 +40,7 @@ CHECKPOINT: Path = GOLDEN / "checkpoints" / "gqa-mp1"
 
 @pytest.fixture(scope="module")
 def network(flashinfer: Any) -> Transformer:
-    """By PyTorch's operations alone, so that a tape sees all of them."""
-    distributed.initialize("cpu")
-    source = open_weights(CHECKPOINT)
-    made = load_network(
-        source.config,
-        CONTEXT,
-        partial(source.read_shard, Shard(0, 1, torch.float32, CPU)),
-        pack=plain,
-        dtype=torch.float32,
-        device=CPU,
-    )
-    made.compiled_layers = None
-    made._operations = FusedOperations(rotary_frequencies(8, CONTEXT))
-    return made
+    return network_by_pytorch(CHECKPOINT)[0]
 
 
 def record(network: Transformer, attention: Any, max_step_tokens: int = 40) -> PiecewiseGraphs:
@@ -178,6 +162,16 @@ def test_golden_cases_with_all_steps_recorded(
     assert [answers[case["id"]].ids for case in golden] == [case["ids"] for case in golden]
     for case in golden:
         assert answers[case["id"]].logprobs == pytest.approx(case["logprobs"], abs=1e-4)
+
+
+def test_ranks_repeat_pieces_together() -> None:
+    script = str(Path(__file__).with_name("piecewise_ranks.py"))
+    launcher = [sys.executable, "-m", "model_service.launcher", "--shards=2"]
+    command = [*launcher, script, str(CHECKPOINT)]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
+    recorded, plainly = map(json.loads, made.splitlines())
+    assert len(recorded) == 12
+    assert recorded == plainly
 
 
 def test_a_layer_of_a_mixed_step_takes_the_host_three_launches_instead_of_ten(
