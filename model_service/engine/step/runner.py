@@ -39,13 +39,13 @@ class ModelRunner:
         self._network = network
         self._attention = attention
         self._channel = channel
-        self._graphs = graphs
+        self.graphs = graphs
         self._sampled = torch.empty(0, dtype=torch.long, device=device)  # in the last step
 
     @property
     def recorded_tokens(self) -> int | None:
         """The most tokens of a step with prompts that is recorded; None: nor are others."""
-        return None if self._graphs is None else self._graphs.max_tokens
+        return None if self.graphs is None else self.graphs.max_tokens
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
@@ -88,8 +88,8 @@ class ModelRunner:
             tokens = resolve_pending(tokens, self._sampled)
         if plan.copies:
             self._attention.copy(plan.copies)
-        if self._graphs is not None:
-            replayed = self._graphs.forward(plan.spans, tokens, positions, logit_rows)
+        if self.graphs is not None:
+            replayed = self.graphs.forward(plan.spans, tokens, positions, logit_rows)
             if replayed is not None:
                 return replayed
         self._attention.plan(plan.spans)

@@ -13,16 +13,20 @@ from model_service.model.network import Transformer
 
 
 class StepGraphs:
-    """Whole graphs for steps of single tokens, graphs in pieces for others if there are any."""
+    """Whole graphs for steps of single tokens, graphs in pieces for others.
+
+    Attributes:
+        piecewise: the latter; None launches such steps kernel by kernel.
+    """
 
     def __init__(self, decode: DecodeGraphs, piecewise: PiecewiseGraphs | None) -> None:
         self._decode = decode
-        self._piecewise = piecewise
+        self.piecewise = piecewise
 
     @property
     def max_tokens(self) -> int:
         """The most tokens of a step with prompts or drafts that is recorded; 0 if none is."""
-        return self._piecewise.max_tokens if self._piecewise else 0
+        return self.piecewise.max_tokens if self.piecewise else 0
 
     def forward(
         self,
@@ -37,8 +41,8 @@ class StepGraphs:
         """
         step = spans, tokens, positions, logit_rows
         logits = self._decode.forward(*step)
-        if logits is None and self._piecewise is not None:
-            logits = self._piecewise.forward(*step)
+        if logits is None and self.piecewise is not None:
+            logits = self.piecewise.forward(*step)
         return logits
 
 
