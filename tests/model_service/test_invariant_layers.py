@@ -109,6 +109,7 @@ def test_a_mixed_step_in_pieces_has_the_same_bits(
     plainly.plan(spans)
     expected = network(TOKENS, positions, None, plainly)
     found = graphs.forward(spans, TOKENS, positions, torch.arange(5))
+    assert found is not None
     assert torch.equal(found, expected)
     for name in ("_keys", "_values"):
         written, exact = (getattr(each._kernels.cache, name) for each in (in_pieces, plainly))

@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -43,7 +44,7 @@ def network(flashinfer: Any) -> Transformer:
     return network_by_pytorch(CHECKPOINT)[0]
 
 
-def record(network: Transformer, attention: Any, max_step_tokens: int = 40) -> PiecewiseGraphs:
+def record(network: Transformer, attention: Any, max_step_tokens: int = 64) -> PiecewiseGraphs:
     return PiecewiseGraphs(
         network, attention, max_step_tokens=max_step_tokens, device=CPU, record=TapeRecorder()
     )
@@ -100,13 +101,14 @@ def test_any_mixture_in_pieces_gives_the_same_logits_and_changes_no_other_block(
     plainly.plan(spans)
     expected = network(tokens, positions, rows, plainly)
     found = graphs.forward(spans, tokens, positions, rows)
-    # Products of another number of rows add in another order.
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    # Products of another number of rows add in another order, after which a code of 8 bits may be
+    # the one beside it.
     kind = plainly._cache._keys.dtype
+    near, step = (0.05, 0.13) if kind.itemsize == 1 else (1e-4, 1e-4)
+    torch.testing.assert_close(found, expected, atol=near, rtol=1e-4)
     for ours, theirs in zip(found_caches, expected_caches, strict=True):
         values, exact = (each[:, 1:].view(kind).float() for each in (ours, theirs))
-        rounding = 0.13 if kind.itemsize == 1 else 0
-        torch.testing.assert_close(values, exact, atol=1e-4, rtol=rounding)
+        torch.testing.assert_close(values, exact, atol=near, rtol=step)
         written = {block for span in spans for block in span.block_table}
         others = [block for block in range(1, SHAPE.blocks) if block not in written]
         assert torch.equal(ours[:, others], theirs[:, others])
@@ -114,7 +116,7 @@ def test_any_mixture_in_pieces_gives_the_same_logits_and_changes_no_other_block(
 
 def test_steps_above_the_largest_size_are_left_to_the_plain_path(pair: Any) -> None:
     graphs = pair[2]
-    assert graphs.max_tokens == 64  # the next size above the most tokens of a step
+    assert graphs.max_tokens == 64
     spans, tokens, positions = arguments(spread([65], [65], SHAPE, seed=0), seed=0)
     assert graphs.forward(spans, tokens, positions, torch.tensor([64])) is None
 
@@ -125,6 +127,8 @@ def test_steps_above_the_largest_size_are_left_to_the_plain_path(pair: Any) -> N
 def test_sizes_reach_the_largest_step_or_their_end(max_step_tokens: int, largest: int) -> None:
     assert sizes_up_to(max_step_tokens)[-1] == largest
     assert sizes_up_to(max_step_tokens) == SIZES[: len(sizes_up_to(max_step_tokens))]
+    for below, size in pairwise(SIZES):
+        assert size <= max(below + 32, 1.25 * below)
 
 
 def test_golden_cases_with_all_steps_recorded(

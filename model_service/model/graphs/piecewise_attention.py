@@ -43,7 +43,7 @@ class SeparableAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PieceBuffers:
-    """What pieces and attention leave to each other, the same memory in all layers.
+    """The memory in which pieces and attention leave each other numbers, the same in all layers.
 
     Attributes:
         slots: int32 [rows], where the pieces write keys and values.

@@ -27,9 +27,10 @@ from model_service.model.network import Hidden, Transformer
 
 _log = logging.getLogger(__name__)
 
-# Tokens of steps. The tiles of kernels for few rows end at 16, 64 and 256. Larger steps take the
-# device longer than their launch takes the host.
-SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+# Tokens of steps. Above 128 padding takes time, so each size is at most a quarter larger than the
+# one below. Kernels for few rows end at 16, 64 and 256, and those for 4 bits take longer for every
+# 16. Steps above 512 take the device longer than their launch takes the host.
+SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 # A token in the probe block: recording asks for no more.
 _ONE_TOKEN = (SequenceSpan(query_length=1, context_length=1, block_table=(PROBE_BLOCK,)),)
 
