@@ -120,12 +120,11 @@ class PiecewiseGraphs:
         ids, positions = self._tokens.ids[:size], self._tokens.positions[:size]
         made: list[Hidden] = []
 
+        @torch.inference_mode()
         def run() -> None:
             made[:] = [self._network.hidden(ids, positions, attention)]
 
-        with torch.inference_mode():
-            repeat = record(run)
-        return _Recorded(attention, repeat, made[0])
+        return _Recorded(attention, record(run), made[0])
 
 
 def _heads(network: Transformer) -> tuple[int, int]:
