@@ -88,9 +88,25 @@ def over_decode_only(steps: Sequence[tuple[int, float]]) -> list[float]:
 def host(engine: Loaded, load: Load) -> Iterator[Row]:
     """The host's time to launch a step, and that of the step, with prompt tokens and without.
 
-    Two thirds of the streams decode when the prompts of the others arrive at once. A step of
-    single tokens is a recorded graph on CUDA, one with prompt tokens is not.
+    Two thirds of the streams decode when the prompts of the others arrive at once. On CUDA a step
+    of single tokens is a recorded graph, one with prompt tokens is recorded in pieces: then follow
+    such steps launched kernel by kernel.
     """
+    graphs = engine.driver.graphs
+    pieces = graphs.piecewise if graphs else None
+    yield from _launches(engine, load, (False, True), in_pieces=pieces is not None)
+    if graphs and pieces:
+        graphs.piecewise = None
+        try:
+            yield from _launches(engine, load, (True,), in_pieces=False)
+        finally:
+            graphs.piecewise = pieces
+
+
+def _launches(
+    engine: Loaded, load: Load, kinds: Sequence[bool], *, in_pieces: bool
+) -> Iterator[Row]:
+    """Rows for steps without prompt tokens (False), with some (True) or both."""
     driver = engine.driver
     decoding = max(1, load.streams * 2 // 3)
     driver.fill(driver.prompts([load.prompt] * decoding), [load.answer] * decoding)
@@ -105,14 +121,19 @@ def host(engine: Loaded, load: Load) -> Iterator[Row]:
     steps, seconds = driver.trial.steps, driver.trial.seconds()
     measured = range(len(steps) - count, len(steps))
     driver.clear()
-    for with_prompts in (False, True):
+    for with_prompts in kinds:
         kind = [i for i in measured if bool(steps[i].prompt_tokens) == with_prompts]
         if not kind:
             continue
         launches = [1e3 * steps[i - ahead].forward for i in kind]
         yield Row(
             "host",
-            {"weights": engine.job.weights, "streams": decoding, "prompt_tokens": with_prompts},
+            {
+                "weights": engine.job.weights,
+                "streams": decoding,
+                "prompt_tokens": with_prompts,
+                "in_pieces": with_prompts and in_pieces,
+            },
             {
                 "launch_ms": statistics.median(launches),
                 "launch_ms_high": max(launches),

@@ -29,6 +29,7 @@ from model_service.engine.step.runner import ModelRunner
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.replica import Replica
+from model_service.model.graphs.step_graphs import StepGraphs
 
 QUANTIZED = ("int8", "int4", "fp8")
 GREEDY = SamplingParams(temperature=0.0)
@@ -221,6 +222,11 @@ class Driver:
         self._random = random.Random(seed)
         self._prompt_tokens = 0  # computed so far
         self._running: set[int] = set()
+
+    @property
+    def graphs(self) -> StepGraphs | None:
+        """The recorded steps of the engine's runner."""
+        return cast("ModelRunner", self._runner).graphs
 
     def prompts(self, lengths: Iterable[int]) -> list[Prompt]:
         """Random ordinary tokens, never the same twice."""

@@ -66,7 +66,7 @@ class Engine:
         self._sampler = DeviceSampler(limits.vocab_size, runner.device)  # only with lookahead
         self._pool = BlockPool(limits.blocks, limits.block_size)
         self._prefill_budget = PrefillBudget(
-            limits.max_stall, limits.block_size, limits.max_step_tokens, recorded=runner.has_graphs
+            limits.max_stall, limits.block_size, limits.max_step_tokens, runner.recorded_tokens
         )
         drafts = 0 if limits.lookahead else limits.draft_tokens  # they follow a known token
         drafter = None

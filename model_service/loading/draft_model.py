@@ -22,7 +22,7 @@ from model_service.model.attention.backend import CacheShape
 from model_service.model.attention.select import make_attention
 from model_service.model.config import ModelConfig
 from model_service.model.cpu.kernels import without_kernels
-from model_service.model.cuda_graphs import record_decode
+from model_service.model.graphs.step_graphs import record_steps
 from model_service.model.load_network import load_network
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing
@@ -125,10 +125,11 @@ def load_draft_model(draft: DraftModel, limits: EngineLimits, device: torch.devi
             heads=source.config.n_heads,
             max_batch_size=limits.max_batch_size,
         )
-        graphs = record_decode(
+        graphs = record_steps(
             network,
             attention,
             max_batch_size=limits.max_batch_size,
+            max_step_tokens=limits.max_step_tokens,
             context_length=limits.context_length,
             device=device,
         )

@@ -25,7 +25,7 @@ from model_service.loading.replica import ModelInfo, Replica
 from model_service.model.config import ModelConfig
 from model_service.model.cpu.instructions import instructions
 from model_service.model.cpu.kernels import without_kernels
-from model_service.model.cuda_graphs import record_decode
+from model_service.model.graphs.step_graphs import record_steps
 from model_service.model.load_network import load_network
 from model_service.model.network import Transformer
 from model_service.model.weights.files.hugging_face import HuggingFaceCheckpoint
@@ -127,10 +127,11 @@ def load_replica(options: ReplicaOptions, source: WeightSource | None = None) ->
 def _make_runner(layout: Layout, network: Transformer, blocks: int) -> ModelRunner:
     """A runner with a new cache of `blocks` blocks."""
     attention = layout.attention(blocks)
-    graphs = record_decode(
+    graphs = record_steps(
         network,
         attention,
         max_batch_size=layout.options.max_batch_size,
+        max_step_tokens=max(layout.options.max_step_tokens, layout.options.max_batch_size),
         context_length=layout.options.max_seq_len,
         device=layout.device,
     )

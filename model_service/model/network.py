@@ -6,6 +6,7 @@ sums over the shards put the parts together.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,23 +29,16 @@ from model_service.model.config import ModelConfig
 from model_service.model.cpu import shard_sum
 from model_service.model.operations import Operations
 
+# A layer's output, and the residual stream to which it is still to be added, both [tokens, dim].
+Hidden = tuple[torch.Tensor, torch.Tensor | None]
+
 
 def _unchanged(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _column_parallel(inputs: int, outputs: int) -> nn.Module:
-    layer: nn.Module = ColumnParallelLinear(
-        inputs, outputs, bias=False, gather_output=False, init_method=_unchanged
-    )
-    return layer
-
-
-def _row_parallel(inputs: int, outputs: int) -> nn.Module:
-    layer: nn.Module = RowParallelLinear(
-        inputs, outputs, bias=False, input_is_parallel=True, init_method=_unchanged
-    )
-    return layer
+_column = partial(ColumnParallelLinear, bias=False, gather_output=False, init_method=_unchanged)
+_row = partial(RowParallelLinear, bias=False, input_is_parallel=True, init_method=_unchanged)
 
 
 def _multiply(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -91,8 +85,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.heads = config.n_heads // shards
         projections = (config.n_heads + 2 * config.kv_heads) * config.head_dim
-        self.wqkv = _column_parallel(config.dim, projections)
-        self.wo = _row_parallel(config.n_heads * config.head_dim, config.dim)
+        self.wqkv = _column(config.dim, projections)
+        self.wo = _row(config.n_heads * config.head_dim, config.dim)
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         heads = _multiply(x, self.wqkv).view(len(x), -1, self.head_dim)
@@ -105,8 +99,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w13 = _column_parallel(config.dim, 2 * config.hidden_dim)
-        self.w2 = _row_parallel(config.hidden_dim, config.dim)
+        self.w13 = _column(config.dim, 2 * config.hidden_dim)
+        self.w2 = _row(config.hidden_dim, config.dim)
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         gated = step.operations.gate(_multiply(x, self.w13))
@@ -121,25 +115,21 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, step: Step
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block's output, and the residual stream to which it is still to be added.
-
-        The next norm adds them, because it reads both anyway.
-        """
-        x, residual = _normed(self.attention_norm, x, residual, step)
-        x, residual = _normed(self.ffn_norm, self.attention(x, step), residual, step)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, step: Step) -> Hidden:
+        """Leaves the addition of both results to the next norm, which reads both anyway."""
+        x, residual = _normed(self.attention_norm, x, residual, step.operations)
+        attended = self.attention(x, step)
+        x, residual = _normed(self.ffn_norm, attended, residual, step.operations)
         return self.feed_forward(x, step), residual
 
 
 def _normed(
-    norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, step: Step
+    norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, operations: Operations
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of residual + x, and that sum; without a residual, x begins the stream."""
     if residual is None:
-        return step.operations.norm(x, norm.weight, norm.eps), x
-    return step.operations.add_norm(x, residual, norm.weight, norm.eps)
+        return operations.norm(x, norm.weight, norm.eps), x
+    return operations.add_norm(x, residual, norm.weight, norm.eps)
 
 
 class Transformer(nn.Module):
@@ -159,7 +149,7 @@ class Transformer(nn.Module):
             _on_meta(TransformerBlock(config, layer)) for layer in range(config.n_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = _on_meta(_column_parallel(config.dim, config.vocab_size))
+        self.output = _on_meta(_column(config.dim, config.vocab_size))
 
     @torch.inference_mode()
     def forward(
@@ -184,20 +174,32 @@ class Transformer(nn.Module):
         Returns:
             Logits [num_logits, vocab] in float32, equal on all ranks.
         """
+        return self.logits(self.hidden(tokens, positions, backend), logit_rows, out)
+
+    def hidden(
+        self, tokens: torch.Tensor, positions: torch.Tensor, backend: AttentionBackend
+    ) -> Hidden:
+        """`forward` up to the last layer's output."""
         rotation = self._operations.rotation(positions)
         step = Step(Rotary(self._operations.rotate, rotation), self._operations, backend)
         x = self._gather(F.embedding(tokens, self.tok_embeddings.weight))  # type: ignore[arg-type]
         residual: torch.Tensor | None = None
         if self.compiled_layers is not None and isinstance(backend, RunsLayers):
-            x, residual = backend.run_layers(self.compiled_layers, x, rotation)
-        else:
-            for layer in self.layers:
-                x, residual = layer(x, residual, step)
-        if logit_rows is not None and len(logit_rows) < len(tokens):
+            return backend.run_layers(self.compiled_layers, x, rotation)
+        for layer in self.layers:
+            x, residual = layer(x, residual, step)
+        return x, residual
+
+    def logits(
+        self, hidden: Hidden, logit_rows: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`forward` from there on; may overwrite `hidden`."""
+        x, residual = hidden
+        if logit_rows is not None and len(logit_rows) < len(x):
             if not len(logit_rows):  # shards have nothing to gather
                 return torch.empty(0, self.vocab_size, device=x.device)
             x, residual = x[logit_rows], None if residual is None else residual[logit_rows]
-        x, _ = _normed(self.norm, x, residual, step)
+        x, _ = _normed(self.norm, x, residual, self._operations)
         logits = self._gather(_multiply(x, self.output))
         return logits.float() if out is None else out.copy_(logits)
 

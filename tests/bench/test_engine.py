@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from bench.engine.__main__ import main
-from bench.engine.arrivals import NEAREST, over_decode_only
+from bench.engine.arrivals import NEAREST, host, over_decode_only
 from bench.engine.driver import Job, Load, Step, Trial, loaded
 from bench.engine.parts import Stopwatch, step_parts
 from bench.engine.roofline import Rates, measure_rates
 from bench.engine.throughput import Loaded, decode
 from bench.shapes import SHAPES
 from model_service.model.cpu.library import find_library
+from model_service.model.graphs.step_graphs import StepGraphs
 
 
 def run(folder: Path, work_dir: Path, *arguments: str) -> dict[str, Any]:
@@ -81,6 +82,27 @@ def test_time_of_a_call_is_counted_without_the_calls_inside() -> None:
     taken = time.perf_counter() - started
     assert watch.calls == {"inner": 3, "outer": 1}
     assert 0 < watch.seconds["outer"] < taken - watch.seconds["inner"]
+
+
+class NoGraph:
+    """Serves no step, so each is computed plainly."""
+
+    max_tokens = 512
+
+    def forward(self, *_: object) -> None:
+        return None
+
+
+def test_launches_in_pieces_stand_beside_those_kernel_by_kernel(job: Job) -> None:
+    with loaded(job) as driver:
+        none: Any = NoGraph()
+        timed: Any = driver.engine._runner
+        timed._runner.graphs = StepGraphs(none, none)
+        engine = Loaded(job, driver, lambda: Rates(1.0, 1.0, {}), rounds=1)
+        rows = [row.settings for row in host(engine, Load(3, 8, 24))]
+        assert timed.graphs.piecewise is none
+    kinds = [(row["prompt_tokens"], row["in_pieces"]) for row in rows]
+    assert kinds == [(False, False), (True, True), (True, False)]
 
 
 def test_streams_of_a_decode_step_all_advance(job: Job) -> None:

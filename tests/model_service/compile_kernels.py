@@ -90,10 +90,10 @@ def products(capability: int, x: str, codes: str) -> list[dict[str, int]]:
 
 
 def rotation(capability: int, heads: str, narrows: int) -> dict[str, int]:
-    types = dict.fromkeys(("query", "key", "value"), f"*{heads}")
+    types = dict.fromkeys(("query", "key", "value", "rotated"), f"*{heads}")
     types |= {"angles": "*fp32", "keys": "*u8" if narrows else f"*{heads}"}
     types |= {"values": types["keys"], "slots": "*i32"}
-    types |= dict.fromkeys(("query_stride", "key_stride", "value_stride"), "i32")
+    types |= dict.fromkeys(("query_stride", "key_stride", "value_stride", "rotated_stride"), "i32")
     sizes = {"QUERIES": 32, "KV_HEADS": 8, "HEADS": rotation_kernel._HEADS, "PAIRS": 64}
     constants = sizes | {"ROTATES": 1, "NARROWS": narrows}
     return compile_kernel(rotation_kernel._rotate_and_write, capability, types, constants, warps=1)

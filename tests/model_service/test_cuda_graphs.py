@@ -16,9 +16,11 @@ from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from model_service.loading.replica import Replica
 from model_service.model.attention.backend import CacheShape
-from model_service.model.cuda_graphs import DecodeGraphs, bucket_sizes
+from model_service.model.graphs.decode_graphs import DecodeGraphs, bucket_sizes
+from model_service.model.graphs.step_graphs import StepGraphs
 from model_service.model.operations import FusedOperations, rotary_frequencies
 from tests.model_service.conftest import CONTEXT, CPU, GOLDEN, spread
+from tests.model_service.recorders import Rerun
 
 ROWS, HEADS = 12, 8  # of gqa-mp1
 SHAPE = CacheShape(layers=3, blocks=120, block_size=4, kv_heads=4, head_dim=8)
@@ -41,7 +43,7 @@ def record(network: Any, attention: Any, rows: int = ROWS) -> DecodeGraphs:
         max_batch_size=rows,
         context_length=CONTEXT,
         device=CPU,
-        record=lambda run: run,
+        record=Rerun(),
     )
 
 
@@ -127,7 +129,7 @@ def test_golden_cases_in_padded_steps(
     attention = backends[name](shape, HEADS)
     if name == "flashinfer":
         network._operations = FusedOperations(rotary_frequencies(8, CONTEXT))
-    graphs = record(network, attention, rows=40)
+    graphs = StepGraphs(record(network, attention, rows=40), None)
     runner = ModelRunner(network, attention, PlanChannel(), CPU, graphs)
     warm_up(runner, replica.limits)
     golden = cases("gqa")

@@ -11,7 +11,9 @@ from model_service.model.attention.backend import CacheShape
 from model_service.model.attention.rotation import Rotary, attend_rotated
 from model_service.model.attention.sdpa import SdpaAttention
 from model_service.model.attention.select import make_attention
-from model_service.model.cuda_graphs import PADDING, FixedBatchAttention, GraphRecorder
+from model_service.model.graphs.decode_graphs import PADDING, FixedBatchAttention
+from model_service.model.graphs.piecewise_attention import PieceBuffers, PiecewiseAttention
+from model_service.model.graphs.recorder import GraphRecorder
 from model_service.model.operations import FusedOperations, PlainOperations, rotary_frequencies
 from tests.model_service.conftest import spread
 
@@ -98,6 +100,24 @@ def test_a_recorded_batch_follows_its_plans(pair: Any, heads: int) -> None:
         repeat()
         expected = reference.attend(0, *(x[:3] for x in flat))
         torch.testing.assert_close(output[:3], expected, atol=2e-2, rtol=2e-2)
+
+
+def test_attention_between_recorded_pieces_follows_any_plan(pair: Any, heads: int) -> None:
+    fast, reference = pair
+    record = GraphRecorder()
+    buffers = PieceBuffers.of(16, (heads, 128), torch.bfloat16, DEVICE)
+    in_pieces = PiecewiseAttention(fast, buffers, record.between)
+    flat = tensors(16, heads)
+    output = torch.empty(16, heads, 128, dtype=torch.bfloat16, device=DEVICE)
+    in_pieces.plan([PADDING])
+    repeat = record(lambda: output.copy_(in_pieces.attend(0, *flat)))
+    for lengths, queries in (([5, 400, 33], [1, 1, 9]), ([17, 256], [4, 12]), ([300], [1])):
+        spans, tokens = spread(lengths, queries, SHAPE, seed=2), sum(queries)
+        for backend in (reference, in_pieces):
+            backend.plan(spans)
+        repeat()
+        expected = reference.attend(0, *(x[:tokens] for x in flat))
+        torch.testing.assert_close(output[:tokens], expected, atol=2e-2, rtol=2e-2)
 
 
 def test_fused_operations_compute_as_the_plain_ones() -> None:

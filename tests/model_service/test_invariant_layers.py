@@ -15,12 +15,14 @@ import torch
 from model_service.loading import distributed
 from model_service.model.attention.backend import CacheShape, SequenceSpan
 from model_service.model.attention.select import make_attention
+from model_service.model.graphs.piecewise_graphs import PiecewiseGraphs
 from model_service.model.load_network import load_network
 from model_service.model.network import Transformer
 from model_service.model.weights.open_weights import open_weights
 from model_service.model.weights.packing import packing
 from model_service.model.weights.source import Shard
 from tests.model_service.conftest import CPU, spread
+from tests.model_service.recorders import TapeRecorder
 from tests.model_service.test_launches import Launches
 
 triton: Any = pytest.importorskip("triton", reason="Triton is not installed")
@@ -83,6 +85,35 @@ def two_steps(golden: Path, batch_invariant: bool) -> torch.Tensor:
 def test_a_network_computes_what_the_cpu_computes_in_float32(golden: Path) -> None:
     expected, found = (two_steps(golden, batch_invariant) for batch_invariant in (False, True))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_mixed_step_in_pieces_has_the_same_bits(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, shape, heads = network_of(golden, batch_invariant=True)
+    recorder, launch = TapeRecorder(), interpreter.GridExecutor.__call__
+    monkeypatch.setattr(
+        interpreter.GridExecutor,
+        "__call__",
+        lambda *args, **kwargs: recorder.call(launch, *args, **kwargs),
+    )
+    spans = spread([6, 4], [1, 4], shape, seed=3)
+    positions = torch.tensor([5, 0, 1, 2, 3])
+    plainly, in_pieces = (
+        split_attention.SplitAttention(shape, CPU, torch.float32, heads=heads) for _ in "ab"
+    )
+    graphs = PiecewiseGraphs(network, in_pieces, max_step_tokens=16, device=CPU, record=recorder)
+    for cache in (plainly._kernels.cache, in_pieces._kernels.cache):
+        for each in (cache._keys, cache._values):
+            each.normal_(generator=torch.Generator().manual_seed(1))
+    plainly.plan(spans)
+    expected = network(TOKENS, positions, None, plainly)
+    found = graphs.forward(spans, TOKENS, positions, torch.arange(5))
+    assert found is not None
+    assert torch.equal(found, expected)
+    for name in ("_keys", "_values"):
+        written, exact = (getattr(each._kernels.cache, name) for each in (in_pieces, plainly))
+        assert torch.equal(written[:, 1:], exact[:, 1:])
 
 
 class Loads:
@@ -164,7 +195,11 @@ class OneLayer:
         """The stream behind the layer; `add` sums over shards."""
         network = layers.InvariantLayers([self.weights], 1e-5, add)
         stream: torch.Tensor = network.run(
-            self.stream.clone(), self.rotation, [self.cache], self.step
+            self.stream.clone(),
+            self.rotation,
+            lambda _: self.cache,
+            self.step.slots,
+            lambda _, query: attention.attend(query, self.cache, self.step),
         )
         return stream
 

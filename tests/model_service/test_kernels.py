@@ -135,6 +135,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     head_dim=st.sampled_from([64, 128, 256]),
     kv_dtype=st.sampled_from([torch.float16, torch.float8_e4m3fn]),
     rotates=st.booleans(),
+    apart=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_heads_are_rotated_narrowed_and_written_as_the_definition_does(
@@ -144,6 +145,7 @@ def test_heads_are_rotated_narrowed_and_written_as_the_definition_does(
     head_dim: int,
     kv_dtype: torch.dtype,
     rotates: bool,
+    apart: bool,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -157,8 +159,10 @@ def test_heads_are_rotated_narrowed_and_written_as_the_definition_does(
         own = heads.clone()
         parts = rotation.Heads(*torch.split(own, [queries, kv_heads, kv_heads], dim=1))
         cache = new_cache(kv_dtype, 9, kv_heads, head_dim)
-        write(parts, angles if rotates else None, cache, slots)
-        found.append((own, *cache))
+        rotated = torch.zeros(tokens, queries, head_dim).half() if apart else parts.query
+        # Queries that are rotated already are the caller's to copy.
+        write(parts, angles if rotates else None, cache, slots, rotated if rotates else parts.query)
+        found.append((own, rotated, *cache))
     for defined, computed in zip(*found, strict=True):
         if rotates:  # a sum of two products is rounded once or twice
             step = 2**-3 if defined.dtype.itemsize == 1 else 2**-10
@@ -176,7 +180,7 @@ def test_every_half_precision_number_is_narrowed_as_pytorch_narrows_it() -> None
     found = []
     for write in (rotation.rotate_and_write, rotation_kernel.rotate_and_write):
         cache = new_cache(torch.float8_e4m3fn, 1, 85, 256)
-        write(parts, None, cache, slots)
+        write(parts, None, cache, slots, parts.query)
         found.append(torch.cat([bits(each) for each in cache]))
     # A NaN is 0x7f with either sign.
     assert torch.equal(*(torch.where(each & 0x7F == 0x7F, 0x7F, each) for each in found))

@@ -16,6 +16,7 @@ from model_service.engine.scheduling.prefill_budget import (
 
 Seconds = Callable[[int, int], float]  # of a step with these decode rows and prompt tokens
 SETTLED = 6 * WINDOW
+ROWS = 32  # that decode on a recorded device
 
 
 def linear(base: float, per_token: float) -> Seconds:
@@ -148,7 +149,7 @@ def test_decode_alone_keeps_what_was_learned_of_prompts() -> None:
 
 @dataclass
 class RecordedDevice:
-    """A GPU that replays decode-only steps, and a host that launches all other kernels one by one.
+    """A GPU that replays decode-only steps, other small ones in pieces, and else single kernels.
 
     Times are in seconds. A step is timed on the device, from the end of the work before it, or from
     its launch, to its own end. With lookahead it is launched before the last one is read.
@@ -156,8 +157,10 @@ class RecordedDevice:
 
     decode: float  # device, without prompt tokens
     per_token: float
-    launch: float  # host, a step with prompt tokens
+    launch: float  # host, a step with prompt tokens, kernel by kernel
     lookahead: bool
+    in_pieces: float = 0.0  # host, the same in pieces
+    recorded_tokens: int = 0  # most tokens of a step in pieces
     preparation: float = 0.001  # host, before a step's first kernel
 
     def run(self, budget: PrefillBudget, steps: int) -> list[tuple[int, float]]:
@@ -166,9 +169,12 @@ class RecordedDevice:
         launched: list[tuple[int, float, float]] = []
         ends: list[float] = []
         for _ in range(steps):
-            tokens = budget.prompt_budget(32)
+            tokens = budget.prompt_budget(ROWS)
             begin = max(host, device)
-            launch = self.preparation + (self.launch if tokens else 0)
+            launch = self.preparation
+            if tokens:
+                recorded = ROWS + tokens <= self.recorded_tokens
+                launch += self.in_pieces if recorded else self.launch
             work = self.decode + self.per_token * tokens
             # Kernels run as they are launched.
             device = max(max(host + self.preparation, device) + work, host + launch)
@@ -178,7 +184,7 @@ class RecordedDevice:
             read = len(launched) - 1 - self.lookahead
             if read >= 0:
                 host = max(host, ends[read])
-                budget.record(32, *launched[read])
+                budget.record(ROWS, *launched[read])
         return [(tokens, seconds) for tokens, seconds, _ in launched]
 
 
@@ -192,7 +198,7 @@ def test_launches_that_take_longer_than_graphs_neither_stall_streams_nor_prompts
 ) -> None:
     device = RecordedDevice(decode, 18e-6, launch, lookahead)
     stall = 1.7
-    steps = device.run(PrefillBudget(stall, 16, 2048, recorded=True), 600)[300:]
+    steps = device.run(PrefillBudget(stall, 16, 2048, recorded_tokens=0), 600)[300:]
     longest = max(seconds for _, seconds in steps)
     # A launch of 8 ms alone is more than three of int4's steps.
     alone = decode + device.preparation
@@ -213,7 +219,7 @@ def test_recorded_steps_keep_the_stall_or_take_what_a_launch_hides(
     decode: float, per_token: float, launch: float, lookahead: bool, stall: float
 ) -> None:
     device = RecordedDevice(decode, per_token, launch, lookahead)
-    steps = device.run(PrefillBudget(stall, 16, 4096, recorded=True), 900)[600:]
+    steps = device.run(PrefillBudget(stall, 16, 4096, recorded_tokens=0), 900)[600:]
     alone, launched = decode + device.preparation, launch + device.preparation
     fewest = max(launched, alone + FLOOR * per_token)
     bound = max(stall * alone, 1.07 * launched, fewest) + per_token
@@ -221,3 +227,33 @@ def test_recorded_steps_keep_the_stall_or_take_what_a_launch_hides(
     free = (max(stall * decode, launch) - decode) / per_token
     usual_tokens = sorted(tokens for tokens, _ in steps)[len(steps) // 2]
     assert usual_tokens >= min(0.75 * free, 4096) - 2
+
+
+@given(
+    decode=st.floats(0.002, 0.02),
+    per_token=st.floats(1e-6, 1e-4),
+    launch=st.floats(0.003, 0.02),
+    in_pieces=st.floats(0.0005, 0.003),
+    lookahead=st.booleans(),
+    stall=st.floats(1.2, 4.0),
+)
+def test_steps_in_pieces_keep_the_stall_whatever_other_launches_take(
+    decode: float,
+    per_token: float,
+    launch: float,
+    in_pieces: float,
+    lookahead: bool,
+    stall: float,
+) -> None:
+    device = RecordedDevice(
+        decode, per_token, launch, lookahead, in_pieces=in_pieces, recorded_tokens=512
+    )
+    steps = device.run(PrefillBudget(stall, 16, 4096, 512), 900)[600:]
+    alone, launched = decode + device.preparation, in_pieces + device.preparation
+    fewest = max(launched, alone + FLOOR * per_token)
+    bound = max(stall * alone, 1.07 * launched, fewest) + per_token
+    assert max(seconds for _, seconds in steps) <= 1.01 * bound
+    hides = max(stall * decode, in_pieces)
+    free = min((hides - decode) / per_token, 512 - ROWS)
+    usual_tokens = sorted(tokens for tokens, _ in steps)[len(steps) // 2]
+    assert usual_tokens >= 0.75 * free - 2

@@ -13,7 +13,7 @@ from model_service.loading import load_replica
 from model_service.loading.precision import Determinism, Precision
 from model_service.model.attention.backend import CacheShape, SequenceSpan
 from model_service.model.attention.sdpa import SdpaAttention
-from model_service.model.cuda_graphs import PADDING, FixedBatchAttention
+from model_service.model.graphs.decode_graphs import PADDING, FixedBatchAttention
 from tests.model_service.conftest import CPU, spread
 
 triton: Any = pytest.importorskip("triton", reason="Triton is not installed")

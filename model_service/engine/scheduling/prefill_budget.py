@@ -11,12 +11,13 @@ two rounds each in float32 and int8, the budget replaced by a constant): the med
 fixed budget of 8 gave 1.2 to 1.3 times and 4.7 to 7.5 s; 32 gave 1.7 to 2.0 times and 1.8 to 4.6 s;
 128 gave 3.4 to 5.0 times and 0.7 to 4.3 s.
 
-If decode-only steps are recorded graphs, a step with prompt tokens is launched kernel by kernel and
-takes as long as that, however few tokens it has. One line through both kinds would make each token
-carry that time, and the budget would fall to nothing. So the kinds are fitted apart: the cost is
-what a step with prompts adds to the median of the graphs. If its launch alone takes longer than
-`max_stall` allows, it gets as many tokens as the launch hides: more each time, until the step takes
-longer than its launch.
+If decode-only steps are recorded graphs, a step with prompt tokens is launched in pieces, or kernel
+by kernel if it is large, and takes as long as that, however few tokens it has. One line through all
+kinds would make each token carry that time, and the budget would fall to nothing. So decode-only
+steps are fitted apart: the cost is what a step with prompts adds to the median of the graphs. If
+its launch alone takes longer than `max_stall` allows, it gets as many tokens as the launch hides:
+more each time, until the step takes longer than its launch. A step in pieces is not enlarged to one
+that is launched kernel by kernel if that launch takes longer than `max_stall` allows.
 """
 
 from bisect import bisect_left
@@ -64,7 +65,7 @@ class PrefillBudget:
     """Keeps steps below `max_stall` times a step without prompts."""
 
     def __init__(
-        self, max_stall: float, first: int, ceiling: int, *, recorded: bool = False
+        self, max_stall: float, first: int, ceiling: int, recorded_tokens: int | None = None
     ) -> None:
         """Starts with a budget of `first`, which doubles as steps are recorded.
 
@@ -72,10 +73,13 @@ class PrefillBudget:
             max_stall: longest step while sequences decode, in steps without prompt tokens; above 1.
             first: prompt tokens of the first step that has some.
             ceiling: most prompt tokens of a step, also if it is lower than FLOOR.
-            recorded: whether steps without prompt tokens are replayed from recorded graphs.
+            recorded_tokens: most tokens of a step with prompts that is replayed from graphs, in
+                pieces; None if not even steps without prompts are.
         """
-        self._recorded = recorded
-        self._launches: deque[float] = deque(maxlen=DECODE_ONLY_WINDOW)  # seconds, with prompts
+        self._recorded = recorded_tokens is not None
+        self._recorded_tokens = recorded_tokens or 0
+        # Seconds of the last launches of steps with prompts: in pieces, and kernel by kernel.
+        self._in_pieces, self._by_kernel = (deque[float](maxlen=DECODE_ONLY_WINDOW) for _ in "pk")
         self.max_stall = max_stall
         self._floor = min(FLOOR, ceiling)
         self._first = first
@@ -96,7 +100,7 @@ class PrefillBudget:
         if not decode_rows:
             return
         regime = self._regime(decode_rows)
-        usual = self._usual(regime)
+        usual = self._usual(regime, decode_rows)
         contrasts = 3 * abs(prompt_tokens - usual) >= usual
         regime.since_contrast = 0 if contrasts else regime.since_contrast + 1
         steps = regime.with_prefill if prompt_tokens else regime.decode_only
@@ -106,8 +110,10 @@ class PrefillBudget:
             if (cost := self._fitted_cost(regime)) is not None:
                 regime.costs.append(cost)
             if self._recorded:
-                self._launches.append(launch)
-                in_launch = seconds <= (1 + LAUNCH_MARGIN / 2) * median(self._launches)
+                in_pieces = decode_rows + prompt_tokens <= self._recorded_tokens
+                launches = self._in_pieces if in_pieces else self._by_kernel
+                launches.append(launch)
+                in_launch = seconds <= (1 + LAUNCH_MARGIN / 2) * median(launches)
                 regime.hidden.append(prompt_tokens if in_launch else 0)
         if regime.costs or not prompt_tokens:
             cost = max(median(regime.costs), MIN_COST) if prompt_tokens else 0.0
@@ -131,22 +137,35 @@ class PrefillBudget:
         if not decode_rows:
             return self._ceiling
         regime = self._regime(decode_rows)
-        return 0 if regime.since_contrast >= CONTRAST_EVERY else self._usual(regime)
+        return 0 if regime.since_contrast >= CONTRAST_EVERY else self._usual(regime, decode_rows)
 
     def _regime(self, decode_rows: int) -> _Regime:
         return self._regimes[decode_rows.bit_length()]
 
-    def _usual(self, regime: _Regime) -> int:
+    def _usual(self, regime: _Regime, decode_rows: int) -> int:
         """The budget that the stall allows, at most twice the largest of the last steps."""
         known = 2 * max(regime.tried) if regime.tried else self._first
-        if regime.costs:
-            # A device's clock has hardly any noise, and a cost that is learned late is a stall.
-            likely = max([*regime.costs][-RECENT:]) if self._recorded else median(regime.costs)
-            allowed = int((self._longest(regime) - 1) / max(likely, MIN_COST))
-            if hidden := max(regime.hidden, default=0):
-                allowed = max(allowed, hidden + hidden // 16 + 1)
+        in_pieces = self._recorded_tokens - decode_rows  # the most prompt tokens
+        if in_pieces < self._floor:
+            known = min(known, self._allowed(regime, self._by_kernel))
+        elif (allowed := self._allowed(regime, self._in_pieces)) <= in_pieces:
             known = min(known, allowed)
+        elif _stall(regime, self._by_kernel) > self.max_stall:
+            known = min(known, in_pieces)
+        else:
+            known = min(known, max(in_pieces, self._allowed(regime, self._by_kernel)))
         return max(self._floor, min(known, self._ceiling))
+
+    def _allowed(self, regime: _Regime, launches: deque[float]) -> int:
+        """The most prompt tokens of a step whose launch takes as long as these."""
+        if not regime.costs:
+            return self._ceiling
+        # A device's clock has hardly any noise, and a cost that is learned late is a stall.
+        likely = max([*regime.costs][-RECENT:]) if self._recorded else median(regime.costs)
+        longest = max(self.max_stall, _stall(regime, launches))
+        allowed = int((longest - 1) / max(likely, MIN_COST))
+        hidden = max(regime.hidden, default=0)
+        return max(allowed, hidden + hidden // 16 + 1) if hidden else allowed
 
     def _fitted_cost(self, regime: _Regime) -> float | None:
         """The cost that the observations give; with recorded graphs, the last one alone."""
@@ -156,12 +175,11 @@ class PrefillBudget:
         base = _decode_only_seconds(regime)
         return (seconds / base - 1) / tokens if base else None
 
-    def _longest(self, regime: _Regime) -> float:
-        """The longest step with prompts, in decode-only steps."""
-        base = _decode_only_seconds(regime)
-        if not (self._launches and base):
-            return self.max_stall
-        return max(self.max_stall, (1 + LAUNCH_MARGIN) * median(self._launches) / base)
+
+def _stall(regime: _Regime, launches: deque[float]) -> float:
+    """The time that such launches take, in decode-only steps; 0 if unknown."""
+    base = _decode_only_seconds(regime)
+    return (1 + LAUNCH_MARGIN) * median(launches) / base if launches and base else 0.0
 
 
 def _decode_only_seconds(regime: _Regime) -> float:

@@ -13,7 +13,7 @@ from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.plan_channel import PlanChannel
 from model_service.model.attention.backend import PROBE_BLOCK, CachedAttention, SequenceSpan
 from model_service.model.cuda.pinned_transfer import upload
-from model_service.model.cuda_graphs import DecodeGraphs
+from model_service.model.graphs.step_graphs import StepGraphs
 from model_service.model.network import Transformer
 
 PROBE = StepPlan(
@@ -32,20 +32,20 @@ class ModelRunner:
         attention: CachedAttention,
         channel: PlanChannel,
         device: torch.device,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
-        """Takes over the parts of one rank; with `graphs`, decode steps are replayed from them."""
+        """Takes over the parts of one rank; with `graphs`, small steps are replayed from them."""
         self.device = device
         self._network = network
         self._attention = attention
         self._channel = channel
-        self._graphs = graphs
+        self.graphs = graphs
         self._sampled = torch.empty(0, dtype=torch.long, device=device)  # in the last step
 
     @property
-    def has_graphs(self) -> bool:
-        """Whether steps of single tokens are replayed from recorded graphs."""
-        return self._graphs is not None
+    def recorded_tokens(self) -> int | None:
+        """The most tokens of a step with prompts that is recorded; None: nor are others."""
+        return None if self.graphs is None else self.graphs.max_tokens
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
@@ -88,8 +88,8 @@ class ModelRunner:
             tokens = resolve_pending(tokens, self._sampled)
         if plan.copies:
             self._attention.copy(plan.copies)
-        if self._graphs is not None:
-            replayed = self._graphs.forward(plan.spans, tokens, positions, logit_rows)
+        if self.graphs is not None:
+            replayed = self.graphs.forward(plan.spans, tokens, positions, logit_rows)
             if replayed is not None:
                 return replayed
         self._attention.plan(plan.spans)

@@ -110,13 +110,15 @@ class PagedCache:
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
         size = (shape.layers, shape.blocks, shape.block_size, shape.kv_heads, shape.head_dim)
         self._keys, self._values = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
+        # Asked for in every layer of a step: views cost the host time.
+        self._layers = [*zip(self._keys, self._values, strict=True)]
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         for cache in (self._keys, self._values):
             copy_blocks(cache, copies)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._keys[layer], self._values[layer]
+        return self._layers[layer]
 
 
 def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -23,7 +23,7 @@ from model_service.model.attention.backend import (
 )
 from model_service.model.attention.flashinfer_kernels import decodes_on_tensor_cores
 from model_service.model.attention.page_tables import PageTables, leading_decodes, page_tables
-from model_service.model.attention.rotation import Heads, rotate_and_write
+from model_service.model.attention.rotation import Cache, Heads, rotate_and_write
 from model_service.model.cuda.pinned_transfer import Fence, pinned
 
 _MIN_WORKSPACE = 128 * 2**20  # bytes, FlashInfer's recommendation
@@ -51,7 +51,11 @@ class _Heads:
 
 
 class FlashInferAttention:
-    """Prefill and decode of any mixture, planned step by step."""
+    """Prefill and decode of any mixture, planned step by step.
+
+    Attributes:
+        slots: int32 [tokens], where each token of the planned step lies in the cache.
+    """
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class FlashInferAttention:
         self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
         self._device = device
         self._decodes = 0  # rows of the step for the decode kernel
-        self._slots = torch.zeros(0, dtype=torch.int32, device=device)  # [tokens]
+        self.slots = torch.zeros(0, dtype=torch.int32, device=device)
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
         tables = page_tables(spans, self._heads.block_size)
@@ -106,7 +110,7 @@ class FlashInferAttention:
         )
         parts = pinned(self._device, arrays)
         slots, decode, prefill, lengths = parts[0], parts[1:4], parts[4:8], parts[8]
-        self._slots = slots.to(self._device, non_blocking=True)
+        self.slots = slots.to(self._device, non_blocking=True)
         dtypes = {"q_data_type": self._heads.dtype, "kv_data_type": self._heads.kv_dtype}
         self._planned.wait()
         if decodes:
@@ -127,14 +131,22 @@ class FlashInferAttention:
         self, layer: int, heads: Heads, rotation: torch.Tensor | None
     ) -> torch.Tensor:
         """See `rotation.RotateAndAttend`."""
-        cache, decodes, query = self._cache.layer(layer), self._decodes, heads.query
-        rotate_and_write(heads, rotation, cache, self._slots)
+        query = heads.query
+        rotate_and_write(heads, rotation, self._cache.layer(layer), self.slots)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        self.attend_written(layer, query, output)
+        return output
+
+    def attend_written(self, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
+        """See `graphs.SeparableAttention`."""
+        cache, decodes, tokens = self._cache.layer(layer), self._decodes, len(self.slots)
         if decodes:
             self._decode.run(query[:decodes], cache, out=output[:decodes])
-        if decodes < len(query):
-            self._prefill.run(query[decodes:], cache, out=output[decodes:])
-        return output
+        if decodes < tokens:
+            self._prefill.run(query[decodes:tokens], cache, out=output[decodes:tokens])
+
+    def layer_cache(self, layer: int) -> Cache:
+        return self._cache.layer(layer)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         self._cache.copy(copies)

@@ -74,9 +74,13 @@ def attend_rotated(
 
 
 def rotate_and_write(
-    heads: Heads, rotation: torch.Tensor | None, cache: Cache, slots: torch.Tensor
+    heads: Heads,
+    rotation: torch.Tensor | None,
+    cache: Cache,
+    slots: torch.Tensor,
+    rotated: torch.Tensor | None = None,
 ) -> None:
-    """Rotates queries in place, and writes rotated keys and values to the cache of a layer.
+    """Rotates queries, and writes rotated keys and values to the cache of a layer.
 
     On CUDA this is one kernel (`cuda/rotation_kernel.py`); what follows defines its result.
 
@@ -85,15 +89,20 @@ def rotate_and_write(
         rotation: complex64 [num_tokens, head_dim / 2]; None if queries and keys are rotated.
         cache: of the layer; 8-bit floats are written as `narrowed` makes them.
         slots: int32 [num_tokens], where each token lies in the cache: block × block_size + offset.
+        rotated: receives the queries; None to rotate them in place.
     """
     query, key, value = heads
+    if rotated is None:
+        rotated = query
+    elif rotation is None:
+        rotated.copy_(query)
     if query.is_cuda:
         from model_service.model.cuda import rotation_kernel  # noqa: PLC0415  # needs Triton
 
-        rotation_kernel.rotate_and_write(heads, rotation, cache, slots)
+        rotation_kernel.rotate_and_write(heads, rotation, cache, slots, rotated)
         return
     if rotation is not None:
-        query.copy_(_rotated(query, rotation))
+        rotated.copy_(_rotated(query, rotation))
         key = _rotated(key, rotation)
     for new, held in zip((key, value), cache, strict=True):
         entries, written = held.flatten(0, 1), narrowed(new, held.dtype)

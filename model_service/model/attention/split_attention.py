@@ -20,7 +20,7 @@ from model_service.model.attention.backend import (
     SequenceSpan,
 )
 from model_service.model.attention.page_tables import leading_decodes, page_tables, query_tiles
-from model_service.model.attention.rotation import Heads, rotate_and_write
+from model_service.model.attention.rotation import Cache, Heads, rotate_and_write
 from model_service.model.cuda.attention import SPLIT, AttentionStep, attend, tokens_per_tile
 from model_service.model.cuda.layers import InvariantLayers
 from model_service.model.cuda.pinned_transfer import pinned
@@ -68,7 +68,6 @@ class SplitAttention(_PlannedStep):
         """
         self._kernels = _Kernels(
             PagedCache(shape, kv_dtype, device),
-            shape.layers,
             shape.block_size,
             tokens_per_tile(heads, shape.kv_heads),
         )
@@ -89,6 +88,20 @@ class SplitAttention(_PlannedStep):
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         self._kernels.cache.copy(copies)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int32 [tokens], where each token of the planned step lies in the cache."""
+        return self._step.slots
+
+    def layer_cache(self, layer: int) -> Cache:
+        return self._kernels.cache.layer(layer)
+
+    def attend_written(self, layer: int, query: torch.Tensor, output: torch.Tensor) -> None:
+        """See `graphs.SeparableAttention`."""
+        tokens = len(self.slots)
+        query, output = (each[:tokens].flatten(1) for each in (query, output))
+        attend(query, self.layer_cache(layer), self._step, output)
 
     def fixed_batches(
         self, sizes: Sequence[int], context_length: int
@@ -141,7 +154,6 @@ class _Kernels:
     """The kernels over a cache, for any step."""
 
     cache: PagedCache
-    layers: int
     block_size: int
     tokens_per_tile: int
 
@@ -170,8 +182,10 @@ class _Kernels:
         rotation: torch.Tensor,
         step: AttentionStep,
     ) -> torch.Tensor:
-        caches = [self.cache.layer(layer) for layer in range(self.layers)]
-        return layers.run(x, rotation, caches, step)
+        def attended(layer: int, query: torch.Tensor) -> torch.Tensor:
+            return attend(query, self.cache.layer(layer), step)
+
+        return layers.run(x, rotation, self.cache.layer, step.slots, attended)
 
 
 def _splits(context_length: int) -> int:

@@ -70,7 +70,10 @@ def tokens_per_tile(heads: int, kv_heads: int) -> int:
 
 
 def attend(
-    query: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], step: AttentionStep
+    query: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    step: AttentionStep,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the step's tokens.
 
@@ -78,11 +81,13 @@ def attend(
         query: rotated, [tokens, heads × head_dim].
         cache: of the layer, keys and values [blocks, block_size, kv_heads, head_dim].
         step: has written its tokens there.
+        output: receives the result, instead of new memory; contiguous.
 
     Returns:
         [tokens, heads × head_dim] in the queries' dtype.
     """
-    output = torch.empty_like(query)
+    if output is None:
+        output = torch.empty_like(query)
     prompts = len(step.tiles) - step.decodes
     if step.decodes:
         _attend_in_splits(query, cache, step, output)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from model_service.model.cuda.attention import AttentionStep, attend
 from model_service.model.cuda.norm_kernel import add
 from model_service.model.cuda.products import (
     Heads,
@@ -66,26 +65,33 @@ class InvariantLayers:
         self,
         stream: torch.Tensor,
         rotation: torch.Tensor,
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        step: AttentionStep,
+        cache: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+        slots: torch.Tensor,
+        attend: Callable[[int, torch.Tensor], torch.Tensor],
+        *,
+        query: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One step over a flat batch.
 
         Args:
             stream: embeddings [tokens, dim], contiguous; overwritten.
             rotation: complex64 [tokens, head_dim / 2].
-            caches: of each layer, keys and values [blocks, block_size, kv_heads, head_dim].
-            step: the sequences of the batch.
+            cache: of a layer by its number, keys and values [blocks, block_size, kv_heads,
+                head_dim].
+            slots: int32 [tokens], where each token lies in the cache.
+            attend: attention of a layer: its number, and rotated queries [tokens, heads ×
+                head_dim]; returns as many numbers.
+            query: contiguous memory for those queries, in all layers; None for new memory.
 
         Returns:
             The residual stream behind the last layer [tokens, dim].
         """
         angles = torch.view_as_real(rotation)
         squares = add(stream, None)
-        for weights, cache in zip(self._weights, caches, strict=True):
+        for layer, weights in enumerate(self._weights):
             x = Normed(stream, squares, weights.attention_norm, self._eps)
-            query = write_heads(x, weights.wqkv, Heads(angles, *cache, step.slots))
-            squares = self._add(attend(query, cache, step), weights.wo, stream)
+            rotated = write_heads(x, weights.wqkv, Heads(angles, *cache(layer), slots), query)
+            squares = self._add(attend(layer, rotated), weights.wo, stream)
             x = Normed(stream, squares, weights.ffn_norm, self._eps)
             squares = self._add(multiply_gated(x, weights.w13), weights.w2, stream)
         return stream

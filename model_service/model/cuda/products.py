@@ -101,14 +101,16 @@ def add_product(x: torch.Tensor, weight: TiledWeight, stream: torch.Tensor) -> t
     return squares
 
 
-def write_heads(x: Normed, weight: TiledWeight, heads: Heads) -> torch.Tensor:
+def write_heads(
+    x: Normed, weight: TiledWeight, heads: Heads, query: torch.Tensor | None = None
+) -> torch.Tensor:
     """Multiplies, rotates queries and keys, and writes keys and values to the cache.
 
     Returns:
-        The rotated queries [rows, heads × head_dim].
+        The rotated queries [rows, heads × head_dim]: `query`, or new memory.
     """
-    queries = weight.outputs - 2 * heads.kv_width
-    query = x.stream.new_empty(len(x.stream), queries)
+    if query is None:
+        query = x.stream.new_empty(len(x.stream), weight.outputs - 2 * heads.kv_width)
     _launch(x.stream, x, weight, query, weight.outputs, heads=heads)
     return query
 

@@ -17,8 +17,9 @@ def rotate_and_write(
     rotation: torch.Tensor | None,
     cache: tuple[torch.Tensor, torch.Tensor],
     slots: torch.Tensor,
+    rotated: torch.Tensor,
 ) -> None:
-    """As `rotation.rotate_and_write`, on the device."""
+    """As `rotation.rotate_and_write`, on the device; writes `rotated` only with a rotation."""
     query, key, value = heads
     tokens, queries, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -34,9 +35,11 @@ def rotate_and_write(
         keys,
         values,
         slots,
+        rotated,
         query.stride(0),
         key.stride(0),
         value.stride(0),
+        rotated.stride(0),
         QUERIES=queries,
         KV_HEADS=kv_heads,
         HEADS=_HEADS,
@@ -56,9 +59,11 @@ def _rotate_and_write(
     keys: tl.tensor,
     values: tl.tensor,
     slots: tl.tensor,
+    rotated: tl.tensor,
     query_stride: tl.tensor,
     key_stride: tl.tensor,
     value_stride: tl.tensor,
+    rotated_stride: tl.tensor,
     QUERIES: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -74,9 +79,9 @@ def _rotate_and_write(
         if ROTATES:
             head = group * HEADS + tl.arange(0, HEADS)[:, None]
             place = head * (2 * PAIRS) + tl.arange(0, 2 * PAIRS)[None, :]
-            pointers = query + token * query_stride + place
-            x = tl.load(pointers, mask=head < QUERIES, other=0.0)
-            tl.store(pointers, _rotated(x, angles, token, HEADS, PAIRS), mask=head < QUERIES)
+            x = tl.load(query + token * query_stride + place, mask=head < QUERIES, other=0.0)
+            x = _rotated(x, angles, token, HEADS, PAIRS)
+            tl.store(rotated + token * rotated_stride + place, x, mask=head < QUERIES)
     else:
         slot = tl.load(slots + token).to(tl.int64) * (KV_HEADS * 2 * PAIRS)
         group -= query_groups

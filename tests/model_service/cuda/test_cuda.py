@@ -213,21 +213,28 @@ def test_no_call_waits_for_the_device_between_launch_and_reading(
     engine = cuda_engine(
         wide_heads.name, folder=wide_heads.parent, dtype=dtype, max_batch_size=8, lookahead=True
     )
-    for seed in range(8):
+
+    def add(seed: int) -> None:
         sampling = SamplingParams((0.0, 0.8)[seed % 2], top_p=0.9, seed=seed)
         if seed % 4 == 3:
             sampling = dataclasses.replace(sampling, repetition_penalty=1.1)
-        request = GenerationRequest(
-            seed, (1, 40, 50, seed), 64, sampling, logprobs=seed == 5, top_logprobs=3
+        engine.add(
+            GenerationRequest(
+                seed, (1, 40, 50, seed), 64, sampling, logprobs=seed == 5, top_logprobs=3
+            )
         )
-        engine.add(request)
+
+    for seed in range(7):
+        add(seed)
     for _ in range(6):
         engine.step()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("warn")
-        for _ in range(20):
+        for number in range(20):
+            if number == 5:
+                add(7)  # its prompt beside sequences that decode
             engine.step()
     if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode("default")

@@ -6,26 +6,22 @@ never read. The recorded kernels read all that changes from step to step from bu
 addresses stay the same.
 """
 
-import atexit
 import bisect
 import logging
 import time
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from model_service.model.attention.backend import PROBE_BLOCK, AttentionBackend, SequenceSpan
+from model_service.model.graphs.recorder import Recorder, Run
+from model_service.model.graphs.static_tokens import StaticTokens
 from model_service.model.network import Transformer
 
 _log = logging.getLogger(__name__)
 
 PADDING = SequenceSpan(query_length=1, context_length=1, block_table=(PROBE_BLOCK,))
-
-Run = Callable[[], object]
-# Turns a run into a function that repeats it. Only this needs a CUDA device.
-Record = Callable[[Run], Run]
 
 
 @runtime_checkable
@@ -59,7 +55,7 @@ class DecodeGraphs:
         max_batch_size: int,
         context_length: int,
         device: torch.device,
-        record: Record,
+        record: Recorder,
     ) -> None:
         """Records all sizes, the largest first, so that the others fit into its memory.
 
@@ -76,8 +72,7 @@ class DecodeGraphs:
         started = time.monotonic()
         self._sizes = bucket_sizes(max_batch_size)
         self._attention = attention.fixed_batches(self._sizes, context_length)
-        self._tokens = torch.zeros(max_batch_size, dtype=torch.long, device=device)
-        self._positions = torch.zeros(max_batch_size, dtype=torch.long, device=device)
+        self._tokens = StaticTokens(max_batch_size, device)
         self._logits = torch.empty(
             max_batch_size, network.vocab_size, dtype=torch.float32, device=device
         )
@@ -113,80 +108,23 @@ class DecodeGraphs:
             return None
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
         self._attention[size].plan([*spans, *[PADDING] * (size - count)])
-        for buffer, values in ((self._tokens, tokens), (self._positions, positions)):
-            buffer[:count].copy_(values, non_blocking=True)
-            # Values of an earlier step would do no harm, but equal rows write equal values.
-            buffer[count:size].zero_()
+        self._tokens.fill(tokens, positions, size)
         self._repeat[size]()
         if len(logit_rows) == count:
             return self._logits[:count]
         return self._logits[logit_rows]
 
-    def _record(self, network: Transformer, size: int, record: Record) -> Run:
+    def _record(self, network: Transformer, size: int, record: Recorder) -> Run:
         attention = self._attention[size]
         attention.plan([PADDING] * size)
 
         def run() -> None:
             network(
-                self._tokens[:size],
-                self._positions[:size],
+                self._tokens.ids[:size],
+                self._tokens.positions[:size],
                 None,
                 attention,
                 out=self._logits[:size],
             )
 
         return record(run)
-
-
-class GraphRecorder:
-    """Records runs as CUDA graphs that share one pool of memory."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # The function that replays a graph keeps it alive. NCCL takes a communicator down only if
-        # no graph holds its kernels. Exit handlers run in reverse order, so this one releases the
-        # graphs before the process group ends.
-        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        atexit.register(_release, self._graphs)
-
-    def __call__(self, run: Run) -> Run:
-        # One run outside of the graph compiles and loads kernels and makes libraries' handles.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            run()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog queries events in its own thread, which must not end the capture.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            run()
-        self._graphs.add(graph)
-        return graph.replay
-
-
-def _release(graphs: Iterable[torch.cuda.CUDAGraph]) -> None:
-    for graph in graphs:
-        graph.reset()
-
-
-def record_decode(
-    network: Transformer,
-    attention: AttentionBackend,
-    *,
-    max_batch_size: int,
-    context_length: int,
-    device: torch.device,
-) -> DecodeGraphs | None:
-    """Records the decode steps of this rank; None if device or backend do not allow it."""
-    if device.type != "cuda" or not isinstance(attention, FixedBatchAttention):
-        return None
-    return DecodeGraphs(
-        network,
-        attention,
-        max_batch_size=max_batch_size,
-        context_length=context_length,
-        device=device,
-        record=GraphRecorder(),
-    )
