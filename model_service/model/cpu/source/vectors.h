@@ -106,6 +106,13 @@ INLINE Floats add_widened_pairs(Floats sums, Words b, uint32_t a) {
   return sums + as_floats(b & 0xffff0000) * as_floats(Words{} + (a & 0xffff0000));
 }
 
+// Neighbouring numbers in one lane, the first in its lower half.
+typedef uint64_t Pairs __attribute__((vector_size(64), aligned(4)));
+constexpr uint64_t FIRST_OF_PAIR = 0xffffffff;
+
+INLINE Pairs pairs_of(Floats x) { return reinterpret_cast<Pairs>(x); }
+INLINE Floats floats_of(Pairs x) { return reinterpret_cast<Floats>(x); }
+
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // x in the first `count` lanes, another number in the others.

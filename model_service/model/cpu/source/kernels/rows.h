@@ -24,21 +24,16 @@ static void norm_row(const Number *x, Number *residual, const Number *weight, fl
 
 // Rotates neighbouring features of each head in place. Angles are pairs of cosine and sine.
 template <class Number> static void rotate_row(Number *heads, int count, int head_dim, const float *angles) {
-  for (int head = 0; head < count; head++) {
-    Number *features = heads + static_cast<long>(head) * head_dim;
-    for (int i = 0; i < head_dim; i += 16) {
-      const int some = head_dim - i < 16 ? head_dim - i : 16;
-      const Floats x = load_some(features + i, some);
-      const Floats turn = load_some(angles + i, some);
-      Floats cosine, sine, partner;
-      for (int at = 0; at < 16; at += 2) {
-        cosine[at] = cosine[at + 1] = turn[at];
-        sine[at] = -turn[at + 1];
-        sine[at + 1] = turn[at + 1];
-        partner[at] = x[at + 1];
-        partner[at + 1] = x[at];
-      }
-      store_some(features + i, x * cosine + partner * sine, some);
+  for (int i = 0; i < head_dim; i += 16) {
+    const int some = head_dim - i < 16 ? head_dim - i : 16;
+    const Pairs turn = pairs_of(load_some(angles + i, some));
+    const Floats cosine = floats_of((turn & FIRST_OF_PAIR) | (turn << 32));
+    const Floats sine = floats_of(((turn >> 32) | (turn & ~FIRST_OF_PAIR)) ^ 0x80000000); // the first is negative
+    for (int head = 0; head < count; head++) {
+      Number *features = heads + static_cast<long>(head) * head_dim + i;
+      const Floats x = load_some(features, some);
+      const Floats partner = floats_of((pairs_of(x) << 32) | (pairs_of(x) >> 32));
+      store_some(features, x * cosine + partner * sine, some);
     }
   }
 }
