@@ -59,7 +59,6 @@ struct Int8Block {
 struct GroupTile {
   using Unit = GroupInputs;
   static constexpr int PIECE = 16; // groups
-  static constexpr int AHEAD = 16; // lines that are read from memory before they are needed
   static constexpr int TALLEST = MANY_INT4_ROWS, WIDE = MANY_INT4_BLOCKS, WIDEST = ONE_ROW_INT4_BLOCKS;
 
   static int depth(const Weight &weight) { return weight.groups(); }
@@ -74,15 +73,17 @@ struct GroupTile {
       const Group *groups[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) groups[b] = reinterpret_cast<const Group *>(blocks[b]) + at;
       GroupSums exact[ROWS][BLOCKS] = {};
-      for (int line = 0; line < GROUP_SIZE / 8; line++) {
+      constexpr int LINES = GROUP_SIZE / 8;
+      for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(groups[b]->codes + LINES + AHEAD / BLOCKS);
+      for (int line = 0; line < LINES; line++) {
         HalfCodes low[BLOCKS], high[BLOCKS];
-        for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(groups[b]->codes + line + AHEAD);
+        for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(groups[b]->codes + line + AHEAD / BLOCKS);
         for (int b = 0; b < BLOCKS; b++) low[b] = low_codes(groups[b]->codes[line]);
         for (int b = 0; b < BLOCKS; b++) high[b] = high_codes(groups[b]->codes[line]);
         for (int row = 0; row < ROWS; row++)
           for (int b = 0; b < BLOCKS; b++) {
             exact[row][b].add_products(low[b], units[row].codes[line]);
-            exact[row][b].add_products(high[b], units[row].codes[line + GROUP_SIZE / 8]);
+            exact[row][b].add_products(high[b], units[row].codes[line + LINES]);
             if (line % 4 == 3) exact[row][b].widen();
           }
       }

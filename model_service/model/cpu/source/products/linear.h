@@ -20,11 +20,14 @@ struct UsualMode {
   UsualMode() {} // without it, a compiler takes the object for a forgotten one
 };
 
+// Lines that are read from memory before they are needed, of all blocks side by side.
+constexpr int AHEAD = 96;
+
 // Sums of blocks that are read line by line, in pieces of so many lines: those of all blocks of a tile
 // stay in the first cache.
 template <class Block, int LINES = 128> struct LineTile {
   using Unit = typename Block::Unit;
-  static constexpr int PIECE = LINES, AHEAD = 16; // lines; these are read from memory before they are needed
+  static constexpr int PIECE = LINES;
   static constexpr int TALLEST = Block::TALLEST, WIDE = Block::WIDE, WIDEST = Block::WIDEST;
 
   static int depth(const Weight &weight) { return weight.depth(); }
@@ -37,7 +40,7 @@ template <class Block, int LINES = 128> struct LineTile {
       for (int b = 0; b < BLOCKS; b++) block[row][b].begin(sums[row * width + b]);
     for (int at = begin; at < end; at++, units += height) {
       typename Block::Weights weights[BLOCKS];
-      for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(blocks[b] + at + AHEAD);
+      for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(blocks[b] + at + AHEAD / BLOCKS);
       for (int b = 0; b < BLOCKS; b++) weights[b] = Block::read(blocks[b][at]);
       for (int row = 0; row < ROWS; row++)
         for (int b = 0; b < BLOCKS; b++) block[row][b].add_products(weights[b], units[row]);
@@ -75,8 +78,9 @@ static void multiply(const Weight &weight, const Rows &rows, int threads) {
   RowsOf each(weight, rows);
   const RowTiles tiles(rows.count, Tile::TALLEST);
   const auto *units = arrange<typename Tile::Unit>(each, tiles, Tile::depth(weight), scratch, threads);
-  // Blocks that are read side by side if there is one row, and then lie in a core's cache.
-  const int group = weight.count() >= 4 * threads * Tile::WIDEST ? Tile::WIDEST : Tile::WIDE;
+  // One row reads blocks side by side; of many tiles of rows, each finds them in the core's cache.
+  const bool large = weight.count() >= 4 * threads * Tile::WIDEST;
+  const int group = large && (rows.count == 1 || tiles.count > 1) ? Tile::WIDEST : Tile::WIDE;
   parallel_ranges(threads, weight.count(), group, [&](int begin, int end) {
     static thread_local Scratch sums_scratch;
     Line *sums = sums_scratch.get<Line>(sizeof(Line) * rows.count * group);
