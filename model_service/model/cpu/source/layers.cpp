@@ -44,30 +44,38 @@ public:
     narrow = wide + step.rows * inner;
   }
 
-  // x = wo(attention(wqkv(norm(residual += x))))
-  void attention(int index) const {
+  // Half 2i is the attention of layer i, 2i + 1 its feed-forward network. `last`: no other follows.
+  void compute(int half, bool last) const {
+    if (half % 2)
+      feed_forward(half / 2, last ? nullptr : &network.layers[half / 2 + 1].wqkv);
+    else
+      attention(half / 2, last ? nullptr : &network.layers[half / 2].w13);
+  }
+
+private:
+  // x = wo(attention(wqkv(norm(residual += x)))). `next` is the weight after these, if there is one.
+  void attention(int index, const Weight *next) const {
     const Layer &layer = network.layers[index];
     const AttentionCache &cache = step.caches[index];
     const int keys = network.heads * cache.head_dim, values = keys + cache.kv_heads * cache.head_dim;
     const long stride = layer.wqkv.outputs;
     add_and_norm(layer.attention_norm, index == 0);
-    multiply(layer.wqkv, normed, wide);
+    multiply(layer.wqkv, normed, wide, &layer.wo);
     rotate(wide, stride, step.rows, network.heads + cache.kv_heads, cache.head_dim, step.angles, step.threads);
     const AttentionInputs<Number> inputs = {wide, wide + keys, wide + values, stride, stride, stride, network.heads};
     kernels_of(Number{}).attend(cache, step.spans, step.span_count, inputs, narrow, step.threads);
-    multiply(layer.wo, narrow, x);
+    multiply(layer.wo, narrow, x, next);
   }
 
   // x = w2(gate(w13(norm(residual += x))))
-  void feed_forward(int index) const {
+  void feed_forward(int index, const Weight *next) const {
     const Layer &layer = network.layers[index];
     add_and_norm(layer.ffn_norm, false);
-    multiply(layer.w13, normed, wide);
+    multiply(layer.w13, normed, wide, &layer.w2);
     gate(wide, step.rows, layer.w2.inputs, narrow, step.threads);
-    multiply(layer.w2, narrow, x);
+    multiply(layer.w2, narrow, x, next);
   }
 
-private:
   static size_t larger(int a, int b) { return static_cast<size_t>(a > b ? a : b); }
 
   // normed = norm(residual += x); at the beginning of the stream, residual = x.
@@ -77,8 +85,16 @@ private:
          normed, step.threads);
   }
 
-  void multiply(const Weight &weight, const Number *from, Number *to) const {
+  void multiply(const Weight &weight, const Number *from, Number *to, const Weight *next) const {
+    if (Team *team = Team::current()) team->ask_ahead(next ? beginning(*next) : Stretch{});
     multiply_rows(weight, {type_of(Number{}), from, step.rows, to}, step.threads);
+  }
+
+  // As much of each thread's first range of the weight as leaves the second cache room for all else.
+  Stretch beginning(const Weight &weight) const {
+    constexpr long MOST = 400 << 10;
+    const long step_bytes = first_range(step.threads, weight.count()) * weight.stride() * static_cast<long>(sizeof(Line));
+    return {reinterpret_cast<const char *>(weight.lines), step_bytes, step_bytes < MOST ? step_bytes : MOST};
   }
 
   const Network &network;
@@ -88,18 +104,14 @@ private:
 };
 } // namespace
 
-// Computes halves of layers, from `begin` to before `end`: 2i is the attention of layer i, 2i + 1 its
-// feed-forward network. Afterwards x is still to be added to the residual stream.
+// Computes halves of layers, from `begin` to before `end`, as `Halves` numbers them. Afterwards x is still to be added to the residual stream.
 extern "C" __attribute__((visibility("default"))) void chasqui_layers(const Network *network, const Step *step,
                                                                       int begin, int end) {
   if (!step->rows) return;
   with_type(network->type, [&](auto number) {
     const Halves<decltype(number)> halves(*network, *step);
-    for (int half = begin; half < end; half++) {
-      if (half % 2)
-        halves.feed_forward(half / 2);
-      else
-        halves.attention(half / 2);
-    }
+    Team::assemble(step->threads, [&] {
+      for (int half = begin; half < end; half++) halves.compute(half, half + 1 == end);
+    });
   });
 }
