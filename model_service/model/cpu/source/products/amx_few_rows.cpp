@@ -23,6 +23,7 @@ namespace {
 
 #include "linear.h"
 
+// The sums of 16 outputs of a row over the lines of one tile, which are one piece.
 struct TileSums {
   struct Unit {
     float first, second;
@@ -47,7 +48,7 @@ struct TileSums {
   }
 };
 
-// Takes small numbers for zeros.
+// As tiles do it, whatever the thread's mode is.
 class WithoutSmallNumbers {
 public:
   WithoutSmallNumbers() : before(_mm_getcsr()) {

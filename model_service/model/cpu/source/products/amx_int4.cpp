@@ -21,8 +21,8 @@ namespace {
 #include "inputs.h"
 
 constexpr int HEIGHT = 16; // rows of a tile
-constexpr int PIECE = 4;   // groups whose codes, for all blocks of a task, stay in the first cache
-constexpr int WIDTH = 4;   // blocks of a task
+constexpr int PIECE = 4;   // groups whose codes, for all blocks side by side, stay in the first cache
+constexpr int WIDTH = 4;   // blocks side by side
 
 // A group's codes, each in a byte: the quadruples of inputs of 16 outputs, as a tile takes them.
 struct UnpackedGroup {

@@ -73,7 +73,7 @@ extern const Products AVX2_PRODUCTS, AVX512_PRODUCTS;
 extern const Products AVX512_BF16_PRODUCTS, AMX_PRODUCTS; // null where the smaller set's are as good
 
 // Parts of AMX_PRODUCTS.
-constexpr int MIN_TILE_ROWS = 5; // vectors multiply fewer as fast as the weights are read
+constexpr int MIN_TILE_ROWS = 5; // with fewer, vectors are faster: they keep more lines of memory in flight
 void multiply_few_rows_like_tiles(const Weight &weight, const Rows &rows, int threads); // bfloat16
 void multiply_int4_on_tiles(const Weight &weight, const Rows &rows, int threads);
 
