@@ -97,7 +97,10 @@ def test_a_deadline_that_passes_is_its_own_error(
 
     with Client(unfinished.target) as client, pytest.raises(DeadlineExceededError):
         list(client.chat_stream(dialog, timeout=0.5))
-    assert unfinished.cancelled_names == unfinished.names
+
+    assert len(unfinished.cancelled_names) == 1
+    # Where the machine is busy, the deadline can pass before the call reaches the gateway.
+    assert unfinished.names in ([], unfinished.cancelled_names)
 
 
 def test_nothing_at_the_target_is_said_in_clear_words(get_model: GetModel) -> None:

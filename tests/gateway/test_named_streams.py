@@ -128,7 +128,7 @@ async def test_any_pattern_of_breaks_gives_the_undisturbed_answer(
 async def test_deadline_of_the_first_call_is_not_what_a_later_cancel_is_logged_as(
     gateway: Any, model: Any, log: Any
 ) -> None:
-    call = gateway.stub.TextCompleteStream(request("named"), timeout=0.3)
+    call = gateway.stub.TextCompleteStream(request("named"), timeout=2)
     await model.starts.get()
     assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await gateway.stub.CancelStream(CancelStreamRequest(stream_name="named"))
@@ -233,7 +233,7 @@ async def test_cancel_ends_the_stream_its_reader_and_its_sequence(gateway: Any, 
 async def test_deadline_of_the_first_call_does_not_end_a_stream_that_has_begun(
     gateway: Any, model: Any, ids: list[int]
 ) -> None:
-    call = gateway.stub.TextCompleteStream(request("slow"), timeout=0.3)
+    call = gateway.stub.TextCompleteStream(request("slow"), timeout=2)
     start = await model.starts.get()
     assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     tell(model, start, ids, end=True)

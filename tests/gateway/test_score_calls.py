@@ -144,7 +144,7 @@ async def test_passed_deadline_ends_all_of_its_sequences(
     gateway: RunningGateway, model: ScriptedModel
 ) -> None:
     request = ScoreRequest(prompt=PROMPT, candidates=CANDIDATES)
-    call = gateway.stub.Score(request, timeout=1)
+    call = gateway.stub.Score(request, timeout=2)
     starts = {(await model.starts.get()).sequence_id for _ in CANDIDATES}
     assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert {await model.cancels.get() for _ in CANDIDATES} == starts

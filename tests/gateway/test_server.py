@@ -148,7 +148,7 @@ async def test_deadline_that_passes_cancels_the_sequence(
     gateway: Any, model: Any, method: str
 ) -> None:
     kind = ChatCompleteRequest if method == "ChatComplete" else ChatCompleteStreamRequest
-    call = getattr(gateway.stub, method)(kind(dialogs=[dialog()]), timeout=0.3)
+    call = getattr(gateway.stub, method)(kind(dialogs=[dialog()]), timeout=2)
     start = await model.starts.get()
     assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert await model.cancels.get() == start.sequence_id
