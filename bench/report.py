@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from model_service.model.cpu.instructions import instructions
 from serving.errors import StartError
 
 SCHEMA = 2
@@ -41,6 +42,7 @@ FEATURES: Mapping[str, frozenset[str]] = {
     "i8mm": frozenset({"i8mm"}),
     "sve": frozenset({"sve"}),
 }
+HELD_BY_VARIABLES = frozenset({"avx512", "vnni", "bf16", "amx"})
 PACKAGES = ("torch", "numpy", "fairscale", "triton", "flashinfer-python")
 
 Value = str | int | float | bool | None
@@ -71,9 +73,10 @@ class Host:
     processor: str
     cores: int  # that this process may run on
     memory_gib: float
-    features: tuple[str, ...]  # keys of FEATURES
+    features: tuple[str, ...]  # keys of FEATURES, of those that kernels may use here
     system: str
     device: str = ""  # the GPU, if one is measured
+    unused: tuple[str, ...] = ()  # features from which variables such as ONEDNN_MAX_CPU_ISA hold it
 
     @property
     def wide_dtype(self) -> str:
@@ -96,13 +99,17 @@ def read_host(device: str = "cpu") -> Host:
         first = ""
     pairs = (text.partition(":") for text in first.splitlines())
     info = {name.strip(): value.strip() for name, _, value in pairs}
+    there = features(info.get("flags", info.get("Features", "")).split())
+    # The variables hold kernels of x86 alone to older instructions.
+    unused = HELD_BY_VARIABLES - {*instructions().split()} if "avx2" in there else frozenset()
     return Host(
         processor=info.get("model name") or platform.processor() or platform.machine(),
         cores=cores(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        features=features(info.get("flags", info.get("Features", "")).split()),
+        features=tuple(name for name in there if name not in unused),
         system=platform.platform(),
         device=torch.cuda.get_device_name() if device == "cuda" else "",
+        unused=tuple(name for name in there if name in unused),
     )
 
 
@@ -182,10 +189,11 @@ class Recorder:
     def page(self) -> str:
         """The result in Markdown: machine, versions, notes, and a table per case."""
         host = self.host
+        held = f"; held from {' and '.join(host.unused)}" if host.unused else ""
         parts = [
             f"# {self.kind.capitalize()} benchmark, {self.created:%Y-%m-%d}",
             f"{host.device + ', ' if host.device else ''}{host.processor}, {host.cores} cores "
-            f"({', '.join(host.features)}), {host.memory_gib:g} GiB, {host.system}.",
+            f"({', '.join(host.features)}{held}), {host.memory_gib:g} GiB, {host.system}.",
             ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
             "`" + " ".join(self._command()) + "`",
             *(f"- {text}" for text in self.notes),

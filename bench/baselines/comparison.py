@@ -123,7 +123,7 @@ class Comparison:
         if error := broken.get(contender.engine):
             raise error
         try:
-            environment = prepare(contender.engine, self.args.work_dir)
+            environment = prepare(contender.engine, self.args.work_dir, self.host.unused)
         except UnavailableError as error:
             broken[contender.engine] = error
             raise

@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,9 +33,29 @@ class Recipe:
     build: Mapping[str, str] = field(default_factory=dict)  # environment variables of pip
     run: Mapping[str, str] = field(default_factory=dict)  # environment variables of the worker
 
+    def without(self, features: Collection[str]) -> "Recipe":
+        """The recipe where compiled baselines are held from these features, as Chasqui is.
+
+        The others follow the same variables as PyTorch and oneDNN.
+        """
+        if not features or "CMAKE_ARGS" not in self.build:
+            return self
+        flags = " ".join(WITHOUT[name] for name in features)
+        # Flags of the recipe's own are for AMX, which is always among these features.
+        return replace(self, build={**self.build, **dict.fromkeys(COMPILER_FLAGS, flags)})
+
 
 # Compiled here: the registry's builds, and those in pip's cache, may be for another processor.
+COMPILER_FLAGS = ("CFLAGS", "CXXFLAGS")
 NATIVE = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "PIP_NO_CACHE_DIR": "1"}
+
+# Flags that take a feature from a compiler which builds for this processor.
+WITHOUT = {
+    "avx512": "-mno-avx512f",
+    "vnni": "-mno-avx512vnni -mno-avxvnni",
+    "bf16": "-mno-avx512bf16",
+    "amx": "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16",
+}
 
 RECIPES: Mapping[str, Recipe] = {
     "transformers": Recipe(("transformers==5.23.0", "safetensors==0.8.0"), layered=True),
@@ -88,15 +108,17 @@ class Environment:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def prepare(engine: str, work_dir: Path) -> Environment:
+def prepare(engine: str, work_dir: Path, unused: Collection[str] = ()) -> Environment:
     """The environment of an engine, made if needed; compiling may take minutes.
+
+    What is compiled does not use the processor's features in `unused`.
 
     A layered baseline that is installed beside Chasqui runs there, for machines without network.
 
     Raises:
         UnavailableError: it cannot be made on this machine.
     """
-    recipe = RECIPES.get(engine)
+    recipe = RECIPES[engine].without(unused) if engine in RECIPES else None
     if recipe is None or (recipe.layered and importlib.util.find_spec(engine)):
         return Environment()
     key = hashlib.sha256(f"{recipe} {sys.version}".encode()).hexdigest()[:8]

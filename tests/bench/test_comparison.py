@@ -21,7 +21,7 @@ from bench.baselines.comparison import (
     schedule,
 )
 from bench.baselines.contenders import CONTENDERS, REFERENCE, default_names
-from bench.baselines.environments import RECIPES, UnavailableError, prepare
+from bench.baselines.environments import RECIPES, WITHOUT, UnavailableError, prepare
 from bench.baselines.exports import (
     ensure_model,
     export_gguf,
@@ -150,6 +150,16 @@ def test_ratio_is_of_medians_and_missing_without_reference() -> None:
 def test_every_baseline_has_an_environment_with_exact_versions() -> None:
     assert {each.engine for each in CONTENDERS.values()} - {"chasqui"} == RECIPES.keys()
     assert all("==" in package for each in RECIPES.values() for package in each.packages)
+
+
+def test_compiled_baselines_are_held_from_what_chasqui_is_held_from() -> None:
+    native = RECIPES["llama_cpp"]
+    assert native.without(()) is native
+    held = native.without(("bf16", "amx"))
+    assert held.build["CXXFLAGS"] == held.build["CFLAGS"] == f"{WITHOUT['bf16']} {WITHOUT['amx']}"
+    assert held.packages == native.packages
+    assert held.build["CMAKE_ARGS"] == native.build["CMAKE_ARGS"]
+    assert RECIPES["vllm"].without(("amx",)) is RECIPES["vllm"]
 
 
 def test_baseline_that_cannot_be_built_leaves_nothing(

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,6 +73,28 @@ def test_folder_is_named_after_date_and_machine(tmp_path: Path) -> None:
 def test_features_are_read_from_flags_of_both_architectures() -> None:
     assert features(["fpu", "avx2", "avx512f", "avx512_bf16"]) == ("avx2", "avx512", "bf16")
     assert features(["asimd", "bf16", "i8mm"]) == ("bf16", "neon", "i8mm")
+
+
+def test_variables_hold_the_host_to_older_instructions() -> None:
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    flags = cpuinfo.partition("flags\t\t: ")[2].partition("\n")[0].split()
+    if "avx2" not in flags:
+        pytest.skip("the variables are for x86 with AVX2")
+    script = "from bench.report import read_host; print(read_host().features, read_host().unused)"
+    environment = {
+        **os.environ,
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+    printed = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
+    assert printed == f"{('avx2',)} {features(flags)[1:]}\n"
+
+
+def test_page_names_what_the_host_was_held_from(tmp_path: Path) -> None:
+    held = dataclasses.replace(HOST, unused=("vnni", "amx"))
+    page = Recorder("engine", tmp_path, host=held).page()
+    assert "2 cores (avx2, bf16; held from vnni and amx)" in page
 
 
 def test_wide_type_is_bfloat16_only_in_hardware() -> None:
