@@ -4,7 +4,7 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model_service.engine.scheduling.prefill_budget import (
@@ -229,6 +229,15 @@ def test_recorded_steps_keep_the_stall_or_take_what_a_launch_hides(
     assert usual_tokens >= min(0.75 * free, 4096) - 2
 
 
+# Two budgets in turn are no contrast: without decode-only steps the base is never measured again.
+@example(
+    decode=0.002,
+    per_token=9.4e-5,
+    launch=0.0156,
+    in_pieces=0.0005,
+    lookahead=True,
+    stall=1.2,
+)
 @given(
     decode=st.floats(0.002, 0.02),
     per_token=st.floats(1e-6, 1e-4),

@@ -101,7 +101,10 @@ class PrefillBudget:
             return
         regime = self._regime(decode_rows)
         usual = self._usual(regime, decode_rows)
-        contrasts = 3 * abs(prompt_tokens - usual) >= usual
+        # With recorded graphs, only steps without prompts tell the base.
+        contrasts = not prompt_tokens or (
+            not self._recorded and 3 * abs(prompt_tokens - usual) >= usual
+        )
         regime.since_contrast = 0 if contrasts else regime.since_contrast + 1
         steps = regime.with_prefill if prompt_tokens else regime.decode_only
         steps.append((prompt_tokens, seconds))
