@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=["speculation", "quantization"])
     add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="of the weights")
-    add("--rounds", type=int, default=7, help="of the cases speculation and draft")
+    add("--rounds", type=int, default=21, help="of the cases speculation and draft")
     add("--work_dir", type=Path, default=WORK_DIR, help="keeps the draft model between runs")
     add("--draft_steps", type=int, default=2800, help="of the draft model's training")
     add("--dialogs", type=int, default=16, help="answered per round")

@@ -228,10 +228,14 @@ class Engine:
         """Splits the step's time over its tokens, and counts those of prompts."""
         schedule = step.schedule
         seconds = step.timer.seconds(self._read_at, now)
-        extra = schedule.prompt_tokens + schedule.drafted_tokens
-        draft, launch = schedule.draft_seconds, step.timer.launch_seconds
-        self._prefill_budget.record(schedule.decode_rows, extra, seconds - draft, launch - draft)
-        per_token = seconds / (schedule.decode_rows + extra)
+        rows, drafted, draft = schedule.decode_rows, schedule.drafted_tokens, schedule.draft_seconds
+        extra = schedule.prompt_tokens + drafted
+        if drafted and not schedule.prompt_tokens:
+            self._speculation.checked(rows, drafted, seconds - draft)
+        else:
+            launch = step.timer.launch_seconds - draft
+            self._prefill_budget.record(rows, extra, seconds - draft, launch)
+        per_token = seconds / (rows + extra)
         for chunk in running:
             chunk.sequence.compute += per_token * chunk.length
             if chunk.begin < (prompt := len(chunk.sequence.request.prompt_ids)):

@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 
 from model_service.engine.engine import Engine
-from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.speculation.costs import DraftCosts
-from model_service.engine.scheduling.speculation.drafters import ModelSource
 from model_service.loading.load_replica import load_replica
 from model_service.loading.options import ReplicaOptions
 from tests.model_service.lookahead_ranks import answers
 
 
-def cheap(rows: int, _budget: PrefillBudget, _model: ModelSource | None) -> DraftCosts:
+def cheap(rows: int, *_known: object) -> DraftCosts:
     """In place of `DraftCosts.of`: drafts are made however busy the machine is."""
     return DraftCosts(rows, seconds=1.0, row=1e-4, round=1e-3, token=1e-5, spare=10.0)
 

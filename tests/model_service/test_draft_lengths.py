@@ -58,6 +58,15 @@ def test_no_sequence_gets_more_than_its_room_and_drafts_never_lower_the_rate(
     assert rate.per_step >= without.per_step
 
 
+@pytest.mark.parametrize(("rooms", "rounds"), [([8, 8], 8), ([8, 2], 2), ([8, 0], 2)])
+def test_no_sequence_waits_long_for_the_drafts_of_others(rooms: list[int], rounds: int) -> None:
+    without = Rate(2, 1)
+    lengths, _ = draft_lengths(
+        [0.99, 0.99], rooms, without, row_cost=0.001, round_cost=0.3, longest=0.7, everyone=2
+    )
+    assert max(lengths) == rounds
+
+
 class SimulatedModel:
     """A draft model whose drafts are right by chance; it computes no token but its time."""
 
@@ -120,7 +129,10 @@ def speed_up(
             drafts = speculation.propose(rooms, busy=False)
             drafted = sum(map(len, drafts.values()))
             step = STEP * (1 + row_cost * drafted)
-            budget.record(len(running), drafted, step)
+            if drafted:
+                speculation.checked(len(running), drafted, step)
+            else:
+                budget.record(len(running), 0, step)
             seconds += step + speculation.seconds
             for each in running:
                 guesses = drafts.get(each, [])
@@ -155,6 +167,7 @@ def test_right_drafts_make_answers_faster(
     seed=st.integers(0, 100),
 )
 @settings(max_examples=12)
+@example(chance=0.5, round_cost=0.1, token_cost=5e-324, row_cost=0.1, streams=1, seed=0)
 # A backlog costs more than the share of time that drafts get while its answer is made.
 @example(chance=0.0, round_cost=0.0625, token_cost=0.09375, row_cost=0.125, streams=1, seed=0)
 @example(chance=0.125, round_cost=0.0625, token_cost=0.0625, row_cost=0.03125, streams=1, seed=1)

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from model_service.engine.drafting.ngram_drafter import NGRAM, NgramDrafter
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.speculation.drafters import Source
-from model_service.engine.scheduling.speculation.speculation import Speculation
+from model_service.engine.scheduling.speculation.row_costs import FORGET_AFTER, WINDOW
+from model_service.engine.scheduling.speculation.speculation import (
+    IDLE_STEPS,
+    LOOK_EVERY,
+    PLAIN_EVERY,
+    Speculation,
+)
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
 
 CONTEXT = 256
@@ -82,6 +88,39 @@ def test_nothing_is_drafted_where_a_row_costs_as_much_as_it_makes() -> None:
     sequence = make_sequence([1, 2, 3, 4] * 3)
     assert propose(speculation_at(1.0), sequence) == []
     assert propose(speculation_at(0.01), sequence) != []
+
+
+def test_checking_a_draft_may_cost_more_than_a_prompt_token() -> None:
+    speculation, sequence = speculation_at(0.01), make_sequence([1, 2, 3, 4] * 3)
+    assert len(propose(speculation, sequence)) > 1
+    for _ in range(WINDOW):
+        speculation.checked(1, drafted=2, seconds=1 + 2 * 0.6)
+    assert propose(speculation, sequence) == []  # half are expected to be right
+
+
+def test_a_cost_that_was_measured_too_high_is_forgotten() -> None:
+    speculation, sequence = speculation_at(0.01), make_sequence([1, 2, 3, 4] * 3)
+    for _ in range(WINDOW):
+        speculation.checked(1, drafted=2, seconds=100.0)
+    considered = WINDOW * FORGET_AFTER
+    steps = range(LOOK_EVERY * (considered + IDLE_STEPS))
+    assert any(propose(speculation, sequence) for _ in steps)
+
+
+def test_a_step_without_drafts_is_measured_from_time_to_time() -> None:
+    speculation, sequence = speculation_at(0.01), make_sequence([1, 2, 3, 4] * 3)
+    made = [bool(propose(speculation, sequence)) for _ in range(2 * PLAIN_EVERY)]
+    assert made.count(False) == 2
+
+
+@given(repeats_from=st.integers(0, 200))
+def test_a_repetition_is_drafted_soon_after_it_begins(repeats_from: int) -> None:
+    speculation, sequence = speculation_at(0.1), make_sequence([1000, 1001, 1002])
+    for token in range(repeats_from):
+        assert propose(speculation, sequence) == []
+        sequence.tokens.append(token)
+    sequence.tokens += [1, 2, 3, 4] * 2
+    assert any(propose(speculation, sequence) for _ in range(LOOK_EVERY))
 
 
 def repeating(length: int) -> tuple[int, ...]:

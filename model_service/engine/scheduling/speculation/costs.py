@@ -6,9 +6,11 @@ from typing import Self
 from model_service.engine.scheduling.prefill_budget import PrefillBudget
 from model_service.engine.scheduling.speculation.drafters import ModelSource
 from model_service.engine.scheduling.speculation.lengths import Rate, draft_lengths
+from model_service.engine.scheduling.speculation.row_costs import RowCosts
 
 # Until they have been measured: to check a draft in a step of one sequence, and to make one.
 DEFAULT_ROW, DEFAULT_ROUND = 0.1, 0.2
+MAX_EXTRA = 2**20  # tokens, where one takes no measurable time
 MIN_EXTRA = 32  # tokens of backlogs that a step computes at least, so that the model catches up
 
 
@@ -24,8 +26,11 @@ class DraftCosts:
     spare: float  # that the model may add to a step beside which other sequences wait
 
     @classmethod
-    def of(cls, rows: int, budget: PrefillBudget, model: ModelSource | None) -> Self:
-        cost, seconds = budget.cost(rows), budget.step_seconds(rows) or 0.0
+    def of(
+        cls, rows: int, budget: PrefillBudget, checked: RowCosts, model: ModelSource | None
+    ) -> Self:
+        """The costs in a step of `rows` sequences, by what is known of prompts and of `checked`."""
+        cost, seconds = checked.cost(rows) or budget.cost(rows), budget.step_seconds(rows) or 0.0
         made = None if model is None else model.round_seconds(rows)
         known = model is not None and seconds > 0
         return cls(
@@ -62,4 +67,6 @@ class DraftCosts:
 
     def extra_tokens(self) -> int:
         """Tokens of backlogs that a step computes besides those of the last step."""
-        return max(MIN_EXTRA, int(self.spare / self.token)) if self.token else MIN_EXTRA
+        if not self.token:
+            return MIN_EXTRA
+        return int(min(max(MIN_EXTRA, self.spare / self.token), MAX_EXTRA))

@@ -30,6 +30,7 @@ def draft_lengths(
     row_cost: float,
     round_cost: float = 0.0,
     longest: float = float("inf"),
+    everyone: int = 0,
 ) -> tuple[list[int], Rate]:
     """The best number of drafts for each of some sequences, and the step's rate with them.
 
@@ -39,12 +40,11 @@ def draft_lengths(
         without: the step without these drafts.
         row_cost: time of a step to check one draft.
         round_cost: time to make one draft for any number of sequences.
-        longest: time of all rounds.
+        longest: time of all rounds beyond which no sequence of the step may wait for others'.
+        everyone: how many sequences the step has.
     """
     lengths, rate = [0] * len(chances), without
     for drafted in range(max(rooms, default=0)):
-        if (drafted + 1) * round_cost > longest:
-            break
         going_on = [i for i, length in enumerate(lengths) if length == drafted < rooms[i]]
         going_on.sort(key=lambda i: -chances[i])
         tokens, time, best, count = rate.tokens, rate.time + round_cost, rate, 0
@@ -52,7 +52,7 @@ def draft_lengths(
             tokens, time = tokens + chances[i] ** (drafted + 1), time + row_cost
             if tokens / time > best.per_step:
                 best, count = Rate(tokens, time), number
-        if not count:
+        if not count or (count < everyone and (drafted + 1) * round_cost > longest):
             break
         rate = best
         for i in going_on[:count]:

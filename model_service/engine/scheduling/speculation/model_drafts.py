@@ -26,7 +26,12 @@ class ModelDrafts:
     def __init__(self, model: ModelSource) -> None:
         self.model = model
         self.seconds = 0.0  # that the model took for the last proposal
+        self.on_trial = False  # whether that was made only to learn
         self._ledger = DraftLedger()
+
+    def step(self) -> None:
+        """Records that a step begins."""
+        self._ledger.step()
 
     def propose(
         self,
@@ -47,12 +52,11 @@ class ModelDrafts:
             busy: whether it computes prompts: then no long backlog is computed.
         """
         self.seconds = 0.0
-        self._ledger.step()
         if not costs.seconds or self._ledger.balance <= 0:
             return {}
-        wanted = self._worthwhile(rooms, acceptance, without, costs) or self._trial(
-            acceptance, costs
-        )
+        wanted = self._worthwhile(rooms, acceptance, without, costs)
+        self.on_trial = not wanted
+        wanted = wanted or self._trial(acceptance, costs)
         if not wanted:
             return {}
         extra = 0 if busy else costs.extra_tokens()
@@ -87,7 +91,8 @@ class ModelDrafts:
             without,
             row_cost=costs.row,
             round_cost=costs.round,
-            longest=costs.spare if costs.rows > 1 else float("inf"),
+            longest=costs.spare,
+            everyone=costs.rows,
         )
         gain = rate.per_step / without.per_step
         if gain < MIN_GAIN:

@@ -22,6 +22,7 @@ from model_service.engine.scheduling.speculation.drafters import (
 )
 from model_service.engine.scheduling.speculation.lengths import Rate
 from model_service.engine.scheduling.speculation.model_drafts import ModelDrafts
+from model_service.engine.scheduling.speculation.row_costs import RowCosts
 from model_service.engine.sequence import Sequence
 
 # Share of its weight that an observation keeps when another comes: in a sequence, and over all.
@@ -29,6 +30,11 @@ MEMORY, OVERALL_MEMORY = 0.95, 0.98
 # The weight of what is expected of a new sequence, in observations.
 PRIOR_WEIGHT = 4.0
 FIRST_CHANCE = 0.5
+# After so many steps in which nothing was worth drafting, one step in LOOK_EVERY is considered:
+# with a small network, looking itself takes some percent of a step.
+IDLE_STEPS, LOOK_EVERY = 16, 4
+# One step in so many is made without drafts, because all costs are relative to such a step.
+PLAIN_EVERY = 64
 
 
 @dataclass(slots=True)
@@ -56,6 +62,9 @@ class Speculation:
         self._model = None if model is None else ModelDrafts(model)
         self._prefill_budget = prefill_budget
         self._most = most
+        self._idle_steps = 0  # in a row without drafts
+        self._steps_with_drafts = 0  # in a row
+        self._row_costs = RowCosts()
         self._tracks: dict[Sequence, _Track] = {}
         # The chance of the model's drafts in a new sequence.
         self._overall = Acceptance.expecting(FIRST_CHANCE, PRIOR_WEIGHT, OVERALL_MEMORY)
@@ -75,8 +84,30 @@ class Speculation:
         self.seconds = 0.0
         if not self._most or not rooms:
             return {}
+        if self._model is not None:
+            self._model.step()
+        self._idle_steps += 1
+        self._steps_with_drafts += 1
+        if self._steps_with_drafts == PLAIN_EVERY:
+            self._steps_with_drafts = 0
+            return {}
+        # What is not drafted is not compared either.
+        idle = self._idle_steps > IDLE_STEPS and self._idle_steps % LOOK_EVERY
+        drafts = {} if idle else self._considered(rooms, busy=busy)
+        if not drafts:
+            self._steps_with_drafts = 0
+        return drafts
+
+    def checked(self, rows: int, drafted: int, seconds: float) -> None:
+        """Records the time of a step of `rows` sequences that checked drafts and had no prompts."""
+        if usual := self._prefill_budget.step_seconds(rows):
+            self._row_costs.record(rows, drafted, seconds / usual)
+
+    def _considered(
+        self, rooms: Mapping[Sequence, int], *, busy: bool
+    ) -> dict[Sequence, list[int]]:
         model = None if self._model is None else self._model.model
-        costs = DraftCosts.of(len(rooms), self._prefill_budget, model)
+        costs = DraftCosts.of(len(rooms), self._prefill_budget, self._row_costs, model)
         if costs.too_high:
             return {}
         drafts: dict[Sequence, list[int]] = {}
@@ -91,6 +122,7 @@ class Speculation:
             length, rate = costs.alone(chance, min(most, len(guesses)), by_model=False)
             if length:
                 drafts[sequence] = guesses[:length]
+                self._idle_steps = 0
             by_model = track.acceptance[Source.MODEL].chance
             if (
                 self._model is not None
@@ -110,7 +142,8 @@ class Speculation:
 
     def learn(self, sequence: Sequence, drafts: Tokens[int], made: Tokens[int]) -> None:
         """Compares the step's drafts with the tokens that it made for the sequence."""
-        if (track := self._tracks.get(sequence)) is None:
+        track = self._tracks.get(sequence)
+        if track is None or not track.drafts:
             return
         for source, guesses in track.drafts.items():
             for guess, token in zip(guesses, made, strict=False):
@@ -157,6 +190,8 @@ class Speculation:
         acceptance = {each: self._tracks[each].acceptance[Source.MODEL] for each in rooms}
         drafts = model.propose(rooms, acceptance, without, costs, busy=busy)
         self.seconds = model.seconds
+        if drafts and not model.on_trial:
+            self._idle_steps = 0
         for sequence, guesses in drafts.items():
             track = self._tracks[sequence]
             track.drafts[Source.MODEL], track.computed = guesses, Source.MODEL
