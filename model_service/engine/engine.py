@@ -175,7 +175,7 @@ class Engine:
         self._steps += 1
         if not self.limits.lookahead:
             timer.end()
-            sampling = HostSampling(rows, logits)
+            sampling = HostSampling(rows, logits, self._runner.scan)
             return InFlightStep(schedule, ends, sampling, timer, planned, time.monotonic())
         launched = self._sampler.launch(rows, logits)
         if plan.num_sampled:

@@ -14,9 +14,9 @@ from torch import nn
 from model_service.model.config import ModelConfig
 from model_service.model.cpu import shard_sum
 from model_service.model.cpu.kernels import Kernels, kernels_for
-from model_service.model.cpu.layers import CompiledLayers, LayerWeights
+from model_service.model.cpu.layers import CompiledLayers, CompiledStep, Ends, LayerWeights
 from model_service.model.network import Transformer, sum_over_shards
-from model_service.model.operations import make_operations
+from model_service.model.operations import Operations, RowOperations, make_operations
 from model_service.model.weights.matrices import Pack
 from model_service.model.weights.packing import plain
 from model_service.model.weights.partition import is_linear
@@ -72,7 +72,9 @@ def load_network(
     if batch_invariant:
         network.compiled_layers = _invariant_layers(network)
     elif kernels := kernels_for(dtype, device):
-        network.compiled_layers = _compiled_layers(network, kernels)
+        network.compiled_layers = layers = _compiled_layers(network, kernels)
+        if layers is not None and get_model_parallel_world_size() == 1:
+            network.compiled_step = _compiled_step(network, layers, operations)
     return network.eval().to(device)
 
 
@@ -86,6 +88,17 @@ def _compiled_layers(network: Transformer, kernels: Kernels) -> CompiledLayers |
     is_sharded = get_model_parallel_world_size() > 1
     add = sum_over_shards if is_sharded else None
     return CompiledLayers(kernels, packed, layer.attention.heads, network.norm.eps, add)
+
+
+def _compiled_step(
+    network: Transformer, layers: CompiledLayers, operations: Operations
+) -> CompiledStep | None:
+    """A whole step in one call of the CPU's library, if the output matrix has its form too."""
+    output = getattr(network.get_submodule("output").weight, "blocks", None)
+    if output is None or not isinstance(operations, RowOperations):
+        return None
+    embedding = network.get_parameter("tok_embeddings.weight")
+    return CompiledStep(layers, Ends(embedding, operations.rotary, network.norm.weight, output))
 
 
 def _invariant_layers(network: Transformer) -> object:

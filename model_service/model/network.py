@@ -138,7 +138,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
         self._operations = operations
-        self.compiled_layers: object | None = None  # which the backend runs, if there are any
+        # Which the backend runs, if there are any: all layers, and in place of `forward` a step.
+        self.compiled_layers: object | None = None
+        self.compiled_step: object | None = None
         self.vocab_size = config.vocab_size
         one_shard = get_model_parallel_world_size() == 1
         self._gather = _unchanged if one_shard else gather_from_model_parallel_region

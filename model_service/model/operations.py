@@ -179,11 +179,15 @@ class InvariantOperations(PlainOperations):
 
 
 class RowOperations:
-    """The kernels that are compiled with this package, for float32 and bfloat16 on the CPU."""
+    """The kernels that are compiled with this package, for float32 and bfloat16 on the CPU.
+
+    Attributes:
+        rotary: the angles of all positions, as `rotary_frequencies` gives them.
+    """
 
     def __init__(self, kernels: Kernels, rotary: torch.Tensor) -> None:
         self._kernels = kernels
-        self._rotary = rotary
+        self.rotary = rotary
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._kernels.norm(x, None, weight, eps)
@@ -194,7 +198,7 @@ class RowOperations:
         return self._kernels.norm(x, residual, weight, eps), residual
 
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        return self._rotary.index_select(0, positions)
+        return self.rotary.index_select(0, positions)
 
     def rotate(self, heads: torch.Tensor, queries: int, rotation: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # FusedOperations needs it
         self._kernels.rotate(heads, rotation)

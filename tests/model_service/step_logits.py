@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from model_service.engine import engine
 from model_service.engine.sampling.host_sampler import HostSampling
 from model_service.engine.step.batch import LogitRow
-from model_service.model.attention.backend import CacheShape, SequenceSpan
+from model_service.model.attention.backend import CacheShape, Scan, SequenceSpan
 from model_service.model.attention.select import make_attention
 from model_service.model.network import Transformer
 from tests.model_service.conftest import CPU, spread
@@ -72,12 +72,12 @@ def recorded_logits() -> Iterator[list[tuple[tuple[int, ...], torch.Tensor]]]:
     """Collects the logits [vocab] that engines sample from, each with the tokens before it."""
     recorded: list[tuple[tuple[int, ...], torch.Tensor]] = []
 
-    def record(rows: list[LogitRow], logits: torch.Tensor) -> HostSampling:
+    def record(rows: list[LogitRow], logits: torch.Tensor, scan: Scan | None) -> HostSampling:
         for row, values in zip(rows, logits, strict=True):
             known = row.sequence.tokens[: row.position]
             drafts = row.drafts[: row.position - len(known)]
             recorded.append(((*known, *drafts), values.clone()))
-        return HostSampling(rows, logits)
+        return HostSampling(rows, logits, scan)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "HostSampling", record)

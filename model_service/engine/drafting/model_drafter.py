@@ -130,12 +130,16 @@ class ModelDrafter:
         for each in drafting:
             self._cache.record(each.sequence, each.tokens, each.end)
             each.tokens = []
-        finite = finite_rows(logits)
+        scan = self._runner.scan
+        finite = finite_rows(logits, scan)
         if not all(finite):  # the draft model's weights may overflow: the target's need not
             drawing = [each for each, usable in zip(drawing, finite, strict=True) if usable]
-            logits = logits[torch.tensor(finite, device=logits.device)]
-        if drawing:
-            tokens = sample(logits, [each.row() for each in drawing])
-            for each, token in zip(drawing, tokens, strict=True):
-                each.append(token)
+            logits, scan = logits[torch.tensor(finite, device=logits.device)], None
+        rows = [each.row() for each in drawing]
+        if scan is not None and all(row.takes_largest for row in rows):
+            tokens = scan.largest
+        else:
+            tokens = sample(logits, rows) if rows else []
+        for each, token in zip(drawing, tokens, strict=True):
+            each.append(token)
         return [each for each in drawing if each.tokens]

@@ -25,6 +25,11 @@ class SamplingRow:
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer; no penalty changes them
 
     @property
+    def takes_largest(self) -> bool:
+        """Whether the token is that of the largest logit as it is."""
+        return self.params.greedy and not self.params.has_penalties and not self.masks_stops
+
+    @property
     def masks_stops(self) -> bool:
         """Whether the answer is too short to end."""
         return len(self.tokens) - self.answer_start < self.params.min_gen_len

@@ -17,6 +17,7 @@ from model_service.engine.sampling.host_truncation import choose
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow
+from model_service.model.attention.backend import Scan
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -27,10 +28,11 @@ class HostSampling:
 
     rows: list[LogitRow]
     logits: torch.Tensor  # [rows, vocab]
+    scan: Scan | None = None  # of the logits
 
     def read(self) -> StepResult:
         """Draws and scores; waits for the logits."""
-        finite = finite_rows(self.logits)
+        finite = finite_rows(self.logits, self.scan)
         chosen = self._draw(
             [i for i, row in enumerate(self.rows) if finite[i] and not row.in_prompt]
         )
@@ -41,7 +43,11 @@ class HostSampling:
         """One token for each of the rows `wanted`."""
         if not wanted:
             return {}
-        tokens = sample(self._select(wanted), [_sampling_row(self.rows[i]) for i in wanted])
+        rows = [_sampling_row(self.rows[i]) for i in wanted]
+        if self.scan is not None and all(row.takes_largest for row in rows):
+            tokens = [self.scan.largest[i] for i in wanted]
+        else:
+            tokens = sample(self._select(wanted), rows)
         return dict(zip(wanted, tokens, strict=True))
 
     def _score(
@@ -69,7 +75,7 @@ class HostSampling:
         return dict(zip(targets, entries, strict=True))
 
     def _select(self, rows: list[int]) -> torch.Tensor:
-        return self.logits if len(rows) == len(self.logits) else self.logits[rows]
+        return self.logits if len(rows) == len(self.rows) else self.logits[rows]
 
 
 def _accepted(
@@ -122,8 +128,10 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     return [tokens[index] for index in range(len(rows))]
 
 
-def finite_rows(logits: torch.Tensor) -> list[bool]:
+def finite_rows(logits: torch.Tensor, scan: Scan | None = None) -> list[bool]:
     """For each row of [rows, vocab] whether all of its logits are finite."""
+    if scan is not None:
+        return scan.finite
     # On a CPU a sum is 20 times cheaper than looking at each logit, and no NaN or infinity gets
     # lost in it; where large numbers made it overflow, the second look tells.
     finite = np.isfinite(logits.sum(dim=-1).cpu().numpy())

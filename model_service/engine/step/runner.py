@@ -5,16 +5,28 @@ sums inside the layers keep them together. Only the leader looks at the logits. 
 step is only launched here: reading the logits waits for it.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model_service.engine.pending_token import resolve_pending
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.plan_channel import PlanChannel
-from model_service.model.attention.backend import PROBE_BLOCK, CachedAttention, SequenceSpan
+from model_service.model.attention.backend import (
+    PROBE_BLOCK,
+    CachedAttention,
+    RunsSteps,
+    Scan,
+    SequenceSpan,
+)
 from model_service.model.cuda.pinned_transfer import upload
 from model_service.model.graphs.step_graphs import StepGraphs
 from model_service.model.network import Transformer
+
+Numbers = NDArray[np.int32]
 
 PROBE = StepPlan(
     spans=(SequenceSpan(1, 1, (PROBE_BLOCK,)),),
@@ -24,7 +36,11 @@ PROBE = StepPlan(
 
 
 class ModelRunner:
-    """One rank's network, its part of the cache, and its end of the plan channel."""
+    """One rank's network, its part of the cache, and its end of the plan channel.
+
+    Attributes:
+        scan: of the last step's logits, where the kernels made one.
+    """
 
     def __init__(
         self,
@@ -40,6 +56,10 @@ class ModelRunner:
         self._attention = attention
         self._channel = channel
         self.graphs = graphs
+        self.scan: Scan | None = None
+        self._run_step: Callable[[Numbers, Numbers], tuple[torch.Tensor, Scan]] | None = None
+        if isinstance(attention, RunsSteps) and network.compiled_step is not None:
+            self._run_step = partial(attention.run_step, network.compiled_step)
         self._sampled = torch.empty(0, dtype=torch.long, device=device)  # in the last step
 
     @property
@@ -48,7 +68,10 @@ class ModelRunner:
         return None if self.graphs is None else self.graphs.max_tokens
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
-        """Leader: runs the step on all ranks. Returns logits [num_logits, vocab] in float32."""
+        """Leader: runs the step on all ranks.
+
+        Returns logits [num_logits, vocab] in float32; the next step may overwrite them.
+        """
         self._channel.send(plan)
         return self._forward(plan)
 
@@ -78,6 +101,15 @@ class ModelRunner:
                 self._channel.share(self._sampled)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
+        if plan.copies:
+            self._attention.copy(plan.copies)
+        # Whatever Python and PyTorch do in a step takes long: the weights have passed through the
+        # processor's caches since they did it last.
+        if self._run_step is not None and not len(self._sampled):
+            self._attention.plan(plan.spans)
+            logits, self.scan = self._run_step(plan.tokens, plan.logit_rows)
+            return logits
+        self.scan = None
         tokens, positions, logit_rows = upload(
             self.device,
             plan.tokens.astype(np.int64),
@@ -86,8 +118,6 @@ class ModelRunner:
         )
         if plan.tokens.min() < 0:
             tokens = resolve_pending(tokens, self._sampled)
-        if plan.copies:
-            self._attention.copy(plan.copies)
         if self.graphs is not None:
             replayed = self.graphs.forward(plan.spans, tokens, positions, logit_rows)
             if replayed is not None:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # No sequence ever owns this block: steps that serve no sequence write there.
 PROBE_BLOCK = 0
@@ -88,6 +90,35 @@ class RunsLayers(Protocol):
         Returns:
             The last layer's output [tokens, dim], and the residual stream to which it is still to
             be added; None if it has been.
+        """
+
+
+class Scan(NamedTuple):
+    """What is known of logits [rows, vocab] without another look at them."""
+
+    finite: list[bool]  # for each row whether all of its logits are
+    largest: list[int]  # the lowest id among the largest of each row that is finite
+
+
+@runtime_checkable
+class RunsSteps(Protocol):
+    """A backend whose kernels compute whole steps."""
+
+    def run_step(
+        self,
+        step: Any,  # noqa: ANN401  # of the backend's own device
+        tokens: NDArray[np.int32],
+        logit_rows: NDArray[np.int32],
+    ) -> tuple[torch.Tensor, Scan]:
+        """The planned step; see `Transformer.forward`.
+
+        Args:
+            step: the network's, as `load_network` has made it for this backend.
+            tokens: ids [num_tokens].
+            logit_rows: [num_logits].
+
+        Returns:
+            Logits [num_logits, vocab] in float32, which the next step overwrites.
         """
 
 

@@ -7,16 +7,19 @@ and in an answer, alone and beside other sequences, and for all sizes of chunks 
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model_service.model.attention.backend import (
     BlockCopy,
     CacheShape,
+    Scan,
     SequenceSpan,
     copy_blocks,
 )
 from model_service.model.cpu.kernels import AttentionCache, AttentionSpan, Kernels
-from model_service.model.cpu.layers import CompiledLayers
+from model_service.model.cpu.layers import CompiledLayers, CompiledStep
 
 
 class FixedTileAttention:
@@ -72,3 +75,12 @@ class FixedTileAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `RunsLayers`."""
         return layers.run(x, rotation, self.caches, self.spans)
+
+    def run_step(
+        self,
+        step: CompiledStep,
+        tokens: NDArray[np.int32],
+        logit_rows: NDArray[np.int32],
+    ) -> tuple[torch.Tensor, Scan]:
+        """See `RunsSteps`."""
+        return step.run(tokens, logit_rows, self.caches, self.spans)

@@ -57,6 +57,7 @@ _SIGNATURES = {
         *(_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT),
     ),
     "chasqui_layers": (_POINTER, _POINTER, _INT, _INT),
+    "chasqui_step": (_POINTER, _POINTER, _INT, _POINTER, _POINTER),
 }
 
 
@@ -149,6 +150,18 @@ class Kernels:
     ) -> None:
         """Computes halves of layers, as source/layers.cpp has it; `layers.py` calls it."""
         self._library.chasqui_layers(ctypes.byref(network), ctypes.byref(step), begin, end)
+
+    def run_step(
+        self,
+        network: ctypes.Structure,
+        step: ctypes.Structure,
+        halves: int,
+        ends: ctypes.Structure,
+        batch: ctypes.Structure,
+    ) -> None:
+        """Computes a step of the whole network, as source/layers.cpp has it, for `layers.py`."""
+        references = map(ctypes.byref, (ends, batch))
+        self._library.chasqui_step(ctypes.byref(network), ctypes.byref(step), halves, *references)
 
 
 def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:

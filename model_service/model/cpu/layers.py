@@ -1,4 +1,4 @@
-"""The network's layers in one call of the compiled library.
+"""The network, or its layers alone, in one call of the compiled library.
 
 Between two products, Python finds its own code and data no longer in the processor's caches,
 because the weights have passed through them: a step of one stream would spend a fifth of its time
@@ -9,8 +9,11 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from model_service.model.attention.backend import Scan
 from model_service.model.cpu.kernels import AttentionCache, AttentionSpan, Kernels
 from model_service.model.cpu.products import PackedBlocks, Weight
 
@@ -65,8 +68,44 @@ class _Step(ctypes.Structure):
     )
 
 
+class _Ends(ctypes.Structure):
+    _fields_ = (
+        ("embedding", _POINTER),
+        ("rotation", _POINTER),
+        ("norm", _POINTER),
+        ("output", Weight),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("tokens", _POINTER),
+        ("wanted", _POINTER),
+        ("logits", _POINTER),
+        ("finite", _POINTER),
+        ("largest", _POINTER),
+        ("count", _INT),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What comes before the layers and behind them."""
+
+    embedding: torch.Tensor  # [vocab, dim]
+    rotation: torch.Tensor  # complex64 [positions, head_dim / 2]
+    norm: torch.Tensor  # [dim]
+    output: PackedBlocks
+
+
 class CompiledLayers:
-    """All layers of a rank, computed as the network does layer by layer, bit for bit."""
+    """All layers of a rank, computed as the network does layer by layer, bit for bit.
+
+    Attributes:
+        kernels: that compute them.
+        network: as the library takes it.
+        halves: how many halves of layers there are.
+    """
 
     def __init__(
         self,
@@ -86,7 +125,7 @@ class CompiledLayers:
             sum_over_shards: adds up in place the parts of a product on all ranks; None if there is
                 one rank.
         """
-        self._kernels = kernels
+        self.kernels = kernels
         self._sum_over_shards = sum_over_shards
         self._weights = weights  # keeps the memory to which the structures point
         layers = (_Layer * len(weights))()
@@ -95,8 +134,9 @@ class CompiledLayers:
             layer.ffn_norm = each.ffn_norm.data_ptr()
             for name in ("wqkv", "wo", "w13", "w2"):
                 setattr(layer, name, getattr(each, name).weight)
+        self.halves = 2 * len(weights)
         dim = len(weights[0].attention_norm)
-        self._network = _Network(layers, kernels.type, dim, heads, eps)
+        self.network = _Network(layers, kernels.type, dim, heads, eps)
 
     def run(
         self,
@@ -118,21 +158,71 @@ class CompiledLayers:
             be added.
         """
         residual = torch.empty_like(x)
-        step = _Step(
-            x.data_ptr(),
-            residual.data_ptr(),
-            angles.data_ptr(),
-            ctypes.addressof(caches),
-            ctypes.addressof(spans),
-            len(x),
-            len(spans),
-            torch.get_num_threads(),
-        )
-        halves = 2 * len(self._weights)
+        memory = (each.data_ptr() for each in (x, residual, angles))
+        step = _step(*memory, caches=caches, spans=spans, rows=len(x))
         if self._sum_over_shards is None:
-            self._kernels.run_layers(self._network, step, 0, halves)
+            self.kernels.run_layers(self.network, step, 0, self.halves)
             return x, residual
-        for half in range(halves):
-            self._kernels.run_layers(self._network, step, half, half + 1)
+        for half in range(self.halves):
+            self.kernels.run_layers(self.network, step, half, half + 1)
             self._sum_over_shards(x)
         return x, residual
+
+
+class CompiledStep:
+    """The whole network of one rank that is not divided, computed as by parts, bit for bit."""
+
+    def __init__(self, layers: CompiledLayers, ends: Ends) -> None:
+        """Keeps the weights' memory."""
+        self._layers = layers
+        self._ends = ends
+        self._logits = torch.empty(0, ends.output.weight.outputs)
+        self._rotation = torch.view_as_real(ends.rotation).contiguous()
+        self._structure = _Ends(
+            ends.embedding.data_ptr(),
+            self._rotation.data_ptr(),
+            ends.norm.data_ptr(),
+            ends.output.weight,
+        )
+
+    def run(
+        self,
+        tokens: NDArray[np.int32],
+        wanted: NDArray[np.int32],
+        caches: "ctypes.Array[AttentionCache]",
+        spans: "ctypes.Array[AttentionSpan]",
+    ) -> tuple[torch.Tensor, Scan]:
+        """One step over a flat batch.
+
+        Args:
+            tokens: ids [num_tokens], sequence after sequence.
+            wanted: ascending indices of the tokens whose logits are wanted [num_logits].
+            caches: of each layer.
+            spans: the sequences of the batch.
+
+        Returns:
+            Logits [num_logits, vocab] in float32, which the next step overwrites.
+        """
+        count = len(wanted)
+        if count != len(self._logits):  # touching fresh memory takes longer than to compute it
+            self._logits = torch.empty(count, self._ends.output.weight.outputs)
+        finite, largest = (_INT * count)(), (_INT * count)()
+        addresses = self._logits.data_ptr(), ctypes.addressof(finite), ctypes.addressof(largest)
+        batch = _Batch(tokens.ctypes.data, wanted.ctypes.data, *addresses, count)
+        step = _step(caches=caches, spans=spans, rows=len(tokens))
+        layers = self._layers
+        layers.kernels.run_step(layers.network, step, layers.halves, self._structure, batch)
+        return self._logits, Scan([bool(each) for each in finite], list(largest))
+
+
+def _step(
+    x: int | None = None,
+    residual: int | None = None,
+    angles: int | None = None,
+    *,
+    caches: "ctypes.Array[AttentionCache]",
+    spans: "ctypes.Array[AttentionSpan]",
+    rows: int,
+) -> _Step:
+    addresses = ctypes.addressof(caches), ctypes.addressof(spans)
+    return _Step(x, residual, angles, *addresses, rows, len(spans), torch.get_num_threads())

@@ -15,7 +15,7 @@ from model_service.model.cpu.module import MODULE
 
 # `chasqui_interface` in source/interface.cpp. Raised with every change of a function's arguments or
 # results, because it belongs to a replica's fingerprint.
-INTERFACE = 4
+INTERFACE = 5
 
 # The types of each function's arguments, by its name.
 Signatures = Mapping[str, Sequence[Any]]
