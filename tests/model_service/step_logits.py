@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from model_service.engine import engine
 from model_service.engine.sampling.host_sampler import HostSampling
 from model_service.engine.step.batch import LogitRow
-from model_service.model.attention.backend import CacheShape, Scan, SequenceSpan
+from model_service.model.attention.backend import CacheShape, SequenceSpan
 from model_service.model.attention.select import make_attention
+from model_service.model.cpu.layers import Scan
 from model_service.model.network import Transformer
 from tests.model_service.conftest import CPU, spread
 

@@ -17,7 +17,7 @@ from model_service.engine.sampling.host_truncation import choose
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow
-from model_service.model.attention.backend import Scan
+from model_service.model.cpu.layers import Scan
 
 _LARGEST = torch.finfo(torch.float32).max
 

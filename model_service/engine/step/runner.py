@@ -19,9 +19,9 @@ from model_service.model.attention.backend import (
     PROBE_BLOCK,
     CachedAttention,
     RunsSteps,
-    Scan,
     SequenceSpan,
 )
+from model_service.model.cpu.layers import Scan
 from model_service.model.cuda.pinned_transfer import upload
 from model_service.model.graphs.step_graphs import StepGraphs
 from model_service.model.network import Transformer

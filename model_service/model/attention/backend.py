@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model_service.model.cpu.layers import Scan
+
 # No sequence ever owns this block: steps that serve no sequence write there.
 PROBE_BLOCK = 0
 
@@ -91,13 +93,6 @@ class RunsLayers(Protocol):
             The last layer's output [tokens, dim], and the residual stream to which it is still to
             be added; None if it has been.
         """
-
-
-class Scan(NamedTuple):
-    """What is known of logits [rows, vocab] without another look at them."""
-
-    finite: list[bool]  # for each row whether all of its logits are
-    largest: list[int]  # the lowest id among the largest of each row that is finite
 
 
 @runtime_checkable

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from model_service.model.attention.backend import (
     BlockCopy,
     CacheShape,
-    Scan,
     SequenceSpan,
     copy_blocks,
 )
 from model_service.model.cpu.kernels import AttentionCache, AttentionSpan, Kernels
-from model_service.model.cpu.layers import CompiledLayers, CompiledStep
+from model_service.model.cpu.layers import CompiledLayers, CompiledStep, Scan
 
 
 class FixedTileAttention:

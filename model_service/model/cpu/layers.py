@@ -8,12 +8,12 @@ so.
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_service.model.attention.backend import Scan
 from model_service.model.cpu.kernels import AttentionCache, AttentionSpan, Kernels
 from model_service.model.cpu.products import PackedBlocks, Weight
 
@@ -167,6 +167,13 @@ class CompiledLayers:
             self.kernels.run_layers(self.network, step, half, half + 1)
             self._sum_over_shards(x)
         return x, residual
+
+
+class Scan(NamedTuple):
+    """What is known of logits [rows, vocab] without another look at them."""
+
+    finite: list[bool]  # for each row whether all of its logits are
+    largest: list[int]  # the lowest id among the largest of each row that is finite
 
 
 class CompiledStep:
