@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model_service.engine.sampling.host_sampler import finite_rows
+from model_service.engine.sampling.host.sampler import finite_rows
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.runner import ModelRunner
 from model_service.loading.load_replica import load_replica

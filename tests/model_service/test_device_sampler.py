@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from model_service.engine.limits import EngineLimits
 from model_service.engine.sampling.columns import DrawColumns
-from model_service.engine.sampling.device_sampler import DeviceSampler
-from model_service.engine.sampling.device_truncation import draw, truncate
-from model_service.engine.sampling.host_sampler import HostSampling
+from model_service.engine.sampling.device.sampler import DeviceSampler
+from model_service.engine.sampling.device.truncation import draw, truncate
+from model_service.engine.sampling.host.sampler import HostSampling
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_service.engine.sampling.host_logprobs import score
-from model_service.engine.sampling.host_penalties import SamplingRow, apply_penalties
-from model_service.engine.sampling.host_sampler import finite_rows, sample
+from model_service.engine.sampling.host.logprobs import score
+from model_service.engine.sampling.host.penalties import SamplingRow, apply_penalties
+from model_service.engine.sampling.host.sampler import finite_rows, sample
 from model_service.engine.sampling.philox import philox, uniforms
 from model_service.engine.sequence import SamplingParams
 

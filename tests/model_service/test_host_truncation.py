@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_service.engine.sampling.columns import DrawColumns
-from model_service.engine.sampling.device_truncation import draw_truncated
-from model_service.engine.sampling.host_truncation import (
+from model_service.engine.sampling.device.truncation import draw_truncated
+from model_service.engine.sampling.host.truncation import (
     Columns,
     choose,
     draw,

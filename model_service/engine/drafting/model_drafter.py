@@ -20,8 +20,8 @@ import torch
 from model_service.engine.drafting.draft_cache import DraftCache
 from model_service.engine.drafting.draft_times import DraftTimes
 from model_service.engine.drafting.unsharded import unsharded
-from model_service.engine.sampling.host_penalties import SamplingRow
-from model_service.engine.sampling.host_sampler import finite_rows, sample
+from model_service.engine.sampling.host.penalties import SamplingRow
+from model_service.engine.sampling.host.sampler import finite_rows, sample
 from model_service.engine.sequence import Sequence
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.runner import ModelRunner

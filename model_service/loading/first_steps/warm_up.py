@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from model_service.engine.limits import EngineLimits
-from model_service.engine.sampling.device_sampler import DeviceSampler
+from model_service.engine.sampling.device.sampler import DeviceSampler
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence
 from model_service.engine.step.batch import LogitRow
 from model_service.engine.step.plan import StepPlan

@@ -20,10 +20,10 @@ from model_service.engine.sampling.columns import (
     penalty_columns,
     temperature_column,
 )
-from model_service.engine.sampling.device_penalties import PenaltyTables
-from model_service.engine.sampling.device_truncation import draw, draw_truncated
-from model_service.engine.sampling.host_logprobs import ranks
-from model_service.engine.sampling.host_truncation import in_highest_blocks
+from model_service.engine.sampling.device.penalties import PenaltyTables
+from model_service.engine.sampling.device.truncation import draw, draw_truncated
+from model_service.engine.sampling.host.logprobs import ranks
+from model_service.engine.sampling.host.truncation import in_highest_blocks
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from model_service.engine.sampling.columns import draw_columns, temperature_column
-from model_service.engine.sampling.host_logprobs import score
-from model_service.engine.sampling.host_penalties import SamplingRow, apply_penalties
-from model_service.engine.sampling.host_truncation import choose
+from model_service.engine.sampling.host.logprobs import score
+from model_service.engine.sampling.host.penalties import SamplingRow, apply_penalties
+from model_service.engine.sampling.host.truncation import choose
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from model_service.engine.sampling.host_truncation import in_highest_blocks
+from model_service.engine.sampling.host.truncation import in_highest_blocks
 from model_service.engine.sequence import TokenLogprobs
 
 _ROWS_SCORED_AT_ONCE = 16  # 2 MB of logprobs: a whole prompt's do not fit any processor's cache

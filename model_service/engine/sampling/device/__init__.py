@@ -1,0 +1,1 @@
+"""Sampling on the device, with the same results as on the host."""

@@ -1,0 +1,1 @@
+"""Sampling on the host: draws, penalties, truncation and logprobs."""
