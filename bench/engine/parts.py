@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from bench.engine.driver import Driver, Load
 from bench.engine.throughput import Loaded
 from bench.report import Row, SkippedError, Value, spread
-from model_service.engine.sampling.host.sampler import HostSampling
+from model_service.engine.sampling.host.step_sampling import HostSampling
 from model_service.engine.step.runner import ModelRunner
 from model_service.model.cpu.library import find_library
 

@@ -21,7 +21,7 @@ from model_service.engine.kv_cache.block_pool import BlockPool
 from model_service.engine.limits import EngineLimits, EngineLoad
 from model_service.engine.pending_token import pending_token
 from model_service.engine.sampling.device.sampler import DeviceSampler, DeviceSampling
-from model_service.engine.sampling.host.sampler import HostSampling
+from model_service.engine.sampling.host.step_sampling import HostSampling
 from model_service.engine.sampling.outputs import final_output, prompt_output, step_output
 from model_service.engine.sampling.result import SampledToken, StepResult
 from model_service.engine.scheduling.prefill_budget import PrefillBudget

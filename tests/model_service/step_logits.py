@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from model_service.engine import engine
-from model_service.engine.sampling.host.sampler import HostSampling
+from model_service.engine.sampling.host.step_sampling import HostSampling
 from model_service.engine.step.batch import LogitRow
 from model_service.model.attention.backend import CacheShape, SequenceSpan
 from model_service.model.attention.select import make_attention

@@ -15,7 +15,7 @@ from model_service.engine.limits import EngineLimits
 from model_service.engine.sampling.columns import DrawColumns
 from model_service.engine.sampling.device.sampler import DeviceSampler
 from model_service.engine.sampling.device.truncation import draw, truncate
-from model_service.engine.sampling.host.sampler import HostSampling
+from model_service.engine.sampling.host.step_sampling import HostSampling
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import GenerationRequest, SamplingParams, Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow

@@ -90,7 +90,7 @@ class _Batch(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """What comes before the layers and behind them."""
+    """The rest of the network: before the layers and behind them."""
 
     embedding: torch.Tensor  # [vocab, dim]
     rotation: torch.Tensor  # complex64 [positions, head_dim / 2]
@@ -170,7 +170,7 @@ class CompiledLayers:
 
 
 class Scan(NamedTuple):
-    """What is known of logits [rows, vocab] without another look at them."""
+    """Facts about logits [rows, vocab] that the kernels found while they made them."""
 
     finite: list[bool]  # for each row whether all of its logits are
     largest: list[int]  # the lowest id among the largest of each row that is finite

@@ -91,7 +91,7 @@ class Speculation:
         if self._steps_with_drafts == PLAIN_EVERY:
             self._steps_with_drafts = 0
             return {}
-        # What is not drafted is not compared either.
+        # A skipped step compares no guesses either.
         idle = self._idle_steps > IDLE_STEPS and self._idle_steps % LOOK_EVERY
         drafts = {} if idle else self._considered(rooms, busy=busy)
         if not drafts:
