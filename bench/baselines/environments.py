@@ -111,7 +111,7 @@ class Environment:
 def prepare(engine: str, work_dir: Path, unused: Collection[str] = ()) -> Environment:
     """The environment of an engine, made if needed; compiling may take minutes.
 
-    What is compiled does not use the processor's features in `unused`.
+    A compiled baseline does not use the features of the processor in `unused`.
 
     A layered baseline that is installed beside Chasqui runs there, for machines without network.
 

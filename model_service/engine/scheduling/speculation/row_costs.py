@@ -1,4 +1,4 @@
-"""What it costs to check a draft: learned from steps with drafts and without prompts.
+"""The cost of checking a draft, learned from steps with drafts and without prompts.
 
 A prompt token costs less. A draft's row has logits, from which a token is drawn.
 """

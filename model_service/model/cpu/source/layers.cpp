@@ -1,4 +1,4 @@
-// The network: all operations of a step in one call, or all of its layers' parts between sums over shards.
+// The network: all operations of a step in one call, or those of its layers between two sums over shards.
 //
 // A return to Python between two products finds its code and data no longer in the processor's caches,
 // because the weights have passed through them: that takes longer than the operations.
@@ -172,7 +172,8 @@ int first_largest(const float *numbers, int count) {
 }
 
 // The whole network on one rank. `step` has neither x, nor residual, nor angles yet.
-template <class Number> void whole_step(const Network &network, Step step, int halves, const Ends &ends, const Batch &batch) {
+template <class Number>
+void whole_step(const Network &network, Step step, int halves, const Ends &ends, const Batch &batch) {
   constexpr bool IS_FLOAT = sizeof(Number) == sizeof(float);
   const long dim = network.dim, head_dim = step.caches[0].head_dim, vocab = ends.output.outputs;
   static thread_local Scratch scratch;
