@@ -119,7 +119,8 @@ private:
   // As much of each thread's first range of the weight as leaves the second cache room for all else.
   Stretch beginning(const Weight &weight) const {
     constexpr long MOST = 400 << 10;
-    const long step_bytes = first_range(step.threads, weight.count()) * weight.stride() * static_cast<long>(sizeof(Line));
+    const long lines = first_range(step.threads, weight.count()) * weight.stride();
+    const long step_bytes = lines * static_cast<long>(sizeof(Line));
     return {reinterpret_cast<const char *>(weight.lines), step_bytes, step_bytes < MOST ? step_bytes : MOST};
   }
 
@@ -191,7 +192,8 @@ void whole_step(const Network &network, Step step, int halves, const Ends &ends,
     for (int n = 0; n < span.query_length; n++)
       positions[span.row + n] = span.context_length - span.query_length + n;
   }
-  const auto embedding = static_cast<const Number *>(ends.embedding), norm = static_cast<const Number *>(ends.norm);
+  const auto embedding = static_cast<const Number *>(ends.embedding);
+  const auto norm = static_cast<const Number *>(ends.norm);
   const Halves<Number> layers(network, step);
   Team::assemble(step.threads, [&] {
     for_rows(step.rows, step.rows * dim, step.threads, [&](long row) {
@@ -215,7 +217,8 @@ void whole_step(const Network &network, Step step, int halves, const Ends &ends,
 }
 } // namespace
 
-// Computes halves of layers, from `begin` to before `end`, as `Halves` numbers them. Afterwards x is still to be added to the residual stream.
+// Computes halves of layers, from `begin` to before `end`, as `Halves` numbers them. Afterwards x is
+// still to be added to the residual stream.
 extern "C" __attribute__((visibility("default"))) void chasqui_layers(const Network *network, const Step *step,
                                                                       int begin, int end) {
   if (!step->rows) return;
@@ -225,9 +228,11 @@ extern "C" __attribute__((visibility("default"))) void chasqui_layers(const Netw
   });
 }
 
-// Computes a step of a network with so many halves of layers. `step` has neither x, nor residual, nor angles.
-extern "C" __attribute__((visibility("default"))) void chasqui_step(const Network *network, const Step *step, int halves,
-                                                                    const Ends *ends, const Batch *batch) {
+// Computes a step of a network with so many halves of layers. `step` has neither x, nor residual,
+// nor angles.
+extern "C" __attribute__((visibility("default"))) void chasqui_step(const Network *network, const Step *step,
+                                                                    int halves, const Ends *ends,
+                                                                    const Batch *batch) {
   if (!step->rows) return;
   with_type(network->type, [&](auto number) { whole_step<decltype(number)>(*network, *step, halves, *ends, *batch); });
 }
