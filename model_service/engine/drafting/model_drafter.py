@@ -15,13 +15,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from model_service.engine.drafting.draft_cache import DraftCache
 from model_service.engine.drafting.draft_times import DraftTimes
 from model_service.engine.drafting.unsharded import unsharded
 from model_service.engine.sampling.host.penalties import SamplingRow
-from model_service.engine.sampling.host.sampler import finite_rows, sample
+from model_service.engine.sampling.host.sampler import (
+    finite_rows,
+    sample,
+    sample_scanned,
+)
 from model_service.engine.sequence import Sequence
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.runner import ModelRunner
@@ -132,14 +135,13 @@ class ModelDrafter:
             each.tokens = []
         scan = self._runner.scan
         finite = finite_rows(logits, scan)
-        if not all(finite):  # the draft model's weights may overflow: the target's need not
-            drawing = [each for each, usable in zip(drawing, finite, strict=True) if usable]
-            logits, scan = logits[torch.tensor(finite, device=logits.device)], None
-        rows = [each.row() for each in drawing]
-        if scan is not None and all(row.takes_largest for row in rows):
-            tokens = scan.largest
-        else:
-            tokens = sample(logits, rows) if rows else []
-        for each, token in zip(drawing, tokens, strict=True):
-            each.append(token)
+        # Some rows may not be: the draft model's weights may overflow where the target's do not.
+        rows = {i: each.row() for i, each in enumerate(drawing) if finite[i]}
+        tokens = {} if scan is None else sample_scanned(scan, rows)
+        if left := [i for i in rows if i not in tokens]:
+            chosen = logits if len(left) == len(drawing) else logits[left]
+            tokens |= zip(left, sample(chosen, [rows[i] for i in left]), strict=True)
+        drawing = [drawing[i] for i in rows]
+        for each, i in zip(drawing, rows, strict=True):
+            each.append(tokens[i])
         return [each for each in drawing if each.tokens]

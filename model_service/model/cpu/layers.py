@@ -174,6 +174,8 @@ class Scan(NamedTuple):
 
     finite: list[bool]  # for each row whether all of its logits are
     largest: list[int]  # the lowest id among the largest of each row that is finite
+    address: int  # of the logits, which are contiguous
+    vocab: int
 
 
 class CompiledStep:
@@ -219,7 +221,8 @@ class CompiledStep:
         step = _step(caches=caches, spans=spans, rows=len(tokens))
         layers = self._layers
         layers.kernels.run_step(layers.network, step, layers.halves, self._structure, batch)
-        return self._logits, Scan([bool(each) for each in finite], list(largest))
+        found = [bool(each) for each in finite], list(largest)
+        return self._logits, Scan(*found, addresses[0], self._structure.output.outputs)
 
 
 def _step(

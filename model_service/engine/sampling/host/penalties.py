@@ -25,9 +25,9 @@ class SamplingRow:
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer; no penalty changes them
 
     @property
-    def takes_largest(self) -> bool:
-        """Whether the token is that of the largest logit as it is."""
-        return self.params.greedy and not self.params.has_penalties and not self.masks_stops
+    def changes_logits(self) -> bool:
+        """Whether the token is not drawn from the logits as they are."""
+        return self.params.has_penalties or self.masks_stops
 
     @property
     def masks_stops(self) -> bool:
@@ -37,7 +37,7 @@ class SamplingRow:
 
 def apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Logits [rows, vocab] as tokens are drawn from them; the same tensor if no row changes any."""
-    if not any(row.params.has_penalties or row.masks_stops for row in rows):
+    if not any(row.changes_logits for row in rows):
         return logits
     changed = logits.clone()
     _penalize_repetition(changed, rows)

@@ -5,12 +5,19 @@ probabilities: then a rounding difference in the logits can only move a border b
 swap two tokens of nearly equal probability.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
-from model_service.engine.sampling.columns import draw_columns, temperature_column
+from model_service.engine.sampling.columns import (
+    MIN_TEMPERATURE,
+    draw_columns,
+    temperature_column,
+)
 from model_service.engine.sampling.host.penalties import SamplingRow, apply_penalties
 from model_service.engine.sampling.host.truncation import choose
+from model_service.model.cpu.draws import Draw, draw
 from model_service.model.cpu.layers import Scan
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -33,6 +40,31 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     greedy = [index for index in range(len(rows)) if index not in tokens]
     tokens |= zip(greedy, _argmax(logits[greedy]), strict=True)
     return [tokens[index] for index in range(len(rows))]
+
+
+def sample_scanned(scan: Scan, rows: Mapping[int, SamplingRow]) -> dict[int, int]:
+    """Tokens of those rows whose logits are taken as they are, by the compiled library.
+
+    Whether it draws for a row depends on that row alone: its last bits differ from `sample`'s.
+
+    Args:
+        scan: of logits.
+        rows: by their index in the logits, all of them finite.
+    """
+    plain = {i: row for i, row in rows.items() if not row.changes_logits}
+    tokens = {i: scan.largest[i] for i, row in plain.items() if row.params.greedy}
+    draws = [_draw_of(scan, i, row) for i, row in plain.items() if not row.params.greedy]
+    if draws:
+        tokens |= zip((each.row for each in draws), draw(scan, draws), strict=True)
+    return tokens
+
+
+def _draw_of(scan: Scan, index: int, row: SamplingRow) -> Draw:
+    params = row.params
+    top_k = min(params.top_k or scan.vocab, scan.vocab)
+    temperature = max(params.temperature, MIN_TEMPERATURE)
+    limits = temperature, params.min_p, params.top_p
+    return Draw(index, top_k, *limits, params.seed, len(row.tokens))
 
 
 def finite_rows(logits: torch.Tensor, scan: Scan | None = None) -> list[bool]:

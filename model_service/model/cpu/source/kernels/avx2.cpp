@@ -31,6 +31,7 @@ INLINE void store_weights(Bf16 *p, Floats weights) { store(p, weights); }
 const Kernels AVX2_KERNELS = {
     {norm_row, rotate_row, gate_row, attend<VectorProducts<Bf16, 2, 2>>},
     {norm_row, rotate_row, gate_row, attend<VectorProducts<float, 2, 2>>},
+    softmax_row,
 };
 
 #ifdef __clang__

@@ -31,6 +31,7 @@ INLINE void store_weights(Bf16 *p, Floats weights) { store(p, weights); }
 const Kernels AVX512_KERNELS = {
     {norm_row, rotate_row, gate_row, attend<VectorProducts<Bf16, 4, 4>>},
     {norm_row, rotate_row, gate_row, attend<VectorProducts<float, 4, 4>>},
+    softmax_row,
 };
 
 #ifdef __clang__

@@ -46,6 +46,8 @@ template <class Number> struct KernelsOf {
 struct Kernels {
   KernelsOf<uint16_t> bfloat16;
   KernelsOf<float> float32;
+  // out [count] = softmax(logits / temperature).
+  void (*softmax_row)(const float *logits, float temperature, int count, float *out);
 };
 
 extern const Kernels AVX2_KERNELS, AVX512_KERNELS;

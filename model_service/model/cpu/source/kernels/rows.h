@@ -46,3 +46,27 @@ template <class Number> static void gate_row(const Number *x, int hidden, Number
     store_some(out + i, gate / (splat(1.0f) + exponential(-gate)) * up, hidden - i);
   }
 }
+
+// out = softmax(logits / temperature). Quotients that overflow count as the largest number.
+static void softmax_row(const float *logits, float temperature, int count, float *out) {
+  typedef double Doubles __attribute__((vector_size(128), aligned(8)));
+  const Floats divisor = splat(temperature), most = splat(__FLT_MAX__);
+  const auto scaled = [&](int i) {
+    const Floats quotient = load_some(logits + i, count - i) / divisor;
+    const Floats limited = quotient < most ? quotient : most;
+    return limited > -most ? limited : -most;
+  };
+  Floats top = splat(-__FLT_MAX__);
+  for (int i = 0; i < count; i += 16) top = larger(top, first_lanes(scaled(i), count - i, -__FLT_MAX__));
+  const Floats peak = splat(largest(top));
+  Doubles sums{};
+  for (int i = 0; i < count; i += 16) {
+    const Floats weight = first_lanes(exponential(scaled(i) - peak), count - i, 0.0f);
+    sums += __builtin_convertvector(weight, Doubles);
+    store_some(out + i, weight, count - i);
+  }
+  double sum = 0;
+  for (int lane = 0; lane < 16; lane++) sum += sums[lane];
+  const Floats total = splat(static_cast<float>(sum));
+  for (int i = 0; i < count; i += 16) store_some(out + i, load_some(out + i, count - i) / total, count - i);
+}
