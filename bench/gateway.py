@@ -111,7 +111,9 @@ async def _compare(
         {
             "cpu_us_per_token": cpu / tokens * 1e6,
             "tokens_per_message": tokens / sum(map(len, through)),
-            **_added("first_token", *([each[0] for each in way] for way in (direct, through))),
+            **_added(
+                "first_token", *([each[0] for each in way if each] for way in (direct, through))
+            ),
             **_added("inter_token", *(_gaps(way) for way in (direct, through))),
         },
     )
