@@ -14,8 +14,9 @@ from model_service.engine.scheduling.speculation.ledger import DraftLedger
 from model_service.engine.scheduling.speculation.lengths import Rate, draft_lengths
 from model_service.engine.sequence import Sequence
 
-# The model drafts if the rate grows at least by this factor, because estimates are noisy.
-MIN_GAIN = 1.03
+# The model drafts if the rate grows at least by this factor: estimates are noisy, and of those that
+# promise a little most are wrong.
+MIN_GAIN = 1.08
 # Tokens of an answer within which computing a sequence's backlog has to pay.
 PAYBACK = 128
 
