@@ -20,11 +20,7 @@ from model_service.engine.drafting.draft_cache import DraftCache
 from model_service.engine.drafting.draft_times import DraftTimes
 from model_service.engine.drafting.unsharded import unsharded
 from model_service.engine.sampling.host.penalties import SamplingRow
-from model_service.engine.sampling.host.sampler import (
-    finite_rows,
-    sample,
-    sample_scanned,
-)
+from model_service.engine.sampling.host.sampler import finite_rows, sample_rows
 from model_service.engine.sequence import Sequence
 from model_service.engine.step.plan import StepPlan
 from model_service.engine.step.runner import ModelRunner
@@ -137,10 +133,7 @@ class ModelDrafter:
         finite = finite_rows(logits, scan)
         # Some rows may not be: the draft model's weights may overflow where the target's do not.
         rows = {i: each.row() for i, each in enumerate(drawing) if finite[i]}
-        tokens = {} if scan is None else sample_scanned(scan, rows)
-        if left := [i for i in rows if i not in tokens]:
-            chosen = logits if len(left) == len(drawing) else logits[left]
-            tokens |= zip(left, sample(chosen, [rows[i] for i in left]), strict=True)
+        tokens = sample_rows(logits, scan, rows)
         drawing = [drawing[i] for i in rows]
         for each, i in zip(drawing, rows, strict=True):
             each.append(tokens[i])

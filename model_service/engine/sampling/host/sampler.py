@@ -42,14 +42,27 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     return [tokens[index] for index in range(len(rows))]
 
 
-def sample_scanned(scan: Scan, rows: Mapping[int, SamplingRow]) -> dict[int, int]:
+def sample_rows(
+    logits: torch.Tensor, scan: Scan | None, rows: Mapping[int, SamplingRow]
+) -> dict[int, int]:
+    """The next token of some rows of `logits`, by the library where it made them.
+
+    Args:
+        logits: [all rows, vocab] float32.
+        scan: of them, if there is one.
+        rows: by their index in the logits, in ascending order, all of them finite.
+    """
+    tokens = {} if scan is None else _sample_scanned(scan, rows)
+    if left := [i for i in rows if i not in tokens]:
+        chosen = logits if len(left) == len(logits) else logits[left]
+        tokens |= zip(left, sample(chosen, [rows[i] for i in left]), strict=True)
+    return tokens
+
+
+def _sample_scanned(scan: Scan, rows: Mapping[int, SamplingRow]) -> dict[int, int]:
     """Tokens of those rows whose logits are taken as they are, by the compiled library.
 
     Whether it draws for a row depends on that row alone: its last bits differ from `sample`'s.
-
-    Args:
-        scan: of logits.
-        rows: by their index in the logits, all of them finite.
     """
     plain = {i: row for i, row in rows.items() if not row.changes_logits}
     tokens = {i: scan.largest[i] for i, row in plain.items() if row.params.greedy}

@@ -6,7 +6,7 @@ import torch
 
 from model_service.engine.sampling.host.logprobs import score
 from model_service.engine.sampling.host.penalties import SamplingRow
-from model_service.engine.sampling.host.sampler import finite_rows, sample, sample_scanned
+from model_service.engine.sampling.host.sampler import finite_rows, sample_rows
 from model_service.engine.sampling.result import StepResult
 from model_service.engine.sequence import Sequence, TokenLogprobs
 from model_service.engine.step.batch import LogitRow
@@ -32,14 +32,8 @@ class HostSampling:
 
     def _draw(self, wanted: list[int]) -> dict[int, int]:
         """One token for each of the rows `wanted`."""
-        if not wanted:
-            return {}
         rows = {i: _sampling_row(self.rows[i]) for i in wanted}
-        tokens = {} if self.scan is None else sample_scanned(self.scan, rows)
-        if left := [i for i in wanted if i not in tokens]:
-            found = sample(self._select(left), [rows[i] for i in left])
-            tokens |= zip(left, found, strict=True)
-        return tokens
+        return sample_rows(self.logits, self.scan, rows)
 
     def _score(
         self, tokens: dict[int, int], failed: dict[Sequence, int]
